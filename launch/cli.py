@@ -1,0 +1,28 @@
+"""`onecurve`: the person's side. Each command lives in a file of its own."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import trainer
+from launch import data, report, sample, train
+from trainer.__main__ import tell
+from trainer.errors import OnecurveError
+
+
+def main() -> None:
+    """Parses the command line, runs the command, exits with the code of the contract."""
+    parser = argparse.ArgumentParser(prog="onecurve", description=trainer.__doc__)
+    parser.add_argument("--version", action="version", version=f"onecurve {trainer.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for part in (train, sample, report, data):
+        part.add_commands(commands)
+    arguments = parser.parse_args()
+    try:
+        sys.exit(arguments.func(arguments))
+    except OnecurveError as error:
+        tell(error)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)

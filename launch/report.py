@@ -1,0 +1,41 @@
+"""`onecurve report RUN_DIR`: a run in a few numbers on the terminal, and in full as report.html."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def add_commands(subparsers: Any) -> None:
+    """Registers `report`; its `run` takes the parsed arguments and gives the exit code."""
+    parser = subparsers.add_parser("report", help="write RUN_DIR/report.html and print the run's summary")
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    parser.set_defaults(run=report)
+
+
+def report(arguments: argparse.Namespace) -> int:
+    """Prints the summary and the report's path.
+
+    Raises:
+        ConfigError: RUN_DIR is no run's folder, or a file in it is damaged.
+    """
+    from trainer.tracking.report import write_report
+    from trainer.tracking.summary import headline, load
+
+    run = load(arguments.run_dir)
+    path = write_report(arguments.run_dir, run)
+    table = Table(show_header=False, box=None)
+    table.add_column(style="dim")
+    table.add_column(style="bold", justify="right")
+    table.add_column(style="dim")
+    for figure in headline(run):
+        table.add_row(*figure)
+    console = Console(markup=False, highlight=False, emoji=False)
+    console.print(f"{run.name}: {run.status['state']}", style="bold")
+    console.print(table)
+    console.print(str(path), soft_wrap=True)
+    return 0

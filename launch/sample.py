@@ -1,0 +1,29 @@
+"""`onecurve sample RUN_DIR`: text from a run's newest checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def add_commands(commands: Any) -> None:
+    parser = commands.add_parser("sample", help="text from a run's newest checkpoint")
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    parser.add_argument("--prompt", help="text to continue (default: the run's sample.prompt)")
+    parser.add_argument("--count", type=int, help="how many samples")
+    parser.add_argument("--tokens", type=int, help="tokens of a sample")
+    parser.add_argument("--temperature", type=float)
+    parser.add_argument("--top-k", type=int, dest="top_k")
+    parser.set_defaults(func=sample)
+
+
+def sample(arguments: argparse.Namespace) -> int:
+    from trainer import sampling
+    from trainer.config.schema import Sample
+
+    config, model, tokenizer = sampling.load_run(arguments.run_dir)
+    asked = {name: getattr(arguments, name) for name in Sample.model_fields if getattr(arguments, name) is not None}
+    config = config.model_copy(update={"sample": config.sample.model_copy(update=asked)})
+    print("\n\n---\n\n".join(sampling.sample(config, model, tokenizer)))
+    return 0

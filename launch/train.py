@@ -1,0 +1,107 @@
+"""`onecurve train -n PROCS [overrides]`: checks first, then starts the ranks and restarts them when one dies."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from trainer.config import Config
+from trainer.config.compose import load
+from trainer.errors import ConfigError
+
+
+def add_commands(commands: Any) -> None:
+    parser = commands.add_parser("train", help="train on this machine", prefix_chars="-")
+    parser.add_argument("-n", "--procs", type=int, help="processes (default: launch.procs, else one a GPU, else 1)")
+    parser.add_argument("--config-dir", help="folder with config groups of your own")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="see `python -m trainer --help`")
+    parser.set_defaults(func=train)
+
+
+def train(arguments: argparse.Namespace) -> int:
+    """Exit code of the run: 0 finished, 2 config, 3 data, 4 failed, 75 interrupted."""
+    overrides = list(arguments.overrides)
+    procs = arguments.procs or _default_procs(load(overrides, config_dir=arguments.config_dir))
+    if procs < 1:
+        raise ConfigError(f"-n {procs}: at least one process is needed")
+    config = load(overrides, procs, arguments.config_dir)
+    from trainer.build import Data  # late: it imports torch, and the config's problems should show at once
+
+    Data.open(config)
+    if arguments.config_dir:
+        overrides += ["--config-dir", arguments.config_dir]
+    for restart in range(config.launch.restarts + 1):
+        # A restart continues; it must not start over again.
+        code = _life([*overrides, "run.fresh=false"] if restart else overrides, procs, config)
+        if code >= 0:
+            break
+        print(f"\nonecurve: a process was killed (signal {-code}); restart {restart + 1}", file=sys.stderr)
+    if code == 0:
+        _what_next(Path(config.run.dir), procs, arguments.overrides)
+    return code if code >= 0 else 4
+
+
+def _life(overrides: list[str], procs: int, config: Config) -> int:
+    """One start of all ranks under torch's elastic agent. The run's exit code; minus the signal if a rank was killed."""
+    from torch.distributed.elastic.agent.server.api import SignalException  # type: ignore[attr-defined]
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // procs)))
+    with tempfile.TemporaryDirectory(prefix="onecurve-") as scratch:
+        ranks = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=procs,
+            run_id=Path(scratch).name,
+            rdzv_backend="c10d",
+            rdzv_endpoint=f"{scratch}/rendezvous",
+            rdzv_configs={"store_type": "file"},  # nothing listens on the network
+            max_restarts=0,
+            monitor_interval=0.1,
+            logs_specs=DefaultLogsSpecs(log_dir=scratch, redirects={rank: Std.OUT for rank in range(1, procs)}),
+        )
+        try:
+            elastic_launch(ranks, sys.executable)("-m", "trainer", *overrides)
+        except ChildFailedError as error:
+            return error.get_first_failure()[1].exitcode
+        except SignalException:
+            return _exit_code(Path(config.run.dir))
+    return 0
+
+
+def _exit_code(folder: Path) -> int:
+    """What the run's own status says, after the launcher itself was told to stop."""
+    try:
+        status = json.loads((folder.expanduser() / "status.json").read_text())
+    except (OSError, ValueError):
+        return 4
+    return int(status.get("exit_code") or 0) if status["state"] != "running" else 4
+
+
+def _default_procs(config: Config) -> int:
+    if config.launch.procs:
+        return config.launch.procs
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+def _what_next(folder: Path, procs: int, overrides: list[str]) -> None:
+    """The next commands to try, ready to paste."""
+    program = Path(sys.argv[0])
+    name = os.path.relpath(program) if program.is_absolute() and program.is_relative_to(Path.cwd()) else "onecurve"
+    status = json.loads((folder.expanduser() / "status.json").read_text())
+    again = " ".join([name, "train", "-n", str(procs), *overrides, f"train.steps={2 * status['steps']}"])
+    print(f"\nreport  {folder / 'report.html'}\n\nnext:")
+    print(f"  {name} sample {folder} --prompt 'JULIET:'   # more text from the model")
+    print(f"  {again}   # go on: the same run, twice as long")
+    print(f"  {name} data pack my_texts/ --out my_shards   # your own text as shards")

@@ -1,0 +1,181 @@
+"""Tokenizers: lossless, measured in bytes and characters, deterministic, deaf to special tokens in documents."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+from trainer.data import tokenizer as tokenization
+from trainer.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, load, train_bpe, train_chars
+from trainer.errors import ConfigError
+
+TEXTS = ["To be, or not to be, that is the question:\n" * 3, "naïve café — 漢字 😀\r\n\ttab", "the the then them\n\n"]
+BPE = JsonTokenizer(train_bpe(TEXTS, 300).to_str())
+CHARS = JsonTokenizer(train_chars(TEXTS).to_str())
+BYTES = ByteTokenizer()
+SPELT = "a<|endoftext|>b</s>"
+
+
+def check_measures(tokenizer: Tokenizer, text: str) -> None:
+    ids = tokenizer.encode(text)
+    assert ids.dtype == np.int32
+    assert ids.ndim == 1
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.token_bytes[ids].sum() == len(text.encode())
+    assert tokenizer.token_chars[ids].sum() == len(text)
+    assert tokenizer.separator not in ids
+
+
+@pytest.mark.parametrize("tokenizer", [BPE, BYTES])
+@given(st.text() | st.sampled_from([*TEXTS, SPELT, ""]))
+@settings(deadline=None, max_examples=150)
+def test_any_text_round_trips_and_is_measured(tokenizer: Tokenizer, text: str) -> None:
+    check_measures(tokenizer, text)
+
+
+@pytest.mark.parametrize("text", [*TEXTS, "", "question", "漢😀"])
+def test_characters_round_trip(text: str) -> None:
+    check_measures(CHARS, text)
+    assert len(CHARS.encode(text)) == len(text)
+
+
+def test_unknown_characters_become_one_token_each() -> None:
+    assert CHARS.decode(CHARS.encode("tßβ字")) == "t\ufffd\ufffd字"
+    assert CHARS.vocab_size == 2 + len(set("".join(TEXTS)))
+    assert (CHARS.token_bytes[CHARS.separator], CHARS.token_chars[CHARS.separator]) == (0, 0)
+
+
+@pytest.mark.parametrize("tokenizer", [BPE, BYTES, CHARS])
+def test_vocabulary_and_separator(tokenizer: Tokenizer) -> None:
+    assert tokenizer.token_bytes.shape == tokenizer.token_chars.shape == (tokenizer.vocab_size,)
+    assert tokenizer.token_bytes.dtype == tokenizer.token_chars.dtype == np.int32
+    assert 0 <= tokenizer.separator < tokenizer.vocab_size
+    assert tokenizer.decode([tokenizer.separator, *tokenizer.encode("to"), tokenizer.separator]) == "to"
+    assert (tokenizer.token_bytes == 0).sum() == 1
+
+
+def test_byte_alphabet_is_the_librarys() -> None:
+    assert sorted(tokenization._BYTE_OF) == sorted(pre_tokenizers.ByteLevel.alphabet())
+    ids = BPE.encode(bytes(range(128)).decode())
+    assert ids.max() < BPE.vocab_size
+
+
+def test_bpe_vocabulary_has_the_size_asked_for() -> None:
+    assert BPE.vocab_size == 300
+    assert BPE.separator == 0
+    with pytest.raises(ConfigError, match="at least 257"):
+        train_bpe(TEXTS, 256)
+
+
+def test_training_is_the_same_in_every_process() -> None:
+    code = (
+        "import sys, json; from trainer.data.tokenizer import train_bpe; "
+        "sys.stdout.write(train_bpe(json.load(sys.stdin), 600).to_str())"
+    )
+    text = Path(tokenization.__file__).read_text()
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", code], input=json.dumps([text]), capture_output=True, text=True, check=True
+        ).stdout
+        for _ in range(2)
+    ]
+    assert runs[0] == runs[1] == train_bpe([text], 600).to_str()
+
+
+def test_forking_after_training_neither_warns_nor_hangs() -> None:
+    code = """
+import os
+from trainer.data.tokenizer import JsonTokenizer, train_bpe
+assert "TOKENIZERS_PARALLELISM" not in os.environ
+tokenizer = JsonTokenizer(train_bpe(["some text " * 1000] * 100, 300).to_str())
+assert "TOKENIZERS_PARALLELISM" not in os.environ
+tokenizer.encode("in the parent")
+child = os.fork()
+if child == 0:
+    os._exit(0 if tokenizer.decode(tokenizer.encode("in the child")) == "in the child" else 1)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    import os
+
+    clean = {name: value for name, value in os.environ.items() if name != "TOKENIZERS_PARALLELISM"}
+    done = subprocess.run([sys.executable, "-c", code], env=clean, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stderr == ""
+
+
+def test_load(tmp_path: Path) -> None:
+    assert load("bytes").vocab_size == 257
+    path = tmp_path / "tokenizer.json"
+    path.write_text(train_bpe(TEXTS, 300).to_str(pretty=True))
+    for spec in (str(path), str(tmp_path)):
+        assert load(spec).fingerprint == BPE.fingerprint  # whatever the layout of the file
+    assert len({BPE.fingerprint, CHARS.fingerprint, BYTES.fingerprint}) == 3
+
+
+def test_padding_truncation_and_template_are_off(tmp_path: Path) -> None:
+    trained = train_bpe(TEXTS, 300)
+    trained.enable_truncation(4)
+    trained.enable_padding(length=64)
+    trained.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    padded = JsonTokenizer(trained.to_str())
+    assert padded.encode(TEXTS[0]).tolist() == BPE.encode(TEXTS[0]).tolist()
+
+
+@pytest.mark.parametrize("content", ["", "{}", "not json", '{"model": 7}'])
+def test_what_is_no_tokenizer_is_refused(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=r"data\.tokenizer: .*tokenizer\.json is not a tokenizer\.json"):
+        load(str(path))
+
+
+def test_missing_or_binary_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere: No such file.*give 'bytes' or a tokenizer\.json"):
+        load(str(tmp_path / "nowhere"))
+    (tmp_path / "spm.model").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        load(str(tmp_path / "spm.model"))
+
+
+def test_separator_is_found_or_missed() -> None:
+    def words(*tokens: str) -> tokenizers.Tokenizer:
+        return tokenizers.Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="a"))
+
+    assert JsonTokenizer(words("a", "<eos>", "</s>").to_str()).separator == 2
+    with pytest.raises(ConfigError, match="has no end-of-document token"):
+        JsonTokenizer(words("a", "b").to_str(), "x.json")
+
+
+def test_wordpiece_is_measured_in_context() -> None:
+    vocabulary = ["[UNK]", "</s>", "a", "play", "##ing", "fields"]
+    pieces = tokenizers.Tokenizer(models.WordPiece({t: i for i, t in enumerate(vocabulary)}, unk_token="[UNK]"))
+    pieces.pre_tokenizer, pieces.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+    found = JsonTokenizer(pieces.to_str())
+    assert found.decode(found.encode("playing fields")) == "playing fields"
+    assert found.token_bytes[3:].tolist() == [len(" play"), len("ing"), len(" fields")]
+
+
+def test_sentencepiece_style_with_byte_fallback() -> None:
+    tokens = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁the", "n", "a", "▁a"]
+    bpe = models.BPE({t: i for i, t in enumerate(tokens)}, [], unk_token="<unk>", byte_fallback=True)
+    pieces = tokenizers.Tokenizer(bpe)
+    pieces.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    pieces.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    found = JsonTokenizer(pieces.to_str())
+    ids = found.encode("an é a")
+    assert found.decode(ids) == "an é a"
+    assert found.token_bytes[ids].sum() == len(" an é a".encode())  # the space that the tokenizer puts in front
+    assert found.token_chars[ids].sum() == len(" an é a")
+    assert found.token_bytes[tokens.index("▁the")] == 4

@@ -1,0 +1,141 @@
+"""Weights & Biases, offline: read back from its own file through its own command."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from demo_run import evaluation, info, row
+
+from trainer.tracking import JsonLines, Trackers
+from trainer.tracking.jsonl import read
+from trainer.tracking.wandb import WandB, named
+
+
+@pytest.fixture(autouse=True)
+def nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No key, no settings and no mode of whoever runs the tests."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    for name in ("HOME", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "home"))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+
+
+def inspect(path: Path) -> list[dict[str, Any]]:
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
+    return [json.loads(line) for line in subprocess.check_output(command, text=True).splitlines() if line]
+
+
+def of_kind(records: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    return [record[kind] for record in records if record["type"] == kind]
+
+
+def test_two_lives_of_a_run_are_one_wandb_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder, said = tmp_path / "my run", list[str]()
+    for first, state in ((1, "interrupted"), (4, "finished")):
+        trackers = Trackers(JsonLines(folder), [WandB("auto", say=said.append)])
+        trackers.start(info(folder, step=first - 1, config={"train": {"steps": 100}}))
+        trackers.rows([row(first, skipped=True), row(first + 1, loss=math.nan)])
+        trackers.rows([row(first + 2, mfu=0.4, mem_gib=1.5, eval=evaluation(first + 2))])
+        trackers.close({"state": state})
+    assert capfd.readouterr() == ("", "")
+    assert [event["kind"] for event in read(folder / "events.jsonl")] == []
+
+    lives = sorted((folder / "wandb").glob("offline-run-*/*.wandb"))
+    identity = json.loads((folder / "wandb.json").read_text())["id"]
+    assert [path.name for path in lives] == [f"run-{identity}.wandb"] * 2
+    assert said[-1].endswith(f"wandb sync '{lives[0].parent}' '{lives[1].parent}'")
+    assert said[-1].count("wandb sync") == 1
+
+    for path, first, code in zip(lives, (1, 4), (75, 0), strict=True):
+        records = inspect(path)
+        items = [history["item"] for history in of_kind(records, "history")]
+        assert [item["progress/step"] for item in items] == [first, first + 1, first + 2]
+        expected = named(row(first + 2, mfu=0.4, mem_gib=1.5, eval=evaluation(first + 2)))
+        assert {name: items[2][name] for name in expected} == pytest.approx(expected)
+        assert items[0]["train/skipped"] == 1
+        assert items[1]["train/loss"] == "NaN"
+        config = of_kind(records, "run")[0]["config"]["update"]
+        assert config["train"] == {"steps": 100}
+        assert config["env/topology"]["processes"] == 4
+        metrics = {metric.get("name") or metric["glob_name"]: metric for metric in of_kind(records, "metric")}
+        assert metrics["*"]["step_metric"] == "progress/step"
+        assert metrics["val/loss"]["summary"] == {"min": True}
+        assert [end["exit_code"] for end in of_kind(records, "exit")] == [code]
+
+
+def test_names() -> None:
+    assert named(row(2, loss=1.5, step_s=2.0, data_wait_s=0.5, mfu=None, accuracy=0.25)) == {
+        "progress/step": 2,
+        "progress/tokens": 32768,
+        "progress/samples": 128,
+        "train/loss": 1.5,
+        "train/grad_norm": row(2)["grad_norm"],
+        "train/lr": row(2)["lr"],
+        "train/skipped": 0,
+        "train/accuracy": 0.25,
+        "perf/step_s": 2.0,
+        "perf/data_wait_s": 0.5,
+        "perf/data_wait_frac": 0.25,
+        "perf/tokens_per_s": row(2)["tokens_per_s"],
+    }
+
+
+def test_online_without_a_key_goes_offline_and_never_asks(tmp_path: Path) -> None:
+    said: list[str] = []
+    tracker = WandB("online", say=said.append)
+    tracker.start(info(tmp_path / "run"))
+    tracker.close({"state": "finished"})
+    assert "no API key" in said[0]
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
+
+
+def test_a_server_that_is_not_there_means_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a process of its own: W&B keeps the server's address for good."""
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "2")
+    script = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from demo_run import info, row
+from trainer.tracking.wandb import WandB
+tracker = WandB("auto")
+tracker.start(info(Path(sys.argv[1])))
+tracker.rows([row(1)])
+tracker.close({"state": "finished"})
+"""
+    command = [sys.executable, "-c", script, str(tmp_path / "run"), str(Path(__file__).parent)]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr
+    assert "cannot go online" in done.stderr
+    (path,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
+    assert len(of_kind(inspect(path), "history")) == 1
+
+
+@pytest.mark.parametrize("how", ["argument", "environment"])
+def test_disabled_does_nothing_and_imports_nothing(tmp_path: Path, how: str) -> None:
+    script = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from demo_run import info, row
+from trainer.tracking.wandb import WandB
+tracker = WandB(sys.argv[3])
+tracker.start(info(Path(sys.argv[1])))
+tracker.rows([row(1)])
+tracker.close({"state": "finished"})
+assert "wandb" not in sys.modules
+"""
+    mode, variables = ("disabled", {}) if how == "argument" else ("auto", {"WANDB_MODE": "disabled"})
+    command = [sys.executable, "-c", script, str(tmp_path / "run"), str(Path(__file__).parent), mode]
+    subprocess.run(command, check=True, env={**os.environ, **variables})
+    assert not (tmp_path / "run").exists()

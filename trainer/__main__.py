@@ -1,0 +1,84 @@
+"""`python -m trainer [overrides]`, alone or under torchrun: one process of a run."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+
+BORN = time.monotonic()
+
+
+def main() -> None:
+    """The entry of every rank. Exits with the code of the contract."""
+    sys.exit(guarded(sys.argv[1:]))
+
+
+def guarded(arguments: Sequence[str]) -> int:
+    """Runs a command line; an expected end becomes one block of text and an exit code."""
+    from trainer.errors import OnecurveError
+
+    try:
+        command(arguments)
+    except OnecurveError as error:
+        tell(error)
+        return error.exit_code
+    return 0
+
+
+def command(arguments: Sequence[str]) -> None:
+    """Plain overrides (and `--config-dir`) train; any other option is Hydra's command line."""
+    from trainer.config.compose import load
+    from trainer.topology import world_size
+
+    config_dir, rest = _config_dir(arguments)
+    if any(argument in ("--help", "-h") for argument in rest):
+        from trainer.config.reference import help_text
+
+        print(help_text())
+    elif any(argument.startswith("-") for argument in rest):
+        from trainer.config.hydra_cli import hydra_command
+
+        hydra_command(arguments)
+    else:
+        train(load(rest, world_size(), config_dir))
+
+
+def train(config) -> None:  # type: ignore[no-untyped-def]  # the type would import what --help does not need
+    from trainer.run import run
+
+    run(config, BORN)
+
+
+def tell(error: Exception) -> None:
+    """One block on stderr. A problem of the config is the same on every rank: the main one tells it."""
+    from trainer.errors import ConfigError, Interrupted
+
+    rank, alone = int(os.environ.get("RANK", "0")), "RANK" not in os.environ
+    if isinstance(error, ConfigError):
+        if rank == 0:
+            count = len(error.problems)
+            print(f"\nonecurve: {count} problem{'s' * (count > 1)}, nothing was started:", file=sys.stderr)
+            print(*(f"  {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
+    elif not isinstance(error, Interrupted) or rank == 0:
+        where = "" if alone or isinstance(error, Interrupted) else f"rank {rank}: "
+        print(f"\nonecurve: {where}{error}", file=sys.stderr)
+
+
+def _config_dir(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Takes `--config-dir DIR` (also `-cd DIR`, `--config-dir=DIR`) out of the arguments."""
+    rest, folder, waiting = [], None, False
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if waiting:
+            folder, waiting = argument, False
+        elif name in ("--config-dir", "-cd"):
+            folder, waiting = value or folder, not equals
+        else:
+            rest.append(argument)
+    return folder, rest
+
+
+if __name__ == "__main__":
+    main()

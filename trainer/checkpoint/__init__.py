@@ -1,0 +1,1 @@
+"""Checkpoints: names and tensors on disk. Whole and verified, or they do not count."""

@@ -1,0 +1,95 @@
+"""Raw values in, a checked `Config` or all problems out. Nothing is imported, read or created for it but plugins."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from difflib import get_close_matches
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from trainer.config import rules
+from trainer.config.schema import OPTIONS, SECTIONS, Config, Plugin, Section
+from trainer.errors import ConfigError
+
+
+def check(raw: dict[str, Any], world_size: int = 1) -> Config:
+    """Validates composed values for a run on `world_size` processes. Raises ConfigError with every problem at once."""
+    problems: list[str] = []
+    sections: dict[str, Section] = {}
+    plugins = raw.get("run", {}).get("plugins") or []
+    for unknown in sorted(set(raw) - set(SECTIONS) - set(OPTIONS)):
+        problems.append(f"{unknown}: no such key{did_you_mean(unknown, [*SECTIONS, *OPTIONS])}")
+    for name in [*SECTIONS, *OPTIONS]:
+        value = raw.get(name)
+        if not isinstance(value, dict):
+            problems.append(f"{name}: missing; it is a section of the config")
+            continue
+        try:
+            schema = SECTIONS[name] if name in SECTIONS else option_schema(name, str(value.get("name")), plugins)
+            sections[name] = schema.model_validate(value)
+        except ConfigError as error:
+            problems.extend(error.problems)
+        except ValidationError as error:
+            problems.extend(_describe(name, schema, error))
+    problems.extend(rules.problems(sections, world_size))
+    if problems:
+        raise ConfigError(problems)
+    return Config.model_construct(**sections)
+
+
+def option_schema(group: str, name: str, plugins: list[str]) -> type[Plugin]:
+    """The schema of option `name` of a group: a built-in one, or the `Config` of a user's class."""
+    if ":" not in name:
+        if name not in OPTIONS[group]:
+            raise ConfigError(f"{group}.name={name}: no such option{did_you_mean(name, OPTIONS[group])}")
+        return OPTIONS[group][name]
+    return import_plugin(f"{group}.name", name, plugins).Config
+
+
+def import_plugin(key: str, target: str, plugins: list[str]) -> Any:
+    """The class that `package.module:Class` names, if its package is on the user's list `run.plugins`."""
+    module, _, attribute = target.partition(":")
+    package = module.partition(".")[0]
+    if package not in plugins:
+        raise ConfigError(f"{key}={target}: package '{package}' is not allowed; add run.plugins=[{package}] if you trust it")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"{key}={target}: cannot be imported: {error}") from error
+    if not issubclass(getattr(found, "Config", object), Plugin):
+        raise ConfigError(f"{key}={target}: needs a class attribute `Config`, a subclass of trainer.config.Plugin")
+    return found
+
+
+def did_you_mean(word: str, known: Any) -> str:
+    close = get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean '{close[0]}'?" if close else f"; there are: {', '.join(sorted(known))}"
+
+
+def keys(schema: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every (dotted key, field) of a section's schema, nested sections flattened."""
+    for name, field in schema.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from keys(field.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field
+
+
+def _describe(section: str, schema: type[Section], error: ValidationError) -> list[str]:
+    """pydantic's errors in one line each, with the whole key and the value given."""
+    lines = {}
+    for item in error.errors():
+        parts = [str(part) for part in item["loc"] if not str(part).startswith(("function-", "constrained-", "tagged-"))]
+        # A union reports one error for each of its types, with the type as the last part: keep the key's own.
+        key = ".".join([section, *[part for part in parts if part not in {"int", "str", "float", "list[str]", "none"}]])
+        if item["type"] == "extra_forbidden":
+            known = [f"{section}.{name}" for name, _ in keys(schema)]
+            lines[key] = f"{key}: no such key{did_you_mean(key, known)}"
+        elif item["type"] == "missing":
+            lines[key] = f"{key}: missing"
+        else:
+            message = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
+            lines.setdefault(key, f"{key}={item['input']}: {message}")
+    return list(lines.values())

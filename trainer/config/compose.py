@@ -1,0 +1,95 @@
+"""Hydra: from overrides to raw values. Writes nothing, so that any number of ranks may compose at once."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from trainer.config.check import check, did_you_mean
+from trainer.config.schema import OPTIONS, Config
+from trainer.errors import ConfigError
+
+
+def load(overrides: Sequence[str], world_size: int = 1, config_dir: str | None = None) -> Config:
+    """The checked config of a command line. Raises ConfigError with every problem of it at once."""
+    raw, problems = compose(overrides, config_dir)
+    try:
+        config = check(raw, world_size) if raw else None
+    except ConfigError as error:
+        problems += error.problems
+    if problems or config is None:
+        raise ConfigError(problems)
+    return config
+
+
+def compose(overrides: Sequence[str], config_dir: str | None = None) -> tuple[dict[str, Any], list[str]]:
+    """Raw values of a command line, and what is wrong with the overrides themselves. Wrong ones are left out."""
+    problems: list[str] = []
+    good: list[str] = []
+    parser = OverridesParser.create()
+    for text in overrides:
+        if text.startswith("--"):
+            problems.append(f"{text}: options are written key=value, without dashes")
+            continue
+        try:
+            parser.parse_overrides([text])
+            good.append(text)
+        except OverrideParseException:
+            problems.append(f"{text}: is no override; write key=value (quote values with spaces or commas)")
+    extra = [f"hydra.searchpath=[file://{os.path.abspath(config_dir)}]"] if config_dir else []
+    with _hydra():
+        while True:
+            try:
+                config = hydra.compose("config", overrides=[*extra, *map(lenient, good)])
+                return raw_values(config), problems
+            except MissingConfigException as error:
+                group, option = _missing(error)
+                culprit = next((text for text in good if text in (f"{group}={option}", f"+{group}={option}")), None)
+                problems.append(f"{group}={option}: no such option{did_you_mean(option, error.options or [])}")
+                if culprit is None:
+                    return {}, problems
+                good.remove(culprit)
+            except (HydraException, OmegaConfBaseException) as error:
+                return {}, [*problems, " ".join(str(error if str(error) else error.__cause__).split())]
+
+
+def raw_values(config: DictConfig) -> dict[str, Any]:
+    """A composed config as plain values, interpolations resolved. Raises OmegaConfBaseException."""
+    values = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items() if key not in ("hydra", "experiment")}
+
+
+def options(group: str) -> list[str]:
+    """The options of a config group that ship with onecurve."""
+    with _hydra():
+        return GlobalHydra.instance().config_loader().get_group_options(group)
+
+
+def lenient(text: str) -> str:
+    """`key=value` as `++key=value`: Hydra then takes unknown keys, and our check names all of them, with a guess."""
+    override: Override = OverridesParser.create().parse_override(text)
+    key = override.key_or_group
+    is_group = key in (*OPTIONS, "experiment") or "/" in key or override.package is not None
+    return text if is_group or override.type != OverrideType.CHANGE else f"++{text}"
+
+
+def _missing(error: MissingConfigException) -> tuple[str, str]:
+    group, _, option = str(error.missing_cfg_file or "?").rpartition("/")
+    return group or "config", re.sub(r"\.yaml$", "", option)
+
+
+def _hydra() -> AbstractContextManager[None]:
+    GlobalHydra.instance().clear()
+    return hydra.initialize_config_module("trainer.conf", version_base="1.3")

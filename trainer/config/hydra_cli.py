@@ -1,0 +1,53 @@
+"""Hydra's own command line: --cfg, --info, -m sweeps, shell completion and the rest of its options."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from trainer.config.check import check
+from trainer.config.compose import lenient, raw_values
+from trainer.topology import world_size
+
+QUIET = ("--cfg", "-c", "--info", "-i", "--version", "--hydra-help")
+
+
+def hydra_command(arguments: Sequence[str]) -> None:
+    """Hands the arguments to Hydra. Only the main rank prints what is the same on every rank."""
+    rank = int(os.environ.get("RANK", "0"))
+    if rank and any(argument.split("=")[0] in QUIET for argument in arguments):
+        return
+    arguments = [_checked_later(argument) for argument in arguments]
+    with tempfile.TemporaryDirectory(prefix="onecurve-") as scratch:
+        if rank:  # a sweep's own file is the main rank's to write
+            arguments = [*arguments, f"hydra.sweep.dir={scratch}"]
+        os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # ours are shown in one block, others deserve their trace
+        sys.argv[1:] = arguments
+        _main()
+
+
+@hydra.main(version_base="1.3", config_path="pkg://trainer.conf", config_name="config")
+def _main(composed: DictConfig) -> None:
+    """One job: of a sweep, or alone with options of Hydra's. A sweep's jobs get folders of their own."""
+    from trainer.__main__ import train
+
+    raw = raw_values(composed)
+    hydra_config = HydraConfig.get()
+    if hydra_config.mode == RunMode.MULTIRUN:
+        raw["run"]["dir"] = str(Path(raw["run"]["dir"]) / str(hydra_config.job.num))
+    train(check(raw, world_size()))
+
+
+def _checked_later(argument: str) -> str:
+    """Values get past Hydra to our own check; sweeps, groups and options stay as they are."""
+    if argument.startswith("-") or "=" not in argument or argument.startswith(("hydra.", "+", "~")):
+        return argument
+    return lenient(argument)

@@ -1,0 +1,222 @@
+"""The typed schema: every key with its type, bounds and help. Values live in conf/*.yaml, and only there.
+
+A section of the config is one class. Where a Hydra group offers a choice (model, strategy, ...), each option has a class
+of its own, found by the section's `name`; `OPTIONS` lists them. Nothing heavy is imported here.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+from trainer.config.interval import Interval
+
+
+def _no_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("Input should be a number, not true or false")
+    return value
+
+
+def _interval(text: str) -> str:
+    Interval.parse(text)
+    return text
+
+
+Int = Annotated[int, BeforeValidator(_no_bool)]
+Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1)]
+Float = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
+Share = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, lt=1)]
+IntervalText = Annotated[str, AfterValidator(_interval)]
+
+
+class Section(BaseModel):
+    """A group of keys. Unknown keys are refused; values cannot be changed after the check."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
+
+
+class Plugin(Section):
+    """A section with options. User plugins subclass it as `Config` of their class and add their own keys."""
+
+    name: str = Field(description="Which option this is; or `package.module:Class` of a package in `run.plugins`.")
+
+
+class Run(Section):
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$",
+        description="Name of the run: letters, digits, dot, dash, underscore.",
+    )
+    dir: str = Field(min_length=1, description="The run's folder. The same folder again continues the run.")
+    seed: Int = Field(ge=0, description="Seed of everything drawn: initial weights, data order, dropout, samples.")
+    fresh: bool = Field(description="Start over; what is in the folder is kept beside it as `<dir>.old-<n>`.")
+    plugins: list[str] = Field(
+        description="Packages whose classes a section's `name` may point at, such as `[my_package]`."
+    )
+
+
+class Train(Section):
+    steps: Count = Field(description="Optimizer steps of the whole run.")
+    global_batch: Count = Field(description="Sequences of one optimizer step, over all processes together.")
+    micro_batch: Count | None = Field(
+        description="Sequences of one forward pass of one process; accumulation follows from it. "
+        "null: the process's whole share at once."
+    )
+    clip_norm: Float = Field(ge=0, description="Largest global gradient norm; larger gradients are scaled down. 0: off.")
+    log_every: Count = Field(description="Steps between two readings of the device's numbers (each step is recorded).")
+    activation_checkpointing: Literal["none", "full", "selective"] = Field(
+        description="Recompute activations in the backward pass: none, full (whole layers), "
+        "selective (everything but matrix products and attention)."
+    )
+    compile: bool = Field(description="Compile the model's layers with torch.compile.")
+
+
+class Eval(Section):
+    every: Int = Field(ge=0, description="Steps between two evaluations; the end is always evaluated. 0: only there.")
+    steps: Count | None = Field(
+        description="Batches (of `train.global_batch` sequences) of an evaluation. null: the whole validation split."
+    )
+
+
+class Checkpoint(Section):
+    every: IntervalText = Field(
+        description="How often to save: `100` (steps), `30min`, `2e9tok`. The end is always saved. 0: only there."
+    )
+    keep: Int = Field(ge=2, description="How many of the newest checkpoints are kept.")
+    asynchronous: bool = Field(description="Write in the background; the step waits only for the copy to host memory.")
+
+
+class Wandb(Section):
+    mode: Literal["auto", "offline", "online", "disabled"] = Field(
+        description="auto: online if an API key is set up, else offline."
+    )
+    project: str = Field(description="W&B project.")
+
+
+class Track(Section):
+    console: bool = Field(description="Show progress on the terminal.")
+    report: bool = Field(description="Write `report.html` at the end of the run.")
+    wandb: Wandb = Field(description="Weights & Biases.")
+
+
+class Sample(Section):
+    prompt: str = Field(description="Text that the samples at the end of the run continue.")
+    count: Int = Field(ge=0, description="Samples to write at the end of the run. 0: none.")
+    tokens: Count = Field(description="Tokens of a sample.")
+    temperature: Float = Field(ge=0, description="Divides the logits; 0 takes the likeliest token.")
+    top_k: Count | None = Field(description="Draw only from the k likeliest tokens. null: from all.")
+
+
+class GPT(Plugin):
+    layers: Count = Field(description="Number of transformer blocks.")
+    width: Count = Field(description="Width of the residual stream.")
+    heads: Count = Field(description="Attention heads; they divide the width.")
+    dropout: Share = Field(description="Dropout on embeddings and on every residual branch.")
+    positions: Literal["learned", "rotary"] = Field(
+        description="learned (GPT-2) or rotary (RoPE) position information."
+    )
+    bias: bool = Field(description="Biases in linear layers and norms, as in GPT-2.")
+
+
+class CausalLM(Plugin):
+    pass
+
+
+class Data(Plugin):
+    shards: str | list[str] = Field(
+        description="Training shards: paths of WebDataset tars, braces `{000000..000099}` and globs allowed."
+    )
+    validation: str | list[str] | None = Field(description="Validation shards, likewise. null: no evaluation.")
+    field: str = Field(description="Which member of a sample is the text, by its extension, such as `txt`.")
+    tokenizer: str = Field(description="`bytes`, or the path of a Hugging Face `tokenizer.json`.")
+    sequence_length: Count = Field(description="Tokens of a sequence. Documents are concatenated and split.")
+    workers: Int = Field(ge=0, description="Threads that read ahead. 0: read in the training thread.")
+    lanes: Count = Field(
+        description="Parallel streams the data is dealt to, fixed at the run's birth. Best a multiple of the "
+        "number of processes: each then reads only its own lanes."
+    )
+    window: Count = Field(description="Blocks of samples that a lane shuffles among each other.")
+    on_error: Literal["fail"] = Field(description="What a sample that cannot be read does: fail (exit code 3).")
+    ledger: bool = Field(description="Write `ledger.jsonl`: which pieces of which samples each step consumed.")
+    cache: str = Field(description="Folder for prepared data sets and for indexes of read-only shards.")
+
+
+class Single(Plugin):
+    pass
+
+
+class DDP(Plugin):
+    bucket_mb: Count = Field(description="Size of a gradient bucket in MiB; one all-reduce each.")
+
+
+class Precision(Plugin):
+    compute: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        description="Data type of matrix products; weights stay fp32. auto: bf16 on GPUs that are fast at it, else fp32. "
+        "fp16 comes with dynamic loss scaling."
+    )
+
+
+class AdamW(Plugin):
+    lr: Float = Field(gt=0, description="Peak learning rate.")
+    betas: tuple[Share, Share] = Field(description="Decay rates of the two moments.")
+    eps: Float = Field(gt=0, description="Added to the denominator.")
+    weight_decay: Float = Field(ge=0, description="Decoupled weight decay (times the learning rate).")
+    no_decay: list[Literal["bias", "norm", "embedding"]] = Field(description="Kinds of parameters left without decay.")
+
+
+class WarmupCosine(Plugin):
+    warmup_steps: Int = Field(ge=0, description="Steps of linear warm-up from 0 to the peak.")
+    min_ratio: Float = Field(ge=0, le=1, description="Learning rate at the last step, as a share of the peak.")
+
+
+class Launch(Plugin):
+    procs: Count | None = Field(description="Processes that `onecurve train` starts. null: one a GPU, or one.")
+    restarts: Int = Field(ge=0, description="How often `onecurve train` restarts a failed run from its newest checkpoint.")
+    timeout_s: Count = Field(description="Seconds after which a collective that hangs is an error.")
+
+
+SECTIONS: dict[str, type[Section]] = {
+    "run": Run,
+    "train": Train,
+    "eval": Eval,
+    "checkpoint": Checkpoint,
+    "track": Track,
+    "sample": Sample,
+}
+
+OPTIONS: dict[str, dict[str, type[Plugin]]] = {
+    "model": {"gpt": GPT},
+    "objective": {"causal_lm": CausalLM},
+    "data": {"shakespeare": Data, "webdataset": Data},
+    "strategy": {"single": Single, "ddp": DDP},
+    "precision": {"auto": Precision, "fp32": Precision, "bf16": Precision, "fp16": Precision},
+    "optimizer": {"adamw": AdamW},
+    "schedule": {"warmup_cosine": WarmupCosine},
+    "launch": {"local": Launch},
+}
+
+
+class Config(BaseModel):
+    """The whole config, checked. Plugin sections hold the class of their option."""
+
+    model_config = ConfigDict(frozen=True)
+
+    run: Run
+    train: Train
+    eval: Eval
+    checkpoint: Checkpoint
+    track: Track
+    sample: Sample
+    model: Any
+    objective: Any
+    data: Any
+    strategy: Any
+    precision: Any
+    optimizer: Any
+    schedule: Any
+    launch: Any
+
+    def resolved(self) -> dict[str, Any]:
+        """Plain, JSON-able values of every key."""
+        return {name: getattr(self, name).model_dump(mode="json") for name in type(self).model_fields}

@@ -1,0 +1,133 @@
+"""Which sample comes when: pure integer functions of (seed, epoch, lane, index), with no tables and no state.
+
+Nothing here knows of ranks or workers, so nothing here changes with them.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from math import isqrt
+
+from trainer.randomness import key as random_key
+
+ORDER = "lanes-1"  # stored with a run: any change of the functions below needs another name
+
+_MASK = (1 << 64) - 1
+_ROUNDS = 8  # after 4, neighbours in a range of 64 are still neighbours 1.7 times as often as by chance
+_BLOCK_BYTES = 4 << 20
+
+_key = lru_cache(maxsize=4096)(random_key)
+
+
+def permute(i: int, n: int, key: int) -> int:
+    """Where `i` goes in the permutation of 0..n-1 that `key` names, for any n >= 1 and 0 <= i < n.
+
+    An alternating Feistel network over a rectangle of a x b >= n cells, almost square, with modular
+    addition; cells >= n are walked through again (Black and Rogaway, "Ciphers with arbitrary finite
+    domains", 2002). Fewer than n + sqrt(n) + 1 cells, so a second walk is rare.
+    """
+    a, b = _rectangle(n)
+    keys = _round_keys(key)
+    while True:
+        left, right = divmod(i, b)
+        for turn in range(0, _ROUNDS, 2):
+            left = (left + _mix(right ^ keys[turn])) % a
+            right = (right + _mix(left ^ keys[turn + 1])) % b
+        i = left * b + right
+        if i < n:
+            return i
+
+
+def unpermute(j: int, n: int, key: int) -> int:
+    """The inverse: `unpermute(permute(i, n, key), n, key) == i`."""
+    a, b = _rectangle(n)
+    keys = _round_keys(key)
+    while True:
+        left, right = divmod(j, b)
+        for turn in range(_ROUNDS - 2, -1, -2):
+            right = (right - _mix(left ^ keys[turn + 1])) % b
+            left = (left - _mix(right ^ keys[turn])) % a
+        j = left * b + right
+        if j < n:
+            return j
+
+
+def default_block(n_samples: int, total_bytes: int, lanes: int) -> int:
+    """Samples a block: about 4 MiB of them, but at least 4 blocks a lane while there are samples for it."""
+    by_bytes = _BLOCK_BYTES * n_samples // max(total_bytes, 1)
+    return max(1, min(by_bytes, n_samples // (4 * min(lanes, n_samples))))
+
+
+_find = lru_cache(maxsize=256)(unpermute)
+
+
+class Order:
+    """The order of `samples` virtual samples, dealt to `lanes`: every epoch is a permutation of all of them.
+
+    Epoch e permutes the blocks (`block` consecutive samples, the last one may be short) into a row. Lane j
+    owns the j-th contiguous part of the row; within it, windows of `window` blocks' worth of samples (the
+    last one may be shorter) are permuted sample by sample.
+
+    `lanes` is capped at `samples`, so that no lane is empty. Every query takes O(1) time and memory.
+    """
+
+    def __init__(self, samples: int, lanes: int, window: int, block: int, seed: int):
+        if min(samples, lanes, window, block) < 1:
+            raise ValueError(f"none may be < 1: {samples=}, {lanes=}, {window=}, {block=}")
+        self.samples = samples
+        self.lanes = min(lanes, samples)
+        self.window, self.block, self.seed = window, block, seed
+        self._blocks = -(-samples // block)
+        self._short = samples - (self._blocks - 1) * block  # samples of the last block, 1..block
+
+    def lane_size(self, lane: int) -> int:
+        """Samples of an epoch that are dealt to `lane`; differs by at most one between lanes."""
+        return self.samples // self.lanes + (lane < self.samples % self.lanes)
+
+    def sample(self, epoch: int, lane: int, index: int) -> int:
+        """The virtual sample, 0..samples-1, that is number `index` (< lane_size) of `lane` in `epoch`."""
+        size = self.lane_size(lane)
+        if not 0 <= index < size:
+            raise IndexError(f"lane {lane} has {size} samples an epoch, not one of number {index}")
+        length = self.window * self.block
+        number = index // length
+        start = number * length
+        within = permute(
+            index - start, min(length, size - start), _key(self.seed, "window", epoch, lane, number)
+        )
+        before = lane * (self.samples // self.lanes) + min(lane, self.samples % self.lanes)
+        return self._row(epoch, before + start + within)
+
+    def at(self, position: int) -> tuple[int, int, int]:
+        """(epoch, lane, index) of the run's sample number `position`: lanes take turns, epoch after epoch."""
+        epoch, place = divmod(position, self.samples)
+        return epoch, place % self.lanes, place // self.lanes
+
+    def _row(self, epoch: int, place: int) -> int:
+        """The virtual sample at `place` (0..samples-1) of the epoch's row of permuted blocks."""
+        key = _key(self.seed, "blocks", epoch)
+        behind_short = _find(self._blocks - 1, self._blocks, key) * self.block + self._short
+        if place >= behind_short:
+            place += self.block - self._short  # as if the short block were a whole one
+        slot, offset = divmod(place, self.block)
+        return permute(slot, self._blocks, key) * self.block + offset
+
+
+@lru_cache(maxsize=256)
+def _rectangle(n: int) -> tuple[int, int]:
+    """Sides a >= b with a * b >= n, as small as they come for a = ceil(sqrt(n))."""
+    a = isqrt(n - 1) + 1
+    return a, -(-n // a)
+
+
+@lru_cache(maxsize=4096)
+def _round_keys(key: int) -> tuple[int, ...]:
+    return tuple(_mix(key + turn) for turn in range(_ROUNDS))
+
+
+def _mix(x: int) -> int:
+    """SplitMix64's step (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014)."""
+    x = (x + 0x9E3779B97F4A7C15) & _MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    return x ^ (x >> 31)

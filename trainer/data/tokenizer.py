@@ -1,0 +1,199 @@
+"""Text to token ids and back: raw bytes, or any Hugging Face `tokenizer.json`; and training small ones."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from trainer.errors import ConfigError
+
+SEPARATOR = "<|endoftext|>"
+_SEPARATORS = (SEPARATOR, "</s>", "<eos>", "<|end_of_text|>")
+_UNKNOWN = "\ufffd"  # what a character tokenizer makes of characters that it does not have
+
+Ids = npt.NDArray[np.int32]
+
+
+class Tokenizer(ABC):
+    """Text to ids and back.
+
+    `vocab_size`: ids are below it. `separator`: the id that ends a document. `token_bytes`, `token_chars`:
+    int32 [vocab_size], UTF-8 bytes that a token stands for, and characters that start in it; 0 for special
+    tokens. `fingerprint`: sha256 of what the tokenizer is.
+    """
+
+    vocab_size: int
+    separator: int
+    token_bytes: Ids
+    token_chars: Ids
+    fingerprint: str
+
+    @abstractmethod
+    def encode(self, text: str) -> Ids:
+        """Ids of `text`, int32 [n], without separator. Special tokens spelt out in it are ordinary text."""
+
+    @abstractmethod
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`, special tokens left out; bytes that are no UTF-8 become U+FFFD."""
+
+
+class ByteTokenizer(Tokenizer):
+    """A token is a byte of UTF-8; the separator is 256."""
+
+    def __init__(self) -> None:
+        self.vocab_size, self.separator = 257, 256
+        pieces = [bytes([byte]) for byte in range(256)] + [b""]
+        self.token_bytes, self.token_chars = _measure(pieces)
+        self.fingerprint = hashlib.sha256(b"bytes").hexdigest()
+
+    def encode(self, text: str) -> Ids:
+        return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return bytes(i for i in map(int, ids) if i != self.separator).decode("utf-8", "replace")
+
+
+class JsonTokenizer(Tokenizer):
+    """A Hugging Face tokenizer, its padding, truncation and template switched off."""
+
+    def __init__(self, content: str, source: str = "tokenizer.json"):
+        """`content`: JSON text, `source`: its file. Raises `ConfigError`: no tokenizer, or no separator."""
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(content)
+            description = json.loads(content)
+        except Exception as error:  # the library raises bare Exception
+            raise ConfigError(f"data.tokenizer: {source} is not a tokenizer.json: {error}") from error
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self._tokenizer.encode_special_tokens = True  # a document cannot smuggle in a separator
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        separators = [vocabulary[token] for token in _SEPARATORS if token in vocabulary]
+        if not separators:
+            known = ", ".join(_SEPARATORS)
+            raise ConfigError(f"data.tokenizer: {source} has no end-of-document token (one of {known})")
+        self.vocab_size, self.separator = max(vocabulary.values()) + 1, separators[0]
+        self.token_bytes, self.token_chars = _measure(list(self._pieces(vocabulary, description)))
+        for part in ("padding", "truncation"):
+            description.pop(part, None)
+        self.fingerprint = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
+
+    def encode(self, text: str) -> Ids:
+        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def _pieces(self, vocabulary: dict[str, int], description: dict) -> Iterator[bytes]:
+        """The bytes that each id stands for."""
+        tokens = {i: token for token, i in vocabulary.items()}
+        added = self._tokenizer.get_added_tokens_decoder()
+        kinds = _kinds(description.get("decoder"))
+        context = self._tokenizer.encode("a", add_special_tokens=False).ids
+        before = self._tokenizer.decode(context)
+        for i in range(self.vocab_size):
+            token = tokens.get(i)
+            if token is None or i == self.separator:
+                yield b""
+            elif i in added:
+                yield b"" if added[i].special else token.encode("utf-8")
+            elif "ByteLevel" in kinds:
+                yield bytes(_BYTE_OF[character] for character in token)
+            elif "ByteFallback" in kinds and len(token) == 6 and token.startswith("<0x"):
+                yield bytes.fromhex(token[3:5])
+            else:  # decoded in mid-text: at the start of a text decoders drop the space of a word
+                after = self._tokenizer.decode([*context, i])
+                yield (after[len(before) :] if after.startswith(before) else self.decode([i])).encode("utf-8")
+
+
+def _kinds(decoder: dict | None) -> set[str]:
+    """Types of a decoder and of those it is made of."""
+    parts = [decoder, *decoder.get("decoders", [])] if decoder else []
+    return {part["type"] for part in parts}
+
+
+def _measure(pieces: Sequence[bytes]) -> tuple[Ids, Ids]:
+    """Bytes, and characters that start (bytes that are no 0b10xxxxxx continuation), of each piece."""
+    sizes = [len(piece) for piece in pieces]
+    starts = [sum(byte & 0xC0 != 0x80 for byte in piece) for piece in pieces]
+    return np.array(sizes, dtype=np.int32), np.array(starts, dtype=np.int32)
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's stand-in character for each byte: itself where printable, else the next from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_alphabet()
+
+
+def load(spec: str) -> Tokenizer:
+    """`bytes`, or the path of a `tokenizer.json` (or of the folder that holds it). Raises `ConfigError`."""
+    if spec == "bytes":
+        return ByteTokenizer()
+    path = Path(spec).expanduser()
+    path = path / "tokenizer.json" if path.is_dir() else path
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise ConfigError(f"data.tokenizer: {path}: {reason}; give 'bytes' or a tokenizer.json") from error
+    return JsonTokenizer(content, str(path))
+
+
+def check_bpe_size(vocab_size: int) -> int:
+    """`vocab_size`, if a byte-level BPE can have it. Raises `ConfigError`."""
+    if vocab_size < 257:
+        raise ConfigError(f"bpe:{vocab_size}: at least 257 tokens are needed (256 bytes and the separator)")
+    return vocab_size
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
+    """Byte-level BPE of at most `vocab_size` tokens: separator (id 0), 256 bytes, merges. Lossless."""
+    check_bpe_size(vocab_size)
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[SEPARATOR],
+        initial_alphabet=sorted(_BYTE_OF),
+        show_progress=False,
+    )
+    with _one_thread():
+        tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def train_chars(texts: Iterable[str]) -> tokenizers.Tokenizer:
+    """A token for each character of `texts`: separator (id 0), U+FFFD for all others (id 1), then by code."""
+    characters = sorted(set().union(*map(set, texts)) - {_UNKNOWN})
+    vocabulary = {token: i for i, token in enumerate([SEPARATOR, _UNKNOWN, *characters])}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=_UNKNOWN))
+    tokenizer.add_special_tokens([SEPARATOR])
+    tokenizer.decoder = decoders.Fuse()
+    return tokenizer
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keeps the library from starting its thread pool: processes that fork after that are warned, or hang."""
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.environ.setdefault(name, "false")
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]

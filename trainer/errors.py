@@ -1,0 +1,39 @@
+"""What can end a run, each with its exit code. The text of an error is shown as it is, without a traceback."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class OnecurveError(Exception):
+    """An end with a reason that a person can act on. `exit_code` is the process's."""
+
+    exit_code = 4
+
+
+class ConfigError(OnecurveError):
+    """The command, the config or what it points at is wrong: all problems, found before anything was started."""
+
+    exit_code = 2
+
+    def __init__(self, problems: str | Sequence[str]):
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class DataError(OnecurveError):
+    """A sample or shard cannot be read. The text names shard, key and byte."""
+
+    exit_code = 3
+
+
+class TrainingError(OnecurveError):
+    """Training cannot go on (non-finite loss, out of memory, ...). The text says what to change."""
+
+    exit_code = 4
+
+
+class Interrupted(OnecurveError):
+    """Asked to stop, saved: run the same command again to continue."""
+
+    exit_code = 75

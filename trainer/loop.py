@@ -1,0 +1,211 @@
+"""The one training loop. It says verbs to its collaborators and knows none of their kinds."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from trainer.checkpoint.load import Found, read
+from trainer.checkpoint.save import Saver
+from trainer.config import Config
+from trainer.config.interval import Interval
+from trainer.data.stream import Batch, StepData, Stream
+from trainer.data.tokenizer import Tokenizer
+from trainer.errors import Interrupted, TrainingError
+from trainer.objectives import Sums
+from trainer.optim.schedule import Schedule
+from trainer.resilience.interruption import SAVE, STOP, Requests
+from trainer.resilience.timeledger import TimeLedger
+from trainer.strategies.base import Strategy, Update
+from trainer.topology import Topology
+from trainer.tracking.journal import Journal
+
+VOTE_SECONDS = 5.0  # a request from outside waits no longer than this (or one step) for its vote
+
+
+@dataclass
+class Progress:
+    """Where the run stands; saved with every checkpoint."""
+
+    step: int = 0
+    tokens: int = 0
+    samples: int = 0
+
+
+@dataclass
+class Job:
+    """Everything the loop talks to. `build.py` makes it."""
+
+    config: Config
+    topology: Topology
+    strategy: Strategy
+    schedule: Schedule
+    stream: Stream
+    validation: Iterable[Batch] | None
+    saver: Saver
+    requests: Requests
+    journal: Journal
+    clock: TimeLedger
+    tokenizer: Tokenizer
+    found: Found | None  # the checkpoint to go on from
+    identity: dict[str, Any]  # what the run is: goes into each checkpoint's manifest
+
+
+@dataclass
+class Unread:
+    """Steps whose numbers still lie on the device."""
+
+    steps: list[StepData] = field(default_factory=list)
+    sums: list[Sums] = field(default_factory=list)
+    updates: list[Update] = field(default_factory=list)
+    data_wait: float = 0.0
+    since: float = field(default_factory=time.monotonic)
+    pace: float = VOTE_SECONDS  # seconds a step took when the numbers were last read
+
+
+def train(job: Job) -> Progress:
+    """Trains to the last step. Raises Interrupted (saved), TrainingError or DataError."""
+    config, clock, strategy = job.config, job.clock, job.strategy
+    progress = restore(job)
+    saving, saved_at = Interval.parse(config.checkpoint.every), readings(progress, 0.0)
+    born, unread, read_every = time.monotonic(), Unread(), 1
+    while progress.step < config.train.steps:
+        clock.switch("data_wait")
+        data = next(job.stream)
+        unread.data_wait += clock.switch("productive")
+        unread.sums.append(strategy.train_step(data.micro_batches))
+        unread.updates.append(strategy.update(job.schedule(data.step)))
+        unread.steps.append(data)
+        progress.step = data.step
+        for event in job.saver.poll():
+            job.journal.event(**event)
+
+        last = progress.step == config.train.steps
+        evaluate_now = last or _every(config.eval.every, progress.step)
+        save_now = last or (saving.unit == "steps" and _every(saving.amount, progress.step))
+        if not (evaluate_now or save_now or len(unread.steps) >= read_every):
+            continue
+
+        votes, rows = read_numbers(job, unread, progress, time.monotonic() - born)
+        read_every = min(config.train.log_every, max(1, int(VOTE_SECONDS / votes["pace"])))
+        if evaluate_now and job.validation is not None:
+            clock.switch("evaluation")
+            rows[-1]["eval"] = evaluate(job)
+            clock.switch("productive")
+        job.journal.rows(rows, unread.steps)
+        now = readings(progress, votes["elapsed"])
+        stop = votes["stop"] > 0 and not last
+        if stop or save_now or votes["save"] > 0 or saving.due(saved_at, now):
+            save(job, progress, data)
+        saved_at, unread = now, Unread(pace=rows[-1]["step_s"])
+        clock.write(progress.step)
+        if stop:
+            finish_saving(job)
+            job.requests.done(STOP)
+            raise Interrupted(f"stopped at step {progress.step} as asked, saved: run the same command to continue")
+    finish_saving(job)
+    clock.write(progress.step)
+    return progress
+
+
+def restore(job: Job) -> Progress:
+    """Takes up the checkpoint that was found, or starts at step 0."""
+    found = job.found
+    progress = Progress(**found.manifest["progress"]) if found else Progress()
+    job.journal.start(progress.step, resumed=found is not None)
+    if found:
+        state = job.strategy.state()
+        read(found, state, job.topology)
+        job.strategy.load_state(state)
+        job.saver.last_step = progress.step
+    job.stream.seek(progress.step, torch.tensor(found.manifest["position"]) if found else None)
+    return progress
+
+
+def read_numbers(job: Job, unread: Unread, progress: Progress, elapsed: float) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Reads the device's numbers since the last reading: one row a step, and the ranks' votes. One collective.
+
+    Raises TrainingError on a loss or gradient that is not finite.
+    """
+    n, main = len(unread.steps), job.topology.is_main
+    sums = {f"sum/{name}": torch.stack([part[name] for part in unread.sums]) for name in unread.sums[0]}
+    own = {"stop": job.requests.stop(), "save": job.requests.save(), "elapsed": elapsed if main else 0.0}
+    own["pace"] = unread.pace / job.topology.world_size
+    votes = {f"vote/{name}": torch.full((n,), float(value), dtype=torch.float64) for name, value in own.items()}
+    numbers = job.strategy.reduce({**sums, **votes})
+    norms = torch.stack([update.grad_norm for update in unread.updates]).tolist()
+    skipped = torch.stack([update.skipped for update in unread.updates]).tolist()
+
+    step_s = (time.monotonic() - unread.since) / n
+    rows = []
+    for i, data in enumerate(unread.steps):
+        count = int(numbers["sum/count"][i])
+        loss = numbers["sum/loss"][i] / max(1, count)
+        progress.tokens += count
+        progress.samples += job.config.train.global_batch
+        rows.append({
+            "step": data.step, "loss": loss, "grad_norm": norms[i], "lr": job.schedule(data.step),
+            "tokens": progress.tokens, "samples": progress.samples, "step_s": round(step_s, 6),
+            "data_wait_s": round(unread.data_wait / n, 6), "tokens_per_s": round(count / step_s, 1),
+            "skipped": bool(skipped[i]), **_memory(job.topology.device),
+        })  # fmt: skip
+        if not (math.isfinite(loss) and (math.isfinite(norms[i]) or skipped[i])):
+            job.journal.rows(rows, unread.steps[: i + 1])
+            raise TrainingError(
+                f"step {data.step}: loss {loss:.4g}, gradient norm {norms[i]:.4g}: not finite. Lower optimizer.lr "
+                f"(now {job.config.optimizer.lr:g}), lengthen schedule.warmup_steps, or try precision=fp32."
+            )
+    return {name: numbers[f"vote/{name}"][-1] for name in own}, rows
+
+
+def evaluate(job: Job) -> dict[str, float]:
+    """One pass over the validation split; the same numbers on every rank."""
+    totals: Sums = {}
+    for batch in job.validation or ():
+        for name, value in job.strategy.eval_step(batch).items():
+            totals[name] = totals[name] + value if name in totals else value
+    sums = job.strategy.reduce({name: value.reshape(1) for name, value in totals.items()})
+    return job.strategy.objective.summary({name: value[0] for name, value in sums.items()})
+
+
+def save(job: Job, progress: Progress, data: StepData) -> None:
+    """Saves as of now. A save that fails is reported and does not end the run."""
+    job.clock.switch("checkpoint")
+    about = {
+        "progress": asdict(progress),
+        "identity": job.identity,
+        "config": job.config.resolved(),
+        "topology": job.topology.describe(),
+    }
+    for event in job.saver.save(progress.step, job.strategy.state(), data.position, about):
+        job.journal.event(**event)
+    job.requests.done(SAVE)
+    job.clock.switch("productive")
+
+
+def finish_saving(job: Job) -> None:
+    """Waits for the save in flight. Raises TrainingError if the run would end without it."""
+    job.clock.switch("checkpoint")
+    for event in job.saver.wait():
+        job.journal.event(**event)
+        if event["kind"] == "checkpoint_failed":
+            raise TrainingError(f"the last checkpoint could not be saved: {event['reason']}")
+
+
+def readings(progress: Progress, elapsed: float) -> dict[str, float]:
+    return {"steps": progress.step, "tokens": progress.tokens, "seconds": elapsed}
+
+
+def _every(amount: int, step: int) -> bool:
+    return bool(amount) and step % amount == 0
+
+
+def _memory(device: torch.device) -> dict[str, float]:
+    if device.type != "cuda":
+        return {}
+    return {"mem_gib": round(torch.cuda.max_memory_allocated(device) / 2**30, 3)}

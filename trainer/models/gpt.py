@@ -1,0 +1,113 @@
+"""GPT: a pre-norm transformer decoder with tied embeddings (Radford et al. 2019; rotary positions: Su et al. 2021)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trainer.config import schema
+from trainer.models.dropout import dropout
+
+
+class GPT(nn.Module):
+    """Maps a batch to logits. `blocks` are the layers that strategies may shard, checkpoint, compile or cut between."""
+
+    Config = schema.GPT
+
+    def __init__(self, config: schema.GPT, vocab_size: int, sequence_length: int):
+        super().__init__()
+        self.config = config
+        self.sequence_length = sequence_length
+        self.token_embedding = nn.Embedding(vocab_size, config.width)
+        if config.positions == "learned":
+            self.position_embedding = nn.Embedding(sequence_length, config.width)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        self.norm = nn.LayerNorm(config.width, bias=config.bias)
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        """`inputs` int64 [B, T], optional `draws` int64 [B] (used in training only) -> logits [B, T, vocabulary]."""
+        inputs, draws = batch["inputs"], batch.get("draws") if self.training else None
+        x = self.token_embedding(inputs)
+        rotation = None
+        if self.config.positions == "learned":
+            x = x + self.position_embedding.weight[: inputs.shape[1]]
+        else:
+            rotation = rotary(inputs.shape[1], self.config.width // self.config.heads, inputs.device)
+        x = dropout(x, self.config.dropout, draws, site=0)
+        for block in self.blocks:
+            x = block(x, rotation, draws)
+        return F.linear(self.norm(x), self.token_embedding.weight)
+
+    def initialise(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
+        """GPT-2's initial value of one parameter: residual projections are scaled by 1 / sqrt(2 layers)."""
+        if name.endswith("bias"):
+            parameter.zero_()
+        elif "norm" in name:
+            parameter.fill_(1.0)
+        else:
+            scale = 1 / math.sqrt(2 * self.config.layers) if name.endswith("output.weight") else 1.0
+            parameter.normal_(0.0, 0.02 * scale, generator=generator)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each behind a norm and on a residual branch."""
+
+    def __init__(self, config: schema.GPT, layer: int):
+        super().__init__()
+        self.p, self.layer = config.dropout, layer
+        self.attention_norm = nn.LayerNorm(config.width, bias=config.bias)
+        self.attention = Attention(config)
+        self.mlp_norm = nn.LayerNorm(config.width, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rotation: Tensor | None, draws: Tensor | None) -> Tensor:
+        x = x + dropout(self.attention(self.attention_norm(x), rotation), self.p, draws, site=2 * self.layer + 1)
+        return x + dropout(self.mlp(self.mlp_norm(x)), self.p, draws, site=2 * self.layer + 2)
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention."""
+
+    def __init__(self, config: schema.GPT):
+        super().__init__()
+        self.heads = config.heads
+        self.qkv = nn.Linear(config.width, 3 * config.width, bias=config.bias)
+        self.output = nn.Linear(config.width, config.width, bias=config.bias)
+
+    def forward(self, x: Tensor, rotation: Tensor | None) -> Tensor:
+        batch, length, width = x.shape
+        qkv = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads)
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(dim=2))
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.output(y.transpose(1, 2).reshape(batch, length, width))
+
+
+class MLP(nn.Module):
+    """Four times wider inside, with GELU (tanh form, as in GPT-2)."""
+
+    def __init__(self, config: schema.GPT):
+        super().__init__()
+        self.input = nn.Linear(config.width, 4 * config.width, bias=config.bias)
+        self.output = nn.Linear(4 * config.width, config.width, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output(F.gelu(self.input(x), approximate="tanh"))
+
+
+def rotary(length: int, head_size: int, device: torch.device, base: float = 10_000.0) -> Tensor:
+    """Cosines and sines [2, T, head_size / 2] of the rotation angles."""
+    frequencies = base ** (-torch.arange(0, head_size, 2, device=device, dtype=torch.float32) / head_size)
+    angles = torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequencies)
+    return torch.stack((angles.cos(), angles.sin()))
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Rotates the pairs (i, i + head_size / 2) of `x` [B, heads, T, head_size] by their positions' angles."""
+    cos, sin = rotation.to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)

@@ -1,0 +1,1 @@
+"""Resilience: being asked to stop, and where the time went."""

@@ -1,0 +1,95 @@
+"""Text from a trained model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from trainer.build import build_model, read_tokenizer
+from trainer.checkpoint.load import newest, read
+from trainer.config import Config
+from trainer.config.check import check
+from trainer.data.tokenizer import Tokenizer
+from trainer.errors import ConfigError
+from trainer.folder import CHECKPOINTS
+from trainer.randomness import key
+
+
+
+def load_run(folder: Path) -> tuple[Config, nn.Module, Tokenizer]:
+    """The config, newest model (on the CPU) and tokenizer of a run's folder. Raises ConfigError if it has none."""
+    if not (folder / "config.yaml").is_file():
+        raise ConfigError(f"{folder}: is no run's folder (it has no config.yaml)")
+    config = check(yaml.safe_load((folder / "config.yaml").read_text()))
+    found, _ = newest(folder / CHECKPOINTS)
+    if found is None:
+        raise ConfigError(f"{folder}: has no checkpoint yet")
+    tokenizer = read_tokenizer(config)
+    model = build_model(config, tokenizer)
+    read(found, {f"model/{name}": tensor for name, tensor in model.state_dict().items()})
+    return config, model, tokenizer
+
+
+def with_weights(config: Config, tokenizer: Tokenizer, weights: Mapping[str, Tensor]) -> nn.Module:
+    """A model on the CPU that holds `weights`."""
+    model = build_model(config, tokenizer)
+    model.load_state_dict(dict(weights))
+    return model
+
+
+def sample(config: Config, model: nn.Module, tokenizer: Tokenizer) -> list[str]:
+    """The samples that the config's `sample` section asks for; the same each time for the same weights."""
+    wanted = config.sample
+    generator = torch.Generator().manual_seed(key(config.run.seed, "sample"))
+    return generate(
+        model,
+        tokenizer,
+        wanted.prompt,
+        count=wanted.count,
+        tokens=wanted.tokens,
+        context=config.data.sequence_length,
+        temperature=wanted.temperature,
+        top_k=wanted.top_k,
+        generator=generator,
+    )
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    count: int,
+    tokens: int,
+    context: int,
+    temperature: float,
+    top_k: int | None,
+    generator: torch.Generator,
+) -> list[str]:
+    """`count` continuations of `prompt`, prompt included, each of up to `tokens` tokens.
+
+    A continuation ends at the end-of-document token. The model sees the last `context` tokens.
+    """
+    model.eval()
+    start = [tokenizer.separator, *tokenizer.encode(prompt).tolist()]
+    ids = torch.tensor([start] * count, dtype=torch.int64)
+    for _ in range(tokens if count else 0):
+        logits = model({"inputs": ids[:, -context:]})[:, -1].float()
+        if temperature == 0:
+            chosen = logits.argmax(dim=-1, keepdim=True)
+        else:
+            if top_k is not None:
+                floor = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+                logits = logits.masked_fill(logits < floor, float("-inf"))
+            chosen = torch.multinomial((logits / temperature).softmax(dim=-1), 1, generator=generator)
+        ids = torch.cat((ids, chosen), dim=1)
+    texts = []
+    for row in ids[:, 1:].tolist():
+        end = row.index(tokenizer.separator) if tokenizer.separator in row else len(row)
+        texts.append(tokenizer.decode(row[:end]))
+    return texts

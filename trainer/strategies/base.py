@@ -1,0 +1,63 @@
+"""The seam between the loop and a strategy: only verbs that every strategy can honour.
+
+A pipeline schedule owns forward and backward of all micro-batches, DeepSpeed merges unscale, clip, step and zero; so the
+loop says no less than `train_step` and `update`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from trainer.objectives import Batch, Objective, Sums
+
+ModelFactory = Callable[[], nn.Module]
+OptimizerFactory = Callable[[nn.Module], torch.optim.Optimizer]
+
+
+class Update(NamedTuple):
+    """Both stay on the device until somebody reads them."""
+
+    grad_norm: Tensor  # global norm before clipping, float32 scalar
+    skipped: Tensor  # bool scalar: the step was left out (fp16 overflow)
+
+
+class Strategy(Protocol):
+    objective: Objective
+
+    def setup(self, model_factory: ModelFactory, optimizer_factory: OptimizerFactory) -> None:
+        """Builds the model, parallelises it, then builds the optimizer on the final parameters."""
+        ...
+
+    def train_step(self, micro_batches: Sequence[Batch]) -> Sums:
+        """Forward and backward of every micro-batch, no update. Gives this rank's sums, on the device."""
+        ...
+
+    def update(self, lr: float) -> Update:
+        """Unscale, clip, step, zero."""
+        ...
+
+    def eval_step(self, batch: Batch) -> Sums:
+        """Forward only; this rank's sums."""
+        ...
+
+    def reduce(self, sums: Mapping[str, Tensor]) -> dict[str, list[float]]:
+        """Adds up vectors (each of one length) over all data-parallel ranks: the one collective of metrics and votes."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """The canonical form: `model/<name>`, `optimizer/<kind>/<name>`, `scaler/<kind>` -> tensors."""
+        ...
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Takes over what `state` gave, here or elsewhere."""
+        ...
+
+    def full_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Streams every weight, whole, as CPU tensors on the main rank."""
+        ...
+
+    def close(self) -> None: ...

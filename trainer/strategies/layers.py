@@ -1,0 +1,45 @@
+"""What is done to a model's layers before a strategy wraps it: first activation checkpointing, then compilation.
+
+In this order, so that the compiler sees the recomputation. Both act in place: parameter names never change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+_EXPENSIVE = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+}
+
+
+def prepare(model: nn.Module, activation_checkpointing: str, compile: bool) -> None:
+    """Applies both to each of `model.blocks`, or to the whole model where it names no blocks."""
+    for layer in getattr(model, "blocks", [model]):
+        if activation_checkpointing != "none":
+            layer.forward = _recompute(layer.forward, activation_checkpointing == "selective")
+        if compile:
+            layer.compile()
+
+
+def _recompute(forward: Callable[..., Any], selective: bool) -> Callable[..., Any]:
+    """`forward` with its activations recomputed in the backward pass; selective keeps the expensive products."""
+    keywords: dict[str, Any] = {"use_reentrant": False}
+    if selective:
+        keywords["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_expensive)
+    return partial(checkpoint, forward, **keywords)
+
+
+def _keep_expensive(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in _EXPENSIVE else CheckpointPolicy.PREFER_RECOMPUTE

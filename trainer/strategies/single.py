@@ -1,0 +1,154 @@
+"""One process. Data-parallel strategies are this one with a wrapper and a sum over ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from trainer.config import schema
+from trainer.objectives import Batch, Objective, Sums
+from trainer.precision import Precision
+from trainer.strategies.base import ModelFactory, OptimizerFactory, Update
+from trainer.strategies.layers import prepare
+from trainer.topology import Topology
+
+
+@dataclass
+class StepOptions:
+    """What every strategy is told of the step, besides its own keys."""
+
+    clip_norm: float
+    activation_checkpointing: str
+    compile: bool
+
+
+class Single:
+    def __init__(
+        self,
+        config: schema.Plugin,
+        topology: Topology,
+        precision: Precision,
+        objective: Objective,
+        options: StepOptions,
+    ):
+        self.topology, self.precision, self.objective, self.options = topology, precision, objective, options
+        self.scaler = precision.scaler()
+
+    def setup(self, model_factory: ModelFactory, optimizer_factory: OptimizerFactory) -> None:
+        self.model = model_factory().to(self.topology.device)
+        prepare(self.model, self.options.activation_checkpointing, self.options.compile)
+        self.optimizer = optimizer_factory(self.model)
+        self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.forward = self.wrap(self.model)
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The module that training calls."""
+        return model
+
+    def sync(self, last: bool) -> AbstractContextManager[object]:
+        """Around each micro-batch: only the last one's backward needs to exchange gradients."""
+        return nullcontext()
+
+    def total(self, sums: Tensor) -> Tensor:
+        """Adds up over data-parallel ranks."""
+        return sums
+
+    def train_step(self, micro_batches: Sequence[Batch]) -> Sums:
+        count = sum(self.objective.count(batch) for batch in micro_batches)
+        # Gradients are averaged over ranks: dp_size / count makes that the sum over targets / the global count.
+        count_everywhere = self.total(torch.full((), count, dtype=torch.float64, device=self.topology.device))
+        scale = (self.topology.dp_size / count_everywhere.clamp(min=1)).float()
+        sums: Sums = {}
+        for number, batch in enumerate(micro_batches, 1):
+            # For models that draw from torch's generator: the same draws in every life of the run.
+            torch.manual_seed(int(batch["draws"][0]))
+            with self.sync(last=number == len(micro_batches)):
+                part = self.run(self.forward, batch)
+                self.scaler.scale(part["loss"] * scale).backward()
+            for name, value in part.items():
+                value = value.detach().double()
+                sums[name] = sums[name] + value if name in sums else value
+        return sums
+
+    def run(self, model: nn.Module, batch: Batch) -> Sums:
+        batch = to_device(batch, self.topology.device)
+        with self.precision.autocast():
+            outputs = model(batch)
+        return self.objective.loss(outputs, batch)
+
+    def update(self, lr: float) -> Update:
+        self.scaler.unscale_(self.optimizer)
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self.options.clip_norm:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.options.clip_norm, norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        overflow = ~norm.isfinite() if self.scaler.is_enabled() else torch.zeros_like(norm, dtype=torch.bool)
+        return Update(norm, overflow)
+
+    @torch.no_grad()
+    def eval_step(self, batch: Batch) -> Sums:
+        self.model.eval()
+        batch = to_device(batch, self.topology.device)
+        with self.precision.autocast():
+            outputs = self.model(batch)
+        self.model.train()
+        return {name: value.double() for name, value in self.objective.evaluate(outputs, batch).items()}
+
+    def reduce(self, sums: Mapping[str, Tensor]) -> dict[str, list[float]]:
+        names = sorted(sums)
+        stacked = torch.stack([sums[name].to(self.topology.device, torch.float64) for name in names])
+        return dict(zip(names, self.total(stacked).tolist(), strict=True))
+
+    def state(self) -> dict[str, Tensor]:
+        self._materialise()
+        state = {f"model/{name}": tensor.detach() for name, tensor in self.model.state_dict().items()}
+        for name, parameter in self.model.named_parameters():
+            for kind, value in self.optimizer.state[parameter].items():
+                state[f"optimizer/{kind}/{name}"] = value
+        if self.scaler.is_enabled():
+            values = self.scaler.state_dict()
+            state["scaler/scale"] = torch.tensor(values["scale"], dtype=torch.float64)
+            state["scaler/growth_tracker"] = torch.tensor(values["_growth_tracker"], dtype=torch.int64)
+        return state
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        for name, tensor in self.state().items():
+            tensor.copy_(state[name])
+        if self.scaler.is_enabled():
+            values = {"scale": float(state["scaler/scale"]), "_growth_tracker": int(state["scaler/growth_tracker"])}
+            self.scaler.load_state_dict({**self.scaler.state_dict(), **values})
+
+    def full_weights(self) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in self.model.state_dict().items():
+            yield name, tensor.detach().cpu()
+
+    def close(self) -> None:
+        pass
+
+    def _materialise(self) -> None:
+        """Makes the optimizer's state, which torch creates only at the first step, so that it can be read into."""
+        if self.optimizer.state:
+            return
+        for parameter in self.parameters:
+            self.optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Copies that do not wait for the device's queue (from pinned memory)."""
+    if device.type == "cpu":
+        return batch
+    return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in batch.items()}

@@ -1,0 +1,111 @@
+"""Who am I: ranks, device, process groups. Read once from torchrun's environment."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Topology:
+    """This process among all of them. `dp_rank` and `dp_size` say which part of the data it takes."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+    dp_rank: int
+    dp_size: int
+    control: dist.ProcessGroup | None  # CPU collectives of the loop
+    saving: dist.ProcessGroup | None  # CPU collectives of the checkpoint thread, never shared with the loop
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def describe(self) -> dict[str, Any]:
+        """What a checkpoint or report says of where a run ran."""
+        return {"processes": self.world_size, "device": self.device.type, "threads": torch.get_num_threads()}
+
+    def barrier(self) -> None:
+        if self.control is not None:
+            dist.barrier(group=self.control)
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's JSON-able `value` on every rank."""
+        return self.gather_all(value if self.is_main else None, self.control)[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's JSON-able value, in rank order."""
+        return self.gather_all(value, self.control)
+
+    def gather_all(self, value: Any, group: dist.ProcessGroup | None) -> list[Any]:
+        """`gather` on a group of one's own. JSON in byte tensors: torch's object collectives unpickle what a peer sends."""
+        if group is None:
+            return [value]
+        payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        sizes = torch.zeros(self.world_size, dtype=torch.int64)
+        sizes[self.rank] = len(payload)
+        dist.all_reduce(sizes, group=group)
+        padded = torch.zeros(int(sizes.max()), dtype=torch.uint8)
+        padded[: len(payload)] = payload
+        parts = [torch.empty_like(padded) for _ in range(self.world_size)]
+        dist.all_gather(parts, padded, group=group)
+        return [json.loads(bytes(part[: int(size)].numpy())) for part, size in zip(parts, sizes, strict=True)]
+
+    def close(self) -> None:
+        if self.control is not None:
+            dist.destroy_process_group()
+
+
+def world_size() -> int:
+    """How many processes the launcher started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main_process() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def join(timeout_s: int) -> Topology:
+    """Joins the process group that the launcher's environment describes; alone, none is made."""
+    rank, size = int(os.environ.get("RANK", "0")), world_size()
+    local_rank, local_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    control = saving = None
+    if size > 1:
+        timeout = datetime.timedelta(seconds=timeout_s)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout, store=_store(size, local_size, timeout))
+        control = dist.new_group(backend="gloo", timeout=timeout)
+        saving = dist.new_group(backend="gloo", timeout=timeout)
+    return Topology(rank, size, local_rank, local_size, device, rank, size, control, saving)
+
+
+def _store(size: int, local_size: int, timeout: datetime.timedelta) -> dist.Store | None:
+    """Under torchrun on one node a file, so that nothing listens on the network and no dead attempt's keys are read.
+
+    Elsewhere None: torch's own store at MASTER_ADDR.
+    """
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID")
+    if run_id is None or local_size != size:
+        return None
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        os.environ.setdefault(name, "lo")
+    attempt = [run_id, os.environ.get("MASTER_PORT"), os.environ.get("TORCHELASTIC_RESTART_COUNT"), str(os.getppid())]
+    digest = hashlib.sha256(repr(attempt).encode()).hexdigest()[:16]
+    store = dist.FileStore(str(Path(tempfile.gettempdir()) / f"onecurve-{os.getuid()}-{digest}"), size)
+    store.set_timeout(timeout)
+    return store

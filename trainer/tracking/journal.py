@@ -1,0 +1,74 @@
+"""What the loop tells of a run: numbers and samples of each step, events, and how it ended.
+
+Every rank has one. Only the main rank's reaches trackers and files; the others bring their part of the sample ledger.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from trainer.data import ledger
+from trainer.data.packing import Piece
+from trainer.data.stream import StepData
+from trainer.topology import Topology
+from trainer.tracking import Row, RunInfo, Trackers, write_status
+from trainer.tracking.jsonl import cut
+
+
+class Journal:
+    """`trackers` is None on all ranks but the main one. `info.step` is set by `start`."""
+
+    def __init__(self, topology: Topology, info: RunInfo, trackers: Trackers | None, keep_ledger: bool):
+        self.topology, self.info, self.trackers = topology, info, trackers
+        self.ledger = info.folder / "ledger.jsonl" if keep_ledger else None
+        self.step = 0
+
+    def rows(self, rows: list[Row], steps: Sequence[StepData]) -> None:
+        """One row a step; the ledger's line of a step is on disk before its row."""
+        if self.ledger is not None:
+            parts = self.topology.gather(
+                [[data.step, data.first, data.stride, data.pieces] for data in steps]
+            )
+            if self.topology.is_main:
+                named = [
+                    (step, first, stride, [[Piece(*piece) for piece in sequence] for sequence in pieces])
+                    for part in parts
+                    for step, first, stride, pieces in part
+                ]
+                with open(self.ledger, "a") as file:
+                    file.writelines(json.dumps(row) + "\n" for row in ledger.rows(named))
+        self.step = rows[-1]["step"]
+        if self.trackers:
+            self.trackers.rows(rows)
+
+    def start(self, step: int, resumed: bool) -> None:
+        """Cuts what was recorded after `step`: those steps are about to happen again, the same."""
+        self.step = step
+        if not self.trackers:
+            return
+        if self.ledger is not None:
+            cut(self.ledger, step)
+        self.trackers.start(RunInfo(**{**vars(self.info), "step": step}))
+        self.event("resume" if resumed else "start", processes=self.topology.world_size)
+        self._status("running")
+
+    def event(self, kind: str, **fields: Any) -> None:
+        if not self.trackers:
+            return
+        self.trackers.event({"kind": kind, "step": self.step, **fields})
+        if kind == "checkpoint":
+            self._status("running")
+
+    def close(self, state: str, reason: str | None = None, exit_code: int = 0) -> None:
+        """The end of this life of the run: `finished`, `interrupted` or `failed`."""
+        if not self.trackers:
+            return
+        self.event(state, **({"reason": reason} if reason else {}))
+        self.trackers.close(self._status(state, reason=reason, exit_code=exit_code))
+
+    def _status(self, state: str, **fields: Any) -> Row:
+        status = {"state": state, "step": self.step, "steps": self.info.steps, "reason": None, **fields}
+        write_status(self.info.folder, status)
+        return status

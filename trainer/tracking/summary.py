@@ -1,0 +1,135 @@
+"""What a run's folder says of the run: its files as they are, and the run in a few numbers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+from omegaconf import OmegaConf
+
+from trainer.errors import ConfigError
+from trainer.tracking.base import Row
+from trainer.tracking.console import duration
+from trainer.tracking.jsonl import read
+from trainer.tracking.plot import label
+
+RESTARTS = ("restart", "resume")
+SAMPLE_SHOWN = 20_000  # characters
+
+
+class Figure(NamedTuple):
+    """A headline figure."""
+
+    label: str
+    value: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Run:
+    """The files of a run's folder. Each of them may be missing."""
+
+    name: str
+    status: Row
+    rows: list[Row]
+    events: list[Row]
+    config: str
+    environment: Row
+    sample: str
+
+    @property
+    def evaluations(self) -> dict[int, Row]:
+        """By step. An evaluation may have come with its row, as an event, or as both."""
+        found = {
+            event["step"]: event.get("eval", event) for event in self.events if event["kind"] == "evaluation"
+        }
+        found |= {row["step"]: row["eval"] for row in self.rows if row.get("eval")}
+        return dict(sorted(found.items()))
+
+    def count(self, kind: str) -> int:
+        return sum(event["kind"] == kind for event in self.events)
+
+
+def load(folder: Path) -> Run:
+    """Reads a run's folder.
+
+    Raises:
+        ConfigError: it is no run's folder, or one of its files is damaged.
+    """
+    if not any((folder / name).is_file() for name in ("status.json", "metrics.jsonl")):
+        raise ConfigError(f"{folder}: not a run's folder (neither status.json nor metrics.jsonl is in it)")
+    config = _text(folder / "config.yaml")
+    name = OmegaConf.select(OmegaConf.create(config), "run.name") if config else None
+    return Run(
+        name=str(name or folder.resolve().name),
+        status={"state": "unknown", **_json(folder / "status.json")},
+        rows=read(folder / "metrics.jsonl"),
+        events=read(folder / "events.jsonl"),
+        config=config,
+        environment=_json(folder / "environment.json"),
+        sample=_text(folder / "samples.txt")[-SAMPLE_SHOWN:],
+    )
+
+
+def headline(run: Run) -> list[Figure]:
+    """The run in a few numbers. Times and rates are of the steps that count, lost work left out."""
+    steps = run.status.get("steps")
+    restarts = max(map(run.count, RESTARTS))  # the launcher and the run may both tell of one
+    checkpoints = run.count("checkpoint")
+    return [
+        Figure("Steps", f"{run.rows[-1]['step'] if run.rows else 0:,}", f"of {steps:,}" if steps else ""),
+        *(_trained(run) if run.rows else []),
+        Figure("Restarts", f"{restarts}", f"{checkpoints} checkpoint" + "s" * (checkpoints != 1)),
+    ]
+
+
+def _trained(run: Run) -> list[Figure]:
+    first, last = run.rows[0], run.rows[-1]
+    seconds = max(sum(row["step_s"] for row in run.rows), 1e-9)
+    waited = sum(row["data_wait_s"] for row in run.rows)
+    return [
+        Figure("Training loss", _number(last["loss"]), f"from {_number(first['loss'])}"),
+        *_best(run.evaluations),
+        Figure("Tokens", label(last["tokens"]), f"{label(last['samples'])} samples"),
+        Figure(
+            "Training time",
+            duration(seconds),
+            f"{_seconds(median(row['step_s'] for row in run.rows))} a step",
+        ),
+        Figure("Throughput", label(last["tokens"] / seconds), "tokens/s"),
+        Figure("Waiting for data", f"{waited / seconds:.1%}", "of the training time"),
+    ]
+
+
+def _best(evaluations: dict[int, Row]) -> list[Figure]:
+    """The best validation, in nats a character where that was measured."""
+    for key, unit in (("nats_per_char", "nats/char"), ("loss", "nats a target")):
+        found = [values for values in evaluations.values() if values.get(key) is not None]
+        if found:
+            best = min(found, key=lambda values: values[key])
+            bits = best.get("bits_per_byte")
+            note = unit if bits is None else f"{unit}, {_number(bits)} bits/byte"
+            return [Figure("Best validation", _number(best[key]), note)]
+    return []
+
+
+def _number(value: float | None) -> str:
+    return "NaN" if value is None else f"{value:.4f}"
+
+
+def _seconds(value: float) -> str:
+    return f"{value * 1000:.3g} ms" if value < 1 else f"{value:.3g} s"
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
+def _json(path: Path) -> Row:
+    try:
+        return json.loads(_text(path) or "{}")
+    except ValueError as error:
+        raise ConfigError(f"{path}: not JSON ({error}); delete it to go on without it") from None
