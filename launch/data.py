@@ -20,7 +20,7 @@ from trainer.errors import ConfigError, DataError
 
 
 def add_commands(subparsers: argparse._SubParsersAction) -> None:
-    """Registers `data` and its commands; each sets `func`, which takes the arguments and returns the exit code."""
+    """Registers `data` and its commands; each sets `func`: parsed arguments in, exit code out."""
     data = subparsers.add_parser("data", help="pack, index and check tar shards", description=__doc__)
     commands = data.add_subparsers(metavar="COMMAND", required=True)
 
@@ -28,9 +28,7 @@ def add_commands(subparsers: argparse._SubParsersAction) -> None:
     command.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help=".txt .md .jsonl [.xz .gz], folders")
     command.add_argument("--out", required=True, type=Path, help="the dataset's folder; must not exist")
     command.add_argument("--tokenizer", default="bpe:1024", help="bpe:SIZE, chars, bytes or a tokenizer.json")
-    command.add_argument(
-        "--validation", type=float, default=0.05, metavar="SHARE", help="share of documents held out"
-    )
+    command.add_argument("--validation", type=float, default=0.05, metavar="SHARE", help="share of documents held out")
     command.add_argument("--split", choices=list(SPLITS), default="file", help="what a document is")
     command.add_argument("--field", default="txt", help="name of the member that holds the text")
     command.add_argument("--shard-mb", type=float, default=SHARD_BYTES / 2**20, help="size of a shard, MiB")
@@ -62,9 +60,7 @@ def pack(args: argparse.Namespace) -> int:
     made = json.loads((args.out.expanduser() / "dataset.json").read_text(encoding="utf-8"))
     for name, split in made["splits"].items():
         if split["shards"]:
-            print(
-                f"{name}: {split['samples']} samples, {_size(split['bytes'])}, {args.out / split['shards']}"
-            )
+            print(f"{name}: {split['samples']} samples, {_size(split['bytes'])}, {args.out / split['shards']}")
     load = made["tokenizer"]["load"]
     tokenizer = load if load == "bytes" else str(args.out / load)
     print(f"tokenizer: {tokenizer}, {made['tokenizer']['vocab_size']} tokens")
@@ -77,9 +73,7 @@ def index(args: argparse.Namespace) -> int:
     for path in _progress(expand(args.shards), "indexing"):
         indexes.append(ShardIndex.open(path))
         if ShardIndex.load(Path(path + SIDECAR), path) is None:
-            raise ConfigError(
-                f"{path}{SIDECAR}: cannot be written (runs keep the index in their cache instead)"
-            )
+            raise ConfigError(f"{path}{SIDECAR}: cannot be written (runs keep the index in their cache instead)")
         print(f"{path}: {_summary(indexes[-1:])}")
     print(f"{len(indexes)} shards: {_summary(indexes)}")
     return 0
@@ -118,9 +112,7 @@ def _summary(indexes: Sequence[ShardIndex]) -> str:
     """Samples, bytes and fields; a field that some samples lack, with their number."""
     samples = sum(len(index.keys) for index in indexes)
     counts = Counter(field for index in indexes for members in index.members for field in members)
-    fields = (
-        field if count == samples else f"{field} (in {count})" for field, count in sorted(counts.items())
-    )
+    fields = (field if count == samples else f"{field} (in {count})" for field, count in sorted(counts.items()))
     size = _size(sum(index.size for index in indexes))
     return f"{samples} samples, {size}, fields: {', '.join(fields) or 'none'}"
 

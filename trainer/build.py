@@ -36,7 +36,7 @@ from trainer.strategies.base import Strategy
 from trainer.strategies.ddp import DDP
 from trainer.strategies.single import Single, StepOptions
 from trainer.topology import Topology
-from trainer.tracking import JsonLines, RunInfo, Trackers
+from trainer.tracking import JsonLines, RunInfo, Tracker, Trackers
 from trainer.tracking.console import Console
 from trainer.tracking.journal import Journal
 from trainer.tracking.wandb import WandB
@@ -161,7 +161,7 @@ def build_journal(config: Config, topology: Topology, folder: Path) -> Journal:
     if not topology.is_main:
         return Journal(topology, info, None, config.data.ledger)
     wandb = WandB(config.track.wandb.mode, config.track.wandb.project)
-    others = [Console(), wandb] if config.track.console else [wandb]
+    others: list[Tracker] = [Console(), wandb] if config.track.console else [wandb]
     return Journal(topology, info, Trackers(JsonLines(folder), others), config.data.ledger)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from trainer.checkpoint.load import Found, newest_everywhere
+from trainer.checkpoint.load import newest_everywhere
 from trainer.config import Config
 from trainer.errors import ConfigError
 from trainer.topology import Topology
@@ -74,7 +74,7 @@ def _same_run(now: dict[str, Any], then: dict[str, Any], path: Path) -> None:
     if differences:
         raise ConfigError([
             *differences,
-            f"{path}: holds another run. Undo the change to continue it, choose another run.name, or set run.fresh=true",
+            f"{path}: holds another run; undo the change to continue it, or choose another run.name, or run.fresh=true",
         ])  # fmt: skip
 
 

@@ -127,7 +127,9 @@ def restore(job: Job) -> Progress:
     return progress
 
 
-def read_numbers(job: Job, unread: Unread, progress: Progress, elapsed: float) -> tuple[dict[str, float], list[dict[str, Any]]]:
+def read_numbers(
+    job: Job, unread: Unread, progress: Progress, elapsed: float
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Reads the device's numbers since the last reading: one row a step, and the ranks' votes. One collective.
 
     Raises TrainingError on a loss or gradient that is not finite.

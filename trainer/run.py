@@ -84,5 +84,3 @@ def _open_log(folder: Path, rank: int) -> None:
     log.setLevel(logging.INFO)
     log.propagate = False
     log.info("rank %d started: python %s, torch %s", rank, sys.version.split()[0], torch.__version__)
-
-

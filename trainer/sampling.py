@@ -19,7 +19,6 @@ from trainer.folder import CHECKPOINTS
 from trainer.randomness import key
 
 
-
 def load_run(folder: Path) -> tuple[Config, nn.Module, Tokenizer]:
     """The config, newest model (on the CPU) and tokenizer of a run's folder. Raises ConfigError if it has none."""
     if not (folder / "config.yaml").is_file():

@@ -50,7 +50,7 @@ class Topology:
         return self.gather_all(value, self.control)
 
     def gather_all(self, value: Any, group: dist.ProcessGroup | None) -> list[Any]:
-        """`gather` on a group of one's own. JSON in byte tensors: torch's object collectives unpickle what a peer sends."""
+        """`gather` on another group. JSON in byte tensors: torch's object collectives unpickle what a peer sends."""
         if group is None:
             return [value]
         payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
@@ -80,7 +80,10 @@ def is_main_process() -> bool:
 def join(timeout_s: int) -> Topology:
     """Joins the process group that the launcher's environment describes; alone, none is made."""
     rank, size = int(os.environ.get("RANK", "0")), world_size()
-    local_rank, local_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    local_rank, local_size = (
+        int(os.environ.get("LOCAL_RANK", "0")),
+        int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+    )
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -88,7 +91,9 @@ def join(timeout_s: int) -> Topology:
     if size > 1:
         timeout = datetime.timedelta(seconds=timeout_s)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout, store=_store(size, local_size, timeout))
+        dist.init_process_group(
+            backend, rank=rank, world_size=size, timeout=timeout, store=_store(size, local_size, timeout)
+        )
         control = dist.new_group(backend="gloo", timeout=timeout)
         saving = dist.new_group(backend="gloo", timeout=timeout)
     return Topology(rank, size, local_rank, local_size, device, rank, size, control, saving)
@@ -104,7 +109,12 @@ def _store(size: int, local_size: int, timeout: datetime.timedelta) -> dist.Stor
         return None
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         os.environ.setdefault(name, "lo")
-    attempt = [run_id, os.environ.get("MASTER_PORT"), os.environ.get("TORCHELASTIC_RESTART_COUNT"), str(os.getppid())]
+    attempt = [
+        run_id,
+        os.environ.get("MASTER_PORT"),
+        os.environ.get("TORCHELASTIC_RESTART_COUNT"),
+        str(os.getppid()),
+    ]
     digest = hashlib.sha256(repr(attempt).encode()).hexdigest()[:16]
     store = dist.FileStore(str(Path(tempfile.gettempdir()) / f"onecurve-{os.getuid()}-{digest}"), size)
     store.set_timeout(timeout)

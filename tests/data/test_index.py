@@ -66,9 +66,27 @@ def test_samples_are_those_of_webdataset(tmp_path: Path, field: str) -> None:
 
 
 ODD = [
-    "__meta__.json", "__x__/a.txt", "README", ".hidden", "a/.b", "a.b/c", "a.b/c.txt", "a.b/c.JSON", "d.tar.gz", "d.TXT",
-    "./e.txt", "./e.cls", "f..txt", "g.txt", "README2", "g.json", "x/__y__.txt", "ü/ö.txt", "k.", "l/m.n/o.p.q",
-]  # fmt: skip
+    "__meta__.json",
+    "__x__/a.txt",
+    "README",
+    ".hidden",
+    "a/.b",
+    "a.b/c",
+    "a.b/c.txt",
+    "a.b/c.JSON",
+    "d.tar.gz",
+    "d.TXT",
+    "./e.txt",
+    "./e.cls",
+    "f..txt",
+    "g.txt",
+    "README2",
+    "g.json",
+    "x/__y__.txt",
+    "ü/ö.txt",
+    "k.",
+    "l/m.n/o.p.q",
+]
 
 
 def test_odd_names_are_grouped_as_webdataset_does(tmp_path: Path) -> None:
@@ -237,8 +255,14 @@ def test_expand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError) as error:
         expand([f"{base}/no-*.tar", f"{base}/s-{{10..13}}.tar", f"{base}/{{a", base, "s3://b/x.tar", paths[10]])
     words = [
-        "no file matches", "missing file", "missing file", "unbalanced", "is a folder", "only local files", "listed twice"
-    ]  # fmt: skip
+        "no file matches",
+        "missing file",
+        "missing file",
+        "unbalanced",
+        "is a folder",
+        "only local files",
+    ]
+    words.append("listed twice")
     assert len(error.value.problems) == len(words)
     for problem, word in zip(error.value.problems, words, strict=True):
         assert word in problem

@@ -10,7 +10,7 @@ from itertools import count
 
 import pytest
 
-from trainer.data.loader import Prefetch
+from trainer.data.loader import Prefetch, concurrently
 
 
 def prefetchers() -> list[threading.Thread]:
@@ -118,6 +118,15 @@ def test_a_dropped_reader_ends_its_thread() -> None:
     del reader
     gc.collect()
     assert wait_for(lambda: len(prefetchers()) == before)
+
+
+def test_jobs_run_at_the_same_time_and_an_error_is_raised() -> None:
+    meeting = threading.Barrier(3, timeout=10)
+    done = []
+    concurrently(lambda job: done.append((job, meeting.wait() >= 0)), range(3))
+    assert sorted(done) == [(0, True), (1, True), (2, True)]
+    with pytest.raises(ZeroDivisionError):
+        concurrently(lambda job: 1 // job, [1, 0, 2])
 
 
 def test_depth_must_be_positive() -> None:

@@ -49,9 +49,7 @@ def test_permutations_are_even_for_small_ranges() -> None:
 
 def test_neighbours_do_not_stay_together() -> None:
     kept = sum(
-        permute(i + 1, 64, key(draw)) - permute(i, 64, key(draw)) in (1, -1)
-        for draw in range(300)
-        for i in range(63)
+        permute(i + 1, 64, key(draw)) - permute(i, 64, key(draw)) in (1, -1) for draw in range(300) for i in range(63)
     )
     assert 500 < kept < 700  # by chance 2 of 64, so 300 * 63 / 32 = 591
 
@@ -71,9 +69,7 @@ def test_every_epoch_is_a_permutation(n: int, lanes: int, window: int, block: in
 
 @settings(max_examples=150, deadline=None)
 @given(n=small, lanes=small, window=st.integers(1, 6), block=st.integers(1, 20))
-def test_first_positions_are_each_sample_once_and_so_are_the_next(
-    n: int, lanes: int, window: int, block: int
-) -> None:
+def test_first_positions_are_each_sample_once_and_so_are_the_next(n: int, lanes: int, window: int, block: int) -> None:
     order = Order(n, lanes, window, block, seed=3)
     for epoch in (0, 1, 2):
         places = [order.at(position) for position in range(epoch * n, (epoch + 1) * n)]
@@ -103,6 +99,8 @@ def test_epochs_and_seeds_differ() -> None:
     orders = [epoch(0, 0), epoch(0, 1), epoch(0, 2), epoch(1, 0)]
     assert all(a != b for i, a in enumerate(orders) for b in orders[:i])
     assert epoch(0, 1) == orders[1]
+    one_block = Order(20, 1, 1, 20, seed=0)
+    assert len({tuple(one_block.sample(epoch, 0, i) for i in range(20)) for epoch in range(50)}) == 50
 
 
 def test_huge_order_takes_no_tables() -> None:

@@ -123,9 +123,7 @@ def test_ledger_rows_are_in_global_order_whatever_the_order_of_the_parts() -> No
     ]
     rows = ledger.rows(parts)
     assert [row["step"] for row in rows] == [1, 2]
-    assert [sample[0][1] for row in rows for sample in row["samples"]] == [
-        f"k{number}" for number in range(12)
-    ]
+    assert [sample[0][1] for row in rows for sample in row["samples"]] == [f"k{number}" for number in range(12)]
     assert rows[1]["samples"][0] == [["s.tar", "k6", 0, 3], ["s.tar", "z", 6, 9]]
     with pytest.raises(ValueError, match="4 of the 6 sequences of step 2"):
         ledger.rows(parts[1:])

@@ -136,9 +136,7 @@ def test_the_stream_is_what_its_definition_says(
     need = steps * 60 * LENGTH + 1
     tokens_of: dict[int, list[int]] = {}
     for lane in range(order.lanes):
-        docs = (
-            names[order.sample(epoch, lane, i)] for epoch in range(need) for i in range(order.lane_size(lane))
-        )
+        docs = (names[order.sample(epoch, lane, i)] for epoch in range(need) for i in range(order.lane_size(lane)))
         tokens_of[lane] = list(islice(chain.from_iterable(documents[doc] for doc in docs), need))
     read: dict[int, list[list]] = defaultdict(list)
     for number, (inputs, targets, sample) in enumerate(
@@ -150,17 +148,13 @@ def test_the_stream_is_what_its_definition_says(
         assert inputs == tokens_of[lane][at : at + LENGTH]
         assert targets == tokens_of[lane][at + 1 : at + LENGTH + 1]
         assert sum(end - first for _, _, first, end in sample) == LENGTH
-        assert inputs == [
-            token for shard, name, first, end in sample for token in documents[shard, name][first:end]
-        ]
+        assert inputs == [token for shard, name, first, end in sample for token in documents[shard, name][first:end]]
         read[lane] += sample
     if lanes <= 12:
         check_cover(read, documents, order)
 
 
-def check_cover(
-    read: dict[int, list[list]], documents: dict[tuple[str, str], list[int]], order: Order
-) -> None:
+def check_cover(read: dict[int, list[list]], documents: dict[tuple[str, str], list[int]], order: Order) -> None:
     """A lane's pieces make whole documents, one by one; an epoch of all lanes holds each document once."""
     epochs: dict[int, list[tuple[str, str]]] = defaultdict(list)
     for lane, pieces in read.items():
@@ -228,9 +222,7 @@ def test_a_rank_hosts_the_lanes_of_its_sequences_only(shards: Shards, lanes: int
         position = next(stream).position
         hosted = {lane for lane in range(stream.fingerprint["lanes"]) if position[lane, 0] >= 0}
         common = gcd(stream.fingerprint["lanes"], dp_size)
-        assert hosted == {
-            lane for lane in range(stream.fingerprint["lanes"]) if lane % common == rank % common
-        }
+        assert hosted == {lane for lane in range(stream.fingerprint["lanes"]) if lane % common == rank % common}
 
 
 def test_a_position_is_a_snapshot(shards: Shards) -> None:
@@ -316,9 +308,7 @@ print(next(stream).step)
 
 def validation(shards: Shards, dp_size: int, **options: Any) -> list[list[Batch]]:
     made = {"sequence_length": LENGTH, "micro_batch": 3, **options}
-    passes = [
-        Validation(shards, ByteTokenizer(), dp_rank=rank, dp_size=dp_size, **made) for rank in range(dp_size)
-    ]
+    passes = [Validation(shards, ByteTokenizer(), dp_rank=rank, dp_size=dp_size, **made) for rank in range(dp_size)]
     first, again = [list(one) for one in passes], [list(one) for one in passes]
     for batch, same in zip(chain.from_iterable(first), chain.from_iterable(again), strict=True):
         assert all(torch.equal(batch[name], same[name]) for name in ("inputs", "targets", "draws"))
@@ -335,9 +325,7 @@ def test_validation_predicts_every_token_once(
         text = text[: sequences * LENGTH + 1]
     ranks = validation(shards, dp_size, sequences=sequences)
     assert len({len(batches) for batches in ranks}) == 1
-    assert all(
-        batch[name].shape == (3, LENGTH) for rank in ranks for batch in rank for name in ("inputs", "targets")
-    )
+    assert all(batch[name].shape == (3, LENGTH) for rank in ranks for batch in rank for name in ("inputs", "targets"))
     assert all(batch["draws"].tolist() == [0, 0, 0] for rank in ranks for batch in rank)
     rows = [
         (rank[step]["inputs"][row].tolist(), rank[step]["targets"][row].tolist())
@@ -345,9 +333,7 @@ def test_validation_predicts_every_token_once(
         for row in range(3)
         for rank in ranks
     ]
-    pairs = [
-        pair for inputs, targets in rows for pair in zip(inputs, targets, strict=True) if pair[1] != -100
-    ]
+    pairs = [pair for inputs, targets in rows for pair in zip(inputs, targets, strict=True) if pair[1] != -100]
     assert pairs == list(pairwise(text))
     assert all(x >= 0 for inputs, _ in rows for x in inputs)
     assert (len(rows) - 3 * dp_size) * LENGTH < len(text) - 1  # not one batch too many

@@ -127,9 +127,9 @@ def test_missing_end(tmp_path: Path) -> None:
 def test_zeroed_page_in_the_middle(tmp_path: Path) -> None:
     path = write(tmp_path / "a.tar", MEMBERS)
     content, header = bytearray(path.read_bytes()), by_tarfile(path)[2].offset - BLOCK
-    content[header : header + 2048] = bytes(2048)
+    content[header : header + 4096] = bytes(4096)
     path.write_bytes(content)
-    with pytest.raises(DataError, match=rf"byte {header}: zeros .* data again at byte {header + 2048}"):
+    with pytest.raises(DataError, match=rf"byte {header}: zeros .* data again at byte {header + 4096}"):
         list(walk(path))
 
 

@@ -1,8 +1,9 @@
-"""Tokenizers: lossless, measured in bytes and characters, deterministic, deaf to special tokens in documents."""
+"""Tokenizers: lossless, measured in bytes and characters, deterministic, deaf to spelt-out special tokens."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,11 @@ from trainer.data import tokenizer as tokenization
 from trainer.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, load, train_bpe, train_chars
 from trainer.errors import ConfigError
 
-TEXTS = ["To be, or not to be, that is the question:\n" * 3, "naïve café — 漢字 😀\r\n\ttab", "the the then them\n\n"]
+TEXTS = [
+    "To be, or not to be, that is the question:\n" * 3,
+    "naïve café — 漢字 😀\r\n\ttab",
+    "the the then them\n\n",
+]
 BPE = JsonTokenizer(train_bpe(TEXTS, 300).to_str())
 CHARS = JsonTokenizer(train_chars(TEXTS).to_str())
 BYTES = ByteTokenizer()
@@ -104,10 +109,10 @@ if child == 0:
     os._exit(0 if tokenizer.decode(tokenizer.encode("in the child")) == "in the child" else 1)
 assert os.waitpid(child, 0)[1] == 0
 """
-    import os
-
     clean = {name: value for name, value in os.environ.items() if name != "TOKENIZERS_PARALLELISM"}
-    done = subprocess.run([sys.executable, "-c", code], env=clean, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=clean, capture_output=True, text=True, timeout=60, check=True
+    )
     assert done.stderr == ""
 
 

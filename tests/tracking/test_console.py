@@ -7,6 +7,8 @@ import os
 import pty
 import re
 import sys
+import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -29,9 +31,7 @@ def shown(rows: list[Row], events: list[Row] | None = None, steps: int = 2000) -
 
 def test_a_plain_line_a_flush() -> None:
     first = row(9, loss=99, step_s=1.0, data_wait_s=0.5, tokens_per_s=1000)
-    last = row(
-        10, loss=2.34567, grad_norm=0.5, lr=3e-4, step_s=3.0, data_wait_s=0.5, tokens_per_s=3000, skipped=True
-    )
+    last = row(10, loss=2.34567, grad_norm=0.5, lr=3e-4, step_s=3.0, data_wait_s=0.5, tokens_per_s=3000, skipped=True)
     (line,) = shown([first, last])
     assert " ".join(line.split()) == (
         "step 10/2000 loss 2.3457 norm 0.500 lr 3.00e-04 2,500 tok/s data 25.0% skipped 1 eta 1:06:20"
@@ -71,11 +71,17 @@ def test_the_remaining_time_counts_training_only() -> None:
     assert shown(rows, steps=100)[0].endswith("eta 01:40")
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0.4, "00:00"), (59.6, "01:00"), (3599, "59:59"), (90061, "25:01:01")]
-)
+@pytest.mark.parametrize(("seconds", "text"), [(0.4, "00:00"), (59.6, "01:00"), (3599, "59:59"), (90061, "25:01:01")])
 def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def read_all(terminal: int, seen: list[bytes]) -> None:
+    """Until the other side closes, which Linux tells by an error."""
+    with suppress(OSError):
+        while part := os.read(terminal, 4096):
+            seen.append(part)
+    os.close(terminal)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
@@ -84,6 +90,9 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "140")
     monkeypatch.delenv("NO_COLOR", raising=False)
     master, slave = pty.openpty()
+    seen: list[bytes] = []
+    reader = threading.Thread(target=read_all, args=(master, seen))
+    reader.start()
     with os.fdopen(slave, "w") as terminal:
         console = Console(terminal)
         console.start(info(Path("run"), steps=20))
@@ -91,9 +100,8 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
         console.event({"kind": "checkpoint", "step": 10})
         console.rows([row(20, loss=1.5)])
         console.close({"state": "finished"})
-        terminal.flush()
-        text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", os.read(master, 65536).decode())
-    os.close(master)
+    reader.join()
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", b"".join(seen).decode())
     assert "━" in text
     assert "10/20" in text
     assert "loss 2.5000" in text

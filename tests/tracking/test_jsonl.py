@@ -17,9 +17,7 @@ from trainer.tracking.jsonl import JsonLines, cut, read, write_json, write_statu
 
 
 def write_lines(path: Path, steps: range) -> bytes:
-    path.write_bytes(
-        b"".join(json.dumps({"step": step, "x": "é" * (step % 7)}).encode() + b"\n" for step in steps)
-    )
+    path.write_bytes(b"".join(json.dumps({"step": step, "x": "é" * (step % 7)}).encode() + b"\n" for step in steps))
     return path.read_bytes()
 
 
@@ -27,9 +25,7 @@ def steps_in(path: Path) -> list[int]:
     return [json.loads(line)["step"] for line in path.read_bytes().splitlines()]
 
 
-@pytest.mark.parametrize(
-    "torn", [b"", b'{"step": 10', b'{"step": 10}', b"\x00" * 300, b"\n", b'[1]\n{"step"\n']
-)
+@pytest.mark.parametrize("torn", [b"", b'{"step": 10', b'{"step": 10}', b"\x00" * 300, b"\n", b'[1]\n{"step"\n'])
 @pytest.mark.parametrize("step", [0, 1, 5, 9, 50])
 def test_cut_keeps_the_rows_up_to_a_step(tmp_path: Path, step: int, torn: bytes) -> None:
     path = tmp_path / "metrics.jsonl"

@@ -56,9 +56,7 @@ class Page(HTMLParser):
 
     @property
     def figures(self) -> dict[str, str]:
-        return dict(
-            zip(self.of("dt"), [text for text in self.of("b") if text not in self.titles], strict=True)
-        )
+        return dict(zip(self.of("dt"), [text for text in self.of("b") if text not in self.titles], strict=True))
 
     @property
     def titles(self) -> list[str]:
@@ -179,9 +177,7 @@ def test_runs_of_every_shape(tmp_path: Path, shape: Any) -> None:
         ElementTree.fromstring(svg)
     for look in ("main", "faint", "second"):
         for path in page.paths(look):
-            numbers = [
-                float(number) for number in re.findall(r"[ML](\S+) ([^MLh]+)", path) for number in number
-            ]
+            numbers = [float(number) for number in re.findall(r"[ML](\S+) ([^MLh]+)", path) for number in number]
             assert all(0 <= number <= 1000 for number in numbers)
 
 
@@ -238,7 +234,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     parser = argparse.ArgumentParser()
     add_commands(parser.add_subparsers())
     arguments = parser.parse_args(["report", str(demo_run(tmp_path / "run", steps=20))])
-    assert arguments.run(arguments) == 0
+    assert arguments.func(arguments) == 0
     shown = capsys.readouterr().out
     assert shown.startswith("shakespeare: finished\n")
     assert str(tmp_path / "run" / "report.html") in shown.splitlines()

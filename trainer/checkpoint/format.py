@@ -13,6 +13,7 @@ import pickle
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
@@ -97,6 +98,11 @@ def _self_digest(manifest: dict[str, Any]) -> str:
 
 class SafeReader(FileSystemReader):
     """torch's reader, without its two ways of running what a file says: the pickled index and pickled values."""
+
+    def sizes(self) -> dict[str, torch.Size]:
+        """The shape of each tensor in the checkpoint."""
+        stored = self.read_metadata().state_dict_metadata.items()
+        return {name: item.size for name, item in stored if isinstance(item, TensorStorageMetadata)}
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         with open(Path(self.path) / INDEX, "rb") as file:

@@ -32,14 +32,21 @@ def newest(folder: Path) -> tuple[Found | None, list[dict[str, Any]]]:
 
     Raises TrainingError where there are checkpoints but none is whole: a run never silently starts from scratch.
     """
-    events = []
+    events: list[dict[str, Any]] = []
     for path in reversed(whole(folder)):
         try:
             return Found(path, verify(path)), events
         except Damaged as damage:
             aside = _free_name(path.with_name(f".damaged-{path.name}"))
             path.rename(aside)
-            events.append({"kind": "checkpoint_damaged", "checkpoint": path.name, "reason": str(damage), "kept_as": aside.name})
+            events.append(
+                {
+                    "kind": "checkpoint_damaged",
+                    "checkpoint": path.name,
+                    "reason": str(damage),
+                    "kept_as": aside.name,
+                }
+            )
     if any(folder.glob(".damaged-*")):
         raise TrainingError(f"{folder}: no checkpoint is whole any more (see .damaged-*); run.fresh=true starts over")
     return None, events
@@ -53,7 +60,11 @@ def newest_everywhere(folder: Path, topology: Topology) -> tuple[Found | None, l
             shutil.rmtree(left, ignore_errors=True)
         try:
             found, events = newest(folder)
-            answer = {"path": found and str(found.path), "manifest": found and found.manifest, "events": events}
+            answer = {
+                "path": found and str(found.path),
+                "manifest": found and found.manifest,
+                "events": events,
+            }
         except TrainingError as error:
             answer = {"error": str(error)}
     answer = topology.broadcast(answer)
@@ -70,12 +81,12 @@ def read(found: Found, tensors: dict[str, Tensor], topology: Topology | None = N
     """
     reader = SafeReader(found.path)
     try:
-        stored = reader.read_metadata().state_dict_metadata
+        stored = reader.sizes()
     except Damaged as damage:
         raise TrainingError(f"{found.path}: {damage}") from None
     wanted = {name: tensor for name, tensor in tensors.items() if name in stored or not name.startswith("scaler/")}
     missing = sorted(set(wanted) - set(stored))
-    wrong = [name for name in wanted if name in stored and tuple(stored[name].size) != tuple(wanted[name].shape)]
+    wrong = [name for name in wanted if name in stored and stored[name] != wanted[name].shape]
     if missing or wrong:
         raise TrainingError(f"{found.path}: does not hold {(missing + wrong)[0]} in this shape")
     group = topology.saving if topology else None

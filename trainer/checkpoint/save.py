@@ -1,7 +1,7 @@
 """Saving: copy to host memory on the step, then write, check, publish and clean up in the background.
 
 The order of publishing: files written and synced, hashed by the rank that wrote them, manifest written and synced last,
-folder renamed to a name that never existed, parent synced. Whatever happens before the rename leaves nothing that counts.
+folder renamed to a name that never existed, parent synced. What happens before the rename leaves nothing that counts.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ class Saver:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._job: Future[dict[str, Any]] | None = None
 
-    def save(self, step: int, tensors: dict[str, Tensor], position: Tensor, about: dict[str, Any]) -> list[dict[str, Any]]:
+    def save(
+        self, step: int, tensors: dict[str, Tensor], position: Tensor, about: dict[str, Any]
+    ) -> list[dict[str, Any]]:
         """Starts saving `tensors` as of now. `position` is int64 [lanes, 3], rows of lanes this rank does not know -1.
 
         `about` is JSON for the manifest. Waits for the save before it; gives what became of that one, as `poll`.
@@ -75,7 +77,13 @@ class Saver:
         error = next((part["error"] for part in parts if part["error"]), None)
         if error is None and self.topology.is_main:
             everything = {name: value for part in parts for name, value in part["files"].items()}
-            manifest = {"version": VERSION, "step": step, **about, "position": position.tolist(), "files": everything}
+            manifest = {
+                "version": VERSION,
+                "step": step,
+                **about,
+                "position": position.tolist(),
+                "files": everything,
+            }
             error = self._publish(attempt, step, manifest)
         if error is not None and self.topology.is_main:
             shutil.rmtree(attempt, ignore_errors=True)
@@ -120,5 +128,3 @@ class Saver:
 
 def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".split("\n")[0][:300]
-
-

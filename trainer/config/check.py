@@ -36,7 +36,7 @@ def check(raw: dict[str, Any], world_size: int = 1) -> Config:
     problems.extend(rules.problems(sections, world_size))
     if problems:
         raise ConfigError(problems)
-    return Config.model_construct(**sections)
+    return Config.model_validate(sections)
 
 
 def option_schema(group: str, name: str, plugins: list[str]) -> type[Plugin]:
@@ -53,7 +53,9 @@ def import_plugin(key: str, target: str, plugins: list[str]) -> Any:
     module, _, attribute = target.partition(":")
     package = module.partition(".")[0]
     if package not in plugins:
-        raise ConfigError(f"{key}={target}: package '{package}' is not allowed; add run.plugins=[{package}] if you trust it")
+        raise ConfigError(
+            f"{key}={target}: package '{package}' is not allowed; add run.plugins=[{package}] if you trust it"
+        )
     try:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
@@ -81,14 +83,16 @@ def _describe(section: str, schema: type[Section], error: ValidationError) -> li
     """pydantic's errors in one line each, with the whole key and the value given."""
     lines = {}
     for item in error.errors():
-        parts = [str(part) for part in item["loc"] if not str(part).startswith(("function-", "constrained-", "tagged-"))]
+        parts = [
+            str(part) for part in item["loc"] if not str(part).startswith(("function-", "constrained-", "tagged-"))
+        ]
         # A union reports one error for each of its types, with the type as the last part: keep the key's own.
         key = ".".join([section, *[part for part in parts if part not in {"int", "str", "float", "list[str]", "none"}]])
         if item["type"] == "extra_forbidden":
             known = [f"{section}.{name}" for name, _ in keys(schema)]
             lines[key] = f"{key}: no such key{did_you_mean(key, known)}"
         elif item["type"] == "missing":
-            lines[key] = f"{key}: missing"
+            lines[key] = f"{key}: missing; this key has no default"
         else:
             message = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
             lines.setdefault(key, f"{key}={item['input']}: {message}")

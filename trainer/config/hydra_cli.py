@@ -18,6 +18,7 @@ from trainer.config.compose import lenient, raw_values
 from trainer.topology import world_size
 
 QUIET = ("--cfg", "-c", "--info", "-i", "--version", "--hydra-help")
+COMPLETION = ("--shell-completion", "-sc")
 
 
 def hydra_command(arguments: Sequence[str]) -> None:
@@ -25,7 +26,8 @@ def hydra_command(arguments: Sequence[str]) -> None:
     rank = int(os.environ.get("RANK", "0"))
     if rank and any(argument.split("=")[0] in QUIET for argument in arguments):
         return
-    arguments = [_checked_later(argument) for argument in arguments]
+    if not any(argument in COMPLETION for argument in arguments):
+        arguments = [_checked_later(argument) for argument in arguments]
     with tempfile.TemporaryDirectory(prefix="onecurve-") as scratch:
         if rank:  # a sweep's own file is the main rank's to write
             arguments = [*arguments, f"hydra.sweep.dir={scratch}"]

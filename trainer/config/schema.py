@@ -1,16 +1,19 @@
 """The typed schema: every key with its type, bounds and help. Values live in conf/*.yaml, and only there.
 
-A section of the config is one class. Where a Hydra group offers a choice (model, strategy, ...), each option has a class
-of its own, found by the section's `name`; `OPTIONS` lists them. Nothing heavy is imported here.
+A section of the config is one class. Where a Hydra group offers a choice (model, strategy, ...), each option has a
+class of its own, found by the section's `name`; `OPTIONS` lists them. Nothing heavy is imported here.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic_core import PydanticCustomError
 
 from trainer.config.interval import Interval
+
+MISSING = "???"  # Hydra's mark of a value that must be given
 
 
 def _no_bool(value: Any) -> Any:
@@ -25,9 +28,9 @@ def _interval(text: str) -> str:
 
 
 Int = Annotated[int, BeforeValidator(_no_bool)]
-Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1)]
-Float = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
-Share = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1), BeforeValidator(_no_bool)]
+Float = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_no_bool)]
+Share = Annotated[float, Field(ge=0, lt=1), BeforeValidator(_no_bool)]
 IntervalText = Annotated[str, AfterValidator(_interval)]
 
 
@@ -35,6 +38,13 @@ class Section(BaseModel):
     """A group of keys. Unknown keys are refused; values cannot be changed after the check."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _given(cls, value: Any) -> Any:
+        if value == MISSING:
+            raise PydanticCustomError("missing", "missing")
+        return value
 
 
 class Plugin(Section):
@@ -63,7 +73,9 @@ class Train(Section):
         description="Sequences of one forward pass of one process; accumulation follows from it. "
         "null: the process's whole share at once."
     )
-    clip_norm: Float = Field(ge=0, description="Largest global gradient norm; larger gradients are scaled down. 0: off.")
+    clip_norm: Float = Field(
+        ge=0, description="Largest global gradient norm; larger gradients are scaled down. 0: off."
+    )
     log_every: Count = Field(description="Steps between two readings of the device's numbers (each step is recorded).")
     activation_checkpointing: Literal["none", "full", "selective"] = Field(
         description="Recompute activations in the backward pass: none, full (whole layers), "
@@ -152,8 +164,8 @@ class DDP(Plugin):
 
 class Precision(Plugin):
     compute: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        description="Data type of matrix products; weights stay fp32. auto: bf16 on GPUs that are fast at it, else fp32. "
-        "fp16 comes with dynamic loss scaling."
+        description="Data type of matrix products; weights stay fp32. auto: bf16 on GPUs that are fast at it, else "
+        "fp32. fp16 comes with dynamic loss scaling."
     )
 
 
@@ -172,7 +184,9 @@ class WarmupCosine(Plugin):
 
 class Launch(Plugin):
     procs: Count | None = Field(description="Processes that `onecurve train` starts. null: one a GPU, or one.")
-    restarts: Int = Field(ge=0, description="How often `onecurve train` restarts a failed run from its newest checkpoint.")
+    restarts: Int = Field(
+        ge=0, description="How often `onecurve train` restarts a failed run from its newest checkpoint."
+    )
     timeout_s: Count = Field(description="Seconds after which a collective that hangs is an error.")
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from queue import SimpleQueue
 from typing import Generic, TypeVar, cast
 
 T = TypeVar("T")
+Job = TypeVar("Job")
 
 _PATIENCE_S = 0.5  # how long close() waits for the item that is being made
 
@@ -39,6 +40,16 @@ class Prefetch(Iterator[T], Generic[T]):
     def close(self) -> None:
         """Stop reading ahead and drop what was read. Returns within a second, whatever the iterator does."""
         self._close()
+
+
+def concurrently(function: Callable[[Job], object], jobs: Iterable[Job]) -> None:
+    """Call `function` for every job, each in a daemon thread, and wait; the first error is raised.
+
+    Not a `ThreadPoolExecutor`: the interpreter would wait for its threads at exit, however long they take.
+    """
+    readers = [Prefetch(map(function, [job]), 1) for job in jobs]
+    for reader in readers:
+        next(reader)
 
 
 class _Channel(Generic[T]):

@@ -92,9 +92,7 @@ class Order:
         length = self.window * self.block
         number = index // length
         start = number * length
-        within = permute(
-            index - start, min(length, size - start), _key(self.seed, "window", epoch, lane, number)
-        )
+        within = permute(index - start, min(length, size - start), _key(self.seed, "window", epoch, lane, number))
         before = lane * (self.samples // self.lanes) + min(lane, self.samples % self.lanes)
         return self._row(epoch, before + start + within)
 

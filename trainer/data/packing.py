@@ -62,9 +62,7 @@ class Documents:
             text = self._shards.read(sample).decode("utf-8")
         except UnicodeDecodeError as error:
             shard, key = self._shards.name(sample)
-            raise DataError(
-                f"{shard}: sample {key!r} is not UTF-8 text (at its byte {error.start})"
-            ) from None
+            raise DataError(f"{shard}: sample {key!r} is not UTF-8 text (at its byte {error.start})") from None
         ids = self._tokenizer.encode(text)
         tokens = np.empty(len(ids) + 1, dtype=np.int32)
         tokens[:-1] = ids
@@ -123,7 +121,7 @@ class Lane:
                 piece = self._documents.piece(self._sample, self._offset, self._offset)
                 raise DataError(
                     f"{piece.shard}: sample {piece.key!r} has {len(tokens)} tokens, but the run stands at "
-                    f"its token {self._offset}: the data or the tokenizer is not the one that the run began with."
+                    f"its token {self._offset}: data or tokenizer is not what the run began with."
                 )
             self._tokens = tokens
         return self._tokens

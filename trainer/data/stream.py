@@ -7,7 +7,6 @@ k mod dp_size == dp_rank and, to know where its lanes stand, walks them past the
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import gcd
 from typing import Any
@@ -17,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from trainer.data.index import Shards
-from trainer.data.loader import Prefetch
+from trainer.data.loader import Prefetch, concurrently
 from trainer.data.order import ORDER, Order, default_block
 from trainer.data.packing import Documents, Lane, Piece
 from trainer.data.tokenizer import Tokenizer
@@ -78,7 +77,6 @@ class Stream:
         assert global_batch % (dp_size * micro_batch) == 0, (global_batch, dp_size, micro_batch)
         assert 0 <= dp_rank < dp_size, (dp_rank, dp_size)
         block = block or default_block(shards.n, int(shards.sizes.sum()), lanes)
-        self._pool = ThreadPoolExecutor(workers, "lanes") if workers > 1 else None
         self._share = _Share(
             order=Order(shards.n, lanes, window, block, seed),
             documents=Documents(shards, tokenizer),
@@ -89,7 +87,6 @@ class Stream:
             dp_size=dp_size,
             ledger=ledger,
             workers=workers,
-            pool=self._pool,
         )
         self._workers = workers
         self._reader: Prefetch[StepData] | None = None
@@ -128,11 +125,9 @@ class Stream:
         return next(self._reader)
 
     def close(self) -> None:
-        """Stop the threads, within a second. There is no next step until a `seek`."""
+        """Stop reading ahead, within a second. There is no next step until a `seek`."""
         self._stop()
         self._steps = iter(())
-        if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _stop(self) -> None:
         if self._reader is not None:
@@ -153,7 +148,6 @@ class _Share:
     dp_size: int
     ledger: bool
     workers: int
-    pool: ThreadPoolExecutor | None
 
     def lanes(self, position: torch.Tensor | None) -> dict[int, Lane]:
         """The lanes that this rank hosts, those its sequence numbers ever fall on, at `position`."""
@@ -198,10 +192,10 @@ class _Share:
 
         touched = range(base, min(end, base + count))
         work = [range(number, end, count) for number in touched if number % count in lanes]
-        if self.pool is None:
-            advance(work)
+        if self.workers > 1:
+            concurrently(advance, [work[i :: self.workers] for i in range(self.workers)])
         else:
-            list(self.pool.map(advance, [work[i :: self.workers] for i in range(self.workers)]))
+            advance(work)
         draws = np.array([key(self.order.seed, "draw", k) for k in range(first, end, self.dp_size)], np.int64)
         return StepData(
             step=step + 1,
@@ -218,7 +212,7 @@ class Validation:
 
     Over all ranks together, every token but the very first is a target exactly once. The last sequence is
     padded (inputs 0, targets -100), and so are whole ones where a rank has none left: all ranks yield the
-    same number of batches: {"inputs", "targets": int64 [micro_batch, T], "draws": int64 [micro_batch], all 0}.
+    same number of batches {"inputs", "targets": int64 [micro_batch, T], "draws": int64 [micro_batch], all 0}.
 
     `sequences` limits the whole, over all ranks. The first pass reads the tokens (of the documents within the
     limit) and keeps this rank's part, 4 bytes each. It raises ConfigError if there is nothing to predict,

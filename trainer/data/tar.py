@@ -76,9 +76,8 @@ class _Walker:
             name = records.get("path") or _name(header)
             sparse = any(record.startswith("GNU.sparse") for record in records)
             if sparse or (kind not in _REGULAR and kind not in _SKIPPED):
-                what = (
-                    "sparse file" if sparse else _REFUSED.get(kind, f"member of unknown type {chr(kind)!r}")
-                )
+                unknown = f"member of unknown type {chr(kind)!r}"
+                what = "sparse file" if sparse else _REFUSED.get(kind, unknown)
                 self.fail(f"is a {what}; repack the shard with plain files", name)
             start, size = self.offset + BLOCK, self.payload(header, records.get("size"), kind, name)
             self.offset = start + -(-size // BLOCK) * BLOCK
@@ -157,9 +156,11 @@ class _Walker:
 
 def _is_header(block: bytes) -> bool:
     """Whether the checksum fits: the sum of all bytes, its own field counted as spaces."""
-    counted = block[:148] + b" " * 8 + block[156:]
-    signed = sum(counted) - 256 * sum(byte > 127 for byte in counted)  # as some old writers do
-    return len(block) == BLOCK and _octal(block[148:156]) in (sum(counted), signed)
+    if len(block) < BLOCK:
+        return False
+    stored, counted = _octal(block[148:156]), block[:148] + b" " * 8 + block[156:]
+    # Some old writers summed signed bytes.
+    return stored == sum(counted) or stored == sum(counted) - 256 * sum(byte > 127 for byte in counted)
 
 
 def _octal(field: bytes) -> int | None:

@@ -26,9 +26,7 @@ from trainer.randomness import key as random_key
 
 FORMAT = "onecurve-dataset-1"
 SHARD_BYTES = 64 << 20
-TOKENIZER_SAMPLE = (
-    256 << 20
-)  # bytes of text that a tokenizer is trained on at most, spread over the documents
+TOKENIZER_SAMPLE = 256 << 20  # bytes of text that a tokenizer is trained on at most, spread over the documents
 
 
 @contextmanager

@@ -12,12 +12,17 @@ _NORMS = ("LayerNorm", "RMSNorm", "GroupNorm", "BatchNorm")
 
 def adamw(config: schema.AdamW, model: nn.Module) -> torch.optim.Optimizer:
     """torch's fused AdamW on the model's parameters, in two groups: with and without decay."""
-    decay, plain = [], []
+    decay: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         (plain if kind(model, name) in config.no_decay else decay).append(parameter)
     groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=config.lr, betas=config.betas, eps=config.eps, fused=True
+        [group for group in groups if group["params"]],
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        fused=True,
     )
 
 

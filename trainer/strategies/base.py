@@ -1,7 +1,7 @@
 """The seam between the loop and a strategy: only verbs that every strategy can honour.
 
-A pipeline schedule owns forward and backward of all micro-batches, DeepSpeed merges unscale, clip, step and zero; so the
-loop says no less than `train_step` and `update`.
+A pipeline schedule owns forward and backward of all micro-batches, DeepSpeed merges unscale, clip, step and zero; so
+the loop says no less than `train_step` and `update`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Strategy(Protocol):
         ...
 
     def reduce(self, sums: Mapping[str, Tensor]) -> dict[str, list[float]]:
-        """Adds up vectors (each of one length) over all data-parallel ranks: the one collective of metrics and votes."""
+        """Adds up vectors of one length over all data-parallel ranks: the one collective of metrics and votes."""
         ...
 
     def state(self) -> dict[str, Tensor]:

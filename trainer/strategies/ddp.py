@@ -41,7 +41,7 @@ class DDP(Single):
         )
 
     def sync(self, last: bool) -> AbstractContextManager[object]:
-        return nullcontext() if last or not self.parallel else self.forward.no_sync()
+        return nullcontext() if last or not self.parallel else self.forward.no_sync()  # type: ignore[operator]
 
     def total(self, sums: Tensor) -> Tensor:
         if self.parallel:

@@ -125,7 +125,10 @@ class Single:
         for name, tensor in self.state().items():
             tensor.copy_(state[name])
         if self.scaler.is_enabled():
-            values = {"scale": float(state["scaler/scale"]), "_growth_tracker": int(state["scaler/growth_tracker"])}
+            values = {
+                "scale": float(state["scaler/scale"]),
+                "_growth_tracker": int(state["scaler/growth_tracker"]),
+            }
             self.scaler.load_state_dict({**self.scaler.state_dict(), **values})
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:

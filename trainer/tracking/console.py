@@ -9,6 +9,7 @@ from typing import Any, TextIO
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Column
 from rich.text import Text
 
 from trainer.tracking.base import Row, RunInfo
@@ -39,9 +40,8 @@ class Console:
         self.steps = info.steps
         if self.console.is_terminal:
             self.bar = Progress(
-                BarColumn(bar_width=None),
-                TextColumn("{task.completed}/{task.total}", style="bold"),
-                TextColumn("{task.fields[line]}", markup=False),
+                BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=6)),
+                TextColumn("{task.fields[line]}", markup=False, table_column=Column(no_wrap=True)),
                 console=self.console,
                 auto_refresh=False,  # no thread beside the training
                 expand=True,
@@ -58,13 +58,13 @@ class Console:
                 self._evaluation(row["step"], row["eval"])
         last = rows[-1]
         left = (self.steps - last["step"]) * sum(self.seconds) / len(self.seconds)
-        parts = [*_parts(rows), f"eta {duration(left)}"]
-        if self.bar:
+        if self.bar:  # what matters most comes first: a narrow terminal cuts the end off
+            parts = [f"{last['step']}/{self.steps}", f"eta {duration(left)}", *_parts(rows)]
             line = "  ".join(" ".join(part.split()) for part in parts)
             self.bar.update(self.task, completed=last["step"], line=line, refresh=True)
         else:
-            width = len(str(self.steps))
-            self._print(Text(f"step {last['step']:{width}}/{self.steps}  " + "  ".join(parts)))
+            step = f"step {last['step']:{len(str(self.steps))}}/{self.steps}"
+            self._print(Text("  ".join([step, *_parts(rows), f"eta {duration(left)}"])))
 
     def event(self, event: Row) -> None:
         kind, step = event["kind"], event.get("step")

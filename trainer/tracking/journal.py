@@ -28,9 +28,7 @@ class Journal:
     def rows(self, rows: list[Row], steps: Sequence[StepData]) -> None:
         """One row a step; the ledger's line of a step is on disk before its row."""
         if self.ledger is not None:
-            parts = self.topology.gather(
-                [[data.step, data.first, data.stride, data.pieces] for data in steps]
-            )
+            parts = self.topology.gather([[data.step, data.first, data.stride, data.pieces] for data in steps])
             if self.topology.is_main:
                 named = [
                     (step, first, stride, [[Piece(*piece) for piece in sequence] for sequence in pieces])

@@ -17,7 +17,7 @@ DOTTED = 60  # points
 
 @dataclass
 class Series:
-    """A line; `look` is its CSS class: main, faint or second. The points of a second line get dots if few."""
+    """A line; `look` is its CSS class: main, faint or second. Few points are dotted too."""
 
     name: str
     points: Points
@@ -52,7 +52,7 @@ class Plot:
         for line in self.series:
             places: Points = [(x / self.last, None if y is None else down(y)) for x, y in line.points]
             line.path = _path(places)
-            if line.look == "second" and len(places) <= DOTTED:
+            if len(places) <= (DOTTED if line.look == "second" else 1):
                 line.dots = "".join(_path([place]) for place in places)
         placed = {(round(x / self.last, 3), look, text) for x, look, text in self.marks if x <= self.last}
         self.marks = sorted(placed)

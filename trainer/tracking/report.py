@@ -17,7 +17,9 @@ SMOOTHED_FROM = 100  # steps
 
 
 def write_report(folder: Path, run: Run | None = None) -> Path:
-    """Writes `report.html` into a run's folder from the files there (or `run`, read from them); gives its path.
+    """Writes `report.html` into a run's folder from the files there and gives its path.
+
+    `run` is what `load` gave, if the caller has it.
 
     Raises:
         ConfigError: it is no run's folder, or one of its files is damaged.
@@ -74,9 +76,7 @@ def plots(run: Run) -> Iterator[Plot]:
 def _marks(events: list[Row]) -> list[Mark]:
     """Where the run was resumed and where it was saved."""
     looks = {"checkpoint": "checkpoint", **dict.fromkeys(RESTARTS, "restart")}
-    return [
-        (e["step"], looks[e["kind"]], f"{e['kind']}, step {e['step']}") for e in events if e["kind"] in looks
-    ]
+    return [(e["step"], looks[e["kind"]], f"{e['kind']}, step {e['step']}") for e in events if e["kind"] in looks]
 
 
 def _waiting(row: Row) -> float | None:

@@ -43,9 +43,7 @@ class Run:
     @property
     def evaluations(self) -> dict[int, Row]:
         """By step. An evaluation may have come with its row, as an event, or as both."""
-        found = {
-            event["step"]: event.get("eval", event) for event in self.events if event["kind"] == "evaluation"
-        }
+        found = {event["step"]: event.get("eval", event) for event in self.events if event["kind"] == "evaluation"}
         found |= {row["step"]: row["eval"] for row in self.rows if row.get("eval")}
         return dict(sorted(found.items()))
 

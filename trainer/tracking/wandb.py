@@ -69,8 +69,8 @@ class WandB:
             disable_git=True,
             disable_job_creation=True,
             save_code=False,
-            init_timeout=30,  # seconds
-            finish_timeout=120,
+            init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT", 30)),  # seconds
+            finish_timeout=30,  # what is not uploaded by then can be synced later
         )
         self.folder = info.folder
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -135,6 +135,7 @@ def _open(wandb: Any, arguments: dict[str, Any], say: Say) -> Any:
         return wandb.init(mode="online", **arguments)
     except wandb.Error as error:
         say(f"W&B: cannot go online, logging offline: {error}")
+        wandb.teardown()  # its service holds on to the run id
         return wandb.init(mode="offline", **arguments)
 
 

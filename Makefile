@@ -1,0 +1,45 @@
+# make train: environment, install, the main job.   make test: environment, install, lint, tests.
+PYTHON ?= python3
+VENV   ?= .venv
+PROCS  ?= 2
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
+
+.PHONY: install train test test-all lint format docs clean
+
+install: $(VENV)/.dev
+
+# torch first and pinned: a resolver left free may choose a build for other hardware.
+$(VENV)/.runtime: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch==2.13.0
+	$(PIP) -e .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime
+	$(PIP) -e '.[dev]'
+	touch $@
+
+train: $(VENV)/.runtime
+	$(BIN)/onecurve train -n $(PROCS) experiment=shakespeare
+
+test: lint
+	$(BIN)/python -m pytest -n 2 --dist loadscope
+
+test-all: lint
+	$(BIN)/python -m pytest -n 2 --dist loadscope -m "slow or not slow"
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(VENV)/.dev
+	env -u ONECURVE_CACHE $(BIN)/python -m trainer.config.reference > docs/REFERENCE.md
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

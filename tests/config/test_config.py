@@ -1,0 +1,123 @@
+"""The config: every wrong value refused with all the others, in one block; every key explained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from trainer.config import reference
+from trainer.config.check import keys
+from trainer.config.compose import load, options
+from trainer.config.interval import Interval
+from trainer.config.schema import OPTIONS, SECTIONS
+from trainer.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+
+
+def problems(*overrides: str, processes: int = 1) -> list[str]:
+    with pytest.raises(ConfigError) as error:
+        load(overrides, processes)
+    return error.value.problems
+
+
+def test_defaults_are_valid_for_many_processes() -> None:
+    for processes in (1, 2, 3, 4, 6, 8):
+        config = load([], processes)
+        assert config.train.global_batch % processes == 0
+
+
+@pytest.mark.parametrize("name", options("experiment"))
+def test_every_experiment_is_valid(name: str) -> None:
+    overrides = [f"experiment={name}"]
+    header = (ROOT / "conf" / "experiment" / f"{name}.yaml").read_text()
+    assert "# What:" in header
+    if "data.shards=" in header:
+        overrides.append("data.shards=train.tar")
+    load(overrides, 1)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.stpes=5", "train.stpes: no such key; did you mean 'train.steps'?"),
+        ("trian.steps=5", "trian: no such key; did you mean 'train'?"),
+        ("train.steps=abc", "train.steps=abc: should be a valid integer"),
+        ("train.steps=true", "train.steps=True: should be a number"),
+        ("train.steps=0", "train.steps=0: should be greater than or equal to 1"),
+        ("train.steps=1.5", "train.steps=1.5: should be a valid integer"),
+        ("optimizer.lr=nan", "optimizer.lr=nan: should be a finite number"),
+        ("optimizer.betas=[0.9,2]", "optimizer.betas.1=2: should be less than 1"),
+        ("strategy=ddb", "strategy=ddb: no such option; did you mean 'ddp'?"),
+        ("experiment=shakespear", "experiment=shakespear: no such option; did you mean 'shakespeare'?"),
+        ("model.heads=5", "does not divide by model.heads=5"),
+        ("checkpoint.every=3weeks", "'3weeks' is no interval"),
+        ("track.wandb.mod=x", "track.wandb.mod: no such key; did you mean 'track.wandb.mode'?"),
+        ("run.name=../x", "run.name=../x: "),
+        ("data=webdataset", "data.shards: missing"),
+        ("model.name=evil:Net", "package 'evil' is not allowed; add run.plugins=[evil] if you trust it"),
+        ("--steps", "options are written key=value"),
+        ("steps 5", "is no override"),
+        ("~train.clip_norm", "train.clip_norm: missing"),
+    ],
+)
+def test_refused(override: str, message: str) -> None:
+    assert message in "\n".join(problems(override))
+
+
+def test_all_problems_at_once() -> None:
+    found = problems("train.stpes=5", "train.steps=abc", "strategy=ddb", "model.heads=5", "nonsense")
+    assert len(found) == 5
+
+
+def test_batch_arithmetic_is_shown() -> None:
+    (problem,) = problems("train.global_batch=7", "train.micro_batch=2", processes=2)
+    assert "2 processes x train.micro_batch=2 = 4" in problem
+    assert "nearest: 4 or 8" in problem
+
+
+def test_single_is_refused_on_two_processes() -> None:
+    assert "use strategy=ddp" in problems("strategy=single", processes=2)[0]
+
+
+def test_a_users_model_and_config_folder(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_package").mkdir()
+    (tmp_path / "my_package" / "__init__.py").write_text(
+        "from trainer.config import Plugin\n"
+        "class Net:\n    class Config(Plugin):\n        depth: int\n"
+    )  # fmt: skip
+    (tmp_path / "conf" / "model").mkdir(parents=True)
+    (tmp_path / "conf" / "model" / "mine.yaml").write_text("name: my_package:Net\ndepth: 3\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    config = load(["model=mine", "run.plugins=[my_package]"], config_dir=str(tmp_path / "conf"))
+    assert config.model.depth == 3
+    with pytest.raises(ConfigError, match=r"model.depth=x: should be a valid integer"):
+        load(["model=mine", "run.plugins=[my_package]", "model.depth=x"], config_dir=str(tmp_path / "conf"))
+
+
+def test_every_key_has_help_and_is_in_it() -> None:
+    text = reference.help_text()
+    schemas = [
+        *SECTIONS.items(),
+        *((group, schema) for group, choices in OPTIONS.items() for schema in choices.values()),
+    ]
+    for section, schema in schemas:
+        for name, field in keys(schema):
+            assert field.description, f"{section}.{name} has no help"
+            assert f"{section}.{name}=" in text
+
+
+def test_reference_is_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ONECURVE_CACHE")
+    assert (ROOT / "docs" / "REFERENCE.md").read_text() == reference.markdown(), "run `make docs`"
+
+
+def test_intervals() -> None:
+    assert Interval.parse("100") == Interval(100, "steps")
+    assert Interval.parse("30min") == Interval(1800, "seconds")
+    assert Interval.parse("2e9tok") == Interval(2_000_000_000, "tokens")
+    tokens = Interval.parse("10tok")
+    assert tokens.due({"tokens": 9}, {"tokens": 10})
+    assert not tokens.due({"tokens": 10}, {"tokens": 19})
+    assert not Interval.parse("0").due({"steps": 0}, {"steps": 100})

@@ -1,0 +1,74 @@
+"""Invariant I2: killed at any instant and started again, a run ends as if nothing had happened, to the last bit."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+
+import pytest
+
+from tests.runs import Run, assert_same_bits
+
+STEPS = 40
+OVERRIDES = (f"train.steps={STEPS}", "model.dropout=0.1", "train.log_every=1", "train.micro_batch=2")
+
+
+@pytest.fixture(scope="module", params=[2, 3, 4])
+def undisturbed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    run = Run(tmp_path_factory.mktemp("runs") / "undisturbed", request.param, OVERRIDES)
+    run.train()
+    return run
+
+
+def test_killed_at_random_steps(undisturbed: Run, tmp_path) -> None:
+    seed = int(os.environ.get("ONECURVE_SEED", "7"))
+    print(f"ONECURVE_SEED={seed}")
+    run = Run(tmp_path / "run", undisturbed.procs, OVERRIDES)
+    for step in sorted(random.Random(seed).sample(range(1, STEPS), 2)):
+        run.kill_at(step)
+    run.train()
+    assert_same_bits(run, undisturbed)
+
+
+def test_killed_in_a_checkpoint(undisturbed: Run, tmp_path) -> None:
+    run = Run(tmp_path / "run", undisturbed.procs, OVERRIDES)
+    run.kill_in_checkpoint(20)
+    run.train()
+    assert_same_bits(run, undisturbed)
+    assert not list((run.folder / "checkpoints").glob(".*"))
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", "STOP"])
+def test_stops_when_asked(how: str, tmp_path) -> None:
+    """Finishes the step, saves, says so with code 75, continues."""
+    whole = Run(tmp_path / "whole", 1, OVERRIDES)
+    whole.train()
+    run = Run(tmp_path / "run", 1, (*OVERRIDES, "checkpoint.every=0"))
+    process = run.start()
+    while len(run.metrics()) < 5:
+        assert process.poll() is None
+    if how == "STOP":
+        (run.folder / "STOP").touch()
+    else:
+        os.kill(process.pid, signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 75, output
+    status = run.status()
+    assert status["state"] == "interrupted"
+    assert 5 <= status["step"] < STEPS
+    run.train()
+    assert run.status() == {**run.status(), "state": "finished", "step": STEPS, "exit_code": 0}
+    assert_same_bits(run, whole)
+
+
+def test_save_on_request(tmp_path) -> None:
+    run = Run(tmp_path / "run", 1, (*OVERRIDES, "checkpoint.every=0"))
+    process = run.start()
+    while len(run.metrics()) < 3:
+        assert process.poll() is None
+    (run.folder / "SAVE").touch()
+    assert process.wait(timeout=60) == 0
+    saved = [event["step"] for event in run.rows("events.jsonl") if event["kind"] == "checkpoint"]
+    assert len(saved) == 2
+    assert saved[0] < saved[1] == STEPS

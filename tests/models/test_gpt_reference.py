@@ -1,0 +1,121 @@
+"""An independent check of model, objective, optimizer and loop: transformers' GPT-2 with the same weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from tests.runs import Run
+from trainer.config.schema import GPT as GPTConfig
+from trainer.models import initialise
+from trainer.models.gpt import GPT
+from trainer.sampling import load_run
+
+transformers = pytest.importorskip("transformers")
+
+OURS_TO_THEIRS = {
+    "attention_norm": "ln_1", "mlp_norm": "ln_2", "attention.qkv": "attn.c_attn", "attention.output": "attn.c_proj",
+    "mlp.input": "mlp.c_fc", "mlp.output": "mlp.c_proj",
+}  # fmt: skip
+
+
+def gpt2_of(model: GPT, vocab_size: int) -> nn.Module:
+    """transformers' GPT-2 in the shape, and with the weights, of our model with learned positions and biases."""
+    config = transformers.GPT2Config(
+        vocab_size=vocab_size,
+        n_positions=model.sequence_length,
+        n_embd=model.config.width,
+        n_layer=model.config.layers,
+        n_head=model.config.heads,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    )
+    theirs = transformers.GPT2LMHeadModel(config)
+    weights = {}
+    for name, value in model.state_dict().items():
+        if name.startswith("blocks."):
+            _, layer, rest = name.split(".", 2)
+            module, _, leaf = rest.rpartition(".")
+            # GPT-2's Conv1D keeps its matrices transposed.
+            weights[f"transformer.h.{layer}.{OURS_TO_THEIRS[module]}.{leaf}"] = value.T if value.ndim == 2 else value
+        else:
+            outer = {"token_embedding": "wte", "position_embedding": "wpe", "norm": "ln_f"}
+            module, _, leaf = name.rpartition(".")
+            weights[f"transformer.{outer[module]}.{leaf}"] = value
+    weights["lm_head.weight"] = weights["transformer.wte.weight"]
+    missing, unexpected = theirs.load_state_dict(weights, strict=False)
+    assert not unexpected
+    assert not [name for name in missing if not name.endswith("attn.bias")]
+    return theirs
+
+
+def test_same_logits() -> None:
+    config = GPTConfig(name="gpt", layers=3, width=48, heads=4, dropout=0.0, positions="learned", bias=True)
+    model = GPT(config, vocab_size=100, sequence_length=32)
+    initialise(model, seed=3)
+    with torch.no_grad():  # biases are 0 at birth: make them count
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(0, 0.1)
+    inputs = torch.randint(0, 100, (4, 32), generator=torch.Generator().manual_seed(1))
+    theirs = gpt2_of(model, 100).eval()
+    torch.testing.assert_close(model({"inputs": inputs}), theirs(inputs).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_same_loss_curve(tmp_path) -> None:
+    """20 steps of the product on 2 processes, against plain torch AdamW on GPT-2 with the ledger's batches."""
+    steps, lr, batch, length = 20, 0.003, 24, 48
+    shape = ("model.positions=learned", "model.bias=true", "train.clip_norm=0", "optimizer.no_decay=[]")
+    plain = ("schedule.warmup_steps=0", "schedule.min_ratio=1", f"optimizer.lr={lr}", "train.micro_batch=6")
+    run = Run(tmp_path / "run", 2, (f"train.steps={steps}", *shape, *plain))
+    run.train()
+
+    config, model, tokenizer = load_run(run.folder)
+    initialise(model, config.run.seed)
+    theirs = gpt2_of(model, tokenizer.vocab_size).train()
+    optimizer = torch.optim.AdamW(
+        theirs.parameters(), lr=lr, betas=config.optimizer.betas, eps=config.optimizer.eps, weight_decay=0.1
+    )
+    documents = shakespeare_documents(run)
+    sequences = [piece_tokens(documents, pieces) for row in run.ledger() for pieces in row["samples"]]
+    lanes = config.data.lanes
+    for step, row in enumerate(run.metrics()):
+        numbers = range(step * batch, (step + 1) * batch)
+        inputs = torch.tensor([sequences[k] for k in numbers])
+        # The target of a sequence's last token is the first token of the lane's next one; without it, drop it.
+        targets = inputs.roll(-1, dims=1)
+        known = [k + lanes < len(sequences) for k in numbers]
+        if not all(known):
+            break
+        targets[:, -1] = torch.tensor([sequences[k + lanes][0] for k in numbers])
+        loss = nn.functional.cross_entropy(theirs(inputs).logits.flatten(0, 1), targets.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in theirs.parameters()])
+        optimizer.step()
+        assert loss.item() == pytest.approx(row["loss"], rel=2e-5)
+        assert norm.item() == pytest.approx(row["grad_norm"], rel=2e-4)
+    assert step >= steps - lanes // batch - 1
+    assert inputs.shape == (batch, length)
+
+
+def shakespeare_documents(run: Run) -> dict[tuple[str, str], list[int]]:
+    """Bytes and separator of every sample, read with Python's own tarfile."""
+    import os
+    import tarfile
+    from pathlib import Path
+
+    documents = {}
+    for shard in Path(os.environ["ONECURVE_CACHE"]).glob("shakespeare-*-bytes/train-*.tar"):
+        with tarfile.open(shard) as tar:
+            for member in tar.getmembers():
+                content = tar.extractfile(member)
+                if content is not None and member.name.endswith(".txt"):
+                    documents[shard.name, member.name.removesuffix(".txt")] = [*content.read(), 256]
+    return documents
+
+
+def piece_tokens(documents: dict[tuple[str, str], list[int]], pieces: list) -> list[int]:
+    return [token for shard, key, first, end in pieces for token in documents[shard, key][first:end]]

@@ -1,0 +1,160 @@
+"""Real runs for tests: start them as a person would, watch them, kill them, read what they left."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from trainer.checkpoint.format import SafeReader, verify
+from trainer.checkpoint.load import Found, read, whole
+
+# Small enough for seconds, with everything in it: two layers, accumulation possible, all topologies up to 4 divide.
+TINY = (
+    "model.layers=2", "model.width=32", "model.heads=2", "data.tokenizer=bytes", "data.sequence_length=48",
+    "train.global_batch=24", "schedule.warmup_steps=10", "optimizer.lr=0.01", "eval.every=25", "eval.steps=1",
+    "checkpoint.every=10", "sample.count=0", "track.report=false", "data.ledger=true", "precision=fp32",
+)  # fmt: skip
+
+
+@dataclass
+class Run:
+    """A run's folder and the command that trains it."""
+
+    folder: Path
+    procs: int = 1
+    overrides: tuple[str, ...] = ()
+    plain: bool = False  # python -m trainer instead of torchrun
+    env: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def command(self) -> list[str]:
+        launcher = [sys.executable]
+        if not (self.plain or self.procs == 1):
+            launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.procs)]
+        return [*launcher, "-m", "trainer", *TINY, f"run.dir={self.folder}", *self.overrides]
+
+    def start(self) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            self.command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, **self.env},
+            cwd=self.folder.parent,
+        )
+
+    def train(self, expect: int = 0) -> str:
+        """Runs to its end; gives the output. Checks the exit code (torchrun turns every failure into 1)."""
+        process = self.start()
+        output, _ = process.communicate(timeout=300)
+        if expect and self.procs > 1:
+            expect = 1
+        assert process.returncode == expect, f"exit code {process.returncode}\n{output}"
+        return output
+
+    def kill_at(self, step: int) -> int:
+        """Starts, waits until `step` is recorded, then kills every process. Gives the last step recorded."""
+        return self._kill_when(lambda: len(self.metrics()) and self.metrics()[-1]["step"] >= step, f"step {step}")
+
+    def kill_in_checkpoint(self, step: int) -> None:
+        """Kills every process while the checkpoint of `step` is being written."""
+        attempts = f".attempt-step-{step:08d}-*"
+        self._kill_when(lambda: any((self.folder / "checkpoints").glob(attempts)), f"the save of step {step}")
+        assert any((self.folder / "checkpoints").glob(attempts)), "the kill came too late"
+
+    def _kill_when(self, condition, what: str) -> int:
+        process = self.start()
+        deadline = time.monotonic() + 200
+        while not condition():
+            assert process.poll() is None, f"ended before {what}:\n{process.communicate()[0]}"
+            assert time.monotonic() < deadline, f"did not reach {what}"
+            time.sleep(0.002)
+        for pid in [process.pid, *descendants(process.pid)]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
+        return self.metrics()[-1]["step"] if self.metrics() else 0
+
+    def rows(self, name: str) -> list[dict]:
+        path = self.folder / name
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def metrics(self) -> list[dict]:
+        return self.rows("metrics.jsonl")
+
+    def ledger(self) -> list[dict]:
+        return self.rows("ledger.jsonl")
+
+    def status(self) -> dict:
+        return json.loads((self.folder / "status.json").read_text())
+
+    def curve(self) -> list[tuple]:
+        """What must be the same in every life: all but the timings."""
+        timings = {"step_s", "data_wait_s", "tokens_per_s"}
+        return [
+            tuple((name, str(value)) for name, value in row.items() if name not in timings) for row in self.metrics()
+        ]
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Every tensor of the newest checkpoint: model, optimizer."""
+        path = whole(self.folder / "checkpoints")[-1]
+        stored = SafeReader(path).read_metadata().state_dict_metadata
+        tensors = {}
+        for name, item in stored.items():
+            assert isinstance(item, TensorStorageMetadata)
+            tensors[name] = torch.empty(item.size, dtype=item.properties.dtype)
+        read(Found(path, verify(path)), tensors)
+        return tensors
+
+
+def descendants(pid: int) -> list[int]:
+    """All processes below `pid`, by /proc."""
+    parents: dict[int, int] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            except OSError:
+                continue
+    found, todo = [], [pid]
+    while todo:
+        parent = todo.pop()
+        children = [child for child, its_parent in parents.items() if its_parent == parent]
+        found += children
+        todo += children
+    return found
+
+
+def assert_same_bits(one: Run, other: Run) -> None:
+    """Ledger, curve, weights and optimizer state equal to the last bit."""
+    assert one.ledger() == other.ledger()
+    assert one.curve() == other.curve()
+    ours, theirs = one.weights(), other.weights()
+    assert ours.keys() == theirs.keys()
+    assert not [name for name in ours if not torch.equal(ours[name], theirs[name])]
+
+
+def assert_same_curve(one: Run, other: Run, steps: int, weights: float = 1e-4) -> None:
+    """Invariant I3: equal ledgers, loss within 1e-5 and gradient norm within 1e-4 relative on each of the steps,
+    and weights that agree as far as that lets them."""
+    assert one.ledger()[:steps] == other.ledger()[:steps]
+    ours, theirs = one.metrics()[:steps], other.metrics()[:steps]
+    assert len(ours) == len(theirs) == steps
+    for a, b in zip(ours, theirs, strict=True):
+        assert abs(a["loss"] - b["loss"]) <= 1e-5 * abs(b["loss"]), (a, b)
+        assert abs(a["grad_norm"] - b["grad_norm"]) <= 1e-4 * abs(b["grad_norm"]), (a, b)
+    a_weights, b_weights = one.weights(), other.weights()
+    for name in a_weights:
+        if name.startswith("model/"):
+            torch.testing.assert_close(a_weights[name], b_weights[name], rtol=weights, atol=weights)
