@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -14,29 +15,29 @@ STEPS = 40
 OVERRIDES = (f"train.steps={STEPS}", "model.dropout=0.1", "train.log_every=1", "train.micro_batch=2")
 
 
-@pytest.fixture(scope="module", params=[2, 3, 4])
-def undisturbed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    run = Run(tmp_path_factory.mktemp("runs") / "undisturbed", request.param, OVERRIDES)
-    run.train()
-    return run
-
-
-def test_killed_at_random_steps(undisturbed: Run, tmp_path) -> None:
-    seed = int(os.environ.get("ONECURVE_SEED", "7"))
+def killed_and_undisturbed(folder: Path, procs: int, kills: int) -> tuple[Run, Run]:
+    """A run that was killed at random steps, and once in the middle of a save, and one that nobody touched."""
+    seed = int(os.environ.get("ONECURVE_SEED", str(procs)))
     print(f"ONECURVE_SEED={seed}")
-    run = Run(tmp_path / "run", undisturbed.procs, OVERRIDES)
-    for step in sorted(random.Random(seed).sample(range(1, STEPS), 2)):
+    undisturbed, run = Run(folder / "undisturbed", procs, OVERRIDES), Run(folder / "killed", procs, OVERRIDES)
+    undisturbed.train()
+    for step in sorted(random.Random(seed).sample(range(1, 20), kills)):
         run.kill_at(step)
-    run.train()
-    assert_same_bits(run, undisturbed)
-
-
-def test_killed_in_a_checkpoint(undisturbed: Run, tmp_path) -> None:
-    run = Run(tmp_path / "run", undisturbed.procs, OVERRIDES)
     run.kill_in_checkpoint(20)
     run.train()
-    assert_same_bits(run, undisturbed)
-    assert not list((run.folder / "checkpoints").glob(".*"))
+    assert not list((run.folder / "checkpoints").glob(".*"))  # nothing is left of the save that was killed
+    return run, undisturbed
+
+
+@pytest.mark.parametrize("procs", [2, 3, 4])
+def test_killed_run_ends_the_same(procs: int, tmp_path: Path) -> None:
+    assert_same_bits(*killed_and_undisturbed(tmp_path, procs, kills=1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("procs", [1, 2, 3, 4])
+def test_killed_many_times(procs: int, tmp_path: Path) -> None:
+    assert_same_bits(*killed_and_undisturbed(tmp_path, procs, kills=10))
 
 
 @pytest.mark.parametrize("how", ["SIGTERM", "STOP"])

@@ -1,0 +1,141 @@
+"""What is wrong is said once, in one block, with code 2, before anything exists."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.runs import TINY, Run
+
+
+def refused(arguments: list[str], cwd: Path) -> list[str]:
+    """Runs a command that must be refused; the problems of its block. Nothing may appear in `cwd`."""
+    before = sorted(cwd.rglob("*"))
+    done = subprocess.run(arguments, cwd=cwd, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    lines = done.stderr.strip().splitlines()
+    assert lines[0].startswith("onecurve: ")
+    assert lines[0].endswith("nothing was started:")
+    assert sorted(cwd.rglob("*")) == before
+    return [line.strip() for line in lines[1:]]
+
+
+def trainer(*overrides: str) -> list[str]:
+    return [sys.executable, "-m", "trainer", *overrides]
+
+
+def onecurve(*arguments: str) -> list[str]:
+    return [
+        sys.executable,
+        "-c",
+        "import sys; from launch.cli import main; sys.argv[0] = 'onecurve'; main()",
+        *arguments,
+    ]
+
+
+def test_config(tmp_path: Path) -> None:
+    problems = refused(trainer("train.stpes=5", "train.steps=abc", "strategy=ddb"), tmp_path)
+    assert problems == [
+        "strategy=ddb: no such option; did you mean 'ddp'?",
+        "train.steps=abc: should be a valid integer, unable to parse string as an integer",
+        "train.stpes: no such key; did you mean 'train.steps'?",
+    ]
+
+
+def test_batch_on_two_processes(tmp_path: Path) -> None:
+    command = onecurve("train", "-n", "2", "train.global_batch=7", "train.micro_batch=2")
+    (problem,) = refused(command, tmp_path)
+    assert "2 processes x train.micro_batch=2 = 4" in problem
+
+
+def test_under_torchrun_one_rank_speaks(tmp_path: Path) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*launcher, "-m", "trainer", "train.stpes=5"], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("did you mean 'train.steps'?") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("launcher", [trainer, lambda *rest: onecurve("train", "-n", "2", *rest)])
+def test_missing_shards(launcher, tmp_path: Path) -> None:
+    problems = refused(launcher(*TINY, "data=webdataset", "data.shards='gone-{0..2}.tar'"), tmp_path)
+    assert problems == [f"data.shards: missing file gone-{number}.tar" for number in range(3)]
+
+
+def test_unwritable_run_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    (problem,) = refused(trainer(*TINY, "run.dir=file/run"), tmp_path)
+    assert "run.dir=file/run: cannot be written: Not a directory; choose another run.dir" in problem
+    if os.getuid():  # root may write anywhere
+        (tmp_path / "closed").mkdir(mode=0o500)
+        (problem,) = refused(trainer(*TINY, "run.dir=closed/run"), tmp_path)
+        assert "Permission denied" in problem
+
+
+def test_another_run_in_the_folder(tmp_path: Path) -> None:
+    """What the run is may not change; where and how it runs may, and so may its length, which is recorded."""
+    run = Run(tmp_path / "run", overrides=("train.steps=10",))
+    run.train()
+    problems = refused([*run.command, "run.seed=2", "model.width=64", "data.sequence_length=32"], tmp_path)
+    assert any("model.width: the run has 32, this command 64" in problem for problem in problems)
+    assert any("run.seed: the run has 1337, this command 2" in problem for problem in problems)
+    assert any("sequence_length: the run has 48, this command 32" in problem for problem in problems)
+    assert "run.fresh=true" in problems[-1]
+
+    run.overrides = ("train.steps=15", "optimizer.lr=0.001", "train.micro_batch=3")
+    run.train()
+    (changed,) = [event["changes"] for event in run.rows("events.jsonl") if event["kind"] == "config_changed"]
+    assert changed["train.steps"] == [10, 15]
+    assert changed["optimizer.lr"] == [0.002, 0.001]
+    assert [row["step"] for row in run.metrics()] == list(range(1, 16))
+
+    run.overrides = ("train.steps=5", "run.seed=2", "run.fresh=true")
+    run.train()
+    assert len(run.metrics()) == 5
+    assert len(Run(tmp_path / "run.old-1").metrics()) == 15
+
+
+def test_two_runs_in_one_folder(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run", overrides=("train.steps=2000",))
+    process = run.start()
+    try:
+        while len(run.metrics()) < 2:
+            assert process.poll() is None
+        done = subprocess.run(run.command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 2
+        assert "another process trains in this folder" in done.stderr
+        assert process.poll() is None
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_diverging_training_stops_with_advice(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run", overrides=("train.steps=20", "optimizer.lr=1e30", "schedule.warmup_steps=0"))
+    output = run.train(expect=4)
+    assert "not finite. Lower optimizer.lr (now 1e+30)" in output
+    assert run.status()["state"] == "failed"
+    assert run.status()["exit_code"] == 4
+
+
+def test_damaged_shard_stops_with_its_name(tmp_path: Path) -> None:
+    """A payload that is no text: code 3, naming shard and key."""
+    import tarfile
+
+    with tarfile.open(tmp_path / "bad.tar", "w") as tar:
+        for number in range(3):
+            path = tmp_path / f"{number}.txt"
+            path.write_bytes(b"to be or not to be " * 40 if number < 2 else b"\xff\xfe\xfd" * 99)
+            tar.add(path, path.name)
+    run = Run(tmp_path / "run", overrides=("data=webdataset", f"data.shards={tmp_path}/bad.tar", "train.steps=5"))
+    output = run.train(expect=3)
+    assert "bad.tar" in output
+    assert run.status()["exit_code"] == 3

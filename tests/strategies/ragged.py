@@ -1,0 +1,79 @@
+"""One rank of test_ragged.py: two DDP steps on batches whose ranks and micro-batches differ in targets."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from trainer import topology
+from trainer.config import schema
+from trainer.models import initialise
+from trainer.models.gpt import GPT
+from trainer.objectives.causal_lm import IGNORE
+from trainer.strategies.ddp import DDP
+from trainer.strategies.single import StepOptions
+
+VOCABULARY, LENGTH, SEQUENCES, CLIP, LR = 50, 16, 8, 0.5, 0.01
+SHAPE = schema.GPT(name="gpt", layers=2, width=24, heads=2, dropout=0.0, positions="learned", bias=True)
+
+
+class Objective:
+    """Causal LM without the text statistics."""
+
+    def count(self, batch: dict[str, Tensor]) -> int:
+        return int((batch["targets"] != IGNORE).sum())
+
+    def loss(self, outputs: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        targets = batch["targets"].flatten()
+        loss = nn.functional.cross_entropy(outputs.flatten(0, 1), targets, ignore_index=IGNORE, reduction="sum")
+        return {"loss": loss, "count": (targets != IGNORE).sum()}
+
+
+def model() -> GPT:
+    gpt = GPT(SHAPE, VOCABULARY, LENGTH)
+    initialise(gpt, seed=5)
+    return gpt
+
+
+def optimizer(module: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(module.parameters(), lr=LR, fused=True)
+
+
+def batch(step: int) -> dict[str, Tensor]:
+    """Sequence i keeps about i / SEQUENCES of its targets, the first one none."""
+    generator = torch.Generator().manual_seed(step)
+    tokens = torch.randint(0, VOCABULARY, (SEQUENCES, LENGTH + 1), generator=generator)
+    share = torch.arange(SEQUENCES)[:, None] / SEQUENCES
+    masked = torch.rand(SEQUENCES, LENGTH, generator=generator) >= share
+    targets = tokens[:, 1:].masked_fill(masked, IGNORE)
+    return {"inputs": tokens[:, :-1], "targets": targets, "draws": torch.arange(SEQUENCES)}
+
+
+def main(out: Path, micro_batch: int) -> None:
+    ranks = topology.join(timeout_s=60)
+    options = StepOptions(clip_norm=CLIP, activation_checkpointing="none", compile=False)
+    from trainer.precision import Precision
+
+    strategy = DDP(schema.DDP(name="ddp", bucket_mb=1), ranks, Precision("fp32", ranks.device), Objective(), options)
+    strategy.setup(model, optimizer)
+    losses, norms = [], []
+    for step in range(2):
+        mine = {name: tensor[ranks.dp_rank :: ranks.dp_size] for name, tensor in batch(step).items()}
+        micro = [
+            dict(zip(mine, parts, strict=True))
+            for parts in zip(*(t.split(micro_batch) for t in mine.values()), strict=True)
+        ]
+        sums = strategy.train_step(micro)
+        numbers = strategy.reduce({name: value.reshape(1) for name, value in sums.items()})
+        losses.append(numbers["loss"][0] / numbers["count"][0])
+        norms.append(strategy.update(LR).grad_norm.item())
+    if ranks.is_main:
+        torch.save({"losses": losses, "norms": norms, "weights": dict(strategy.full_weights())}, out)
+    ranks.close()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,44 @@
+"""Sums over targets / the global count, never a mean of means: ragged batches against one fp64 process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from tests.strategies import ragged
+from trainer.objectives.causal_lm import IGNORE
+
+
+def reference() -> dict:
+    """Plain torch in float64: one process, one batch."""
+    model = ragged.model().double()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=ragged.LR)
+    losses, norms = [], []
+    for step in range(2):
+        batch = ragged.batch(step)
+        logits = model(batch).flatten(0, 1)
+        loss = nn.functional.cross_entropy(logits, batch["targets"].flatten(), ignore_index=IGNORE)  # mean over targets
+        optimizer.zero_grad()
+        loss.backward()
+        norms.append(nn.utils.clip_grad_norm_(model.parameters(), ragged.CLIP).item())
+        optimizer.step()
+        losses.append(loss.item())
+    return {"losses": losses, "norms": norms, "weights": model.state_dict()}
+
+
+@pytest.mark.parametrize(("processes", "micro_batch"), [(1, 3), (2, 1), (3, 2)])
+def test_loss_norm_and_weights(processes: int, micro_batch: int, tmp_path) -> None:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [sys.executable, *launcher, "-m", "tests.strategies.ragged", str(tmp_path / "out.pt"), str(micro_batch)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    ours, theirs = torch.load(tmp_path / "out.pt"), reference()
+    assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-5)
+    assert ours["norms"] == pytest.approx(theirs["norms"], rel=1e-4)
+    assert min(theirs["norms"]) > ragged.CLIP  # clipping is active
+    for name, weight in theirs["weights"].items():
+        torch.testing.assert_close(ours["weights"][name].double(), weight, rtol=1e-4, atol=2e-6)
