@@ -165,14 +165,14 @@ def build_journal(config: Config, topology: Topology, folder: Path) -> Journal:
     return Journal(topology, info, Trackers(JsonLines(folder), others), config.data.ledger)
 
 
-def build(config: Config, topology: Topology, born: float) -> tuple[Job, RunFolder]:
+def build(config: Config, topology: Topology, born: float) -> Job:
     """Everything the loop talks to. Raises ConfigError before anything in the run's folder changed."""
     data = Data.open(config)
     stream, validation = build_stream(config, topology, data)
     folder = RunFolder(config, identity(config, stream), topology)
     strategy = build_strategy(config, topology, data.tokenizer)
     checkpoint = config.checkpoint
-    job = Job(
+    return Job(
         config=config,
         topology=topology,
         strategy=strategy,
@@ -184,10 +184,9 @@ def build(config: Config, topology: Topology, born: float) -> tuple[Job, RunFold
         journal=build_journal(config, topology, folder.path),
         clock=TimeLedger(folder.path / "goodput.jsonl" if topology.is_main else None, born),
         tokenizer=data.tokenizer,
-        found=folder.found,
+        folder=folder,
         identity=identity(config, stream),
     )
-    return job, folder
 
 
 def environment(topology: Topology) -> dict[str, Any]:

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
-from trainer.checkpoint.load import Found, read
+from trainer.checkpoint.load import read
 from trainer.checkpoint.save import Saver
 from trainer.config import Config
 from trainer.config.interval import Interval
 from trainer.data.stream import Batch, StepData, Stream
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import Interrupted, TrainingError
+from trainer.folder import RunFolder
 from trainer.objectives import Sums
 from trainer.optim.schedule import Schedule
 from trainer.resilience.interruption import SAVE, STOP, Requests
@@ -52,7 +53,7 @@ class Job:
     journal: Journal
     clock: TimeLedger
     tokenizer: Tokenizer
-    found: Found | None  # the checkpoint to go on from
+    folder: RunFolder
     identity: dict[str, Any]  # what the run is: goes into each checkpoint's manifest
 
 
@@ -115,9 +116,11 @@ def train(job: Job) -> Progress:
 
 def restore(job: Job) -> Progress:
     """Takes up the checkpoint that was found, or starts at step 0."""
-    found = job.found
+    found = job.folder.found
     progress = Progress(**found.manifest["progress"]) if found else Progress()
     job.journal.start(progress.step, resumed=found is not None)
+    for event in job.folder.events:
+        job.journal.event(**event)
     if found:
         state = job.strategy.state()
         read(found, state, job.topology)

@@ -25,8 +25,8 @@ def run(config: Config, born: float) -> None:
     Raises OnecurveError: Interrupted (saved), ConfigError (nothing was started), DataError, TrainingError.
     """
     topology = join(config.launch.timeout_s)
-    job, folder = build(config, topology, born)
-    _open_log(folder.path, topology.rank)
+    job = build(config, topology, born)
+    _open_log(job.folder.path, topology.rank)
     try:
         loop.train(job)
         finish(job)
@@ -42,13 +42,13 @@ def run(config: Config, born: float) -> None:
         job.stream.close()
         job.saver.close()
         job.strategy.close()
-        folder.close()
+        job.folder.close()
     topology.close()
 
 
 def finish(job: loop.Job) -> None:
     """Samples and report, on the main rank."""
-    config, folder = job.config, job.journal.info.folder
+    config, folder = job.config, job.folder.path
     weights = dict(job.strategy.full_weights())
     if not job.topology.is_main:
         return

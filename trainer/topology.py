@@ -64,7 +64,9 @@ class Topology:
         return [json.loads(bytes(part[: int(size)].numpy())) for part, size in zip(parts, sizes, strict=True)]
 
     def close(self) -> None:
+        """Leaves together: a rank that goes while another still sends would make it fail."""
         if self.control is not None:
+            self.barrier()
             dist.destroy_process_group()
 
 

@@ -24,7 +24,7 @@ def tensors(value: float) -> dict[str, torch.Tensor]:
     return {"model/a": torch.full((64, 64), value), "optimizer/step/a": torch.tensor(value)}
 
 
-@pytest.fixture()
+@pytest.fixture
 def saver(tmp_path: Path) -> Saver:
     return Saver(tmp_path, topology.join(timeout_s=60), keep=2, asynchronous=False)
 

@@ -52,7 +52,8 @@ def gpt2_of(model: GPT, vocab_size: int) -> nn.Module:
 
 
 def test_same_logits() -> None:
-    config = GPTConfig(name="gpt", layers=3, width=48, heads=4, dropout=0.0, positions="learned", bias=True)
+    gpt2 = {"positions": "learned", "activation": "gelu", "bias": True}
+    config = GPTConfig(name="gpt", layers=3, width=48, heads=4, dropout=0.0, **gpt2)
     model = GPT(config, vocab_size=100, sequence_length=32)
     initialise(model, seed=3)
     with torch.no_grad():  # biases are 0 at birth: make them count
@@ -67,9 +68,10 @@ def test_same_logits() -> None:
 def test_same_loss_curve(tmp_path) -> None:
     """20 steps of the product on 2 processes, against plain torch AdamW on GPT-2 with the ledger's batches."""
     steps, lr, batch, length = 20, 0.003, 24, 48
-    shape = ("model.positions=learned", "model.bias=true", "train.clip_norm=0", "optimizer.no_decay=[]")
-    plain = ("schedule.warmup_steps=0", "schedule.min_ratio=1", f"optimizer.lr={lr}", "train.micro_batch=6")
-    run = Run(tmp_path / "run", 2, (f"train.steps={steps}", *shape, *plain))
+    gpt2 = ("model.positions=learned", "model.activation=gelu", "model.bias=true")
+    plain = ("train.clip_norm=0", "optimizer.no_decay=[]", "schedule.warmup_steps=0", "schedule.min_ratio=1")
+    size = (f"train.steps={steps}", "train.micro_batch=6", f"optimizer.lr={lr}")
+    run = Run(tmp_path / "run", 2, (*gpt2, *plain, *size))
     run.train()
 
     config, model, tokenizer = load_run(run.folder)

@@ -17,7 +17,8 @@ from trainer.strategies.ddp import DDP
 from trainer.strategies.single import StepOptions
 
 VOCABULARY, LENGTH, SEQUENCES, CLIP, LR = 50, 16, 8, 0.5, 0.01
-SHAPE = schema.GPT(name="gpt", layers=2, width=24, heads=2, dropout=0.0, positions="learned", bias=True)
+GPT2 = {"positions": "learned", "activation": "gelu", "bias": True}
+SHAPE = schema.GPT(name="gpt", layers=2, width=24, heads=2, dropout=0.0, **GPT2)
 
 
 class Objective:

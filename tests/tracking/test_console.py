@@ -12,8 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from demo_run import evaluation, info, row
 
+from tests.tracking.demo_run import evaluation, info, row
 from trainer.tracking.base import Row
 from trainer.tracking.console import Console, duration
 

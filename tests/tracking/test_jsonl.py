@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from demo_run import info, row
 
+from tests.tracking.demo_run import info, row
 from trainer.errors import ConfigError
 from trainer.tracking.jsonl import JsonLines, cut, read, write_json, write_status
 

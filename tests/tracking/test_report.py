@@ -11,9 +11,9 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from demo_run import SAMPLE, demo_run, info, row
 
 from launch.report import add_commands
+from tests.tracking.demo_run import SAMPLE, demo_run, info, row
 from trainer.errors import ConfigError
 from trainer.tracking.jsonl import JsonLines, replace_text, write_json, write_status
 from trainer.tracking.plot import Plot, Points, Series, decimate, label, smooth, ticks

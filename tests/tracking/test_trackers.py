@@ -6,8 +6,8 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
-from demo_run import info, row
 
+from tests.tracking.demo_run import info, row
 from trainer.tracking import JsonLines, Trackers
 from trainer.tracking.console import Console
 from trainer.tracking.jsonl import read

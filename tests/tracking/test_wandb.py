@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from demo_run import evaluation, info, row
 
+from tests.tracking.demo_run import evaluation, info, row
 from trainer.tracking import JsonLines, Trackers
 from trainer.tracking.jsonl import read
 from trainer.tracking.wandb import WandB, named

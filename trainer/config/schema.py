@@ -128,6 +128,9 @@ class GPT(Plugin):
     positions: Literal["learned", "rotary"] = Field(
         description="learned (GPT-2) or rotary (RoPE) position information."
     )
+    activation: Literal["gelu", "relu2"] = Field(
+        description="Inside the MLP: gelu (tanh form, GPT-2) or relu2 (squared ReLU, Primer)."
+    )
     bias: bool = Field(description="Biases in linear layers and norms, as in GPT-2.")
 
 

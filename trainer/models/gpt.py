@@ -88,15 +88,17 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Four times wider inside, with GELU (tanh form, as in GPT-2)."""
+    """Four times wider inside; GELU in its tanh form, or the squared ReLU (So et al. 2021, Primer, section 4.1)."""
 
     def __init__(self, config: schema.GPT):
         super().__init__()
+        self.activation = config.activation
         self.input = nn.Linear(config.width, 4 * config.width, bias=config.bias)
         self.output = nn.Linear(4 * config.width, config.width, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.output(F.gelu(self.input(x), approximate="tanh"))
+        x = self.input(x)
+        return self.output(F.gelu(x, approximate="tanh") if self.activation == "gelu" else F.relu(x).square())
 
 
 def rotary(length: int, head_size: int, device: torch.device, base: float = 10_000.0) -> Tensor:

@@ -136,7 +136,8 @@ class Single:
             yield name, tensor.detach().cpu()
 
     def close(self) -> None:
-        pass
+        """Lets go of the wrapper, and with it of its hold on the process group."""
+        del self.forward
 
     def _materialise(self) -> None:
         """Makes the optimizer's state, which torch creates only at the first step, so that it can be read into."""
