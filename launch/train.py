@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
+import shlex
 import sys
 import tempfile
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 from trainer.config import Config
 from trainer.config.compose import load
 from trainer.errors import ConfigError
+from trainer.tracking.jsonl import read_status
 
 
 def add_commands(commands: Any) -> None:
@@ -80,11 +81,8 @@ def _life(overrides: list[str], procs: int, config: Config) -> int:
 
 def _exit_code(folder: Path) -> int:
     """What the run's own status says, after the launcher itself was told to stop."""
-    try:
-        status = json.loads((folder.expanduser() / "status.json").read_text())
-    except (OSError, ValueError):
-        return 4
-    return int(status.get("exit_code") or 0) if status["state"] != "running" else 4
+    status = read_status(folder.expanduser())
+    return int(status.get("exit_code") or 0) if status.get("state") in ("finished", "interrupted", "failed") else 4
 
 
 def _default_procs(config: Config) -> int:
@@ -99,8 +97,9 @@ def _what_next(folder: Path, procs: int, overrides: list[str]) -> None:
     """The next commands to try, ready to paste."""
     program = Path(sys.argv[0])
     name = os.path.relpath(program) if program.is_absolute() and program.is_relative_to(Path.cwd()) else "onecurve"
-    status = json.loads((folder.expanduser() / "status.json").read_text())
-    again = " ".join([name, "train", "-n", str(procs), *overrides, f"train.steps={2 * status['steps']}"])
+    longer = f"train.steps={2 * read_status(folder.expanduser())['steps']}"
+    same = [part for part in overrides if not part.startswith("train.steps=")]
+    again = shlex.join([name, "train", "-n", str(procs), *same, longer])
     print(f"\nreport  {folder / 'report.html'}\n\nnext:")
     print(f"  {name} sample {folder} --prompt 'JULIET:'   # more text from the model")
     print(f"  {again}   # go on: the same run, twice as long")

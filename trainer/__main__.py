@@ -53,7 +53,7 @@ def train(config) -> None:  # type: ignore[no-untyped-def]  # the type would imp
 
 def tell(error: Exception) -> None:
     """One block on stderr. A problem of the config is the same on every rank: the main one tells it."""
-    from trainer.errors import ConfigError, Interrupted
+    from trainer.errors import ConfigError, Interrupted, PeerLost
 
     rank, alone = int(os.environ.get("RANK", "0")), "RANK" not in os.environ
     if isinstance(error, ConfigError):
@@ -61,7 +61,7 @@ def tell(error: Exception) -> None:
             count = len(error.problems)
             print(f"\nonecurve: {count} problem{'s' * (count > 1)}, nothing was started:", file=sys.stderr)
             print(*(f"  {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
-    elif not isinstance(error, Interrupted) or rank == 0:
+    elif not isinstance(error, PeerLost) and (rank == 0 or not isinstance(error, Interrupted)):
         where = "" if alone or isinstance(error, Interrupted) else f"rank {rank}: "
         print(f"\nonecurve: {where}{error}", file=sys.stderr)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 
 class OnecurveError(Exception):
@@ -31,6 +32,14 @@ class TrainingError(OnecurveError):
     """Training cannot go on (non-finite loss, out of memory, ...). The text says what to change."""
 
     exit_code = 4
+
+
+class PeerLost(OnecurveError):
+    """Another rank failed, and told why. Carries that rank's exit code."""
+
+    def __init__(self, status: dict[str, Any]):
+        self.exit_code = int(status.get("exit_code") or 4)
+        super().__init__(str(status.get("reason")))
 
 
 class Interrupted(OnecurveError):

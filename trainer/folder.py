@@ -32,6 +32,10 @@ class RunFolder:
         self.found, self.events = newest_everywhere(self.path / CHECKPOINTS, topology)
         if self.found:
             _same_run(identity, self.found.manifest["identity"], self.path)
+            if config.train.steps < self.found.manifest["step"]:
+                raise ConfigError(
+                    f"train.steps={config.train.steps}: this run has done {self.found.manifest['step']} steps already"
+                )
             self.events += _changes(self.found.manifest["config"], config.resolved())
         if topology.is_main:
             (self.path / CHECKPOINTS).mkdir(exist_ok=True)

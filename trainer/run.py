@@ -8,11 +8,12 @@ import traceback
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from trainer import loop, sampling
 from trainer.build import build
 from trainer.config import Config
-from trainer.errors import Interrupted, OnecurveError, TrainingError
+from trainer.errors import Interrupted, OnecurveError, PeerLost, TrainingError
 from trainer.topology import join
 from trainer.tracking.report import write_report
 
@@ -34,9 +35,10 @@ def run(config: Config, born: float) -> None:
         job.journal.close("interrupted", str(stop), stop.exit_code)
         raise
     except BaseException as failure:
-        error = _explained(failure, config)
         log.error("%s", "".join(traceback.format_exception(failure)))
-        job.journal.close("failed", str(error), error.exit_code)
+        error = _explained(failure, job)
+        if not isinstance(error, PeerLost):
+            job.journal.close("failed", str(error), error.exit_code)
         raise error from failure
     finally:
         job.stream.close()
@@ -61,16 +63,25 @@ def finish(job: loop.Job) -> None:
         write_report(folder)
 
 
-def _explained(failure: BaseException, config: Config) -> OnecurveError:
+def _explained(failure: BaseException, job: loop.Job) -> OnecurveError:
     """What to tell of a failure: the cause and what to change, where we know it."""
+    config = job.config
     if isinstance(failure, OnecurveError):
         return failure
+    if isinstance(failure, dist.DistError) or "gloo" in str(failure) or "Connection" in str(failure):
+        if status := job.journal.told_elsewhere():
+            return PeerLost(status)
+        return TrainingError(f"lost the other processes: {_first_line(failure)}")
     if isinstance(failure, (torch.OutOfMemoryError, MemoryError)):
         return TrainingError(
             f"out of memory: set train.micro_batch below {config.train.micro_batch or 'the whole share'} (the global "
             f"batch of {config.train.global_batch} stays), or train.activation_checkpointing=full. {failure}"
         )
-    return TrainingError(f"{type(failure).__name__}: {failure}")
+    return TrainingError(f"{_first_line(failure)} (traceback: {job.folder.path}/logs/rank-{job.topology.rank}.log)")
+
+
+def _first_line(failure: BaseException) -> str:
+    return f"{type(failure).__name__}: {failure}".partition("\n")[0]
 
 
 def _open_log(folder: Path, rank: int) -> None:

@@ -17,7 +17,7 @@ SMOKE = ("experiment=smoke", "track.wandb.mode=offline")
 def run(command: list[str], cwd: Path, **keywords) -> str:
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, **keywords)
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")

@@ -41,4 +41,8 @@ def test_loss_norm_and_weights(processes: int, micro_batch: int, tmp_path) -> No
     assert ours["norms"] == pytest.approx(theirs["norms"], rel=1e-4)
     assert min(theirs["norms"]) > ragged.CLIP  # clipping is active
     for name, weight in theirs["weights"].items():
+        if name.endswith("qkv.bias"):
+            # Keys may shift without any effect, so the gradient of their bias is pure rounding, which Adam scales up.
+            _, keys, _ = weight.chunk(3)
+            ours["weights"][name].chunk(3)[1].copy_(keys)
         torch.testing.assert_close(ours["weights"][name].double(), weight, rtol=1e-4, atol=2e-6)

@@ -27,9 +27,9 @@ class Prefetch(Iterator[T], Generic[T]):
             raise ValueError(f"depth must be >= 1, not {depth}")
         self._channel: _Channel[T] = _Channel(depth)
         thread = threading.Thread(target=self._channel.fill, args=(iterator,), name="prefetch", daemon=True)
+        thread.start()
         # Runs at exit too, while the interpreter is whole: a thread must not be in foreign code when it goes.
         self._close = weakref.finalize(self, _shut, self._channel, thread)
-        thread.start()
 
     def __iter__(self) -> Prefetch[T]:
         return self

@@ -6,6 +6,7 @@ Every rank has one. Only the main rank's reaches trackers and files; the others 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,8 +14,8 @@ from trainer.data import ledger
 from trainer.data.packing import Piece
 from trainer.data.stream import StepData
 from trainer.topology import Topology
-from trainer.tracking import Row, RunInfo, Trackers, write_status
-from trainer.tracking.jsonl import cut
+from trainer.tracking import Row, RunInfo, Trackers
+from trainer.tracking.jsonl import cut, read_status, write_status
 
 
 class Journal:
@@ -23,7 +24,7 @@ class Journal:
     def __init__(self, topology: Topology, info: RunInfo, trackers: Trackers | None, keep_ledger: bool):
         self.topology, self.info, self.trackers = topology, info, trackers
         self.ledger = info.folder / "ledger.jsonl" if keep_ledger else None
-        self.step = 0
+        self.step, self.started = 0, False
 
     def rows(self, rows: list[Row], steps: Sequence[StepData]) -> None:
         """One row a step; the ledger's line of a step is on disk before its row."""
@@ -49,22 +50,35 @@ class Journal:
         if self.ledger is not None:
             cut(self.ledger, step)
         self.trackers.start(RunInfo(**{**vars(self.info), "step": step}))
-        self.event("resume" if resumed else "start", processes=self.topology.world_size)
+        self.started = True
         self._status("running")
+        self.event("resume" if resumed else "start", processes=self.topology.world_size)
 
     def event(self, kind: str, **fields: Any) -> None:
-        if not self.trackers:
+        if not (self.trackers and self.started):
             return
         self.trackers.event({"kind": kind, "step": self.step, **fields})
         if kind == "checkpoint":
             self._status("running")
 
     def close(self, state: str, reason: str | None = None, exit_code: int = 0) -> None:
-        """The end of this life of the run: `finished`, `interrupted` or `failed`."""
-        if not self.trackers:
+        """The end of this life of the run: `finished`, `interrupted` or `failed`. Any rank may tell of a failure."""
+        if not self.trackers and state != "failed":
             return
-        self.event(state, **({"reason": reason} if reason else {}))
-        self.trackers.close(self._status(state, reason=reason, exit_code=exit_code))
+        status = self._status(state, reason=reason, exit_code=exit_code)
+        if self.trackers and self.started:
+            self.event(state, **({"reason": reason} if reason else {}))
+            self.trackers.close(status)
+
+    def told_elsewhere(self, patience_s: float = 3.0) -> Row | None:
+        """The status, if another rank tells of a failure within a moment: the one that saw the cause."""
+        deadline = time.monotonic() + patience_s
+        while time.monotonic() < deadline:
+            status = read_status(self.info.folder)
+            if status.get("state") == "failed":
+                return status
+            time.sleep(0.05)
+        return None
 
     def _status(self, state: str, **fields: Any) -> Row:
         status = {"state": state, "step": self.step, "steps": self.info.steps, "reason": None, **fields}

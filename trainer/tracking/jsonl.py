@@ -116,6 +116,15 @@ def write_status(folder: Path, status: Row) -> None:
     write_json(folder / "status.json", status)
 
 
+def read_status(folder: Path) -> Row:
+    """What `status.json` says; nothing where there is none."""
+    try:
+        status = json.loads((folder / "status.json").read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return status if isinstance(status, dict) else {}
+
+
 def replace_text(path: Path, text: str) -> None:
     """Writes a text file (UTF-8) beside, syncs it and renames it into place."""
     _replace(path, lambda beside: beside.write_text(text, encoding="utf-8"))
