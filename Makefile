@@ -1,7 +1,7 @@
 # make train: environment, install, the main job.   make test: environment, install, lint, tests.
 PYTHON ?= python3
 VENV   ?= .venv
-PROCS  ?= 2
+PROCS  ?= $(shell [ "$$(nvidia-smi -L 2>/dev/null | wc -l)" = 1 ] && echo 1 || echo 2)
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 

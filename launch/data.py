@@ -15,8 +15,9 @@ from rich.progress import track
 
 from trainer.data.documents import SPLITS
 from trainer.data.index import SIDECAR, ShardIndex, expand
-from trainer.data.write import SHARD_BYTES, pack_text, sha256
+from trainer.data.write import SHARD_BYTES, pack_text
 from trainer.errors import ConfigError, DataError
+from trainer.files import sha256
 
 
 def add_commands(subparsers: argparse._SubParsersAction) -> None:
@@ -70,7 +71,7 @@ def pack(args: argparse.Namespace) -> int:
 def index(args: argparse.Namespace) -> int:
     """One line a shard, then the sums."""
     indexes = []
-    for path in _progress(expand(args.shards), "indexing"):
+    for path in _progress(expand(args.shards, "SHARDS"), "indexing"):
         indexes.append(ShardIndex.open(path))
         if ShardIndex.load(Path(path + SIDECAR), path) is None:
             raise ConfigError(f"{path}{SIDECAR}: cannot be written (runs keep the index in their cache instead)")
@@ -81,7 +82,7 @@ def index(args: argparse.Namespace) -> int:
 
 def check(args: argparse.Namespace) -> int:
     """Prints what is wrong, one problem a line, and returns 3; or 0 and the sums if nothing is."""
-    paths = expand(args.shards)
+    paths = expand(args.shards, "SHARDS")
     indexes, damaged = [], 0
     for path in _progress(paths, "checking"):
         try:

@@ -15,15 +15,18 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--tokens", type=int, help="tokens of a sample")
     parser.add_argument("--temperature", type=float)
     parser.add_argument("--top-k", type=int, dest="top_k")
+    parser.add_argument("--plugins", nargs="*", default=[], help="packages of yours that the run's classes come from")
     parser.set_defaults(func=sample)
 
 
 def sample(arguments: argparse.Namespace) -> int:
     from trainer import sampling
+    from trainer.config.check import checked
     from trainer.config.schema import Sample
 
-    config, model, tokenizer = sampling.load_run(arguments.run_dir)
+    config, model, tokenizer = sampling.load_run(arguments.run_dir, arguments.plugins)
     asked = {name: getattr(arguments, name) for name in Sample.model_fields if getattr(arguments, name) is not None}
-    config = config.model_copy(update={"sample": config.sample.model_copy(update=asked)})
+    section = checked("sample", Sample, {**config.sample.model_dump(), **asked})
+    config = config.model_copy(update={"sample": section})
     print("\n\n---\n\n".join(sampling.sample(config, model, tokenizer)))
     return 0

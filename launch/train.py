@@ -6,8 +6,10 @@ import argparse
 import logging
 import os
 import shlex
+import signal
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from trainer.config import Config
 from trainer.config.compose import load
 from trainer.errors import ConfigError
 from trainer.tracking.jsonl import read_status
+
+ASKED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # a rank that died of these was asked to end: no restart
 
 
 def add_commands(commands: Any) -> None:
@@ -27,25 +31,34 @@ def add_commands(commands: Any) -> None:
 
 def train(arguments: argparse.Namespace) -> int:
     """Exit code of the run: 0 finished, 2 config, 3 data, 4 failed, 75 interrupted."""
-    overrides = list(arguments.overrides)
-    procs = arguments.procs or _default_procs(load(overrides, config_dir=arguments.config_dir))
+    overrides, procs = list(arguments.overrides), arguments.procs
+    if procs is None:
+        procs = _default_procs(load(overrides, config_dir=arguments.config_dir))
     if procs < 1:
         raise ConfigError(f"-n {procs}: at least one process is needed")
     config = load(overrides, procs, arguments.config_dir)
-    from trainer.build import Data  # late: it imports torch, and the config's problems should show at once
+    from trainer.build import open_data  # late: it imports torch, and the config's problems should show at once
+    from trainer.folder import settle
 
-    Data.open(config)
+    open_data(config)
+    folder = Path(config.run.dir).expanduser()
     if arguments.config_dir:
         overrides += ["--config-dir", arguments.config_dir]
-    for restart in range(config.launch.restarts + 1):
+    restarts = config.launch.restarts
+    for restart in range(restarts + 1):
         # A restart continues; it must not start over again.
         code = _life([*overrides, "run.fresh=false"] if restart else overrides, procs, config)
-        if code >= 0:
+        if code >= 0 or -code in ASKED:
             break
-        print(f"\nonecurve: a process was killed (signal {-code}); restart {restart + 1}", file=sys.stderr)
+        if restart < restarts:
+            counted = f"restart {restart + 1} of {restarts}"
+            print(f"\nonecurve: a process was killed (signal {-code}), {counted}", file=sys.stderr)
+    if code < 0:
+        settle(folder, f"a process was killed (signal {-code})", 4)
+        return 4
     if code == 0:
-        _what_next(Path(config.run.dir), procs, arguments.overrides)
-    return code if code >= 0 else 4
+        _what_next(folder, procs, overrides)
+    return code
 
 
 def _life(overrides: list[str], procs: int, config: Config) -> int:
@@ -69,20 +82,25 @@ def _life(overrides: list[str], procs: int, config: Config) -> int:
             max_restarts=0,
             monitor_interval=0.1,
             logs_specs=DefaultLogsSpecs(log_dir=scratch, redirects=dict.fromkeys(range(1, procs), Std.OUT)),
+            signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+            shutdown_timeout=config.launch.grace_s,
         )
+        started = time.time()
         try:
             elastic_launch(ranks, sys.executable)("-m", "trainer", *overrides)
         except ChildFailedError as error:
             return error.get_first_failure()[1].exitcode
         except SignalException:
-            return _exit_code(Path(config.run.dir))
+            return _status_code(Path(config.run.dir).expanduser(), started)
     return 0
 
 
-def _exit_code(folder: Path) -> int:
+def _status_code(folder: Path, since: float) -> int:
     """What the run's own status says, after the launcher itself was told to stop."""
-    status = read_status(folder.expanduser())
-    return int(status.get("exit_code") or 0) if status.get("state") in ("finished", "interrupted", "failed") else 4
+    if not (folder / "status.json").exists() or (folder / "status.json").stat().st_mtime < since:
+        return -signal.SIGTERM  # stopped before the run had begun
+    status = read_status(folder)
+    return int(status.get("exit_code") or 0) if status.get("state") != "running" else -signal.SIGTERM
 
 
 def _default_procs(config: Config) -> int:
@@ -97,8 +115,8 @@ def _what_next(folder: Path, procs: int, overrides: list[str]) -> None:
     """The next commands to try, ready to paste."""
     program = Path(sys.argv[0])
     name = os.path.relpath(program) if program.is_absolute() and program.is_relative_to(Path.cwd()) else "onecurve"
-    longer = f"train.steps={2 * read_status(folder.expanduser())['steps']}"
-    same = [part for part in overrides if not part.startswith("train.steps=")]
+    longer = f"train.steps={2 * read_status(folder)['steps']}"
+    same = [part for part in overrides if not part.startswith(("train.steps=", "run.fresh="))]
     again = shlex.join([name, "train", "-n", str(procs), *same, longer])
     print(f"\nreport  {folder / 'report.html'}\n\nnext:")
     print(f"  {name} sample {folder} --prompt 'JULIET:'   # more text from the model")

@@ -16,7 +16,7 @@ import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from trainer.checkpoint.format import SafeReader, verify
-from trainer.checkpoint.load import Found, read, whole
+from trainer.checkpoint.load import Found, candidates, read
 
 # Small enough for seconds, with everything in it: two layers, accumulation possible, all topologies up to 4 divide.
 # The learning rate is one at which the model's gradient is a tame function of its weights: at 0.01 a relative change of
@@ -110,7 +110,7 @@ class Run:
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Every tensor of the newest checkpoint: model, optimizer."""
-        path = whole(self.folder / "checkpoints")[-1]
+        path = candidates(self.folder / "checkpoints")[-1]
         stored = SafeReader(path).read_metadata().state_dict_metadata
         tensors = {}
         for name, item in stored.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 
 BORN = time.monotonic()
@@ -24,6 +25,9 @@ def guarded(arguments: Sequence[str]) -> int:
     except OnecurveError as error:
         tell(error)
         return error.exit_code
+    except Exception:
+        traceback.print_exc()
+        return 4
     return 0
 
 

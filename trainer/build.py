@@ -22,6 +22,7 @@ from trainer.data import tokenizer as tokenizers
 from trainer.data.index import Shards
 from trainer.data.stream import Stream, Validation
 from trainer.data.tokenizer import Tokenizer
+from trainer.errors import ConfigError, DataError
 from trainer.folder import CHECKPOINTS, RunFolder
 from trainer.loop import Job
 from trainer.models import initialise
@@ -58,68 +59,77 @@ def plugin(config: Config, group: str) -> Any:
     return PLUGINS[group].get(name) or import_plugin(f"{group}.name", name, config.run.plugins)
 
 
-@dataclass
-class Data:
-    """The run's text."""
+@dataclass(frozen=True)
+class Inputs:
+    """The run's text, opened: what training reads, and what it is judged by."""
 
-    shards: Shards
-    validation: Shards | None
+    stream: Stream
+    validation: Validation | None
     tokenizer: Tokenizer
 
-    @classmethod
-    def open(cls, config: Config) -> Data:
-        """Prepares and indexes what `data` names. Raises ConfigError for what is missing or damaged."""
-        data, cache = config.data, Path(config.data.cache).expanduser()
-        base = _prepared(config)
-        validation = Shards.open(_under(base, data.validation), data.field, cache) if data.validation else None
-        return cls(Shards.open(_under(base, data.shards), data.field, cache), validation, read_tokenizer(config))
+    def identity(self, config: Config) -> dict[str, Any]:
+        """What the run is: what no life of it may change."""
+        return {
+            "model": config.model.model_dump(mode="json"),
+            "objective": config.objective.model_dump(mode="json"),
+            "data": {"field": config.data.field, **self.stream.fingerprint},
+            "train": {"global_batch": config.train.global_batch},
+            "run": {"seed": config.run.seed},
+        }
 
 
-def read_tokenizer(config: Config) -> Tokenizer:
-    """The tokenizer of the run's data. Raises ConfigError."""
-    base, name = _prepared(config), config.data.tokenizer
-    return tokenizers.load(str(base / "tokenizer.json") if base and name != "bytes" else name)
+def open_data(config: Config) -> tuple[Shards, Shards | None, Tokenizer]:
+    """Training shards, validation shards and tokenizer. Raises ConfigError with all that is missing or damaged."""
+    data, cache = config.data, Path(config.data.cache).expanduser()
+    make = DATASETS.get(data.name)
+    base = make(cache, data.tokenizer) if make else None
+    opened: dict[str, Any] = {"validation": None}
+    problems = []
+    for key in ("shards", "validation"):
+        spec = getattr(data, key)
+        if spec is None:
+            continue
+        paths = [str(base / part) if base else part for part in ([spec] if isinstance(spec, str) else spec)]
+        try:
+            opened[key] = Shards.open(paths, data.field, cache, key=f"data.{key}")
+        except (ConfigError, DataError) as error:
+            problems += str(error).split("\n")
+    try:
+        name = str(base / "tokenizer.json") if base and data.tokenizer != "bytes" else data.tokenizer
+        opened["tokenizer"] = tokenizers.load(name)
+    except ConfigError as error:
+        problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    return opened["shards"], opened["validation"], opened["tokenizer"]
 
 
-def _prepared(config: Config) -> Path | None:
-    """The folder of a data set of ours; None for the user's own shards."""
-    make = DATASETS.get(config.data.name)
-    return make(Path(config.data.cache).expanduser(), config.data.tokenizer) if make else None
+def open_inputs(config: Config, topology: Topology) -> Inputs:
+    """`open_data` on every rank, the main one first: it makes indexes that the others then find.
 
-
-def _under(base: Path | None, spec: str | list[str]) -> list[str]:
-    return [str(base / part) if base else part for part in ([spec] if isinstance(spec, str) else spec)]
-
-
-def identity(config: Config, stream: Stream) -> dict[str, Any]:
-    """What the run is: what no life of it may change."""
-    return {
-        "model": config.model.model_dump(mode="json"),
-        "objective": config.objective.model_dump(mode="json"),
-        "data": {"field": config.data.field, **stream.fingerprint},
-        "train": {"global_batch": config.train.global_batch},
-        "run": {"seed": config.run.seed},
-    }
-
-
-def build_model(config: Config, tokenizer: Tokenizer) -> nn.Module:
-    """The model with its initial weights, on the CPU."""
-    model = plugin(config, "model")(config.model, tokenizer.vocab_size, config.data.sequence_length)
-    initialise(model, config.run.seed)
-    return model
-
-
-def build_stream(config: Config, topology: Topology, data: Data) -> tuple[Stream, Validation | None]:
-    micro_batch = config.train.micro_batch or config.train.global_batch // topology.dp_size
+    Raises ConfigError on all ranks if one of them cannot read its data.
+    """
+    opened, problems = None, []
+    for mains_turn in (True, False):
+        if topology.is_main == mains_turn:
+            try:
+                opened = open_data(config)
+            except ConfigError as error:
+                problems = error.problems
+        topology.barrier()
+    everywhere = [problem for part in topology.gather(problems) for problem in part]
+    if everywhere or opened is None:
+        raise ConfigError(list(dict.fromkeys(everywhere)))
+    shards, validation, tokenizer = opened
     place: dict[str, Any] = {
         "sequence_length": config.data.sequence_length,
-        "micro_batch": micro_batch,
+        "micro_batch": config.train.micro_batch or config.train.global_batch // topology.dp_size,
         "dp_rank": topology.dp_rank,
         "dp_size": topology.dp_size,
     }
     stream = Stream(
-        data.shards,
-        data.tokenizer,
+        shards,
+        tokenizer,
         global_batch=config.train.global_batch,
         lanes=config.data.lanes,
         window=config.data.window,
@@ -128,10 +138,16 @@ def build_stream(config: Config, topology: Topology, data: Data) -> tuple[Stream
         ledger=config.data.ledger,
         **place,
     )
-    if data.validation is None:
-        return stream, None
     sequences = config.eval.steps and config.eval.steps * config.train.global_batch
-    return stream, Validation(data.validation, data.tokenizer, sequences=sequences, **place)
+    evaluated = Validation(validation, tokenizer, sequences=sequences, **place) if validation else None
+    return Inputs(stream, evaluated, tokenizer)
+
+
+def build_model(config: Config, tokenizer: Tokenizer) -> nn.Module:
+    """The model with its initial weights, on the CPU."""
+    model = plugin(config, "model")(config.model, tokenizer.vocab_size, config.data.sequence_length)
+    initialise(model, config.run.seed)
+    return model
 
 
 def build_strategy(config: Config, topology: Topology, tokenizer: Tokenizer) -> Strategy:
@@ -165,27 +181,22 @@ def build_journal(config: Config, topology: Topology, folder: Path) -> Journal:
     return Journal(topology, info, Trackers(JsonLines(folder), others), config.data.ledger)
 
 
-def build(config: Config, topology: Topology, born: float) -> Job:
-    """Everything the loop talks to. Raises ConfigError before anything in the run's folder changed."""
-    data = Data.open(config)
-    stream, validation = build_stream(config, topology, data)
-    folder = RunFolder(config, identity(config, stream), topology)
-    strategy = build_strategy(config, topology, data.tokenizer)
+def build(config: Config, topology: Topology, inputs: Inputs, folder: RunFolder, born: float) -> Job:
+    """Everything the loop talks to."""
     checkpoint = config.checkpoint
     return Job(
         config=config,
         topology=topology,
-        strategy=strategy,
+        strategy=build_strategy(config, topology, inputs.tokenizer),
         schedule=plugin(config, "schedule")(config.schedule, config.optimizer.lr, config.train.steps),
-        stream=stream,
-        validation=validation,
+        stream=inputs.stream,
+        validation=inputs.validation,
         saver=Saver(folder.path / CHECKPOINTS, topology, checkpoint.keep, checkpoint.asynchronous),
         requests=Requests(folder.path, watch_files=topology.is_main),
         journal=build_journal(config, topology, folder.path),
         clock=TimeLedger(folder.path / "goodput.jsonl" if topology.is_main else None, born),
-        tokenizer=data.tokenizer,
         folder=folder,
-        identity=identity(config, stream),
+        identity=inputs.identity(config),
     )
 
 

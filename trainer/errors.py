@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 
 class OnecurveError(Exception):
@@ -35,11 +34,11 @@ class TrainingError(OnecurveError):
 
 
 class PeerLost(OnecurveError):
-    """Another rank failed, and told why. Carries that rank's exit code."""
+    """Another rank failed first, and told why. Carries that rank's exit code."""
 
-    def __init__(self, status: dict[str, Any]):
-        self.exit_code = int(status.get("exit_code") or 4)
-        super().__init__(str(status.get("reason")))
+    def __init__(self, reason: str, exit_code: int):
+        self.exit_code = exit_code
+        super().__init__(reason)
 
 
 class Interrupted(OnecurveError):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,80 +14,143 @@ from filelock import FileLock, Timeout
 
 from trainer.checkpoint.load import newest_everywhere
 from trainer.config import Config
-from trainer.errors import ConfigError
+from trainer.data.tokenizer import Tokenizer
+from trainer.errors import ConfigError, OnecurveError
+from trainer.files import replace_file
+from trainer.resilience.interruption import STOP
 from trainer.topology import Topology
+from trainer.tracking.jsonl import read_status, write_status
 
 CHECKPOINTS = "checkpoints"
+FAILURE = "logs/failure.json"
+PATIENCE_S = 3.0  # how long a rank that lost its peers waits for one of them to tell why
 
 
 class RunFolder:
     """`found` is the checkpoint to go on from, `events` what is to be told of finding it."""
 
-    def __init__(self, config: Config, identity: dict[str, Any], topology: Topology):
-        """Every rank calls it; the main one acts. Raises ConfigError, with nothing changed in the folder."""
+    def __init__(self, config: Config, identity: dict[str, Any], topology: Topology, born: float):
+        """Every rank calls it; the main one acts. Raises ConfigError, with nothing of a run in the folder changed."""
         self.path = Path(config.run.dir).expanduser().absolute()
+        self.topology, self.steps = topology, config.train.steps
         self._lock = FileLock(self.path / ".lock", blocking=False)
-        problem = None
-        if topology.is_main:
-            problem = self._take(config)
+        problem = self._take(config) if topology.is_main else None
         if problem := topology.broadcast(problem):
             raise ConfigError(problem)
-        self.found, self.events = newest_everywhere(self.path / CHECKPOINTS, topology)
-        if self.found:
-            _same_run(identity, self.found.manifest["identity"], self.path)
-            if config.train.steps < self.found.manifest["step"]:
-                raise ConfigError(
-                    f"train.steps={config.train.steps}: this run has done {self.found.manifest['step']} steps already"
-                )
-            self.events += _changes(self.found.manifest["config"], config.resolved())
+        try:
+            self.found, self.events = newest_everywhere(self.path / CHECKPOINTS, topology)
+            if self.found:
+                self.events += _continues(self.found.manifest, identity, config, self.path)
+        except BaseException:
+            self._lock.release()
+            raise
         if topology.is_main:
-            (self.path / CHECKPOINTS).mkdir(exist_ok=True)
-            (self.path / "STOP").unlink(missing_ok=True)
-            (self.path / "config.yaml").write_text(yaml.safe_dump(config.resolved(), sort_keys=False))
+            self._begin(config, born)
+        topology.barrier()
 
-    def close(self) -> None:
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._lock.release()
+
+    def keep_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """The run's own copy, so that it can be sampled from wherever its shards are by then."""
+        if self.topology.is_main and tokenizer.content is not None:
+            replace_file(self.path / "tokenizer.json", tokenizer.content.encode())
+
+    def fail(self, rank: int, error: OnecurveError, lost_peer: bool) -> dict[str, Any]:
+        """Tells of this rank's failure, unless another rank was first; gives what the run fails of.
+
+        A rank that only lost a peer leaves the word to it for a moment.
+        """
+        told = {"rank": rank, "reason": str(error), "exit_code": error.exit_code}
+        deadline = time.monotonic() + (PATIENCE_S if lost_peer else 0)
+        while not (first := read_failure(self.path)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if first:
+            return first
+        with suppress(OSError):  # the disk may be what failed
+            mine = self.path / f"{FAILURE}.{rank}"
+            replace_file(mine, json.dumps(told).encode())
+            with suppress(FileExistsError):
+                os.link(mine, self.path / FAILURE)
+            mine.unlink()
+        return read_failure(self.path) or told
 
     def _take(self, config: Config) -> str | None:
         """Makes the folder ours; gives the problem if it cannot be."""
-        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
         try:
-            if config.run.fresh and not restarted and self.path.exists():
-                _set_aside(self.path)
+            if config.run.fresh and not _restarted() and self.path.exists():
+                self._set_aside()
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
         except Timeout:
             return f"run.dir={self.path}: another process trains in this folder; stop it, or choose another run.name"
         except OSError as error:
             return f"run.dir={config.run.dir}: cannot be written: {error.strerror}; choose another run.dir"
+        except ConfigError as error:
+            return str(error)
+        return None
+
+    def _set_aside(self) -> None:
+        """Renames the old run, while nobody else trains in it."""
+        if not (self.path / "config.yaml").is_file() and any(self.path.iterdir()):
+            raise ConfigError(f"run.dir={self.path}: is no run's folder; run.fresh=true does not touch it")
+        with FileLock(self.path / ".lock", blocking=False):
+            number = 1
+            while (aside := self.path.with_name(f"{self.path.name}.old-{number}")).exists():
+                number += 1
+            self.path.rename(aside)
+
+    def _begin(self, config: Config, born: float) -> None:
+        """From here on the folder says that the run is running."""
+        for name in (CHECKPOINTS, "logs"):
+            (self.path / name).mkdir(exist_ok=True)
+        (self.path / FAILURE).unlink(missing_ok=True)
+        stop, started = self.path / STOP, time.time() - (time.monotonic() - born)
+        if stop.exists() and stop.stat().st_mtime < started:  # a request of an earlier life
+            stop.unlink()
+        replace_file(self.path / "config.yaml", yaml.safe_dump(config.resolved(), sort_keys=False).encode())
+        step = self.found.manifest["step"] if self.found else 0
+        write_status(self.path, {"state": "running", "step": step, "steps": self.steps, "reason": None})
+
+
+def read_failure(folder: Path) -> dict[str, Any] | None:
+    """What the first rank that failed told: {"rank", "reason", "exit_code"}."""
+    try:
+        return json.loads((folder / FAILURE).read_bytes())
+    except (OSError, ValueError):
         return None
 
 
-def _set_aside(path: Path) -> None:
-    number = 1
-    while (aside := path.with_name(f"{path.name}.old-{number}")).exists():
-        number += 1
-    path.rename(aside)
+def settle(folder: Path, reason: str, exit_code: int) -> None:
+    """For who started the ranks, once all have ended: a status must not say `running` any more."""
+    status = read_status(folder)
+    if status.get("state") == "running":
+        told = read_failure(folder) or {"reason": reason, "exit_code": exit_code}
+        write_status(folder, {**status, "state": "failed", "reason": told["reason"], "exit_code": told["exit_code"]})
 
 
-def _same_run(now: dict[str, Any], then: dict[str, Any], path: Path) -> None:
-    """Raises ConfigError naming each part of what the run is that differs."""
-    before, after = dict(_flat(then)), dict(_flat(now))
+def _restarted() -> bool:
+    """Whether torchrun or Slurm started this command again by itself: that continues, also with run.fresh=true."""
+    return any(int(os.environ.get(name, "0")) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+
+
+def _continues(then: dict[str, Any], identity: dict[str, Any], config: Config, path: Path) -> list[dict[str, Any]]:
+    """Events of going on with the run of manifest `then`. Raises ConfigError where this would be another run."""
+    before, after = dict(_flat(then["identity"])), dict(_flat(identity))
     differences = [
         f"{name}: the run has {before.get(name)!r}, this command {after.get(name)!r}"
         for name in {**before, **after}
         if before.get(name) != after.get(name)
     ]
     if differences:
-        raise ConfigError([
-            *differences,
-            f"{path}: holds another run; undo the change to continue it, or choose another run.name, or run.fresh=true",
-        ])  # fmt: skip
-
-
-def _changes(then: dict[str, Any], now: dict[str, Any]) -> list[dict[str, Any]]:
-    """The event that records which keys differ from the life before."""
-    before, after = dict(_flat(then)), dict(_flat(now))
+        advice = "undo the change to continue it, or choose another run.name, or run.fresh=true"
+        raise ConfigError([*differences, f"{path}: holds another run; {advice}"])
+    if config.train.steps < then["step"]:
+        raise ConfigError(f"train.steps={config.train.steps}: this run has done {then['step']} steps already")
+    before, after = dict(_flat(then["config"])), dict(_flat(config.resolved()))
     changed = {name: [before.get(name), value] for name, value in after.items() if before.get(name) != value}
     return [{"kind": "config_changed", "changes": changed}] if changed else []
 

@@ -15,7 +15,6 @@ from trainer.checkpoint.save import Saver
 from trainer.config import Config
 from trainer.config.interval import Interval
 from trainer.data.stream import Batch, StepData, Stream
-from trainer.data.tokenizer import Tokenizer
 from trainer.errors import Interrupted, TrainingError
 from trainer.folder import RunFolder
 from trainer.objectives import Sums
@@ -52,9 +51,14 @@ class Job:
     requests: Requests
     journal: Journal
     clock: TimeLedger
-    tokenizer: Tokenizer
     folder: RunFolder
     identity: dict[str, Any]  # what the run is: goes into each checkpoint's manifest
+
+    def close(self) -> None:
+        """Ends threads and lets go of the process group."""
+        self.stream.close()
+        self.saver.close()
+        self.strategy.close()
 
 
 @dataclass

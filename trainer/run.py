@@ -1,20 +1,25 @@
-"""One life of a run, on every rank: join, build, train, and the end that its folder and exit code will tell."""
+"""One life of a run, on every rank: join, open the data, take the folder, train, and tell how it ended."""
 
 from __future__ import annotations
 
 import logging
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from trainer import loop, sampling
-from trainer.build import build
+from trainer.build import build, open_inputs
 from trainer.config import Config
 from trainer.errors import Interrupted, OnecurveError, PeerLost, TrainingError
-from trainer.topology import join
+from trainer.files import replace_file
+from trainer.folder import RunFolder
+from trainer.topology import Topology, join
 from trainer.tracking.report import write_report
 
 log = logging.getLogger("onecurve")
@@ -23,75 +28,93 @@ log = logging.getLogger("onecurve")
 def run(config: Config, born: float) -> None:
     """Trains as `config` says. `born` is the `time.monotonic()` of the process's start.
 
-    Raises OnecurveError: Interrupted (saved), ConfigError (nothing was started), DataError, TrainingError.
+    Raises OnecurveError: Interrupted (saved), ConfigError (nothing was started), DataError, TrainingError, PeerLost.
     """
     topology = join(config.launch.timeout_s)
-    job = build(config, topology, born)
-    _open_log(job.folder.path, topology.rank)
-    try:
-        loop.train(job)
-        finish(job)
-    except Interrupted as stop:
-        job.journal.close("interrupted", str(stop), stop.exit_code)
-        raise
-    except BaseException as failure:
-        log.error("%s", "".join(traceback.format_exception(failure)))
-        error = _explained(failure, job)
-        if not isinstance(error, PeerLost):
-            job.journal.close("failed", str(error), error.exit_code)
-        raise error from failure
-    finally:
-        job.stream.close()
-        job.saver.close()
-        job.strategy.close()
-        job.folder.close()
-    topology.close()
+    inputs = open_inputs(config, topology)
+    folder = RunFolder(config, inputs.identity(config), topology, born)
+    with folder, _log(folder.path, topology.rank):
+        job = None
+        try:
+            folder.keep_tokenizer(inputs.tokenizer)
+            job = build(config, topology, inputs, folder, born)
+            loop.train(job)
+            weights = dict(job.strategy.full_weights())
+            job.journal.close("finished")
+        except Interrupted as stop:
+            assert job is not None
+            job.journal.close("interrupted", str(stop), stop.exit_code)
+            topology.close()
+            raise
+        except BaseException as failure:
+            log.error("%s", "".join(traceback.format_exception(failure)))
+            raise _told(failure, config, topology, folder, job) from failure
+        finally:
+            if job is not None:
+                job.close()
+        topology.close()
+        if topology.is_main:
+            _show(config, folder.path, inputs.tokenizer, weights)
 
 
-def finish(job: loop.Job) -> None:
-    """Samples and report, on the main rank."""
-    config, folder = job.config, job.folder.path
-    weights = dict(job.strategy.full_weights())
-    if not job.topology.is_main:
-        return
-    if config.sample.count:
-        tokenizer = job.tokenizer
-        texts = sampling.sample(config, sampling.with_weights(config, tokenizer, weights), tokenizer)
-        (folder / "samples.txt").write_text("\n\n---\n\n".join(texts) + "\n")
-    job.journal.close("finished")
-    if config.track.report:
-        write_report(folder)
+def _told(
+    failure: BaseException, config: Config, topology: Topology, folder: RunFolder, job: loop.Job | None
+) -> OnecurveError:
+    """Tells of a failure once for all ranks; gives the error that this rank ends with."""
+    error, lost_peer = _explained(failure, config, folder.path, topology)
+    first = folder.fail(topology.rank, error, lost_peer)
+    if topology.is_main:
+        with suppress(Exception):  # the disk may be what failed
+            if job is not None:
+                job.journal.close("failed", first["reason"], first["exit_code"])
+    return error if first["rank"] == topology.rank else PeerLost(first["reason"], first["exit_code"])
 
 
-def _explained(failure: BaseException, job: loop.Job) -> OnecurveError:
-    """What to tell of a failure: the cause and what to change, where we know it."""
-    config = job.config
+def _explained(failure: BaseException, config: Config, folder: Path, topology: Topology) -> tuple[OnecurveError, bool]:
+    """The cause and what to change, where we know it; and whether it is only that another rank is gone."""
     if isinstance(failure, OnecurveError):
-        return failure
-    if isinstance(failure, dist.DistError) or "gloo" in str(failure) or "Connection" in str(failure):
-        if status := job.journal.told_elsewhere():
-            return PeerLost(status)
-        return TrainingError(f"lost the other processes: {_first_line(failure)}")
+        return failure, False
     if isinstance(failure, (torch.OutOfMemoryError, MemoryError)):
+        micro_batch = config.train.micro_batch or config.train.global_batch // topology.dp_size
         return TrainingError(
-            f"out of memory: set train.micro_batch below {config.train.micro_batch or 'the whole share'} (the global "
-            f"batch of {config.train.global_batch} stays), or train.activation_checkpointing=full. {failure}"
-        )
-    return TrainingError(f"{_first_line(failure)} (traceback: {job.folder.path}/logs/rank-{job.topology.rank}.log)")
+            f"out of memory: set train.micro_batch below {micro_batch} (the global batch of "
+            f"{config.train.global_batch} stays), or train.activation_checkpointing=full. {failure}"
+        ), False
+    first_line = f"{type(failure).__name__}: {failure}".partition("\n")[0]
+    lost_peer = isinstance(failure, dist.DistError) or "gloo" in str(failure) or "Connection closed" in str(failure)
+    if topology.world_size > 1 and lost_peer:
+        return TrainingError(f"another process is gone: {first_line}"), True
+    return TrainingError(f"{first_line} (traceback: {folder}/logs/rank-{topology.rank}.log)"), False
 
 
-def _first_line(failure: BaseException) -> str:
-    return f"{type(failure).__name__}: {failure}".partition("\n")[0]
+def _show(config: Config, folder: Path, tokenizer: sampling.Tokenizer, weights: dict[str, Tensor]) -> None:
+    """Samples and report of a finished run. Trouble here is told, and changes nothing about the run."""
+    try:
+        if config.sample.count:
+            texts = sampling.sample(config, sampling.with_weights(config, tokenizer, weights), tokenizer)
+            replace_file(folder / "samples.txt", ("\n\n---\n\n".join(texts) + "\n").encode())
+        if config.track.report:
+            write_report(folder)
+    except Exception as error:
+        log.exception("samples and report")
+        print(f"onecurve: the run is finished and saved, but samples or report failed: {error}", file=sys.stderr)
 
 
-def _open_log(folder: Path, rank: int) -> None:
-    """Warnings and tracebacks of each rank in a file of its own."""
-    (folder / "logs").mkdir(exist_ok=True)
+@contextmanager
+def _log(folder: Path, rank: int) -> Iterator[None]:
+    """Warnings and tracebacks of each rank in a file of its own, `logs/rank-N.log`."""
     handler = logging.FileHandler(folder / "logs" / f"rank-{rank}.log")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    loggers = [log, logging.getLogger("py.warnings")]
     logging.captureWarnings(True)
-    for name in ("onecurve", "py.warnings"):
-        logging.getLogger(name).addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False
+    for logger in loggers:
+        logger.addHandler(handler)
     log.info("rank %d started: python %s, torch %s", rank, sys.version.split()[0], torch.__version__)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+        handler.close()

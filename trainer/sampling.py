@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 import yaml
 from torch import Tensor, nn
 
-from trainer.build import build_model, read_tokenizer
+from trainer.build import build_model
 from trainer.checkpoint.load import newest, read
 from trainer.config import Config
 from trainer.config.check import check
+from trainer.data import tokenizer as tokenizers
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError
 from trainer.folder import CHECKPOINTS
 from trainer.randomness import key
 
 
-def load_run(folder: Path) -> tuple[Config, nn.Module, Tokenizer]:
-    """The config, newest model (on the CPU) and tokenizer of a run's folder. Raises ConfigError if it has none."""
-    if not (folder / "config.yaml").is_file():
-        raise ConfigError(f"{folder}: is no run's folder (it has no config.yaml)")
-    config = check(yaml.safe_load((folder / "config.yaml").read_text()))
-    found, _ = newest(folder / CHECKPOINTS)
+def load_run(folder: Path, plugins: Sequence[str] = ()) -> tuple[Config, nn.Module, Tokenizer]:
+    """The config, newest model (on the CPU) and tokenizer of a run's folder, which is only read.
+
+    Code is imported from no package but those in `plugins`, whatever the folder says. Raises ConfigError if the folder
+    holds no run that can be read.
+    """
+    try:
+        raw = yaml.safe_load((folder / "config.yaml").read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{folder}: is no run's folder (config.yaml: {str(error).splitlines()[0]})") from None
+    if isinstance(raw, dict) and isinstance(raw.get("run"), dict):
+        raw["run"]["plugins"] = list(plugins)
+    config = check(raw)
+    found, _ = newest(folder / CHECKPOINTS, set_aside=False)
     if found is None:
         raise ConfigError(f"{folder}: has no checkpoint yet")
-    tokenizer = read_tokenizer(config)
+    own = folder / "tokenizer.json"
+    tokenizer = tokenizers.load(str(own) if own.exists() else "bytes")
     model = build_model(config, tokenizer)
     read(found, {f"model/{name}": tensor for name, tensor in model.state_dict().items()})
     return config, model, tokenizer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import itertools
 import json
 import os
 import tempfile
@@ -13,6 +14,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from trainer.errors import ConfigError
+
+_JOINED = itertools.count()  # how often this process joined: once for each run of a sweep
 
 
 @dataclass(frozen=True)
@@ -75,19 +80,15 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def is_main_process() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
-
-
 def join(timeout_s: int) -> Topology:
     """Joins the process group that the launcher's environment describes; alone, none is made."""
     rank, size = int(os.environ.get("RANK", "0")), world_size()
-    local_rank, local_size = (
-        int(os.environ.get("LOCAL_RANK", "0")),
-        int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-    )
+    local_rank, local_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
+        if local_size > torch.cuda.device_count():
+            found = torch.cuda.device_count()
+            raise ConfigError(f"{local_size} processes on a machine with {found} GPUs: start one a GPU")
         torch.cuda.set_device(device)
     control = saving = None
     if size > 1:
@@ -111,13 +112,15 @@ def _store(size: int, local_size: int, timeout: datetime.timedelta) -> dist.Stor
         return None
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         os.environ.setdefault(name, "lo")
-    attempt = [
-        run_id,
-        os.environ.get("MASTER_PORT"),
-        os.environ.get("TORCHELASTIC_RESTART_COUNT"),
-        str(os.getppid()),
-    ]
-    digest = hashlib.sha256(repr(attempt).encode()).hexdigest()[:16]
-    store = dist.FileStore(str(Path(tempfile.gettempdir()) / f"onecurve-{os.getuid()}-{digest}"), size)
+    # What all ranks of an attempt share and no other attempt ever has: the launcher, by its start time, and the count.
+    launcher = os.getppid()
+    started = Path(f"/proc/{launcher}/stat").read_text().rpartition(")")[2].split()[19]
+    attempt = [run_id, launcher, started, os.environ.get("TORCHELASTIC_RESTART_COUNT"), next(_JOINED)]
+    name = hashlib.sha256(repr(attempt).encode()).hexdigest()[:16]
+    folder = Path(tempfile.gettempdir()) / f"onecurve-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise ConfigError(f"{folder}: belongs to somebody else; set TMPDIR to a folder of yours")
+    store = dist.FileStore(str(folder / name), size)
     store.set_timeout(timeout)
     return store

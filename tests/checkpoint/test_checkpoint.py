@@ -13,7 +13,7 @@ import torch
 
 from trainer import topology
 from trainer.checkpoint.format import Damaged, SafeReader, folder_name, verify
-from trainer.checkpoint.load import newest, read, whole
+from trainer.checkpoint.load import candidates, newest, read
 from trainer.checkpoint.save import Saver
 from trainer.errors import TrainingError
 
@@ -189,4 +189,4 @@ def test_manifest_is_plain_json(saver: Saver) -> None:
     save(saver, 1)
     manifest = json.loads((saver.folder / folder_name(1) / "manifest.json").read_text())
     assert set(manifest["files"]) == {"__0_0.distcp", ".metadata"}
-    assert whole(saver.folder) == [saver.folder / folder_name(1)]
+    assert candidates(saver.folder) == [saver.folder / folder_name(1)]

@@ -239,6 +239,8 @@ def test_missing_field_and_empty_data(tmp_path: Path) -> None:
     empty = write(tmp_path / "empty.tar", [])
     with pytest.raises(ConfigError, match=r"no samples in .*empty\.tar"):
         Shards([empty], "txt")
+    with pytest.raises(ConfigError, match=r"^data\.validation: no samples"):
+        Shards.open(empty, "txt", key="data.validation")
     assert Shards([empty, *paths], "TXT").n == 21
 
 
@@ -252,8 +254,9 @@ def test_expand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert expand([paths[5], f"{base}/s-1?.tar"]) == [paths[5], paths[10], paths[11]]
     odd = shutil.copy(paths[0], f"{base}/a{{1..2}}[x].tar")
     assert expand(odd) == [odd]
+    bad = [f"{base}/no-*.tar", f"{base}/s-{{10..13}}.tar", f"{base}/{{a", base, "s3://b/x.tar", paths[10]]
     with pytest.raises(ConfigError) as error:
-        expand([f"{base}/no-*.tar", f"{base}/s-{{10..13}}.tar", f"{base}/{{a", base, "s3://b/x.tar", paths[10]])
+        expand(bad, "data.validation")
     words = [
         "no file matches",
         "missing file",
@@ -265,8 +268,9 @@ def test_expand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words.append("listed twice")
     assert len(error.value.problems) == len(words)
     for problem, word in zip(error.value.problems, words, strict=True):
+        assert problem.startswith("data.validation: ")
         assert word in problem
-    with pytest.raises(ConfigError, match="names no shard"):
+    with pytest.raises(ConfigError, match=r"^data\.shards: names no shard"):
         expand([])
 
 

@@ -122,6 +122,8 @@ def test_load(tmp_path: Path) -> None:
     path.write_text(train_bpe(TEXTS, 300).to_str(pretty=True))
     for spec in (str(path), str(tmp_path)):
         assert load(spec).fingerprint == BPE.fingerprint  # whatever the layout of the file
+        assert load(spec).content == (tmp_path / "tokenizer.json").read_text()
+    assert BYTES.content is None
     assert len({BPE.fingerprint, CHARS.fingerprint, BYTES.fingerprint}) == 3
 
 

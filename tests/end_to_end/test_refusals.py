@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,9 @@ def test_another_run_in_the_folder(tmp_path: Path) -> None:
     assert changed["optimizer.lr"] == [0.002, 0.001]
     assert [row["step"] for row in run.metrics()] == list(range(1, 16))
 
+    (problem,) = refused([*run.command, "train.steps=12"], tmp_path)
+    assert problem == "train.steps=12: this run has done 15 steps already"
+
     run.overrides = ("train.steps=5", "run.seed=2", "run.fresh=true")
     run.train()
     assert len(run.metrics()) == 5
@@ -126,16 +130,33 @@ def test_diverging_training_stops_with_advice(tmp_path: Path) -> None:
     assert run.status()["exit_code"] == 4
 
 
-def test_damaged_shard_stops_with_its_name(tmp_path: Path) -> None:
-    """A payload that is no text: code 3, naming shard and key."""
-    import tarfile
-
-    with tarfile.open(tmp_path / "bad.tar", "w") as tar:
-        for number in range(3):
-            path = tmp_path / f"{number}.txt"
-            path.write_bytes(b"to be or not to be " * 40 if number < 2 else b"\xff\xfe\xfd" * 99)
+def bad_text(folder: Path) -> tuple[str, ...]:
+    """Shards in which one payload is no text: found only when its turn comes."""
+    with tarfile.open(folder / "bad.tar", "w") as tar:
+        for number in range(40):
+            path = folder / f"{number}.txt"
+            path.write_bytes(b"to be or not to be " * 40 if number != 11 else b"\xff\xfe\xfd" * 99)
             tar.add(path, path.name)
-    run = Run(tmp_path / "run", overrides=("data=webdataset", f"data.shards={tmp_path}/bad.tar", "train.steps=5"))
+    return ("data=webdataset", f"data.shards={folder}/bad.tar", "train.steps=200")
+
+
+@pytest.mark.parametrize("procs", [1, 2])
+def test_a_bad_sample_stops_with_its_name(procs: int, tmp_path: Path) -> None:
+    """Code 3, told once, by the rank that met it; the run's status says the same."""
+    run = Run(tmp_path / "run", procs, bad_text(tmp_path))
     output = run.train(expect=3)
-    assert "bad.tar" in output
-    assert run.status()["exit_code"] == 3
+    assert output.count("bad.tar") == 1
+    status = run.status()
+    assert (status["state"], status["exit_code"]) == ("failed", 3)
+    assert "bad.tar" in status["reason"]
+    assert "11" in status["reason"]
+    assert run.rows("events.jsonl")[-1]["kind"] == "failed"
+
+
+def test_a_damaged_shard_is_found_before_the_start(tmp_path: Path) -> None:
+    overrides = bad_text(tmp_path)
+    with open(tmp_path / "bad.tar", "r+b") as file:
+        file.seek(5 * 1536)
+        file.write(b"x" * 300)
+    (problem,) = refused(trainer(*TINY, *overrides), tmp_path)
+    assert "bad.tar: byte" in problem

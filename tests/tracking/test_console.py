@@ -6,6 +6,7 @@ import io
 import os
 import pty
 import re
+import subprocess
 import sys
 import threading
 from contextlib import suppress
@@ -16,6 +17,7 @@ import pytest
 from tests.tracking.demo_run import evaluation, info, row
 from trainer.tracking.base import Row
 from trainer.tracking.console import Console, duration
+from trainer.tracking.jsonl import read
 
 
 def shown(rows: list[Row], events: list[Row] | None = None, steps: int = 2000) -> list[str]:
@@ -46,9 +48,9 @@ def test_lines_are_aligned_and_never_wrapped() -> None:
     assert len(lines[0]) > 80
 
 
-def test_an_evaluation_is_shown_once_with_its_units() -> None:
+def test_an_evaluation_is_shown_with_its_units() -> None:
     values = {"loss": 1.5, "nats_per_char": 1.25, "bits_per_byte": 1.75, "sequences": 436}
-    lines = shown([row(10, eval=values)], [{"kind": "evaluation", "step": 10, "eval": values}])
+    lines = shown([row(10, eval=values)])
     assert lines[0] == "evaluation  step 10  loss 1.5000  1.2500 nats/char  1.7500 bits/byte  436 sequences"
     assert len(lines) == 2
     assert "bits/byte" not in shown([row(10, eval={"loss": 1.5})])[0]
@@ -57,13 +59,13 @@ def test_an_evaluation_is_shown_once_with_its_units() -> None:
 def test_an_event_shows_all_it_has_to_say_as_it_is() -> None:
     event = {
         "time": "now",
-        "kind": "restart",
+        "kind": "interrupted",
         "step": 7,
         "reason": "[red]rank 2[/red]",
         "lost": 3,
         "after": 1 / 3,
     }
-    assert shown([], [event]) == ["restart     step 7  reason [red]rank 2[/red]  lost 3  after 0.3333"]
+    assert shown([], [event]) == ["interrupted step 7  reason [red]rank 2[/red]  lost 3  after 0.3333"]
 
 
 def test_the_remaining_time_counts_training_only() -> None:
@@ -74,6 +76,34 @@ def test_the_remaining_time_counts_training_only() -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "00:00"), (59.6, "01:00"), (3599, "59:59"), (90061, "25:01:01")])
 def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_a_reader_that_has_gone_ends_the_console_and_not_the_run(tmp_path: Path) -> None:
+    script = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from demo_run import info, row
+from trainer.tracking import JsonLines, Trackers
+from trainer.tracking.console import Console
+folder = Path(sys.argv[1])
+trackers = Trackers(JsonLines(folder), [Console()])
+trackers.start(info(folder))
+trackers.rows([row(1)])
+trackers.rows([row(2)])
+trackers.close({"state": "finished"})
+print("the run's last words")
+"""
+    gone, pipe = os.pipe()
+    os.close(gone)
+    command = [sys.executable, "-c", script, tmp_path, Path(__file__).parent]
+    done = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, text=True)
+    os.close(pipe)
+    (said,) = done.stderr.splitlines()
+    assert said.startswith("Console tracking is off from here on: BrokenPipeError")
+    assert done.returncode == 0
+    assert [found["step"] for found in read(tmp_path / "metrics.jsonl")] == [1, 2]
+    assert [event["kind"] for event in read(tmp_path / "events.jsonl")] == ["tracker_off"]
 
 
 def read_all(terminal: int, seen: list[bytes]) -> None:

@@ -15,7 +15,7 @@ import pytest
 from launch.report import add_commands
 from tests.tracking.demo_run import SAMPLE, demo_run, info, row
 from trainer.errors import ConfigError
-from trainer.tracking.jsonl import JsonLines, replace_text, write_json, write_status
+from trainer.tracking.jsonl import JsonLines, write_json, write_status
 from trainer.tracking.plot import Plot, Points, Series, decimate, label, smooth, ticks
 from trainer.tracking.report import write_report
 
@@ -80,7 +80,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
     assert page.figures["Restarts"] == "1"
     assert SAMPLE in page.of("pre")
     assert page.of("h1") == ["shakespeare"]
-    assert len(page.paths("restart")) == 2  # restart and resume at one step
+    assert len(page.paths("restart")) == 1
     assert len(page.paths("checkpoint")) == 10
     loss = page.data[0]
     assert [line["name"] for line in loss["series"]] == ["training", "smoothed", "validation"]
@@ -98,7 +98,7 @@ def test_nothing_comes_from_outside(tmp_path: Path) -> None:
 
 def test_hostile_text_stays_text(tmp_path: Path) -> None:
     folder = demo_run(tmp_path / "run", steps=20, name=HOSTILE)
-    replace_text(folder / "samples.txt", HOSTILE)
+    (folder / "samples.txt").write_text(HOSTILE)
     write_json(folder / "environment.json", {HOSTILE: {"deep": HOSTILE}})
     write_status(folder, {"state": HOSTILE, "reason": HOSTILE})
     record = JsonLines(folder)
@@ -143,17 +143,8 @@ def never_finite(folder: Path) -> list[str]:
 def before_the_first_step(folder: Path) -> list[str]:
     record = JsonLines(folder)
     record.start(info(folder))
-    record.event({"kind": "evaluation", "step": 0, "loss": 5.5, "nats_per_char": 5.0})
     record.event({"kind": "interrupted"})
     return []
-
-
-def evaluated_before_the_first_step(folder: Path) -> list[str]:
-    before_the_first_step(folder)
-    record = JsonLines(folder)
-    record.start(info(folder))
-    record.rows([row(1)])
-    return ["Loss", "Validation", "Learning rate", "Gradient norm", "Throughput", "Waiting for data"]
 
 
 SHAPES = [
@@ -162,7 +153,6 @@ SHAPES = [
     not_finite,
     never_finite,
     before_the_first_step,
-    evaluated_before_the_first_step,
 ]
 
 
@@ -248,7 +238,40 @@ def test_what_is_no_run_is_refused(tmp_path: Path, name: str) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_damaged_file_is_named(tmp_path: Path) -> None:
-    replace_text(tmp_path / "status.json", "{")
-    with pytest.raises(ConfigError, match=r"status\.json: not JSON"):
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("status.json", "{", r"status\.json: not JSON"),
+        ("config.yaml", "run: {name: [", r"config\.yaml: not YAML"),
+        ("config.yaml", "run: 2026-13-45", r"config\.yaml: not YAML"),  # a date that is none
+        ("config.yaml", "!!python/object/apply:os.getcwd []", r"config\.yaml: not YAML"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: str, problem: str) -> None:
+    (tmp_path / "metrics.jsonl").touch()
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ConfigError, match=problem):
         write_report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        ("run: {name: '${oc.env:SECRET}'}", "${oc.env:SECRET}"),
+        ("run: {name: mine, dir: '${no.such.key}'}", "mine"),
+        ("", "the-folder"),
+        ("[run]", "the-folder"),
+        ("run: {name: null}", "the-folder"),
+    ],
+)
+def test_the_name_is_what_the_config_says_as_it_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: str, name: str
+) -> None:
+    monkeypatch.setenv("SECRET", "told")
+    folder = tmp_path / "the-folder"
+    folder.mkdir()
+    (folder / "metrics.jsonl").touch()
+    (folder / "config.yaml").write_text(config)
+    page = Page(write_report(folder))
+    assert page.of("h1") == [name]
+    assert "told" not in page.source

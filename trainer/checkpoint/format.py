@@ -17,6 +17,9 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
+from trainer.errors import TrainingError
+from trainer.files import sha256, sync_folder
+
 VERSION = 1
 MANIFEST = "manifest.json"
 INDEX = ".metadata"
@@ -30,28 +33,6 @@ def folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def digest(path: Path) -> str:
-    """sha256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file: Any) -> str:
-    state = hashlib.sha256()
-    while chunk := file.read(1 << 20):
-        state.update(chunk)
-    return state.hexdigest()
-
-
-def sync_folder(path: Path) -> None:
-    """Makes the names in a folder durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Writes the manifest, with its own checksum in it, durably."""
     with open(folder / MANIFEST, "w") as file:
@@ -62,18 +43,18 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest, checked against its own checksum. Raises Damaged."""
+    """The manifest, checked against its own checksum. Raises Damaged; OSError; TrainingError if it is not for us."""
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
         stated = manifest.pop("sha256")
     except FileNotFoundError:
         raise Damaged("no manifest.json") from None
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise Damaged(f"manifest.json cannot be read: {error}") from None
     if stated != _self_digest(manifest):
         raise Damaged("manifest.json does not match its own checksum")
     if manifest.get("version") != VERSION:
-        raise Damaged(f"format version {manifest.get('version')}, this onecurve reads {VERSION}")
+        raise TrainingError(f"{folder}: format version {manifest.get('version')}, this onecurve reads {VERSION}")
     return manifest
 
 
@@ -87,7 +68,7 @@ def verify(folder: Path) -> dict[str, Any]:
         if not path.is_file() or path.stat().st_size != stated["bytes"]:
             raise Damaged(f"{name} is missing or not of {stated['bytes']} bytes")
     for name, stated in manifest["files"].items():
-        if digest(folder / name) != stated["sha256"]:
+        if sha256(folder / name) != stated["sha256"]:
             raise Damaged(f"{name} does not match its checksum")
     return manifest
 

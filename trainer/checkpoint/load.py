@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import warnings
 from dataclasses import dataclass
@@ -22,31 +23,30 @@ class Found:
     manifest: dict[str, Any]
 
 
-def whole(folder: Path) -> list[Path]:
+def candidates(folder: Path) -> list[Path]:
     """The folders that have a checkpoint's name, in rising order of steps. Only `verify` says whether they are one."""
-    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+    named = [(re.fullmatch(r"step-(\d{8,})", path.name), path) for path in folder.glob("step-*") if path.is_dir()]
+    return [path for _, path in sorted((int(match[1]), path) for match, path in named if match)]
 
 
-def newest(folder: Path) -> tuple[Found | None, list[dict[str, Any]]]:
+def newest(folder: Path, set_aside: bool = True) -> tuple[Found | None, list[dict[str, Any]]]:
     """The newest whole checkpoint, and an event for each damaged one that was set aside on the way to it.
 
-    Raises TrainingError where there are checkpoints but none is whole: a run never silently starts from scratch.
+    Raises TrainingError where there are checkpoints but none is whole (a run never silently starts from scratch), or
+    where one cannot be read for now: that is no damage, and nothing is changed.
     """
     events: list[dict[str, Any]] = []
-    for path in reversed(whole(folder)):
+    for path in reversed(candidates(folder)):
         try:
             return Found(path, verify(path)), events
         except Damaged as damage:
-            aside = _free_name(path.with_name(f".damaged-{path.name}"))
-            path.rename(aside)
-            events.append(
-                {
-                    "kind": "checkpoint_damaged",
-                    "checkpoint": path.name,
-                    "reason": str(damage),
-                    "kept_as": aside.name,
-                }
-            )
+            if set_aside:
+                aside = _free_name(path.with_name(f".damaged-{path.name}"))
+                path.rename(aside)
+                event = {"checkpoint": path.name, "reason": str(damage), "kept_as": aside.name}
+                events.append({"kind": "checkpoint_damaged", **event})
+        except OSError as error:
+            raise TrainingError(f"{path}: cannot be read: {error}") from error
     if any(folder.glob(".damaged-*")):
         raise TrainingError(f"{folder}: no checkpoint is whole any more (see .damaged-*); run.fresh=true starts over")
     return None, events

@@ -11,6 +11,7 @@ import time
 import uuid
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from trainer.checkpoint.format import INDEX, VERSION, digest, folder_name, sync_folder, write_manifest
-from trainer.checkpoint.load import whole
+from trainer.checkpoint.format import INDEX, VERSION, folder_name, write_manifest
+from trainer.checkpoint.load import candidates
+from trainer.files import sha256, sync_folder
 from trainer.topology import Topology
 
 
@@ -106,21 +108,22 @@ class Saver:
         paths = list(attempt.glob(f"__{self.topology.rank}_*"))
         if self.topology.is_main:
             paths.append(attempt / INDEX)
-        return {path.name: {"bytes": path.stat().st_size, "sha256": digest(path)} for path in paths}
+        return {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths}
 
     def _publish(self, attempt: Path, step: int, manifest: dict[str, Any]) -> str | None:
         try:
             write_manifest(attempt, manifest)
             attempt.rename(self.folder / folder_name(step))
             sync_folder(self.folder)
-            self._retain()
         except OSError as failure:
             return _first_line(failure)
+        with suppress(OSError):  # an old one that stays is no failure of the new one
+            self._retain()
         return None
 
     def _retain(self) -> None:
         """Deletes all but the newest `keep`, each by a rename first, so that none is ever half there."""
-        for path in sorted(whole(self.folder))[: -self.keep]:
+        for path in candidates(self.folder)[: -self.keep]:
             trash = path.with_name(f".trash-{path.name}-{self.attempt}")
             path.rename(trash)
             shutil.rmtree(trash, ignore_errors=True)

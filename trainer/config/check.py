@@ -16,27 +16,35 @@ from trainer.errors import ConfigError
 
 def check(raw: dict[str, Any], world_size: int = 1) -> Config:
     """Validates composed values for a run on `world_size` processes. Raises ConfigError with every problem at once."""
-    problems: list[str] = []
-    sections: dict[str, Section] = {}
-    plugins = raw.get("run", {}).get("plugins") or []
-    for unknown in sorted(set(raw) - set(SECTIONS) - set(OPTIONS)):
-        problems.append(f"{unknown}: no such key{did_you_mean(unknown, [*SECTIONS, *OPTIONS])}")
-    for name in [*SECTIONS, *OPTIONS]:
+    if not isinstance(raw, dict):
+        raise ConfigError("the config is no set of sections")
+    problems = [
+        f"{unknown}: no such key{did_you_mean(str(unknown), [*SECTIONS, *OPTIONS])}"
+        for unknown in sorted(set(raw) - set(SECTIONS) - set(OPTIONS), key=str)
+    ]
+    sections: dict[str, Any] = {}
+    for name in [*SECTIONS, *OPTIONS]:  # `run` first: it says which packages may be imported
         value = raw.get(name)
-        if not isinstance(value, dict):
-            problems.append(f"{name}: missing; it is a section of the config")
-            continue
         try:
+            if not isinstance(value, dict):
+                raise ConfigError(f"{name}={value}: should be a section with keys of its own")
+            plugins = sections["run"].plugins if "run" in sections else []
             schema = SECTIONS[name] if name in SECTIONS else option_schema(name, str(value.get("name")), plugins)
-            sections[name] = schema.model_validate(value)
+            sections[name] = checked(name, schema, value)
         except ConfigError as error:
             problems.extend(error.problems)
-        except ValidationError as error:
-            problems.extend(_describe(name, schema, error))
     problems.extend(rules.problems(sections, world_size))
     if problems:
         raise ConfigError(problems)
     return Config.model_validate(sections)
+
+
+def checked(name: str, schema: type[Section], value: dict[str, Any]) -> Any:
+    """The section `name` as an object of its schema. Raises ConfigError with all problems of the section."""
+    try:
+        return schema.model_validate(value)
+    except ValidationError as error:
+        raise ConfigError(_describe(name, schema, error)) from None
 
 
 def option_schema(group: str, name: str, plugins: list[str]) -> type[Plugin]:
@@ -58,9 +66,10 @@ def import_plugin(key: str, target: str, plugins: list[str]) -> Any:
         )
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"{key}={target}: cannot be imported: {error}") from error
-    if not issubclass(getattr(found, "Config", object), Plugin):
+    except Exception as error:  # whatever the user's module raises while it is imported
+        raise ConfigError(f"{key}={target}: cannot be imported: {type(error).__name__}: {error}") from error
+    config = getattr(found, "Config", None)
+    if not (isinstance(config, type) and issubclass(config, Plugin)):
         raise ConfigError(f"{key}={target}: needs a class attribute `Config`, a subclass of trainer.config.Plugin")
     return found
 

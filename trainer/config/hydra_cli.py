@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -15,6 +17,7 @@ from omegaconf import DictConfig
 
 from trainer.config.check import check
 from trainer.config.compose import lenient, raw_values
+from trainer.errors import OnecurveError
 from trainer.topology import world_size
 
 QUIET = ("--cfg", "-c", "--info", "-i", "--version", "--hydra-help")
@@ -39,13 +42,20 @@ def hydra_command(arguments: Sequence[str]) -> None:
 @hydra.main(version_base="1.3", config_path="pkg://trainer.conf", config_name="config")
 def _main(composed: DictConfig) -> None:
     """One job: of a sweep, or alone with options of Hydra's. A sweep's jobs get folders of their own."""
-    from trainer.__main__ import train
+    from trainer.__main__ import tell, train
 
     raw = raw_values(composed)
     hydra_config = HydraConfig.get()
     if hydra_config.mode == RunMode.MULTIRUN:
-        raw["run"]["dir"] = str(Path(raw["run"]["dir"]) / str(hydra_config.job.num))
-    train(check(raw, world_size()))
+        # Named by what it sweeps: another sweep must not go on with these runs under other values.
+        name = re.sub(r"[^A-Za-z0-9=.,+-]", "_", hydra_config.job.override_dirname) or "0"
+        short = name if len(name) <= 150 else f"{name[:130]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+        raw["run"]["dir"] = str(Path(raw["run"]["dir"]) / short)
+    try:
+        train(check(raw, world_size()))
+    except OnecurveError as error:  # Hydra would keep an exception and start the next job
+        tell(error)
+        sys.exit(error.exit_code)
 
 
 def _checked_later(argument: str) -> str:

@@ -190,6 +190,7 @@ class Launch(Plugin):
     restarts: Int = Field(
         ge=0, description="How often `onecurve train` restarts a failed run from its newest checkpoint."
     )
+    grace_s: Count = Field(description="Seconds that processes get to save when `onecurve train` is told to stop.")
     timeout_s: Count = Field(description="Seconds after which a collective that hangs is an error.")
 
 

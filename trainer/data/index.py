@@ -11,7 +11,6 @@ import json
 import os
 import re
 import threading
-import uuid
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -25,6 +24,7 @@ from braceexpand import braceexpand
 
 from trainer.data.tar import walk
 from trainer.errors import ConfigError, DataError
+from trainer.files import replace_file
 
 FORMAT = "onecurve-index-1"
 SIDECAR = ".index.json"
@@ -101,9 +101,10 @@ class ShardIndex:
         return index if within and len(keys) == len(members) else None
 
     def save(self, sidecar: Path) -> None:
-        """Writes the index file, whole or not at all."""
+        """Writes the index file, whole or not at all, and the folder for it if need be."""
         content = {"format": FORMAT, "size": self.size, "mtime_ns": self.mtime_ns}
         content |= {"keys": self.keys, "members": self.members}
+        sidecar.parent.mkdir(parents=True, exist_ok=True)
         replace_file(sidecar, json.dumps(content, separators=(",", ":")).encode())
 
 
@@ -125,42 +126,28 @@ def _group(path: str) -> dict[str, dict[str, Span]]:
     return samples
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Puts a file of this content at `path`, whole or not at all, even if several processes do so at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def expand(spec: str | Sequence[str]) -> list[str]:
+def expand(spec: str | Sequence[str], key: str = "data.shards") -> list[str]:
     """The paths that `spec` means: plain ones, `{000000..000007}`, globs (sorted), `~`, or a list of these.
 
-    Raises one `ConfigError` that names all patterns without a match, missing files and shards listed twice.
+    Raises one `ConfigError` that names all patterns without a match, missing files and shards listed twice, each
+    under `key`, which `spec` was given for.
     """
     paths: list[str] = []
     problems: list[str] = []
     for pattern in [spec] if isinstance(spec, str) else spec:
         try:
-            found = [path for piece in _braces(pattern) for path in _files(piece, problems)]
+            found = [path for piece in _braces(pattern) for path in _files(piece, key, problems)]
         except ValueError:
-            problems.append(f"data.shards: unbalanced braces in {pattern!r}")
+            problems.append(f"{key}: unbalanced braces in {pattern!r}")
             continue
         paths += found
     seen: set[str] = set()
     for path in paths:
         if (real := os.path.abspath(path)) in seen:
-            problems.append(f"data.shards: {path} is listed twice")
+            problems.append(f"{key}: {path} is listed twice")
         seen.add(real)
     if not paths and not problems:
-        problems.append("data.shards: names no shard")
+        problems.append(f"{key}: names no shard")
     if problems:
         raise ConfigError(problems)
     return paths
@@ -170,21 +157,21 @@ def _braces(pattern: str) -> Iterator[str]:
     return iter([pattern]) if os.path.exists(pattern) else braceexpand(pattern)
 
 
-def _files(pattern: str, problems: list[str]) -> list[str]:
+def _files(pattern: str, key: str, problems: list[str]) -> list[str]:
     """The files that one brace-free pattern means; adds to `problems` if there are none."""
     path = os.path.expanduser(pattern)
     if os.path.isfile(path):
         return [path]
     if os.path.isdir(path):
-        problems.append(f"data.shards: {pattern} is a folder; name its shards: {pattern.rstrip('/')}/*.tar")
+        problems.append(f"{key}: {pattern} is a folder; name its shards: {pattern.rstrip('/')}/*.tar")
         return []
     if "://" in pattern or pattern.startswith("pipe:"):
-        problems.append(f"data.shards: only local files can be read, not {pattern}")
+        problems.append(f"{key}: only local files can be read, not {pattern}")
         return []
     found = sorted(filter(os.path.isfile, glob.glob(path, recursive=True))) if glob.has_magic(path) else []
     if not found:
         missing = "no file matches" if glob.has_magic(path) else "missing file"
-        problems.append(f"data.shards: {missing} {pattern}")
+        problems.append(f"{key}: {missing} {pattern}")
     return found
 
 
@@ -206,12 +193,15 @@ class Shards:
     keys and sizes: the same in any folder.
     """
 
-    def __init__(self, paths: Sequence[str], field: str, cache_dir: Path | None = None):
-        """Indexes the shards. Raises `DataError` for a bad one, `ConfigError` if a sample lacks `field`."""
+    def __init__(self, paths: Sequence[str], field: str, cache_dir: Path | None = None, key: str = "data.shards"):
+        """Indexes the shards. Raises `DataError` for a bad one, `ConfigError` if a sample lacks `field`.
+
+        `cache_dir` takes the indexes of read-only folders. `key`: what the shards were given for, in messages.
+        """
         with ThreadPoolExecutor(min(INDEXING_THREADS, max(1, len(paths)))) as pool:
             indexes = list(pool.map(lambda path: ShardIndex.open(path, cache_dir), paths))
         self.field = field.lower()
-        self._check(indexes)
+        self._check(indexes, key)
         spans = [index.members[i][self.field] for index in indexes for i in range(len(index.keys))]
         self.n = len(spans)
         self._offsets, self.sizes = np.array(spans, dtype=np.int64).T.copy()
@@ -224,11 +214,13 @@ class Shards:
         self._lock = threading.Lock()
 
     @classmethod
-    def open(cls, spec: str | Sequence[str], field: str, cache_dir: Path | None = None) -> Shards:
-        """The shards that `spec` means (see `expand`); `cache_dir` takes the indexes of read-only folders."""
-        return cls(expand(spec), field, cache_dir)
+    def open(
+        cls, spec: str | Sequence[str], field: str, cache_dir: Path | None = None, key: str = "data.shards"
+    ) -> Shards:
+        """The shards that `spec` means; see `expand` and the constructor for the rest and what is raised."""
+        return cls(expand(spec, key), field, cache_dir, key)
 
-    def _check(self, indexes: Sequence[ShardIndex]) -> None:
+    def _check(self, indexes: Sequence[ShardIndex], given_for: str) -> None:
         problems = []
         for index in indexes:
             for key, members in zip(index.keys, index.members, strict=True):
@@ -237,7 +229,7 @@ class Shards:
                     problems.append(f"data.field: {index.path}: {lack}")
                     break
         if not any(index.keys for index in indexes):
-            problems.append(f"data.shards: no samples in {', '.join(index.path for index in indexes[:8])}")
+            problems.append(f"{given_for}: no samples in {', '.join(index.path for index in indexes[:8])}")
         if problems:
             raise ConfigError(problems)
 

@@ -29,7 +29,8 @@ class Tokenizer(ABC):
 
     `vocab_size`: ids are below it. `separator`: the id that ends a document. `token_bytes`, `token_chars`:
     int32 [vocab_size], UTF-8 bytes that a token stands for, and characters that start in it; 0 for special
-    tokens. `fingerprint`: sha256 of what the tokenizer is.
+    tokens. `fingerprint`: sha256 of what the tokenizer is. `content`: the text of the tokenizer.json that it was
+    made from, to keep beside what was trained with it; None for bytes.
     """
 
     vocab_size: int
@@ -37,6 +38,7 @@ class Tokenizer(ABC):
     token_bytes: Ids
     token_chars: Ids
     fingerprint: str
+    content: str | None
 
     @abstractmethod
     def encode(self, text: str) -> Ids:
@@ -55,6 +57,7 @@ class ByteTokenizer(Tokenizer):
         pieces = [bytes([byte]) for byte in range(256)] + [b""]
         self.token_bytes, self.token_chars = _measure(pieces)
         self.fingerprint = hashlib.sha256(b"bytes").hexdigest()
+        self.content = None
 
     def encode(self, text: str) -> Ids:
         return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int32)
@@ -73,6 +76,7 @@ class JsonTokenizer(Tokenizer):
             description = json.loads(content)
         except Exception as error:  # the library raises bare Exception
             raise ConfigError(f"data.tokenizer: {source} is not a tokenizer.json: {error}") from error
+        self.content = content
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._tokenizer.encode_special_tokens = True  # a document cannot smuggle in a separator

@@ -5,7 +5,6 @@ A dataset appears whole or not at all. The same input gives the same shards, byt
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -19,9 +18,10 @@ from typing import BinaryIO
 
 from trainer.data import tokenizer as tokenization
 from trainer.data.documents import SPLITS, Document, read, sources
-from trainer.data.index import SIDECAR, ShardIndex, Shards, key_and_extension, replace_file
+from trainer.data.index import SIDECAR, ShardIndex, Shards, key_and_extension
 from trainer.data.tar import BLOCK
 from trainer.errors import ConfigError
+from trainer.files import replace_file, sha256, sync_folder
 from trainer.randomness import key as random_key
 
 FORMAT = "onecurve-dataset-1"
@@ -43,9 +43,9 @@ def published(out: Path) -> Iterator[Path]:
     try:
         temporary.mkdir(parents=True)
         yield temporary
-        _sync(temporary)
+        sync_folder(temporary)
         os.replace(temporary, out)
-        _sync(out.parent)
+        sync_folder(out.parent)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if out.exists() and isinstance(error, OSError):
@@ -53,14 +53,6 @@ def published(out: Path) -> Iterator[Path]:
         if isinstance(error, OSError):
             raise ConfigError(f"{out}: cannot be written: {error.strerror or error}") from error
         raise
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class ShardWriter:
@@ -206,27 +198,14 @@ def _pattern(writer: ShardWriter) -> str | None:
     return f"{writer.prefix}-{numbers}.tar" if writer.paths else None
 
 
-def sha256(path: Path) -> str:
-    """Hexadecimal digest of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def tokenizer_recipe(spec: str) -> Callable[[Iterable[str]], str | None]:
     """What makes the tokenizer.json (None: there is none) from the train texts. Raises `ConfigError`."""
-    if spec == "bytes":
-        return lambda texts: None
     if spec == "chars":
         return lambda texts: tokenization.train_chars(texts).to_str(pretty=True)
     if match := re.fullmatch(r"bpe:(\d+)", spec):
         size = tokenization.check_bpe_size(int(match[1]))
         return lambda texts: tokenization.train_bpe(texts, size).to_str(pretty=True)
-    tokenization.load(spec)
-    path = Path(spec).expanduser()
-    content = (path / "tokenizer.json" if path.is_dir() else path).read_text(encoding="utf-8")
+    content = tokenization.load(spec).content
     return lambda texts: content
 
 

@@ -140,15 +140,21 @@ class Single:
         del self.forward
 
     def _materialise(self) -> None:
-        """Makes the optimizer's state, which torch creates only at the first step, so that it can be read into."""
+        """Makes the optimizer's state, which torch creates only at the first step, so that it can be read into.
+
+        A step of no length does it for any optimizer; what it left in the state is about to be overwritten.
+        """
         if self.optimizer.state:
             return
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.0
         for parameter in self.parameters:
-            self.optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+            parameter.grad = torch.zeros_like(parameter)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -39,7 +39,8 @@ class Tracker(Protocol):
     def event(self, event: Row) -> None:
         """Something that happened: {"time": ISO 8601 in UTC, "kind", "step", ...free fields}.
 
-        Kinds: start, resume, checkpoint, evaluation, restart, interrupted, finished, failed, and others.
+        Kinds: start, resume, config_changed, checkpoint, checkpoint_failed, checkpoint_damaged, tracker_off,
+        interrupted, finished, failed.
         """
 
     def close(self, status: Row) -> None:

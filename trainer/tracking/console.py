@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import deque
 from collections.abc import Iterator
@@ -18,7 +19,6 @@ from trainer.tracking.jsonl import plain
 COLOURS = {
     "failed": "red",
     "interrupted": "yellow",
-    "restart": "yellow",
     "resume": "cyan",
     "finished": "green",
 }
@@ -26,13 +26,22 @@ WIDTH = 200  # characters of a value
 RECENT = 50  # steps that the remaining time is judged by
 
 
+class _Output(RichConsole):
+    """rich's console, without its end of the process when the reader of a pipe has gone."""
+
+    def on_broken_pipe(self) -> None:
+        """Raises the BrokenPipeError; what is still unwritten is let go, or Python would exit with code 120."""
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), self.file.fileno())
+        raise
+
+
 class Console:
     """Follows the steps; events and evaluations stay on screen above the live line."""
 
     def __init__(self, file: TextIO | None = None):
-        self.console = RichConsole(file=file or sys.stdout, markup=False, highlight=False, emoji=False)
+        self.console = _Output(file=file or sys.stdout, markup=False, highlight=False, emoji=False)
         self.seconds: deque[float] = deque(maxlen=RECENT)
-        self.evaluated = -1
         self.bar: Progress | None = None
         self.task = TaskID(0)
 
@@ -67,22 +76,17 @@ class Console:
             self._print(Text("  ".join([step, *_parts(rows), f"eta {duration(left)}"])))
 
     def event(self, event: Row) -> None:
-        kind, step = event["kind"], event.get("step")
-        if kind == "evaluation":
-            self._evaluation(step, event.get("eval", event))
-        else:
-            fields = {name: value for name, value in event.items() if name not in ("time", "kind", "step")}
-            self._happened(kind, step, [f"{name} {_short(value)}" for name, value in fields.items()])
+        # The reason of an end is told by who ends the process, in a block of its own.
+        hidden = {"time", "kind", "step", *(["reason"] if event["kind"] in ("failed", "interrupted") else [])}
+        fields = {name: value for name, value in event.items() if name not in hidden}
+        parts = [f"{name} {_short(value)}" for name, value in fields.items()]
+        self._happened(event["kind"], event.get("step"), parts)
 
     def close(self, status: Row) -> None:
         if self.bar:
             self.bar.stop()
 
-    def _evaluation(self, step: int | None, values: Row) -> None:
-        """Shown once, whether it came with its row, as an event or as both."""
-        if step is not None and step <= self.evaluated:
-            return
-        self.evaluated = self.evaluated if step is None else step
+    def _evaluation(self, step: int, values: Row) -> None:
         texts = {
             "loss": "loss {:.4f}",
             "nats_per_char": "{:.4f} nats/char",

@@ -15,7 +15,9 @@ from trainer.data.packing import Piece
 from trainer.data.stream import StepData
 from trainer.topology import Topology
 from trainer.tracking import Row, RunInfo, Trackers
-from trainer.tracking.jsonl import cut, read_status, write_status
+from trainer.tracking.jsonl import cut, write_status
+
+STATUS_SECONDS = 2.0  # how old the step in status.json may be, beyond the reading of the device's numbers
 
 
 class Journal:
@@ -24,7 +26,7 @@ class Journal:
     def __init__(self, topology: Topology, info: RunInfo, trackers: Trackers | None, keep_ledger: bool):
         self.topology, self.info, self.trackers = topology, info, trackers
         self.ledger = info.folder / "ledger.jsonl" if keep_ledger else None
-        self.step, self.started = 0, False
+        self.step, self.started, self.told = 0, False, 0.0
 
     def rows(self, rows: list[Row], steps: Sequence[StepData]) -> None:
         """One row a step; the ledger's line of a step is on disk before its row."""
@@ -41,6 +43,8 @@ class Journal:
         self.step = rows[-1]["step"]
         if self.trackers:
             self.trackers.rows(rows)
+            if time.monotonic() > self.told + STATUS_SECONDS:
+                self._status("running")
 
     def start(self, step: int, resumed: bool) -> None:
         """Cuts what was recorded after `step`: those steps are about to happen again, the same."""
@@ -51,7 +55,6 @@ class Journal:
             cut(self.ledger, step)
         self.trackers.start(RunInfo(**{**vars(self.info), "step": step}))
         self.started = True
-        self._status("running")
         self.event("resume" if resumed else "start", processes=self.topology.world_size)
 
     def event(self, kind: str, **fields: Any) -> None:
@@ -62,25 +65,16 @@ class Journal:
             self._status("running")
 
     def close(self, state: str, reason: str | None = None, exit_code: int = 0) -> None:
-        """The end of this life of the run: `finished`, `interrupted` or `failed`. Any rank may tell of a failure."""
-        if not self.trackers and state != "failed":
+        """The end of this life of the run: `finished`, `interrupted` or `failed`."""
+        if not self.trackers:
             return
         status = self._status(state, reason=reason, exit_code=exit_code)
-        if self.trackers and self.started:
+        if self.started:
             self.event(state, **({"reason": reason} if reason else {}))
             self.trackers.close(status)
-
-    def told_elsewhere(self, patience_s: float = 3.0) -> Row | None:
-        """The status, if another rank tells of a failure within a moment: the one that saw the cause."""
-        deadline = time.monotonic() + patience_s
-        while time.monotonic() < deadline:
-            status = read_status(self.info.folder)
-            if status.get("state") == "failed":
-                return status
-            time.sleep(0.05)
-        return None
 
     def _status(self, state: str, **fields: Any) -> Row:
         status = {"state": state, "step": self.step, "steps": self.info.steps, "reason": None, **fields}
         write_status(self.info.folder, status)
+        self.told = time.monotonic()
         return status

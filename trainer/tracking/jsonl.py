@@ -10,12 +10,12 @@ import json
 import math
 import mmap
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from trainer.errors import ConfigError
+from trainer.files import replace_file
 from trainer.tracking.base import Row, RunInfo
 
 
@@ -108,7 +108,7 @@ def cut(path: Path, step: int) -> int:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file so that a reader sees the old text or the new one, never a part."""
-    replace_text(path, json.dumps(json.loads(dumps(value)), indent=2) + "\n")
+    replace_file(path, (json.dumps(json.loads(dumps(value)), indent=2) + "\n").encode())
 
 
 def write_status(folder: Path, status: Row) -> None:
@@ -125,11 +125,6 @@ def read_status(folder: Path) -> Row:
     return status if isinstance(status, dict) else {}
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Writes a text file (UTF-8) beside, syncs it and renames it into place."""
-    _replace(path, lambda beside: beside.write_text(text, encoding="utf-8"))
-
-
 def _cut(path: Path, keep: Callable[[Row], bool]) -> Row | None:
     """Drops from the end until a whole row that `keep` wants; gives that row, None when there is none."""
     if not path.exists() or not (size := path.stat().st_size):
@@ -143,33 +138,10 @@ def _cut(path: Path, keep: Callable[[Row], bool]) -> Row | None:
             if row is not None and keep(row):
                 break
             row, end = None, begin
-    if end < size:
-        _replace(path, lambda beside: _copy(path, beside, end))
+        if end < size:
+            with memoryview(view) as whole, whole[:end] as kept:  # never in memory: a ledger is large
+                replace_file(path, kept)
     return row
-
-
-def _copy(source: Path, target: Path, size: int) -> None:
-    shutil.copyfile(source, target)
-    os.truncate(target, size)
-
-
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(beside)
-        _fsync(beside)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-    _fsync(path.parent)
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _append(file: BinaryIO, rows: list[Row]) -> None:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from trainer.files import replace_file
 from trainer.tracking.base import Row
-from trainer.tracking.jsonl import plain, replace_text
+from trainer.tracking.jsonl import plain
 from trainer.tracking.plot import Mark, Plot, Points, Series, smooth
-from trainer.tracking.summary import RESTARTS, Run, headline, load
+from trainer.tracking.summary import Run, headline, load
 
 EVENTS_SHOWN = 200
 SMOOTHED_FROM = 100  # steps
@@ -39,7 +40,7 @@ def write_report(folder: Path, run: Run | None = None) -> Path:
         environment=list(_flat(run.environment)),
         events=[(event, _details(event)) for event in run.events[-EVENTS_SHOWN:]],
     )
-    replace_text(folder / "report.html", text)
+    replace_file(folder / "report.html", text.encode())
     return folder / "report.html"
 
 
@@ -75,7 +76,7 @@ def plots(run: Run) -> Iterator[Plot]:
 
 def _marks(events: list[Row]) -> list[Mark]:
     """Where the run was resumed and where it was saved."""
-    looks = {"checkpoint": "checkpoint", **dict.fromkeys(RESTARTS, "restart")}
+    looks = {"checkpoint": "checkpoint", "resume": "restart"}
     return [(e["step"], looks[e["kind"]], f"{e['kind']}, step {e['step']}") for e in events if e["kind"] in looks]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-from omegaconf import OmegaConf
+import yaml
 
 from trainer.errors import ConfigError
 from trainer.tracking.base import Row
@@ -16,7 +16,6 @@ from trainer.tracking.console import duration
 from trainer.tracking.jsonl import read
 from trainer.tracking.plot import label
 
-RESTARTS = ("restart", "resume")
 SAMPLE_SHOWN = 20_000  # characters
 
 
@@ -42,10 +41,8 @@ class Run:
 
     @property
     def evaluations(self) -> dict[int, Row]:
-        """By step. An evaluation may have come with its row, as an event, or as both."""
-        found = {event["step"]: event.get("eval", event) for event in self.events if event["kind"] == "evaluation"}
-        found |= {row["step"]: row["eval"] for row in self.rows if row.get("eval")}
-        return dict(sorted(found.items()))
+        """By step."""
+        return {row["step"]: row["eval"] for row in self.rows if row.get("eval")}
 
     def count(self, kind: str) -> int:
         return sum(event["kind"] == kind for event in self.events)
@@ -60,9 +57,8 @@ def load(folder: Path) -> Run:
     if not any((folder / name).is_file() for name in ("status.json", "metrics.jsonl")):
         raise ConfigError(f"{folder}: not a run's folder (neither status.json nor metrics.jsonl is in it)")
     config = _text(folder / "config.yaml")
-    name = OmegaConf.select(OmegaConf.create(config), "run.name") if config else None
     return Run(
-        name=str(name or folder.resolve().name),
+        name=_name(folder / "config.yaml", config) or folder.resolve().name,
         status={"state": "unknown", **_json(folder / "status.json")},
         rows=read(folder / "metrics.jsonl"),
         events=read(folder / "events.jsonl"),
@@ -75,8 +71,7 @@ def load(folder: Path) -> Run:
 def headline(run: Run) -> list[Figure]:
     """The run in a few numbers. Times and rates are of the steps that count, lost work left out."""
     steps = run.status.get("steps")
-    restarts = max(map(run.count, RESTARTS))  # the launcher and the run may both tell of one
-    checkpoints = run.count("checkpoint")
+    restarts, checkpoints = run.count("resume"), run.count("checkpoint")
     return [
         Figure("Steps", f"{run.rows[-1]['step'] if run.rows else 0:,}", f"of {steps:,}" if steps else ""),
         *(_trained(run) if run.rows else []),
@@ -120,6 +115,19 @@ def _number(value: float | None) -> str:
 
 def _seconds(value: float) -> str:
     return f"{value * 1000:.3g} ms" if value < 1 else f"{value:.3g} s"
+
+
+def _name(path: Path, config: str) -> str | None:
+    """The run's name in its config, as it stands there: interpolations of a foreign file are text."""
+    try:
+        tree = yaml.safe_load(config)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path}: not YAML ({reason}); delete it to go on without it") from None
+    match tree:
+        case {"run": {"name": str(name)}}:
+            return name
+    return None
 
 
 def _text(path: Path) -> str:
