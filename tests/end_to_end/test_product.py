@@ -8,8 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
+import torch
 
 from tests.end_to_end.test_refusals import onecurve, trainer
+from tests.runs import Run
 
 SMOKE = ("experiment=smoke", "track.wandb.mode=offline")
 
@@ -67,6 +70,14 @@ def test_samples_and_report(trained: Path) -> None:
     assert "ROMEO:" in report
     assert "http://" not in report.replace("http://www.w3.org", "")
     assert "report.html" in run(onecurve("report", "runs/smoke"), trained)
+
+
+def test_exported_weights_are_the_checkpoints(trained: Path) -> None:
+    run(onecurve("export", "runs/smoke", "--out", "weights.safetensors"), trained)
+    exported = safetensors.torch.load_file(trained / "weights.safetensors")
+    saved = Run(trained / "runs" / "smoke").weights()
+    assert {f"model/{name}" for name in exported} == {name for name in saved if name.startswith("model/")}
+    assert all(torch.equal(tensor, saved[f"model/{name}"]) for name, tensor in exported.items())
 
 
 def test_the_same_command_of_a_finished_run_does_nothing(trained: Path) -> None:

@@ -59,13 +59,18 @@ def test_an_evaluation_is_shown_with_its_units() -> None:
 def test_an_event_shows_all_it_has_to_say_as_it_is() -> None:
     event = {
         "time": "now",
-        "kind": "interrupted",
+        "kind": "tracker_off",
         "step": 7,
         "reason": "[red]rank 2[/red]",
         "lost": 3,
         "after": 1 / 3,
     }
-    assert shown([], [event]) == ["interrupted step 7  reason [red]rank 2[/red]  lost 3  after 0.3333"]
+    assert shown([], [event]) == ["tracker_off step 7  reason [red]rank 2[/red]  lost 3  after 0.3333"]
+
+
+def test_the_reason_of_an_end_is_left_to_the_block_that_tells_it() -> None:
+    event = {"time": "now", "kind": "failed", "step": 7, "reason": "no more"}
+    assert shown([], [event]) == ["failed      step 7"]
 
 
 def test_the_remaining_time_counts_training_only() -> None:
