@@ -114,7 +114,8 @@ def _default_procs(config: Config) -> int:
 def _what_next(folder: Path, procs: int, overrides: list[str]) -> None:
     """The next commands to try, ready to paste."""
     program = Path(sys.argv[0])
-    name = os.path.relpath(program) if program.is_absolute() and program.is_relative_to(Path.cwd()) else "onecurve"
+    near = program.absolute().is_relative_to(Path.cwd())  # such as .venv/bin/onecurve: say it so that it can be pasted
+    name = os.path.relpath(program) if near else "onecurve"
     longer = f"train.steps={2 * read_status(folder)['steps']}"
     same = [part for part in overrides if not part.startswith(("train.steps=", "run.fresh="))]
     again = shlex.join([name, "train", "-n", str(procs), *same, longer])

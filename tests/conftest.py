@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-# One cache for all tests and workers of a session: the data set is packed once, under a lock.
+# One cache for all tests and workers: the data set is packed once, under a lock.
 os.environ.setdefault("ONECURVE_CACHE", str(Path(tempfile.gettempdir()) / f"onecurve-tests-{os.getuid()}"))
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["WANDB_MODE"] = "disabled"

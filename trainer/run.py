@@ -16,6 +16,7 @@ from torch import Tensor
 from trainer import loop, sampling
 from trainer.build import build, open_inputs
 from trainer.config import Config
+from trainer.data.tokenizer import Tokenizer
 from trainer.errors import Interrupted, OnecurveError, PeerLost, TrainingError
 from trainer.files import replace_file
 from trainer.folder import RunFolder
@@ -87,7 +88,7 @@ def _explained(failure: BaseException, config: Config, folder: Path, topology: T
     return TrainingError(f"{first_line} (traceback: {folder}/logs/rank-{topology.rank}.log)"), False
 
 
-def _show(config: Config, folder: Path, tokenizer: sampling.Tokenizer, weights: dict[str, Tensor]) -> None:
+def _show(config: Config, folder: Path, tokenizer: Tokenizer, weights: dict[str, Tensor]) -> None:
     """Samples and report of a finished run. Trouble here is told, and changes nothing about the run."""
     try:
         if config.sample.count:

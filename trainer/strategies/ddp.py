@@ -41,7 +41,7 @@ class DDP(Single):
         )
 
     def sync(self, last: bool) -> AbstractContextManager[object]:
-        return nullcontext() if last or not self.parallel else self.forward.no_sync()  # type: ignore[operator]
+        return nullcontext() if last or not self.parallel else self.wrapped.no_sync()  # type: ignore[operator]
 
     def total(self, sums: Tensor) -> Tensor:
         if self.parallel:
@@ -61,6 +61,6 @@ class DDP(Single):
         """
         first = {name: tensor[:1] for name, tensor in batch.items()}
         for _ in range(2):
-            self.run(self.forward, first)["loss"].backward()
+            self.loss_of(self.wrapped, first)["loss"].backward()
             self.optimizer.zero_grad(set_to_none=True)
         self.settled = True

@@ -43,7 +43,7 @@ class Single:
         prepare(self.model, self.options.activation_checkpointing, self.options.compile)
         self.optimizer = optimizer_factory(self.model)
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.forward = self.wrap(self.model)
+        self.wrapped = self.wrap(self.model)
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The module that training calls."""
@@ -67,14 +67,14 @@ class Single:
             # For models that draw from torch's generator: the same draws in every life of the run.
             torch.manual_seed(int(batch["draws"][0]))
             with self.sync(last=number == len(micro_batches)):
-                part = self.run(self.forward, batch)
+                part = self.loss_of(self.wrapped, batch)
                 self.scaler.scale(part["loss"] * scale).backward()
             for name, value in part.items():
                 value = value.detach().double()
                 sums[name] = sums[name] + value if name in sums else value
         return sums
 
-    def run(self, model: nn.Module, batch: Batch) -> Sums:
+    def loss_of(self, model: nn.Module, batch: Batch) -> Sums:
         batch = to_device(batch, self.topology.device)
         with self.precision.autocast():
             outputs = model(batch)
@@ -137,7 +137,7 @@ class Single:
 
     def close(self) -> None:
         """Lets go of the wrapper, and with it of its hold on the process group."""
-        del self.forward
+        del self.wrapped
 
     def _materialise(self) -> None:
         """Makes the optimizer's state, which torch creates only at the first step, so that it can be read into.
