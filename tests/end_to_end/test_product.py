@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -98,8 +99,6 @@ def test_wandb_has_one_run_for_all_lives(trained: Path) -> None:
 
 
 def _with_wandb() -> dict[str, str]:
-    import os
-
     return {name: value for name, value in os.environ.items() if name != "WANDB_MODE"}
 
 
@@ -111,8 +110,6 @@ def test_hydras_command_line(tmp_path: Path) -> None:
 
 
 def test_completion(tmp_path: Path) -> None:
-    import os
-
     env = {**os.environ, "COMP_LINE": "onecurve-trainer model.la", "COMP_POINT": "25"}
     command = [sys.executable, "-c", "from trainer.__main__ import main; main()", "-sc", "query=bash"]
     assert run(command, tmp_path, env=env).strip() == "model.layers="
@@ -136,3 +133,64 @@ def test_own_text_from_pack_to_training(tmp_path: Path) -> None:
     shards = ("data=webdataset", "data.shards='shards/train-*.tar'", "data.validation='shards/validation-*.tar'")
     output = run(trainer(*SMOKE, *shards, "data.tokenizer=shards/tokenizer.json", "run.name=own"), tmp_path)
     assert "nats/char" in output
+
+
+def test_own_model_from_own_package(tmp_path: Path) -> None:
+    """A user's own model, as the README says: a package, a YAML file, an allowlist; trained, resumed, sampled."""
+    (tmp_path / "my_package").mkdir()
+    (tmp_path / "my_package" / "__init__.py").touch()
+    (tmp_path / "my_package" / "net.py").write_text(
+        """
+import torch
+import trainer.config
+
+class Net(torch.nn.Module):
+    class Config(trainer.config.Plugin):
+        depth: int
+    def __init__(self, config, vocab_size, sequence_length):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(vocab_size, 16)
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(16, 16) for _ in range(config.depth))
+        self.head = torch.nn.Linear(16, vocab_size)
+    def forward(self, batch):
+        x = self.embedding(batch["inputs"])
+        for layer in self.layers:
+            x = torch.nn.functional.dropout(layer(x).relu(), 0.1, self.training)
+        return self.head(x)
+    def initialise(self, name, parameter, generator):
+        parameter.normal_(0.0, 0.1, generator=generator)
+"""
+    )
+    (tmp_path / "my_conf" / "model").mkdir(parents=True)
+    (tmp_path / "my_conf" / "model" / "net.yaml").write_text("name: my_package.net:Net\ndepth: 2\n")
+    own = ("--config-dir", "my_conf", "experiment=null", "model=net", "run.plugins=[my_package]", "run.name=own")
+    small = ("train.global_batch=8", "train.log_every=1", "data.tokenizer=bytes", "sample.count=1", "sample.tokens=8")
+    losses = []
+    for steps in (4, 8):
+        run(trainer(*own, *small, f"train.steps={steps}", "train.activation_checkpointing=full"), tmp_path)
+        rows = [json.loads(line) for line in (tmp_path / "runs/own/metrics.jsonl").read_text().splitlines()]
+        losses.append([row["loss"] for row in rows])
+    assert len(losses[1]) == 8
+    assert losses[1][:4] == losses[0]
+    assert losses[1][-1] < losses[1][0]
+    sample = run(onecurve("sample", "runs/own", "--plugins", "my_package", "--tokens", "4"), tmp_path)
+    assert sample.startswith("ROMEO:")
+    refused = subprocess.run(onecurve("sample", "runs/own"), cwd=tmp_path, capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "package 'my_package' is not allowed" in refused.stderr
+
+
+@pytest.mark.slow
+def test_a_wheel_installed_elsewhere_trains(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path / "dist"), str(root)], tmp_path)
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    target = tmp_path / "site"
+    run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target), str(wheel)], tmp_path)
+    env = {**os.environ, "PYTHONPATH": str(target)}
+    where = run(
+        [sys.executable, "-c", "import trainer, trainer.conf, launch.slurm; print(trainer.__file__)"], tmp_path, env=env
+    )
+    assert where.startswith(str(target))
+    assert (target / "launch" / "slurm" / "train.sbatch").is_file()
+    assert "nats/char" in run(trainer(*SMOKE), tmp_path, env=env)
