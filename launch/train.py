@@ -10,8 +10,11 @@ import signal
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from trainer.config import Config
 from trainer.config.compose import load
@@ -53,11 +56,15 @@ def train(arguments: argparse.Namespace) -> int:
         if restart < restarts:
             counted = f"restart {restart + 1} of {restarts}"
             print(f"\nonecurve: a process was killed (signal {-code}), {counted}", file=sys.stderr)
+    reason = f"a process ended with code {code}"
     if code < 0:
-        settle(folder, f"a process was killed (signal {-code})", 4)
-        return 4
+        reason, code = f"a process was killed (signal {-code})", 4
+        print(f"\nonecurve: {reason}", file=sys.stderr)
     if code == 0:
         _what_next(folder, procs, overrides)
+    elif folder.is_dir():
+        with suppress(Timeout, OSError), FileLock(folder / ".lock", blocking=False):  # unless somebody trains there
+            settle(folder, reason, code)
     return code
 
 

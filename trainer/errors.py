@@ -10,6 +10,10 @@ class OnecurveError(Exception):
 
     exit_code = 4
 
+    def __init__(self, reason: str, exit_code: int | None = None):
+        super().__init__(reason)
+        self.exit_code = exit_code or self.exit_code
+
 
 class ConfigError(OnecurveError):
     """The command, the config or what it points at is wrong: all problems, found before anything was started."""
@@ -34,11 +38,7 @@ class TrainingError(OnecurveError):
 
 
 class PeerLost(OnecurveError):
-    """Another rank failed first, and told why. Carries that rank's exit code."""
-
-    def __init__(self, reason: str, exit_code: int):
-        self.exit_code = exit_code
-        super().__init__(reason)
+    """Another rank failed first, and tells why. Carries that rank's exit code."""
 
 
 class Interrupted(OnecurveError):

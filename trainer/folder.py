@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from trainer.checkpoint.load import newest_everywhere
 from trainer.config import Config
 from trainer.data.tokenizer import Tokenizer
-from trainer.errors import ConfigError, OnecurveError
+from trainer.errors import ConfigError, OnecurveError, TrainingError
 from trainer.files import replace_file
 from trainer.resilience.interruption import STOP
 from trainer.topology import Topology
@@ -30,7 +30,11 @@ class RunFolder:
     """`found` is the checkpoint to go on from, `events` what is to be told of finding it."""
 
     def __init__(self, config: Config, identity: dict[str, Any], topology: Topology, born: float):
-        """Every rank calls it; the main one acts. Raises ConfigError, with nothing of a run in the folder changed."""
+        """Every rank calls it; the main one acts.
+
+        Raises ConfigError where the folder cannot be used or holds another run; TrainingError (on the main rank,
+        PeerLost on the others) where its checkpoints are damaged beyond use.
+        """
         self.path = Path(config.run.dir).expanduser().absolute()
         self.topology, self.steps = topology, config.train.steps
         self._lock = FileLock(self.path / ".lock", blocking=False)
@@ -38,15 +42,21 @@ class RunFolder:
         if problem := topology.broadcast(problem):
             raise ConfigError(problem)
         try:
+            blind = [rank for rank, sees in enumerate(topology.gather((self.path / "logs").is_dir())) if not sees]
+            if blind:
+                raise ConfigError(f"run.dir={self.path}: ranks {blind} do not see it; all nodes must share its storage")
             self.found, self.events = newest_everywhere(self.path / CHECKPOINTS, topology)
             if self.found:
                 self.events += _continues(self.found.manifest, identity, config, self.path)
-        except BaseException:
+            problem = self._begin(config, born) if topology.is_main else None
+            if problem := topology.broadcast(problem):
+                raise ConfigError(problem)
+        except BaseException as error:
+            if isinstance(error, TrainingError):
+                with suppress(OSError):
+                    settle(self.path, str(error), error.exit_code)
             self._lock.release()
             raise
-        if topology.is_main:
-            self._begin(config, born)
-        topology.barrier()
 
     def __enter__(self) -> RunFolder:
         return self
@@ -85,10 +95,13 @@ class RunFolder:
                 self._set_aside()
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
+            (self.path / FAILURE).unlink(missing_ok=True)
+            for name in (CHECKPOINTS, "logs"):
+                (self.path / name).mkdir(exist_ok=True)
         except Timeout:
             return f"run.dir={self.path}: another process trains in this folder; stop it, or choose another run.name"
         except OSError as error:
-            return f"run.dir={config.run.dir}: cannot be written: {error.strerror}; choose another run.dir"
+            return _unwritable(config, error)
         except ConfigError as error:
             return str(error)
         return None
@@ -103,17 +116,22 @@ class RunFolder:
                 number += 1
             self.path.rename(aside)
 
-    def _begin(self, config: Config, born: float) -> None:
-        """From here on the folder says that the run is running."""
-        for name in (CHECKPOINTS, "logs"):
-            (self.path / name).mkdir(exist_ok=True)
-        (self.path / FAILURE).unlink(missing_ok=True)
+    def _begin(self, config: Config, born: float) -> str | None:
+        """From here on the folder says that the run is running; gives the problem if it cannot."""
         stop, started = self.path / STOP, time.time() - (time.monotonic() - born)
-        if stop.exists() and stop.stat().st_mtime < started:  # a request of an earlier life
-            stop.unlink()
-        replace_file(self.path / "config.yaml", yaml.safe_dump(config.resolved(), sort_keys=False).encode())
         step = self.found.manifest["step"] if self.found else 0
-        write_status(self.path, {"state": "running", "step": step, "steps": self.steps, "reason": None})
+        try:
+            if stop.exists() and stop.stat().st_mtime < started:  # a request of an earlier life
+                stop.unlink()
+            replace_file(self.path / "config.yaml", yaml.safe_dump(config.resolved(), sort_keys=False).encode())
+            write_status(self.path, {"state": "running", "step": step, "steps": self.steps, "reason": None})
+        except OSError as error:
+            return _unwritable(config, error)
+        return None
+
+
+def _unwritable(config: Config, error: OSError) -> str:
+    return f"run.dir={config.run.dir}: cannot be written: {error.strerror}; choose another run.dir"
 
 
 def read_failure(folder: Path) -> dict[str, Any] | None:

@@ -108,9 +108,10 @@ def train(job: Job) -> Progress:
         if stop or save_now or votes["save"] > 0 or saving.due(saved_at, now):
             save(job, progress, data)
         saved_at, unread = now, Unread(pace=rows[-1]["step_s"])
-        clock.write(progress.step)
         if stop:
             finish_saving(job)
+        clock.write(progress.step)
+        if stop:
             job.requests.done(STOP)
             raise Interrupted(f"stopped at step {progress.step} as asked, saved: run the same command to continue")
     finish_saving(job)
@@ -202,8 +203,8 @@ def finish_saving(job: Job) -> None:
     job.clock.switch("checkpoint")
     for event in job.saver.wait():
         job.journal.event(**event)
-        if event["kind"] == "checkpoint_failed":
-            raise TrainingError(f"the last checkpoint could not be saved: {event['reason']}")
+    if job.saver.problem is not None:
+        raise TrainingError(f"the last checkpoint could not be saved: {job.saver.problem}")
 
 
 def readings(progress: Progress, elapsed: float) -> dict[str, float]:

@@ -17,9 +17,9 @@ from trainer import loop, sampling
 from trainer.build import build, open_inputs
 from trainer.config import Config
 from trainer.data.tokenizer import Tokenizer
-from trainer.errors import Interrupted, OnecurveError, PeerLost, TrainingError
+from trainer.errors import ConfigError, Interrupted, OnecurveError, PeerLost, TrainingError
 from trainer.files import replace_file
-from trainer.folder import RunFolder
+from trainer.folder import RunFolder, settle
 from trainer.topology import Topology, join
 from trainer.tracking.report import write_report
 
@@ -35,18 +35,17 @@ def run(config: Config, born: float) -> None:
     inputs = open_inputs(config, topology)
     folder = RunFolder(config, inputs.identity(config), topology, born)
     with folder, _log(folder.path, topology.rank):
-        job = None
+        job, stopped, weights = None, None, {}
         try:
             folder.keep_tokenizer(inputs.tokenizer)
             job = build(config, topology, inputs, folder, born)
-            loop.train(job)
-            weights = dict(job.strategy.full_weights())
-            job.journal.close("finished")
-        except Interrupted as stop:
-            assert job is not None
-            job.journal.close("interrupted", str(stop), stop.exit_code)
-            topology.close()
-            raise
+            try:
+                loop.train(job)
+                weights = dict(job.strategy.full_weights())
+                job.journal.close("finished")
+            except Interrupted as stop:
+                stopped = stop
+                job.journal.close("interrupted", str(stop), stop.exit_code)
         except BaseException as failure:
             log.error("%s", "".join(traceback.format_exception(failure)))
             raise _told(failure, config, topology, folder, job) from failure
@@ -54,6 +53,8 @@ def run(config: Config, born: float) -> None:
             if job is not None:
                 job.close()
         topology.close()
+        if stopped:
+            raise stopped
         if topology.is_main:
             _show(config, folder.path, inputs.tokenizer, weights)
 
@@ -68,24 +69,33 @@ def _told(
         with suppress(Exception):  # the disk may be what failed
             if job is not None:
                 job.journal.close("failed", first["reason"], first["exit_code"])
+            else:
+                settle(folder.path, first["reason"], first["exit_code"])
     return error if first["rank"] == topology.rank else PeerLost(first["reason"], first["exit_code"])
 
 
 def _explained(failure: BaseException, config: Config, folder: Path, topology: Topology) -> tuple[OnecurveError, bool]:
     """The cause and what to change, where we know it; and whether it is only that another rank is gone."""
+    if isinstance(failure, ConfigError):  # found too late to be a refusal: told by whoever was first, as a failure
+        return OnecurveError(str(failure), failure.exit_code), False
     if isinstance(failure, OnecurveError):
         return failure, False
+    if isinstance(failure, KeyboardInterrupt):
+        return TrainingError("interrupted a second time: what came after the last checkpoint is not saved"), False
     if isinstance(failure, (torch.OutOfMemoryError, MemoryError)):
         micro_batch = config.train.micro_batch or config.train.global_batch // topology.dp_size
-        return TrainingError(
-            f"out of memory: set train.micro_batch below {micro_batch} (the global batch of "
-            f"{config.train.global_batch} stays), or train.activation_checkpointing=full. {failure}"
-        ), False
+        ways = ["train.activation_checkpointing=full"] if config.train.activation_checkpointing != "full" else []
+        if micro_batch > 1:
+            ways.append(
+                f"train.micro_batch below {micro_batch} (the global batch of {config.train.global_batch} stays)"
+            )
+        return TrainingError(f"out of memory: try {' or '.join(ways or ['a smaller model'])}. {failure}"), False
     first_line = f"{type(failure).__name__}: {failure}".partition("\n")[0]
+    trace = f"(traceback: {folder}/logs/rank-{topology.rank}.log)"
     lost_peer = isinstance(failure, dist.DistError) or "gloo" in str(failure) or "Connection closed" in str(failure)
     if topology.world_size > 1 and lost_peer:
-        return TrainingError(f"another process is gone: {first_line}"), True
-    return TrainingError(f"{first_line} (traceback: {folder}/logs/rank-{topology.rank}.log)"), False
+        return TrainingError(f"lost another process, or the way to it: {first_line} {trace}"), True
+    return TrainingError(f"{first_line} {trace}"), False
 
 
 def _show(config: Config, folder: Path, tokenizer: Tokenizer, weights: dict[str, Tensor]) -> None:
@@ -94,6 +104,8 @@ def _show(config: Config, folder: Path, tokenizer: Tokenizer, weights: dict[str,
         if config.sample.count:
             texts = sampling.sample(config, sampling.with_weights(config, tokenizer, weights), tokenizer)
             replace_file(folder / "samples.txt", ("\n\n---\n\n".join(texts) + "\n").encode())
+            if config.track.console:
+                print(f"\nsample (more in {Path(config.run.dir) / 'samples.txt'}):\n\n{texts[0]}")
         if config.track.report:
             write_report(folder)
     except Exception as error:

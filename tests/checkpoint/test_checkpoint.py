@@ -143,6 +143,7 @@ def test_a_failed_save_leaves_the_good_one(saver: Saver, monkeypatch: pytest.Mon
         (event,) = saver.save(2, tensors(2), POSITION, {})
     assert event["kind"] == "checkpoint_failed"
     assert "No space left" in event["reason"]
+    assert saver.problem == event["reason"]  # a run must not end as if it were saved
     assert [path.name for path in saver.folder.iterdir()] == [folder_name(1)]
     assert save(saver, 3) == ["checkpoint"]
     assert restored(saver.folder) == 3

@@ -56,7 +56,7 @@ def test_every_experiment_is_valid(name: str) -> None:
         ("track.wandb.mod=x", "track.wandb.mod: no such key; did you mean 'track.wandb.mode'?"),
         ("run.name=../x", "run.name=../x: "),
         ("data=webdataset", "data.shards: missing"),
-        ("model.name=evil:Net", "package 'evil' is not allowed; add run.plugins=[evil] if you trust it"),
+        ("model.name=evil:Net", "package 'evil' is not allowed; if you trust it, add run.plugins=[evil]"),
         ("--steps", "options are written key=value"),
         ("steps 5", "is no override"),
         ("~train.clip_norm", "train.clip_norm: missing"),

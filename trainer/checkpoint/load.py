@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from trainer.checkpoint.format import Damaged, SafeReader, verify
-from trainer.errors import TrainingError
+from trainer.errors import PeerLost, TrainingError
 from trainer.topology import Topology
 
 
@@ -36,10 +36,12 @@ def newest(folder: Path, set_aside: bool = True) -> tuple[Found | None, list[dic
     where one cannot be read for now: that is no damage, and nothing is changed.
     """
     events: list[dict[str, Any]] = []
+    damaged = any(folder.glob(".damaged-*"))
     for path in reversed(candidates(folder)):
         try:
             return Found(path, verify(path)), events
         except Damaged as damage:
+            damaged = True
             if set_aside:
                 aside = _free_name(path.with_name(f".damaged-{path.name}"))
                 path.rename(aside)
@@ -47,8 +49,8 @@ def newest(folder: Path, set_aside: bool = True) -> tuple[Found | None, list[dic
                 events.append({"kind": "checkpoint_damaged", **event})
         except OSError as error:
             raise TrainingError(f"{path}: cannot be read: {error}") from error
-    if any(folder.glob(".damaged-*")):
-        raise TrainingError(f"{folder}: no checkpoint is whole any more (see .damaged-*); run.fresh=true starts over")
+    if damaged:
+        raise TrainingError(f"{folder}: no checkpoint is whole any more; run.fresh=true starts over")
     return None, events
 
 
@@ -65,11 +67,11 @@ def newest_everywhere(folder: Path, topology: Topology) -> tuple[Found | None, l
                 "manifest": found and found.manifest,
                 "events": events,
             }
-        except TrainingError as error:
+        except (TrainingError, OSError) as error:
             answer = {"error": str(error)}
     answer = topology.broadcast(answer)
     if "error" in answer:
-        raise TrainingError(answer["error"])
+        raise (TrainingError if topology.is_main else PeerLost)(answer["error"])
     found = Found(Path(answer["path"]), answer["manifest"]) if answer["path"] else None
     return found, answer["events"]
 

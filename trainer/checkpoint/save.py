@@ -32,6 +32,7 @@ class Saver:
         self.folder, self.topology, self.keep, self.asynchronous = folder, topology, keep, asynchronous
         self.attempt = topology.broadcast(uuid.uuid4().hex[:8])
         self.last_step = -1
+        self.problem: str | None = None  # why the newest save that ended is not there
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._job: Future[dict[str, Any]] | None = None
 
@@ -59,7 +60,9 @@ class Saver:
         if self._job is None:
             return []
         job, self._job = self._job, None
-        return [job.result()]
+        event = job.result()
+        self.problem = event.get("reason")
+        return [event]
 
     def close(self) -> None:
         self._thread.shutdown()

@@ -61,9 +61,8 @@ def import_plugin(key: str, target: str, plugins: list[str]) -> Any:
     module, _, attribute = target.partition(":")
     package = module.partition(".")[0]
     if package not in plugins:
-        raise ConfigError(
-            f"{key}={target}: package '{package}' is not allowed; add run.plugins=[{package}] if you trust it"
-        )
+        way = f"add run.plugins=[{package}] (--plugins {package} to sample and export)"
+        raise ConfigError(f"{key}={target}: package '{package}' is not allowed; if you trust it, {way}")
     try:
         found = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # whatever the user's module raises while it is imported

@@ -12,12 +12,14 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from trainer.config.check import check
 from trainer.config.compose import lenient, raw_values
-from trainer.errors import OnecurveError
+from trainer.errors import ConfigError, OnecurveError
 from trainer.topology import world_size
 
 QUIET = ("--cfg", "-c", "--info", "-i", "--version", "--hydra-help")
@@ -29,14 +31,16 @@ def hydra_command(arguments: Sequence[str]) -> None:
     rank = int(os.environ.get("RANK", "0"))
     if rank and any(argument.split("=")[0] in QUIET for argument in arguments):
         return
-    if not any(argument in COMPLETION for argument in arguments):
-        arguments = [_checked_later(argument) for argument in arguments]
-    with tempfile.TemporaryDirectory(prefix="onecurve-") as scratch:
-        if rank:  # a sweep's own file is the main rank's to write
-            arguments = [*arguments, f"hydra.sweep.dir={scratch}"]
-        os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # ours are shown in one block, others deserve their trace
-        sys.argv[1:] = arguments
-        _main()
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # ours are shown in one block, others deserve their trace
+    try:
+        if not any(argument in COMPLETION for argument in arguments):
+            arguments = [_checked_later(argument) for argument in arguments]
+        with tempfile.TemporaryDirectory(prefix="onecurve-") as scratch:
+            # A sweep's own file is the main rank's to write.
+            sys.argv[1:] = [*arguments, f"hydra.sweep.dir={scratch}"] if rank else arguments
+            _main()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(" ".join(str(error).split())) from error
 
 
 @hydra.main(version_base="1.3", config_path="pkg://trainer.conf", config_name="config")

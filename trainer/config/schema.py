@@ -188,7 +188,7 @@ class WarmupCosine(Plugin):
 class Launch(Plugin):
     procs: Count | None = Field(description="Processes that `onecurve train` starts. null: one a GPU, or one.")
     restarts: Int = Field(
-        ge=0, description="How often `onecurve train` restarts a failed run from its newest checkpoint."
+        ge=0, description="How often `onecurve train` restarts from the newest checkpoint when a process was killed."
     )
     grace_s: Count = Field(description="Seconds that processes get to save when `onecurve train` is told to stop.")
     timeout_s: Count = Field(description="Seconds after which a collective that hangs is an error.")
