@@ -59,6 +59,7 @@ def test_every_experiment_is_valid(name: str) -> None:
         ("model.name=evil:Net", "package 'evil' is not allowed; if you trust it, add run.plugins=[evil]"),
         ("--steps", "options are written key=value"),
         ("steps 5", "is no override"),
+        ("model=null", "Config group override must be a string"),
         ("~train.clip_norm", "train.clip_norm: missing"),
     ],
 )

@@ -163,7 +163,7 @@ class Net(torch.nn.Module):
     )
     (tmp_path / "my_conf" / "model").mkdir(parents=True)
     (tmp_path / "my_conf" / "model" / "net.yaml").write_text("name: my_package.net:Net\ndepth: 2\n")
-    own = ("--config-dir", "my_conf", "experiment=null", "model=net", "run.plugins=[my_package]", "run.name=own")
+    own = ("--config-dir", "my_conf", "experiment=none", "model=net", "run.plugins=[my_package]", "run.name=own")
     small = ("train.global_batch=8", "train.log_every=1", "data.tokenizer=bytes", "sample.count=1", "sample.tokens=8")
     losses = []
     for steps in (4, 8):

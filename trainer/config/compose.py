@@ -60,7 +60,7 @@ def compose(overrides: Sequence[str], config_dir: str | None = None) -> tuple[di
                 if culprit is None:
                     return {}, problems
                 good.remove(culprit)
-            except (HydraException, OmegaConfBaseException) as error:
+            except (HydraException, OmegaConfBaseException, ValueError) as error:
                 return {}, [*problems, " ".join(str(error if str(error) else error.__cause__).split())]
 
 

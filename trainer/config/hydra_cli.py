@@ -39,7 +39,7 @@ def hydra_command(arguments: Sequence[str]) -> None:
             # A sweep's own file is the main rank's to write.
             sys.argv[1:] = [*arguments, f"hydra.sweep.dir={scratch}"] if rank else arguments
             _main()
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(" ".join(str(error).split())) from error
 
 
