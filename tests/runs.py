@@ -66,7 +66,7 @@ class Run:
 
     def kill_at(self, step: int) -> int:
         """Starts, waits until `step` is recorded, then kills every process. Gives the last step recorded."""
-        return self._kill_when(lambda: len(self.metrics()) and self.metrics()[-1]["step"] >= step, f"step {step}")
+        return self._kill_when(lambda: self.last_step() >= step, f"step {step}")
 
     def kill_in_checkpoint(self, step: int) -> None:
         """Kills every process while the checkpoint of `step` is being written."""
@@ -76,16 +76,30 @@ class Run:
 
     def _kill_when(self, condition, what: str) -> int:
         process = self.start()
-        deadline = time.monotonic() + 200
+        deadline, looked, known = time.monotonic() + 200, 0.0, [process.pid]
         while not condition():
             assert process.poll() is None, f"ended before {what}:\n{process.communicate()[0]}"
             assert time.monotonic() < deadline, f"did not reach {what}"
+            if time.monotonic() > looked + 0.5:  # beforehand, so that the kill itself comes at once
+                looked, known = time.monotonic(), self._processes()
             time.sleep(0.002)
-        for pid in [process.pid, *descendants(process.pid)]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        process.wait()
-        return self.metrics()[-1]["step"] if self.metrics() else 0
+        while known:
+            for pid in known:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            process.wait()
+            known = self._processes()
+        return self.last_step()
+
+    def _processes(self) -> list[int]:
+        """Launcher and ranks of this run, orphans too: all that name its folder on their command line."""
+        mine = f"run.dir={self.folder}".encode()
+        found = []
+        for entry in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                if mine in entry.read_bytes().split(b"\0"):
+                    found.append(int(entry.parent.name))
+        return found
 
     def rows(self, name: str) -> list[dict]:
         path = self.folder / name
@@ -94,6 +108,10 @@ class Run:
 
     def metrics(self) -> list[dict]:
         return self.rows("metrics.jsonl")
+
+    def last_step(self) -> int:
+        """The newest step recorded; 0 before the first (a resumed run cuts the file back)."""
+        return next((row["step"] for row in reversed(self.metrics())), 0)
 
     def ledger(self) -> list[dict]:
         return self.rows("ledger.jsonl")

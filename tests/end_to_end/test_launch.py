@@ -22,7 +22,7 @@ def launched(run: Run) -> subprocess.Popen[str]:
 
 
 def wait_for(run: Run, step: int, process: subprocess.Popen[str]) -> None:
-    while not (run.metrics() and run.metrics()[-1]["step"] >= step):
+    while run.last_step() < step:
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.005)
 
