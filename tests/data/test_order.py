@@ -4,11 +4,12 @@ from collections import Counter
 from itertools import permutations
 from math import factorial
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.data.order import Order, default_block, permute, unpermute
+from trainer.data.order import Order, default_block, permute, permute_many, unpermute
 from trainer.randomness import key
 
 small = st.integers(1, 90)
@@ -143,3 +144,30 @@ def test_bad_arguments_are_refused() -> None:
 )
 def test_default_block(samples: int, total_bytes: int, lanes: int, expected: int) -> None:
     assert default_block(samples, total_bytes, lanes) == expected
+
+
+@given(n=st.integers(1, 2**62), k=st.integers(0, 2**63 - 1), data=st.data())
+def test_permute_many_is_permute(n: int, k: int, data: st.DataObject) -> None:
+    numbers = data.draw(st.lists(st.integers(0, n - 1), max_size=20))
+    expected = [permute(i, n, k) for i in numbers]
+    assert permute_many(np.array(numbers, dtype=np.int64), n, k).tolist() == expected
+
+
+@settings(max_examples=150, deadline=None)
+@given(n=small, lanes=small, window=st.integers(1, 6), block=st.integers(1, 20), epoch=st.integers(0, 3))
+def test_windows_are_the_samples_one_by_one(n: int, lanes: int, window: int, block: int, epoch: int) -> None:
+    order = Order(n, lanes, window, block, seed=5)
+    for lane in range(order.lanes):
+        size, length = order.lane_size(lane), window * block
+        windows = [order.window_samples(epoch, lane, number) for number in range(-(-size // length))]
+        assert np.concatenate(windows).tolist() == [order.sample(epoch, lane, i) for i in range(size)]
+        with pytest.raises(IndexError):
+            order.window_samples(epoch, lane, len(windows))
+
+
+def test_windows_of_a_set_of_a_trillion_samples() -> None:
+    order = Order(10**12, lanes=4096, window=8, block=64, seed=1)
+    epoch, lane, index = order.at(10**9)
+    window = order.window_samples(epoch, lane, index // 512)
+    assert window[index % 512] == order.sample(epoch, lane, index)
+    assert len(window) == 512

@@ -212,6 +212,8 @@ class Shards:
         self.fingerprint = self._fingerprint()
         self._open: OrderedDict[int, _Descriptor] = OrderedDict()
         self._lock = threading.Lock()
+        self._members: OrderedDict[int, list[dict[str, Span]]] = OrderedDict()  # of the shards last asked for
+        self._cache_dir = cache_dir
 
     @classmethod
     def open(
@@ -256,7 +258,24 @@ class Shards:
     def read(self, v: int) -> bytes:
         """The field of sample `v`, as stored. Raises `DataError` (shard, byte, key) where that fails."""
         shard, i = self.locate(v)
-        at, end = int(self._offsets[v]), int(self._offsets[v] + self.sizes[v])
+        return self._bytes(shard, i, int(self._offsets[v]), int(self.sizes[v]))
+
+    def members(self, v: int) -> dict[str, bytes]:
+        """Every member of sample `v` by extension, as stored. Raises as `read` does."""
+        shard, i = self.locate(v)
+        with self._lock:
+            index = self._members.get(shard)
+        if index is None:
+            index = ShardIndex.open(self._paths[shard], self._cache_dir).members
+            with self._lock:
+                self._members[shard] = index
+                while len(self._members) > OPEN_SHARDS:
+                    self._members.popitem(last=False)
+        return {extension: self._bytes(shard, i, at, size) for extension, (at, size) in index[i].items()}
+
+    def _bytes(self, shard: int, i: int, at: int, size: int) -> bytes:
+        """`size` bytes from byte `at` of a shard, which belong to its sample `i`."""
+        end = at + size
         try:
             descriptor = self._descriptor(shard)
             pieces = []
@@ -269,6 +288,10 @@ class Shards:
         if problem:
             raise DataError(f"{self._paths[shard]}: byte {at}: sample {self._keys[shard][i]!r}: {problem}")
         return b"".join(pieces)
+
+    def path(self, v: int) -> str:
+        """The shard of sample `v`, as it was given."""
+        return self._paths[self.locate(v)[0]]
 
     def _descriptor(self, shard: int) -> _Descriptor:
         with self._lock:

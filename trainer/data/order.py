@@ -8,6 +8,9 @@ from __future__ import annotations
 from functools import lru_cache
 from math import isqrt
 
+import numpy as np
+import numpy.typing as npt
+
 from trainer.randomness import key as random_key
 
 ORDER = "lanes-1"  # stored with a run: any change of the functions below needs another name
@@ -15,6 +18,8 @@ ORDER = "lanes-1"  # stored with a run: any change of the functions below needs 
 _MASK = (1 << 64) - 1
 _ROUNDS = 8  # after 4, neighbours in a range of 64 are still neighbours 1.7 times as often as by chance
 _BLOCK_BYTES = 4 << 20
+
+Numbers = npt.NDArray[np.int64]
 
 _key = lru_cache(maxsize=4096)(random_key)
 
@@ -50,6 +55,23 @@ def unpermute(j: int, n: int, key: int) -> int:
         j = left * b + right
         if j < n:
             return j
+
+
+def permute_many(numbers: Numbers, n: int, key: int) -> Numbers:
+    """`permute` of each of `numbers`, int64 [k]: the same function, 100 times faster for thousands of them."""
+    a, b = map(np.uint64, _rectangle(n))
+    keys = [np.uint64(part) for part in _round_keys(key)]
+    result, waiting, cells = np.empty(len(numbers), np.int64), np.arange(len(numbers)), numbers.astype(np.uint64)
+    while len(waiting):
+        left, right = np.divmod(cells, b)
+        for turn in range(0, _ROUNDS, 2):
+            left = (left + _mix_many(right ^ keys[turn]) % a) % a  # reduced first: uint64 must not overflow
+            right = (right + _mix_many(left ^ keys[turn + 1]) % b) % b
+        cells = left * b + right
+        inside = cells < np.uint64(n)
+        result[waiting[inside]] = cells[inside]
+        waiting, cells = waiting[~inside], cells[~inside]
+    return result
 
 
 def default_block(n_samples: int, total_bytes: int, lanes: int) -> int:
@@ -96,6 +118,26 @@ class Order:
         before = lane * (self.samples // self.lanes) + min(lane, self.samples % self.lanes)
         return self._row(epoch, before + start + within)
 
+    def window_samples(self, epoch: int, lane: int, number: int) -> Numbers:
+        """The virtual samples of window `number` of `lane` in their order, int64 [<= window * block].
+
+        `window_samples(e, j, i // length)[i % length]` is `sample(e, j, i)` for length = window * block.
+        """
+        length, size = self.window * self.block, self.lane_size(lane)
+        start = number * length
+        if not 0 <= start < size:
+            raise IndexError(f"lane {lane} has {-(-size // length)} windows an epoch, not one of number {number}")
+        count = min(length, size - start)
+        within = permute_many(np.arange(count), count, _key(self.seed, "window", epoch, lane, number))
+        before = lane * (self.samples // self.lanes) + min(lane, self.samples % self.lanes)
+        places = before + start + within
+        key = _key(self.seed, "blocks", epoch)
+        behind_short = _find(self._blocks - 1, self._blocks, key) * self.block + self._short
+        slots, offsets = np.divmod(places + (places >= behind_short) * (self.block - self._short), self.block)
+        first = int(slots.min())
+        blocks = permute_many(np.arange(first, int(slots.max()) + 1), self._blocks, key)  # a window's are neighbours
+        return blocks[slots - first] * self.block + offsets
+
     def at(self, position: int) -> tuple[int, int, int]:
         """(epoch, lane, index) of the run's sample number `position`: lanes take turns, epoch after epoch."""
         epoch, place = divmod(position, self.samples)
@@ -129,3 +171,11 @@ def _mix(x: int) -> int:
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
     return x ^ (x >> 31)
+
+
+def _mix_many(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """`_mix` of arrays, whose sums and products wrap by themselves."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
