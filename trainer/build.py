@@ -79,12 +79,15 @@ class Inputs:
 
 
 def open_data(config: Config) -> tuple[Shards, Shards | None, Tokenizer]:
-    """Training shards, validation shards and tokenizer. Raises ConfigError with all that is missing or damaged."""
+    """Training shards, validation shards and tokenizer. Raises ConfigError with all that is missing or damaged.
+
+    Its exit code is DataError's where damaged shards are all that is wrong.
+    """
     data, cache = config.data, Path(config.data.cache).expanduser()
     make = DATASETS.get(data.name)
     base = make(cache, data.tokenizer) if make else None
     opened: dict[str, Any] = {"validation": None}
-    problems = []
+    problems, code = [], DataError.exit_code
     for key in ("shards", "validation"):
         spec = getattr(data, key)
         if spec is None:
@@ -94,13 +97,15 @@ def open_data(config: Config) -> tuple[Shards, Shards | None, Tokenizer]:
             opened[key] = Shards.open(paths, data.field, cache, key=f"data.{key}")
         except (ConfigError, DataError) as error:
             problems += str(error).split("\n")
+            code = min(code, error.exit_code)
     try:
         name = str(base / "tokenizer.json") if base and data.tokenizer != "bytes" else data.tokenizer
         opened["tokenizer"] = tokenizers.load(name)
     except ConfigError as error:
         problems += error.problems
+        code = error.exit_code
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError(problems, code)
     return opened["shards"], opened["validation"], opened["tokenizer"]
 
 
@@ -109,17 +114,18 @@ def open_inputs(config: Config, topology: Topology) -> Inputs:
 
     Raises ConfigError on all ranks if one of them cannot read its data.
     """
-    opened, problems = None, []
+    opened, problems, code = None, [], DataError.exit_code
     for mains_turn in (True, False):
         if topology.is_main == mains_turn:
             try:
                 opened = open_data(config)
             except ConfigError as error:
-                problems = error.problems
+                problems, code = error.problems, error.exit_code
         topology.barrier()
     everywhere = [problem for part in topology.gather(problems) for problem in part]
+    code = min(topology.gather(code))
     if everywhere or opened is None:
-        raise ConfigError(list(dict.fromkeys(everywhere)))
+        raise ConfigError(list(dict.fromkeys(everywhere)), code)
     shards, validation, tokenizer = opened
     place: dict[str, Any] = {
         "sequence_length": config.data.sequence_length,

@@ -20,9 +20,9 @@ class ConfigError(OnecurveError):
 
     exit_code = 2
 
-    def __init__(self, problems: str | Sequence[str]):
+    def __init__(self, problems: str | Sequence[str], exit_code: int | None = None):
         self.problems = [problems] if isinstance(problems, str) else list(problems)
-        super().__init__("\n".join(self.problems))
+        super().__init__("\n".join(self.problems), exit_code)
 
 
 class DataError(OnecurveError):

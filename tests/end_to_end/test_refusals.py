@@ -13,11 +13,11 @@ import pytest
 from tests.runs import TINY, Run
 
 
-def refused(arguments: list[str], cwd: Path) -> list[str]:
+def refused(arguments: list[str], cwd: Path, code: int = 2) -> list[str]:
     """Runs a command that must be refused; the problems of its block. Nothing may appear in `cwd`."""
     before = sorted(cwd.rglob("*"))
     done = subprocess.run(arguments, cwd=cwd, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.returncode == code, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
     lines = done.stderr.strip().splitlines()
@@ -154,9 +154,14 @@ def test_a_bad_sample_stops_with_its_name(procs: int, tmp_path: Path) -> None:
 
 
 def test_a_damaged_shard_is_found_before_the_start(tmp_path: Path) -> None:
+    """Code 3, and the place named; 2 where the command itself is wrong too."""
     overrides = bad_text(tmp_path)
     with open(tmp_path / "bad.tar", "r+b") as file:
         file.seek(5 * 1536)
         file.write(b"x" * 300)
-    (problem,) = refused(trainer(*TINY, *overrides), tmp_path)
+    (problem,) = refused(trainer(*TINY, *overrides), tmp_path, code=3)
     assert "bad.tar: byte" in problem
+    (problem,) = refused(onecurve("train", "-n", "2", *TINY, *overrides), tmp_path, code=3)
+    assert "bad.tar: byte" in problem
+    problems = refused(trainer(*TINY, *overrides, "data.tokenizer=gone.json"), tmp_path, code=2)
+    assert len(problems) == 2
