@@ -103,7 +103,7 @@ def open_data(config: Config) -> tuple[Shards, Shards | None, Tokenizer]:
         opened["tokenizer"] = tokenizers.load(name)
     except ConfigError as error:
         problems += error.problems
-        code = error.exit_code
+        code = min(code, error.exit_code)
     if problems:
         raise ConfigError(problems, code)
     return opened["shards"], opened["validation"], opened["tokenizer"]

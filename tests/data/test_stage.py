@@ -114,20 +114,29 @@ def test_a_state_of_other_data_is_refused(shards: list[str]) -> None:
         make(shards, rank=2, world_size=2)
 
 
-def test_gnu_tar_names_and_a_shard_that_shrinks(tmp_path: Path) -> None:
-    """Long names (GNU form) read; a payload that went away names shard, byte and key."""
-    path = tmp_path / "long.tar"
+def test_long_names_of_gnu_tar(tmp_path: Path) -> None:
+    source = make([write_samples(tmp_path / "long.tar")])
+    assert {sample["txt"] for sample in islice(source, 3)} == {b"text0", b"text1", b"text2"}
+
+
+@pytest.mark.parametrize("members", [0, 1])
+def test_a_shard_that_is_replaced_under_the_run(tmp_path: Path, members: int) -> None:
+    """Before its first sample is read: by a shorter one, and by an empty one."""
+    path = write_samples(tmp_path / "long.tar")
+    source = make([path])
+    write_samples(tmp_path / "long.tar", members)
+    with pytest.raises(DataError, match=r"long\.tar: was changed after it had been indexed"):
+        keys(source, 3)
+    assert source.state_dict()["taken"] == 0
+
+
+def write_samples(path: Path, count: int = 3) -> str:
     with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as archive:
-        for i in range(3):
+        for i in range(count):
             member = tarfile.TarInfo(f"{'long' * 40}/{i}.txt")
             member.size = 5
             archive.addfile(member, io.BytesIO(b"text%d" % i))
-    source = make([str(path)])
-    assert {sample["txt"] for sample in islice(source, 3)} == {b"text0", b"text1", b"text2"}
-    with open(path, "r+b") as file:
-        file.truncate(600)
-    with pytest.raises(DataError, match=r"long\.tar"):
-        keys(make([str(path)]), 3)
+    return str(path)
 
 
 def test_tensors_of_a_pipeline(shards: list[str]) -> None:

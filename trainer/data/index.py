@@ -266,7 +266,9 @@ class Shards:
         with self._lock:
             index = self._members.get(shard)
         if index is None:
-            index = ShardIndex.open(self._paths[shard], self._cache_dir).members
+            opened = ShardIndex.open(self._paths[shard], self._cache_dir)
+            self._check_unchanged(shard, opened.size, opened.mtime_ns)
+            index = opened.members
             with self._lock:
                 self._members[shard] = index
                 while len(self._members) > OPEN_SHARDS:
@@ -298,13 +300,16 @@ class Shards:
             if shard not in self._open:
                 opened = _Descriptor(self._paths[shard])
                 now = os.fstat(opened.number)
-                if (now.st_size, now.st_mtime_ns) != self._stamps[shard]:
-                    raise DataError(f"{self._paths[shard]}: was changed after it had been indexed")
+                self._check_unchanged(shard, now.st_size, now.st_mtime_ns)
                 self._open[shard] = opened
                 while len(self._open) > OPEN_SHARDS:
                     self._open.popitem(last=False)
             self._open.move_to_end(shard)
             return self._open[shard]
+
+    def _check_unchanged(self, shard: int, size: int, mtime_ns: int) -> None:
+        if (size, mtime_ns) != self._stamps[shard]:
+            raise DataError(f"{self._paths[shard]}: was changed after it had been indexed")
 
     def close(self) -> None:
         """Closes the shard files; reading opens them again."""

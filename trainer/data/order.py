@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from math import isqrt
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -65,8 +66,8 @@ def permute_many(numbers: Numbers, n: int, key: int) -> Numbers:
     while len(waiting):
         left, right = np.divmod(cells, b)
         for turn in range(0, _ROUNDS, 2):
-            left = (left + _mix_many(right ^ keys[turn]) % a) % a  # reduced first: uint64 must not overflow
-            right = (right + _mix_many(left ^ keys[turn + 1]) % b) % b
+            left = (left + _mix(right ^ keys[turn]) % a) % a  # reduced first: uint64 must not overflow
+            right = (right + _mix(left ^ keys[turn + 1]) % b) % b
         cells = left * b + right
         inside = cells < np.uint64(n)
         result[waiting[inside]] = cells[inside]
@@ -115,8 +116,7 @@ class Order:
         number = index // length
         start = number * length
         within = permute(index - start, min(length, size - start), _key(self.seed, "window", epoch, lane, number))
-        before = lane * (self.samples // self.lanes) + min(lane, self.samples % self.lanes)
-        return self._row(epoch, before + start + within)
+        return self._row(epoch, self._lane_start(lane) + start + within)
 
     def window_samples(self, epoch: int, lane: int, number: int) -> Numbers:
         """The virtual samples of window `number` of `lane` in their order, int64 [<= window * block].
@@ -129,13 +129,11 @@ class Order:
             raise IndexError(f"lane {lane} has {-(-size // length)} windows an epoch, not one of number {number}")
         count = min(length, size - start)
         within = permute_many(np.arange(count), count, _key(self.seed, "window", epoch, lane, number))
-        before = lane * (self.samples // self.lanes) + min(lane, self.samples % self.lanes)
-        places = before + start + within
-        key = _key(self.seed, "blocks", epoch)
-        behind_short = _find(self._blocks - 1, self._blocks, key) * self.block + self._short
-        slots, offsets = np.divmod(places + (places >= behind_short) * (self.block - self._short), self.block)
-        first = int(slots.min())
-        blocks = permute_many(np.arange(first, int(slots.max()) + 1), self._blocks, key)  # a window's are neighbours
+        places = self._lane_start(lane) + start + within
+        places += (places >= self._behind_short(epoch)) * (self.block - self._short)
+        slots, offsets = np.divmod(places, self.block)
+        first = int(slots.min())  # a window's slots are neighbours
+        blocks = permute_many(np.arange(first, int(slots.max()) + 1), self._blocks, self._blocks_key(epoch))
         return blocks[slots - first] * self.block + offsets
 
     def at(self, position: int) -> tuple[int, int, int]:
@@ -143,14 +141,23 @@ class Order:
         epoch, place = divmod(position, self.samples)
         return epoch, place % self.lanes, place // self.lanes
 
+    def _lane_start(self, lane: int) -> int:
+        """The place in the row at which the part of `lane` begins."""
+        return lane * (self.samples // self.lanes) + min(lane, self.samples % self.lanes)
+
+    def _blocks_key(self, epoch: int) -> int:
+        return _key(self.seed, "blocks", epoch)
+
+    def _behind_short(self, epoch: int) -> int:
+        """The place behind the short block: places from there on lie as if the short block were a whole one."""
+        return _find(self._blocks - 1, self._blocks, self._blocks_key(epoch)) * self.block + self._short
+
     def _row(self, epoch: int, place: int) -> int:
         """The virtual sample at `place` (0..samples-1) of the epoch's row of permuted blocks."""
-        key = _key(self.seed, "blocks", epoch)
-        behind_short = _find(self._blocks - 1, self._blocks, key) * self.block + self._short
-        if place >= behind_short:
-            place += self.block - self._short  # as if the short block were a whole one
+        if place >= self._behind_short(epoch):
+            place += self.block - self._short
         slot, offset = divmod(place, self.block)
-        return permute(slot, self._blocks, key) * self.block + offset
+        return permute(slot, self._blocks, self._blocks_key(epoch)) * self.block + offset
 
 
 @lru_cache(maxsize=256)
@@ -165,17 +172,12 @@ def _round_keys(key: int) -> tuple[int, ...]:
     return tuple(_mix(key + turn) for turn in range(_ROUNDS))
 
 
-def _mix(x: int) -> int:
-    """SplitMix64's step (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014)."""
+def _mix(x: Any) -> Any:
+    """SplitMix64's step (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014).
+
+    Of an int below 2^64, or of a uint64 array, whose sums and products wrap by themselves.
+    """
     x = (x + 0x9E3779B97F4A7C15) & _MASK
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
     return x ^ (x >> 31)
-
-
-def _mix_many(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """`_mix` of arrays, whose sums and products wrap by themselves."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
