@@ -26,9 +26,15 @@ class ConfigError(OnecurveError):
 
 
 class DataError(OnecurveError):
-    """A sample or shard cannot be read. The text names shard, key and byte."""
+    """A sample or shard cannot be read. The text names shard, key and byte; so do the fields, where they are known."""
 
     exit_code = 3
+
+    def __init__(
+        self, reason: str, *, shard: str | None = None, key: str | None = None, byte: int | None = None
+    ) -> None:
+        super().__init__(reason)
+        self.shard, self.key, self.byte = shard, key, byte
 
 
 class TrainingError(OnecurveError):

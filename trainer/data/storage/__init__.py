@@ -1,0 +1,92 @@
+"""Where the bytes of a shard are: a local file, behind a URL, or inside a compressed file or a command's output."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from trainer.data.storage.urls import PIPE, check, is_remote, is_url, local_path, shown
+
+__all__ = ["Blob", "Storage", "default_cache", "is_remote", "is_url", "shown"]
+
+
+def default_cache() -> Path:
+    """The cache folder of those who name none."""
+    return Path(os.environ.get("ONECURVE_CACHE", "~/.cache/onecurve")).expanduser()
+
+
+class Blob(Protocol):
+    """The bytes of one shard, readable at any place by many threads at once."""
+
+    url: str
+    """As the user gave it. Messages use `shown(url)`: it may hold a password."""
+    size: int
+    """Bytes; of `.tar.gz` and `pipe:` those of the unpacked tar."""
+    stamp: str
+    """Another one when the content is another: made of size and time, or of the server's etag."""
+
+    def read(self, at: int, size: int) -> bytes | memoryview:
+        """Exactly `size` bytes from byte `at`. DataError (url, byte) where that cannot be had."""
+
+    def prefetch(self, at: int, size: int) -> None:
+        """A hint that these bytes will be read soon; returns at once. Nothing for local files."""
+
+    def close(self) -> None:
+        """Lets go of files and of what was only prefetched; reading opens them again."""
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How shards are opened. Can be pickled; open connections and caches belong to the process.
+
+    `cache` is a folder; `cache_bytes` is what copies of remote bytes may take of it (0: only a few chunks, in memory).
+    What `.tar.gz`, `pipe:` and servers without ranges need is kept there whole, beside that budget.
+    `retries` is how often in a row a remote read may fail, with growing waits from `wait_s` seconds on, before it is a
+    DataError; `timeout_s` is how long no byte may come. `connections` holds for all of a process's storages alike.
+    `pipes` names what outputs of `pipe:` commands are shared by: under another name the commands run anew.
+    """
+
+    cache: Path
+    cache_bytes: int = 0
+    allow_pipe: bool = False
+    mmap: bool = False
+    retries: int = 10
+    wait_s: float = 0.25
+    timeout_s: float = 30
+    chunk_bytes: int = 4 << 20
+    connections: int = 8
+    pipes: str = ""
+
+    def open(self, url: str) -> Blob:
+        """The blob behind a path or URL. Raises ConfigError (a scheme that cannot be read, a `pipe:` not allowed, a
+        package that is missing) and DataError (it is not there, cannot be reached, is damaged)."""
+        from trainer.data.storage import unpack
+
+        check(url, self.allow_pipe)
+        if url.startswith(PIPE):
+            return unpack.piped(self, url)
+        if unpack.compression(url):
+            return unpack.unpacked(self, url)
+        return self.plain(url)
+
+    def stamp(self, url: str) -> str:
+        """The blob's stamp as of now, without reading it; but the output of a `pipe:` has one only once it was read."""
+        from trainer.data.storage import local, remote
+
+        check(url, self.allow_pipe)
+        if url.startswith(PIPE):
+            return self.open(url).stamp
+        return remote.stamp(self, url) if is_remote(url) else local.stamp(local_path(url), url)
+
+    def plain(self, url: str, keep: bool = True) -> Blob:
+        """The blob as it is stored. `keep=False`: its bytes go into no cache, for what is read once."""
+        from trainer.data.storage import unpack
+        from trainer.data.storage.local import LocalBlob
+        from trainer.data.storage.remote import RemoteBlob
+
+        if not is_remote(url):
+            return LocalBlob(local_path(url), url, mmap=self.mmap)
+        blob = RemoteBlob(self, url, keep)
+        return blob if blob.ranges else unpack.copied(self, blob)

@@ -1,0 +1,188 @@
+"""Objects behind URLs: fetched in chunks that are kept, retried from the byte that failed, never of two versions."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Generator
+from concurrent.futures import Future
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from trainer.data.storage import cache, fetch
+from trainer.data.storage.backends import GONE, Backend, Facts, Failed, NoRanges, backend
+from trainer.data.storage.urls import shown
+from trainer.errors import DataError
+
+if TYPE_CHECKING:
+    from trainer.data.storage import Storage
+
+T = TypeVar("T")
+LONGEST_WAIT_S = 8.0
+PROGRESS = 64 << 10  # bytes that an attempt must have brought for the failures before it to be forgotten
+
+
+class _Patience:
+    """Waits between attempts: longer and longer, and not for ever."""
+
+    def __init__(self, storage: Storage, url: str):
+        self._storage, self._name, self._failures = storage, shown(url), 0
+
+    def wait(self, error: Failed, at: int | None, brought: int = 0) -> None:
+        """Before the next attempt; raises DataError instead if there shall be none."""
+        self._failures = 1 if brought >= PROGRESS else self._failures + 1
+        if error.final or self._failures > self._storage.retries:
+            place = self._name if at is None else f"{self._name}: byte {at}"
+            often = "" if error.final else f" ({self._failures} attempts)"
+            raise DataError(f"{place}: {error}{often}", shard=self._name, byte=at)
+        longest = min(LONGEST_WAIT_S, self._storage.wait_s * 2 ** (self._failures - 1))
+        time.sleep(longest * random.uniform(0.75, 1))  # many readers do not come back at once
+
+
+def _persist(storage: Storage, url: str, attempt: Callable[[], T]) -> T:
+    patience = _Patience(storage, url)
+    while True:
+        try:
+            return attempt()
+        except Failed as error:
+            patience.wait(error, None)
+
+
+def _facts(storage: Storage, url: str, source: Backend) -> tuple[Facts, bool]:
+    """What the object is now, and whether its server sends parts of it."""
+    try:
+        return _persist(storage, url, source.facts), True
+    except NoRanges:
+        return _persist(storage, url, lambda: source.stream(0, None)[0]), False
+
+
+def stamp(storage: Storage, url: str) -> str:
+    """The stamp of an object as of now."""
+    return _facts(storage, url, backend(url, storage.timeout_s))[0].stamp
+
+
+class RemoteBlob:
+    """A `Blob` of an object. `ranges`: whether the server sends parts; else only `whole` works.
+
+    Holds nothing that belongs to a process but the way to its server: it can be pickled, and outlives a fork.
+    """
+
+    def __init__(self, storage: Storage, url: str, keep: bool = True):
+        self.url, self._storage, self._name = url, storage, shown(url)
+        self._source = backend(url, storage.timeout_s)
+        facts, self.ranges = _facts(storage, url, self._source)
+        self.size, self.stamp = facts.size, facts.stamp
+        self._chunk = storage.chunk_bytes
+        self._key = cache.key(url, self.stamp, self._chunk)
+        self._kept = str(storage.cache / "chunks"), storage.cache_bytes if keep else 0
+
+    @property
+    def _cache(self) -> cache.Cache:
+        return cache.shared(*self._kept)
+
+    @property
+    def _pool(self) -> fetch.Pool:
+        return fetch.shared(self._storage.connections)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_source"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._source = backend(self.url, self._storage.timeout_s)
+
+    def read(self, at: int, size: int) -> bytes:
+        end = at + size
+        if not 0 <= at <= end <= self.size:
+            missing = end - max(at, self.size)
+            raise self._damaged(self.size, f"the file ends here, {missing} bytes are missing")
+        store = self._cache
+        parts: list[bytes] = []
+        pending = []
+        for number in self._chunks(at, size):
+            first = number * self._chunk
+            start, stop = max(at - first, 0), min(end - first, self._chunk)
+            found = store.get(self._key, number, start, stop - start)
+            parts.append(found or b"")
+            if found is None:  # all that is missing is asked for before the first is waited for
+                pending.append((len(parts) - 1, start, stop, self._fetch(number)))
+        for place, start, stop, future in pending:
+            parts[place] = future.result()[start:stop]
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _chunks(self, at: int, size: int) -> range:
+        return range(at // self._chunk, -(-(at + size) // self._chunk)) if size > 0 else range(0)
+
+    def _fetch(self, number: int) -> Future[bytes]:
+        return self._pool.result((*self._kept, self._key, number), partial(self._work, number))
+
+    def prefetch(self, at: int, size: int) -> None:
+        store, pool = self._cache, self._pool
+        ahead = fetch.WAITING if store.on_disk else max(1, cache.MEMORY_BYTES // self._chunk // 2)
+        for number in self._chunks(at, max(0, min(size, self.size - at)))[:ahead]:
+            if not store.has(self._key, number):
+                pool.foresee((*self._kept, self._key, number), partial(self._work, number), ahead)
+
+    def _work(self, number: int) -> bytes:
+        start, store = number * self._chunk, self._cache
+        end = min(start + self._chunk, self.size)
+        if (found := store.get(self._key, number, 0, end - start)) is not None:
+            return found  # came while this waited for its turn
+        chunk = self._download(start, end)
+        store.put(self._key, number, chunk)
+        return chunk
+
+    def _download(self, start: int, end: int) -> bytes:
+        """The bytes from `start` to `end`, in as many attempts as it takes; each goes on where the last one failed."""
+        content, patience = bytearray(), _Patience(self._storage, self.url)
+        while len(content) < end - start:
+            before = len(content)
+            try:
+                facts, body = self._source.stream(start + before, end)
+                self._check_unchanged(facts, start + before)
+                for piece in body:
+                    content += piece
+                    if len(content) > end - start:
+                        raise self._damaged(end, "the server sent more than was asked for")
+                if len(content) < end - start:
+                    raise Failed("the connection broke")
+            except NoRanges:
+                raise self._damaged(start + before, "the server no longer sends parts of files") from None
+            except Failed as error:
+                if error.status == GONE:
+                    raise self._changed(start + before) from None
+                patience.wait(error, start + len(content), len(content) - before)
+        return bytes(content)
+
+    def whole(self) -> Generator[bytes, None, None]:
+        """All bytes in order, of a server that sends no parts: an attempt that fails begins anew, past what is had."""
+        done, patience = 0, _Patience(self._storage, self.url)
+        while True:
+            had, at = done, 0
+            try:
+                facts, body = self._source.stream(0, None)
+                self._check_unchanged(facts, had)
+                for piece in body:
+                    at += len(piece)
+                    if at > done:
+                        yield bytes(piece)[max(0, len(piece) - (at - done)) :]
+                        done = at
+                if done >= self.size:
+                    return
+                raise Failed("the connection broke")
+            except Failed as error:
+                patience.wait(error, done, done - had)
+
+    def _check_unchanged(self, facts: Facts, at: int) -> None:
+        if facts.stamp != self.stamp:
+            raise self._changed(at)
+
+    def _changed(self, at: int) -> DataError:
+        return self._damaged(at, "was changed after it had been opened")
+
+    def _damaged(self, byte: int, problem: str) -> DataError:
+        return DataError(f"{self._name}: byte {byte}: {problem}", shard=self._name, byte=byte)
+
+    def close(self) -> None:
+        own = (*self._kept, self._key)
+        self._pool.forget(lambda name: isinstance(name, tuple) and name[: len(own)] == own)

@@ -1,0 +1,95 @@
+"""What the text of a shard's place means, and how it is shown: without what is secret in it."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from urllib.parse import unquote, urlsplit
+
+from trainer.errors import ConfigError
+
+PIPE = "pipe:"
+OBSTORE = ("http", "https", "s3", "s3a", "gs", "az", "abfs", "abfss")
+_SCHEME = re.compile(r"((?:[A-Za-z0-9+.-]+::)*[A-Za-z][A-Za-z0-9+.-]*)://")  # fsspec's chains are no paths either
+_USER = re.compile(r"(?<=://)[^/\s'\"]*@")
+_QUERY = re.compile(r"(://[^\s?'\"]*)\?[^\s'\"]*")
+_SECRET = re.compile(
+    r"(?i)(\b(?:bearer|basic)\s+|(?:^|\s)(?:-u|--user|--password)[=\s]+"
+    r"|[\w-]*(?:secret|token|password|passwd|api-?_?key|access_?key|signature)[\w-]*\s*[=:]\s*)(?!\s)[^\s'\"]+"
+)
+
+
+def scheme(url: str) -> str | None:
+    """`s3` of `s3://bucket/key`; None for a path (and for `pipe:`)."""
+    match = _SCHEME.match(url)
+    return match[1].lower() if match else None
+
+
+def is_url(text: str) -> bool:
+    """Whether this is no path of a local file: `s3://...`, `file://...`, `pipe:...`."""
+    return text.startswith(PIPE) or scheme(text) is not None
+
+
+def is_remote(text: str) -> bool:
+    """Whether its bytes come over the network."""
+    return scheme(text) not in (None, "file")
+
+
+def local_path(url: str) -> str:
+    """The path that a path or `file://` URL means."""
+    return unquote(urlsplit(url).path) if scheme(url) == "file" else url
+
+
+def shown(url: str) -> str:
+    """The URL or command as messages may name it: no user, password, query (signatures) or token."""
+    return _SECRET.sub(r"\1***", _QUERY.sub(r"\1?***", _USER.sub("***@", url)))
+
+
+def check(url: str, allow_pipe: bool) -> None:
+    """Raises ConfigError for what could not be opened whatever is behind it."""
+    if url.startswith(PIPE):
+        if not allow_pipe:
+            raise ConfigError(f"{shown(url)}: runs a command in a shell; allow that with data.allow_pipe=true")
+        if not url[len(PIPE) :].strip():
+            raise ConfigError("pipe: names no command")
+        return
+    if (kind := scheme(url)) is None or kind == "file":
+        return
+    if "::" in url or kind not in (*OBSTORE, *_fsspec()):
+        raise ConfigError(f"{shown(url)}: cannot be read; {_works()}")
+    if kind in OBSTORE and not (_has_obstore() or kind in _fsspec()):
+        raise ConfigError(f"{shown(url)}: remote shards need the package obstore: pip install 'onecurve[remote]'")
+
+
+def _works() -> str:
+    here = "what works: local paths, file://, http(s)://, s3://, gs://, az://, pipe:COMMAND"
+    if more := sorted(set(_fsspec()) - set(OBSTORE)):
+        return f"{here}; by fsspec also {', '.join(f'{kind}://' for kind in more)}"
+    return f"{here}; more with the package fsspec"
+
+
+@lru_cache(maxsize=1)
+def _has_obstore() -> bool:
+    try:
+        import obstore  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+# Not what reads out of other files, runs code or is only a view of this machine.
+_FSSPEC = (
+    "abfs", "adl", "box", "dropbox", "ftp", "gcs", "gdrive", "gs", "hdfs", "hf", "http", "https", "lakefs", "memory",
+    "oci", "oss", "s3", "s3a", "sftp", "ssh", "webdav", "webhdfs",
+)  # fmt: skip
+
+
+@lru_cache(maxsize=1)
+def _fsspec() -> tuple[str, ...]:
+    """The schemes that fsspec knows here."""
+    try:
+        from fsspec import available_protocols
+    except ImportError:
+        return ()
+    known = set(available_protocols())
+    return tuple(kind for kind in _FSSPEC if kind in known)
