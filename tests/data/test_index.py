@@ -1,69 +1,25 @@
-"""Shards against the webdataset library (same keys, same bytes), the sidecar's life, and what is refused."""
+"""One shard's index against the webdataset library, its life in a file, and what is refused."""
 
 from __future__ import annotations
 
-import io
-import json
 import os
-import shutil
-import tarfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
 import pytest
 import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.data.tars import by_webdataset, make, storage, write
 from trainer.data import index
-from trainer.data.index import SIDECAR, ShardIndex, Shards, expand, key_and_extension
-from trainer.errors import ConfigError, DataError
+from trainer.data.index import SIDECAR, ShardIndex, key_and_extension
+from trainer.data.storage.local import LocalBlob
+from trainer.errors import DataError
 
 
-def write(path: Path, members: list[tuple[str, bytes]]) -> str:
-    with tarfile.open(path, "w") as archive:
-        for name, payload in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(payload)
-            archive.addfile(info, io.BytesIO(payload))
-    return str(path)
-
-
-def make(folder: Path, shards: int = 3, samples: int = 7) -> list[str]:
-    folder.mkdir(parents=True, exist_ok=True)
-    return [
-        write(
-            folder / f"s-{s:02d}.tar",
-            [
-                (f"dir/{s}-{i}.{ext}", f"{ext} {s} {i} ".encode() * (40 * i))
-                for i in range(samples)
-                for ext in ("txt", "seg.JSON")
-            ],
-        )
-        for s in range(shards)
-    ]
-
-
-def by_webdataset(paths: list[str]) -> list[dict]:
-    return list(webdataset.WebDataset(paths, shardshuffle=False, empty_check=False))
-
-
-@pytest.mark.parametrize("field", ["txt", "seg.json"])
-def test_samples_are_those_of_webdataset(tmp_path: Path, field: str) -> None:
-    paths = make(tmp_path)
-    shards, expected = Shards(paths, field), by_webdataset(paths)
-    assert [shards.name(v)[1] for v in range(shards.n)] == [sample["__key__"] for sample in expected]
-    assert [shards.read(v) for v in range(shards.n)] == [sample[field] for sample in expected]
-    assert shards.sizes.dtype == np.int64
-    assert shards.sizes.tolist() == [len(sample[field]) for sample in expected]
-    assert [shards.locate(v) for v in (0, 6, 7, 20)] == [(0, 0), (0, 6), (1, 0), (2, 6)]
-    assert shards.name(20) == ("s-02.tar", "dir/2-6")
-    with pytest.raises(IndexError):
-        shards.read(21)
-    shards.close()
-    assert shards.read(20) == expected[20][field]
+def build(path: str, **options: bool) -> ShardIndex:
+    return ShardIndex.build(LocalBlob(path), **options)
 
 
 ODD = [
@@ -92,13 +48,17 @@ ODD = [
 
 def test_odd_names_are_grouped_as_webdataset_does(tmp_path: Path) -> None:
     path = write(tmp_path / "a.tar", [(name, name.encode()) for name in ODD])
-    found = ShardIndex.build(path)
-    expected = [{k: v for k, v in sample.items() if not k.startswith("__")} for sample in by_webdataset([path])]
-    content = Path(path).read_bytes()
-    assert [
-        {ext: content[at : at + size] for ext, (at, size) in members.items()} for members in found.members
-    ] == expected
-    assert found.keys == [sample["__key__"] for sample in by_webdataset([path])]
+    found, content = build(path), Path(path).read_bytes()
+    expected = by_webdataset([path])
+    assert found.keys == [sample["__key__"] for sample in expected]
+    for i, sample in enumerate(expected):
+        ours = {ext: content[at : at + size] for ext, (at, size) in found.members(i).items()}
+        assert ours == {k: v for k, v in sample.items() if not k.startswith("__")}
+        assert found.sizes()[i] == sum(map(len, ours.values()))
+    offsets, sizes = found.field("txt")
+    for i, sample in enumerate(expected):
+        ours = content[offsets[i] : offsets[i] + sizes[i]] if offsets[i] >= 0 else None
+        assert ours == sample.get("txt")
 
 
 @given(st.text(alphabet="ab./_A\n", max_size=9))
@@ -110,74 +70,126 @@ def test_names_split_as_webdataset_does(name: str) -> None:
     assert found == expected or (name.startswith("__") and found == (base, extension.lower()))
 
 
+INTERLEAVED = [("0.a", b""), ("1.a", b""), ("0.b", b"")]
+DOUBLE = [("9.a", b""), ("0.a", b"12"), ("0.A", b"34")]
+
+
 def test_interleaved_and_duplicate_members_are_refused(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.tar", [("0.a", b""), ("1.a", b""), ("0.b", b"")])
-    with pytest.raises(DataError, match=r"a\.tar: byte 1536: key '0' comes back"):
-        Shards([path], "a")
-    path = write(tmp_path / "b.tar", [("0.a", b"12"), ("0.A", b"34")])
-    with pytest.raises(DataError, match=r"b\.tar: byte 1536: key '0' has a second member 'a'"):
-        Shards([path], "a")
-    assert not list(tmp_path.glob("*.json"))
+    with pytest.raises(DataError, match=r"a\.tar: byte 1536: key '0' comes back") as error:
+        build(write(tmp_path / "a.tar", INTERLEAVED))
+    assert (error.value.shard, error.value.key, error.value.byte) == (str(tmp_path / "a.tar"), "0", 1536)
+    with pytest.raises(DataError, match=r"b\.tar: byte 2048: key '0' has a second member 'a'"):
+        build(write(tmp_path / "b.tar", DOUBLE))
+
+
+def test_tolerance_keeps_what_is_certainly_whole(tmp_path: Path) -> None:
+    """The samples before the damage, but not one whose members may go on behind it."""
+    kept = build(write(tmp_path / "a.tar", INTERLEAVED), tolerant=True)
+    assert (kept.keys, kept.fault and kept.fault.byte) == ([], 1536)  # sample 0 is scattered, and 1 comes behind it
+    kept = build(write(tmp_path / "b.tar", DOUBLE), tolerant=True)
+    assert (kept.keys, kept.fault and kept.fault.key) == (["9"], "0")
+    path = make(tmp_path, 1)[0]
+    whole = build(path)
+    content = bytearray(Path(path).read_bytes())
+    content[whole.members(4)["seg.json"][0] - 512] ^= 1  # the header of the fifth sample's second member
+    Path(path).write_bytes(content)
+    kept = build(path, tolerant=True)
+    assert kept.keys == whole.keys[:4]
+    assert [kept.members(i) for i in range(4)] == [whole.members(i) for i in range(4)]
+    assert kept.fault is not None
+    assert "damaged header" in kept.fault.cause
+    os.truncate(path, whole.members(3)["txt"][0] + 1)
+    assert build(path, tolerant=True).keys == whole.keys[:3]
 
 
 def test_damage_names_shard_and_byte(tmp_path: Path) -> None:
-    paths = make(tmp_path)
-    content = bytearray(Path(paths[1]).read_bytes())
-    second = ShardIndex.build(paths[1]).members[2]["txt"][0] - 512
+    path = make(tmp_path)[1]
+    content = bytearray(Path(path).read_bytes())
+    second = build(path).members(2)["txt"][0] - 512
     content[second + 3] ^= 1
-    Path(paths[1]).write_bytes(content)
+    Path(path).write_bytes(content)
     with pytest.raises(DataError, match=rf"s-01\.tar: byte {second}: damaged header .*'dir/1-1\.seg\.JSON'"):
-        Shards(paths, "txt")
+        build(path)
 
 
-def test_sidecar_is_written_used_and_renewed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = make(tmp_path, 1)[0]
-    first = ShardIndex.open(path)
-    assert json.loads(Path(path + SIDECAR).read_text())["format"] == index.FORMAT
-    assert sorted(os.listdir(tmp_path)) == ["s-00.tar", "s-00.tar" + SIDECAR]
-    walked: list[str] = []
+@pytest.fixture
+def walked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The shards that were walked, as they are."""
+    found: list[str] = []
     original = ShardIndex.build.__func__  # type: ignore[attr-defined]
-    monkeypatch.setattr(ShardIndex, "build", classmethod(lambda cls, p: walked.append(p) or original(cls, p)))
-    assert ShardIndex.open(path) == first
-    assert walked == []
+
+    def watched(cls: type[ShardIndex], blob: LocalBlob, **options: bool) -> ShardIndex:
+        found.append(blob.url)
+        return original(cls, blob, **options)
+
+    monkeypatch.setattr(ShardIndex, "build", classmethod(watched))
+    return found
+
+
+def test_sidecar_is_written_used_and_renewed(tmp_path: Path, walked: list[str]) -> None:
+    path, kept = make(tmp_path, 1)[0], storage(tmp_path / "c")
+    first = ShardIndex.open(path, kept)
+    assert sorted(os.listdir(tmp_path)) == ["s-00.tar", "s-00.tar" + SIDECAR]
+    again = ShardIndex.open(path, kept)
+    assert again == first
+    assert again.keys == first.keys
+    assert [again.members(i) for i in range(7)] == [first.members(i) for i in range(7)]
+    assert index.summary(path, kept) == first.summary
+    assert walked == [path]
     write(Path(path), [("new.txt", b"hello")])
-    assert ShardIndex.open(path).keys == ["new"]
+    assert index.summary(path, kept) is None
+    assert ShardIndex.open(path, kept).keys == ["new"]
     os.utime(path, ns=(1, 1))  # same size, other time
-    assert ShardIndex.open(path).mtime_ns == 1
-    assert walked == [path, path]
-    assert ShardIndex.open(path).keys == ["new"]
-    assert walked == [path, path]
+    assert ShardIndex.open(path, kept).summary.digest == build(path).summary.digest
+    assert ShardIndex.open(path, kept).keys == ["new"]
+    assert walked == [path] * 4  # one of them is `build` here
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda text: text[: len(text) // 2],
-        lambda text: "[]",
-        lambda text: text.replace(index.FORMAT, "other"),
-        lambda text: text.replace('"txt":[512,', '"txt":[99999999,'),
-        lambda text: text.replace('"keys":["dir/0-0",', '"keys":['),
-        lambda text: text.replace('"members":[{', '"members":[7,{'),
-    ],
-)
-def test_damaged_sidecar_is_made_again(tmp_path: Path, damage) -> None:
-    path = make(tmp_path, 1)[0]
-    whole, sidecar = ShardIndex.open(path), Path(path + SIDECAR)
-    text = sidecar.read_text()
-    assert damage(text) != text
-    sidecar.write_text(damage(text))
-    assert ShardIndex.open(path) == whole
-    assert sidecar.read_text() == text
+@pytest.mark.parametrize("at", [0, 5, 100, 300, -1, -40, "half", "nothing", "other"])
+def test_damaged_sidecar_is_made_again(tmp_path: Path, at: int | str) -> None:
+    path, kept = make(tmp_path, 1)[0], storage(tmp_path / "c")
+    whole, sidecar = ShardIndex.open(path, kept), Path(path + SIDECAR)
+    content = bytearray(sidecar.read_bytes())
+    damaged: bytes = content.replace(index.FORMAT.encode(), b"onecurve-index-9")
+    if at in ("half", "nothing"):
+        damaged = content[: len(content) // 2] if at == "half" else b""
+    elif isinstance(at, int):
+        damaged = bytearray(content)
+        damaged[at] ^= 4
+    assert damaged != content
+    sidecar.write_bytes(damaged)
+    assert ShardIndex.stored(path, kept) is None
+    assert ShardIndex.open(path, kept) == whole
+    assert sidecar.read_bytes() == content
+
+
+def test_fault_is_kept_and_looked_at_again_when_it_matters(tmp_path: Path, walked: list[str]) -> None:
+    path, kept = make(tmp_path, 1)[0], storage(tmp_path / "c")
+    os.truncate(path, 9000)
+    found = ShardIndex.open(path, kept, tolerant=True)
+    assert found.fault is not None
+    again = index.summary(path, kept)
+    assert again is not None
+    assert again.fault == found.fault
+    assert len(walked) == 1
+    with pytest.raises(DataError, match=r"s-00\.tar: byte \d+"):
+        ShardIndex.open(path, kept)
+    os.rename(path, tmp_path / "moved.tar")
+    os.rename(path + SIDECAR, str(tmp_path / "moved.tar") + SIDECAR)
+    moved = index.summary(str(tmp_path / "moved.tar"), kept)
+    assert moved is not None
+    assert moved.fault is not None
+    assert moved.fault.cause.startswith(f"{tmp_path}/moved.tar: byte ")
 
 
 def test_index_goes_to_the_cache_where_the_folder_takes_none(tmp_path: Path) -> None:
     name = "x" * 250 + ".tar"  # the sidecar's name is too long for the file system: a write that fails, also for root
-    path = write(tmp_path / name, [("a.txt", b"1")])
-    cache = tmp_path / "cache"
-    expected = ShardIndex.open(path, cache)
-    (kept,) = cache.iterdir()
-    assert ShardIndex.load(kept, path) == expected == ShardIndex.open(path, cache)
-    assert ShardIndex.open(path) == expected  # nowhere to keep it: fine
+    path, kept = write(tmp_path / name, [("a.txt", b"1")]), storage(tmp_path)
+    expected = ShardIndex.open(path, kept)
+    (file,) = (tmp_path / "cache" / "indexes").iterdir()
+    assert ShardIndex.load(file, path, expected.stamp) == expected == ShardIndex.open(path, kept)
+    (tmp_path / "file").touch()
+    assert ShardIndex.open(path, storage(tmp_path / "file")) == expected  # nowhere to keep it: fine
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
@@ -185,107 +197,15 @@ def test_read_only_folder(tmp_path: Path) -> None:
     path = make(tmp_path / "data", 1)[0]
     (tmp_path / "data").chmod(0o555)
     try:
-        Shards([path], "txt", tmp_path / "cache")
-        assert len(list((tmp_path / "cache").iterdir())) == 1
+        ShardIndex.open(path, storage(tmp_path))
+        assert len(list((tmp_path / "cache" / "indexes").iterdir())) == 1
     finally:
         (tmp_path / "data").chmod(0o755)
-
-
-def open_below(folder: Path) -> int:
-    """Files below `folder` that this process holds open now."""
-    count = 0
-    for link in Path("/proc/self/fd").iterdir():
-        with suppress(OSError):  # the listing's own, gone by now
-            count += os.readlink(link).startswith(f"{folder}/")
-    return count
-
-
-def test_many_threads_many_shards_few_descriptors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index, "OPEN_SHARDS", 2)
-    paths = make(tmp_path, shards=9, samples=5)
-    shards, expected = Shards(paths, "txt"), [sample["txt"] for sample in by_webdataset(paths)]
-    order = [(v * 31 + t) % shards.n for t in range(8) for v in range(200)]
-    with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(shards.read, order)) == [expected[v] for v in order]
-    assert open_below(tmp_path) <= 2
-    shards.close()
-    assert open_below(tmp_path) == 0
-
-
-def test_shard_that_changes_under_the_run(tmp_path: Path) -> None:
-    paths = make(tmp_path, 2)
-    shards = Shards(paths, "txt")
-    at = ShardIndex.open(paths[0]).members[6]["txt"][0]
-    assert shards.read(6)
-    os.truncate(paths[0], at + 10)  # while it is open
-    with pytest.raises(DataError, match=rf"s-00\.tar: byte {at + 10}: sample 'dir/0-6': .* \d+ bytes are missing"):
-        shards.read(6)
-    os.utime(paths[1])
-    with pytest.raises(DataError, match=r"s-01\.tar: was changed after it had been indexed"):
-        shards.read(7)
-    shards.close()
-    os.unlink(paths[0])
-    with pytest.raises(DataError, match=r"s-00\.tar.*No such file"):
-        shards.read(0)
-
-
-def test_fingerprint_is_of_the_content_not_of_the_place(tmp_path: Path) -> None:
-    here = Shards(make(tmp_path / "a"), "txt").fingerprint
-    shutil.copytree(tmp_path / "a", tmp_path / "b", copy_function=shutil.copyfile)
-    there = expand(str(tmp_path / "b" / "*.tar"))
-    assert Shards(there, "txt").fingerprint == here
-    assert Shards(there[:2], "txt").fingerprint != here
-    assert Shards(there[::-1], "txt").fingerprint != here
-    assert Shards(there, "seg.json").fingerprint != here
-    assert Shards(make(tmp_path / "c", samples=6), "txt").fingerprint != here
-
-
-def test_missing_field_and_empty_data(tmp_path: Path) -> None:
-    paths = make(tmp_path)
-    with pytest.raises(ConfigError, match=r"s-00\.tar: sample 'dir/0-0' has no 'png'; it has: seg\.json, txt") as error:
-        Shards(paths, "png")
-    assert len(error.value.problems) == 3
-    empty = write(tmp_path / "empty.tar", [])
-    with pytest.raises(ConfigError, match=r"no samples in .*empty\.tar"):
-        Shards([empty], "txt")
-    with pytest.raises(ConfigError, match=r"^data\.validation: no samples"):
-        Shards.open(empty, "txt", key="data.validation")
-    assert Shards([empty, *paths], "TXT").n == 21
-
-
-def test_expand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    paths = make(tmp_path, 12, 1)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    base = str(tmp_path)
-    assert expand(f"{base}/s-{{00..11}}.tar") == paths
-    assert expand(f"{base}/s-*.tar") == paths
-    assert expand("~/s-0{3,1}.tar") == [paths[3], paths[1]]
-    assert expand([paths[5], f"{base}/s-1?.tar"]) == [paths[5], paths[10], paths[11]]
-    odd = shutil.copy(paths[0], f"{base}/a{{1..2}}[x].tar")
-    assert expand(odd) == [odd]
-    bad = [f"{base}/no-*.tar", f"{base}/s-{{10..13}}.tar", f"{base}/{{a", base, "s3://b/x.tar", paths[10]]
-    with pytest.raises(ConfigError) as error:
-        expand(bad, "data.validation")
-    words = [
-        "no file matches",
-        "missing file",
-        "missing file",
-        "unbalanced",
-        "is a folder",
-        "only local files",
-    ]
-    words.append("listed twice")
-    assert len(error.value.problems) == len(words)
-    for problem, word in zip(error.value.problems, words, strict=True):
-        assert problem.startswith("data.validation: ")
-        assert word in problem
-    with pytest.raises(ConfigError, match=r"^data\.shards: names no shard"):
-        expand([])
 
 
 def test_processes_that_index_at_once_agree(tmp_path: Path) -> None:
     path = make(tmp_path, 1, 50)[0]
     with ThreadPoolExecutor(8) as pool:
-        indexes = list(pool.map(lambda _: ShardIndex.open(path), range(8)))
+        indexes = list(pool.map(lambda _: ShardIndex.open(path, storage(tmp_path / "c")), range(8)))
     assert all(found == indexes[0] for found in indexes)
     assert sorted(os.listdir(tmp_path)) == ["s-00.tar", "s-00.tar" + SIDECAR]

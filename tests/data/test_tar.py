@@ -5,15 +5,22 @@ from __future__ import annotations
 import io
 import subprocess
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from trainer.data.tar import BLOCK, Member, walk
+from trainer.data.storage.local import LocalBlob
+from trainer.data.tar import BLOCK, Member
+from trainer.data.tar import walk as walk_blob
 from trainer.errors import DataError
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 LONG = "deep/" + "d" * 80 + "/" + "n" * 60  # > 100 characters: ustar's prefix, GNU's L, PAX's path
+
+
+def walk(path: str | Path) -> Iterator[Member]:
+    return walk_blob(LocalBlob(str(path)))
 
 
 def write(path: Path, members: list[tuple[str, bytes]], format: int = tarfile.USTAR_FORMAT) -> Path:

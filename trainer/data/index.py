@@ -1,39 +1,41 @@
-"""Where every sample of a set of WebDataset shards lies, and how to read any of them at once.
+"""Where every sample of one WebDataset shard lies: found by a walk once, then kept in a file beside the shard.
 
 Grouping is webdataset's: consecutive members with one key are a sample, extensions are in lower case.
+The file begins with a line of JSON that sums it up, so that the catalogue of many shards reads no more than that.
 """
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import os
 import re
-import threading
-from bisect import bisect_right
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import accumulate
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any, NoReturn
 
 import numpy as np
-from braceexpand import braceexpand
+import numpy.typing as npt
 
-from trainer.data.tar import walk
-from trainer.errors import ConfigError, DataError
+from trainer.data import tar
+from trainer.data.faults import Fault
+from trainer.data.storage import Blob, Storage, is_remote, is_url, shown
+from trainer.data.storage.urls import local_path
+from trainer.errors import DataError
 from trainer.files import replace_file
 
-FORMAT = "onecurve-index-1"
-SIDECAR = ".index.json"
-OPEN_SHARDS = 128
-INDEXING_THREADS = 8
+FORMAT = "onecurve-index-2"
+SIDECAR = ".index"
 _KEY_AND_EXTENSION = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)$")  # webdataset.tariterators.base_plus_ext
 _METADATA = re.compile(r"__[^/]*__($|/)")  # members that webdataset skips
+_LONGEST_SUMMARY = 64 << 20
+MEMBER = np.dtype([("offset", "<i8"), ("size", "<i8"), ("extension", "<i4")])
 
 Span = tuple[int, int]  # first byte in the shard, length
+Numbers = npt.NDArray[np.int64]
 
 
 def key_and_extension(name: str) -> tuple[str, str] | None:
@@ -43,275 +45,249 @@ def key_and_extension(name: str) -> tuple[str, str] | None:
 
 
 @dataclass(frozen=True)
-class ShardIndex:
-    """The samples of one shard, in its order: `keys[i]` and `members[i]` (extension -> span of bytes)."""
+class Summary:
+    """A shard in few words, all JSON: what the catalogue of a data set holds of it."""
 
-    path: str
     size: int
-    mtime_ns: int
+    """Bytes of the shard."""
+    stamp: str
+    """Of the storage: another one when the shard is another."""
+    samples: int
+    fields: dict[str, tuple[int, int]]
+    """Extension -> how many samples have it, and its bytes in all of them."""
+    digest: str
+    """Of keys, extensions and sizes: the same wherever the shard lies."""
+    fault: Fault | None = None
+    """Damage behind the samples that are counted here."""
+
+
+@dataclass(frozen=True, eq=False)
+class ShardIndex:
+    """The samples of one shard, in its order.
+
+    `keys` [n]. Members `starts`[i] up to `starts`[i + 1] (int64 [n + 1]) of `table` are those of sample i: records of
+    offset, size (bytes of the shard) and extension (number in `extensions`). `fault`: damage that ends them.
+    """
+
+    url: str
+    size: int
+    stamp: str
     keys: list[str]
-    members: list[dict[str, Span]]
+    starts: Numbers
+    table: npt.NDArray[Any]
+    extensions: list[str]
+    fault: Fault | None = None
 
     @classmethod
-    def build(cls, path: str) -> ShardIndex:
-        """Walks the shard. Raises `DataError`: damage, a key that comes back, a member that comes twice."""
+    def build(cls, blob: Blob, *, tolerant: bool = False) -> ShardIndex:
+        """Walks the shard. Raises `DataError`: damage, a key that comes back, a member that comes twice.
+
+        `tolerant`: what is certainly whole before the damage is kept instead, and the damage is its `fault`.
+        """
+        samples, fault = _Samples(blob.url), None
         try:
-            before = os.stat(path)
-            samples = _group(path)
-            after = os.stat(path)
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-            raise DataError(f"{path}: was written to while it was being indexed")
-        return cls(path, before.st_size, before.st_mtime_ns, list(samples), list(samples.values()))
+            samples.collect(tar.walk(blob))
+        except tar.Damage as error:
+            if not tolerant:
+                raise
+            fault = Fault.of(error)
+            samples.cut()
+        keys, extensions = samples.keys, list(samples.extensions)
+        starts, table = np.array([*samples.starts, len(samples.table)], np.int64), np.array(samples.table, MEMBER)
+        return cls(blob.url, blob.size, blob.stamp, keys, starts, table, extensions, fault)
 
     @classmethod
-    def open(cls, path: str, cache_dir: Path | None = None) -> ShardIndex:
-        """The index kept beside the shard (or in `cache_dir`: read-only folders); made if absent or stale."""
-        places = [Path(path + SIDECAR)]
-        if cache_dir is not None:
-            name = hashlib.sha256(os.path.abspath(path).encode("utf-8", "surrogateescape")).hexdigest()[:32]
-            places.append(cache_dir / (name + SIDECAR))
-        for place in places:
-            if (index := cls.load(place, path)) is not None:
-                return index
-        index = cls.build(path)
-        for place in places:
+    def open(cls, url: str, storage: Storage, *, tolerant: bool = False) -> ShardIndex:
+        """The index kept beside the shard, or in the storage's cache (read-only folders, remote shards); made if it is
+        absent, damaged or of another shard. Raises as `build` does."""
+        index = cls.stored(url, storage)
+        if index is None or (index.fault is not None and not tolerant):  # what ends a run is looked at again
+            blob = storage.open(url)
             try:
-                index.save(place)
-                break
-            except OSError:
-                continue  # read-only or full: the next place, or do without
+                index = cls.build(blob, tolerant=tolerant)
+                if storage.stamp(url) != blob.stamp:
+                    raise DataError(f"{shown(url)}: was written to while it was being indexed", shard=shown(url))
+            finally:
+                blob.close()
+            index.keep(storage)
         return index
 
     @classmethod
-    def load(cls, sidecar: Path, path: str) -> ShardIndex | None:
-        """The stored index if it is whole and of the shard as it is now."""
+    def stored(cls, url: str, storage: Storage) -> ShardIndex | None:
+        """The kept index, if it is whole and of the shard as it is now."""
+        stamp = storage.stamp(url)
+        return next(filter(None, (cls.load(place, url, stamp) for place in places(url, storage))), None)
+
+    @classmethod
+    def load(cls, sidecar: Path, url: str, stamp: str) -> ShardIndex | None:
+        """The index in a file, if it is whole and of the shard with this stamp."""
         try:
-            stored, shard = json.loads(sidecar.read_bytes()), os.stat(path)
-            now = [FORMAT, shard.st_size, shard.st_mtime_ns]
-            if [stored["format"], stored["size"], stored["mtime_ns"]] != now:
+            with open(sidecar, "rb") as file:
+                summary, about = _summary(file.readline(_LONGEST_SUMMARY), url)
+                details = file.read()
+            if summary.stamp != stamp or hashlib.sha256(details).hexdigest() != about["sha256"]:
                 return None
-            keys = [str(key) for key in stored["keys"]]
-            members = [{e: (int(at), int(size)) for e, (at, size) in m.items()} for m in stored["members"]]
+            starts = np.frombuffer(details, "<i8", summary.samples + 1).astype(np.int64, copy=False)
+            table = np.frombuffer(details, MEMBER, about["members"], starts.nbytes)
+            names = json.loads(details[starts.nbytes + table.nbytes :])
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
-        within = all(at >= 0 and 0 <= size <= shard.st_size - at for m in members for at, size in m.values())
-        index = cls(path, shard.st_size, shard.st_mtime_ns, keys, members)
-        return index if within and len(keys) == len(members) else None
+        return cls(url, summary.size, stamp, names["keys"], starts, table, names["extensions"], summary.fault)
+
+    def keep(self, storage: Storage) -> bool:
+        """Saves the index in the first place that takes it; whether there is one."""
+        for place in places(self.url, storage):
+            with suppress(OSError):  # read-only or full: the next place, or do without
+                self.save(place)
+                return True
+        return False
 
     def save(self, sidecar: Path) -> None:
         """Writes the index file, whole or not at all, and the folder for it if need be."""
-        content = {"format": FORMAT, "size": self.size, "mtime_ns": self.mtime_ns}
-        content |= {"keys": self.keys, "members": self.members}
+        names = json.dumps({"keys": self.keys, "extensions": self.extensions}).encode()
+        details = self.starts.astype("<i8").tobytes() + self.table.tobytes() + names
+        about = {"members": len(self.table), "sha256": hashlib.sha256(details).hexdigest()}
+        head = {"format": FORMAT, **asdict(self.summary), **about}
+        if self.fault is not None:  # without the place: the shard may be moved, with its index
+            head["fault"]["cause"] = self.fault.cause.removeprefix(f"{self.fault.shard}: ")
+        line = json.dumps({**head, "check": _check(head)}, separators=(",", ":"))
         sidecar.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(sidecar, json.dumps(content, separators=(",", ":")).encode())
+        replace_file(sidecar, line.encode() + b"\n" + details)
+
+    @cached_property
+    def summary(self) -> Summary:
+        counts = np.bincount(self.table["extension"], minlength=len(self.extensions)).tolist()
+        sizes = np.bincount(self.table["extension"], self.table["size"], len(self.extensions))
+        fields = {e: (n, int(s)) for e, n, s in zip(self.extensions, counts, sizes, strict=True)}
+        return Summary(self.size, self.stamp, len(self.keys), dict(sorted(fields.items())), self._digest(), self.fault)
+
+    def _digest(self) -> str:
+        digest = hashlib.sha256(json.dumps([self.keys, self.extensions]).encode())
+        for numbers in (self.starts, self.table["size"], self.table["extension"]):
+            digest.update(numbers.astype("<i8").tobytes())
+        return digest.hexdigest()[:32]
+
+    def members(self, i: int) -> dict[str, Span]:
+        """Extension -> span of bytes of sample `i`, in stored order."""
+        rows = self.table[self.starts[i] : self.starts[i + 1]].tolist()
+        return {self.extensions[extension]: (offset, size) for offset, size, extension in rows}
+
+    def field(self, extension: str) -> tuple[Numbers, Numbers]:
+        """Offsets and sizes of a field, int64 [n]; both -1 for samples that lack it."""
+        found = np.full((2, len(self.keys)), -1, np.int64)
+        if extension in self.extensions:
+            rows = np.flatnonzero(self.table["extension"] == self.extensions.index(extension))
+            samples = np.searchsorted(self.starts, rows, side="right") - 1
+            found[:, samples] = self.table["offset"][rows], self.table["size"][rows]
+        return found[0], found[1]
+
+    def sizes(self) -> Numbers:
+        """Bytes of every sample, all its members together, int64 [n]."""
+        return np.diff(np.concatenate([[0], np.cumsum(self.table["size"])])[self.starts])
+
+    @property
+    def nbytes(self) -> int:
+        """About the memory that it takes."""
+        return self.starts.nbytes + self.table.nbytes + sum(map(len, self.keys)) + 64 * len(self.keys)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, ShardIndex):
+            return NotImplemented
+        same = (self.url, self.summary) == (other.url, other.summary)
+        return same and np.array_equal(self.table["offset"], other.table["offset"])
 
 
-def _group(path: str) -> dict[str, dict[str, Span]]:
-    """Samples of a shard by key, in order."""
-    samples: dict[str, dict[str, Span]] = {}
-    open_key: str | None = None
-    for member in walk(path):
-        if (named := key_and_extension(member.name)) is None:
-            continue
-        key, extension = named
-        where = f"{path}: byte {member.offset}: key {key!r}"
-        if key != open_key and key in samples:
-            raise DataError(f"{where} comes back after another one; a sample's members must lie together")
-        open_key, sample = key, samples.setdefault(key, {})
-        if extension in sample:
-            raise DataError(f"{where} has a second member {extension!r}")
-        sample[extension] = (member.offset, member.size)
-    return samples
+class _Samples:
+    """Members as they come, put together to samples."""
 
+    def __init__(self, url: str):
+        self.name = shown(url)
+        self.keys: list[str] = []
+        self.starts: list[int] = []  # of each sample its first row in the table
+        self.table: list[tuple[int, int, int]] = []
+        self.extensions: dict[str, int] = {}
+        self.whole = 0  # samples that are certainly whole, whatever follows
 
-def expand(spec: str | Sequence[str], key: str = "data.shards") -> list[str]:
-    """The paths that `spec` means: plain ones, `{000000..000007}`, globs (sorted), `~`, or a list of these.
+    def collect(self, members: Iterator[tar.Member]) -> None:
+        """Raises `tar.Damage`, with the sample's key."""
+        numbers: dict[str, int] = {}
+        present: set[int] = set()
+        for name, offset, size in self._mend(members):
+            if (named := key_and_extension(name)) is None:
+                continue
+            key, extension = named
+            kind = self.extensions.setdefault(extension, len(self.extensions))
+            if not self.keys or key != self.keys[-1]:
+                self.whole = len(self.keys)
+                if key in numbers:
+                    self._comes_back(key, kind, numbers[key], offset)
+                numbers[key] = len(self.keys)
+                self.keys.append(key)
+                self.starts.append(len(self.table))
+                present = set()
+            elif kind in present:
+                self._fail(offset, key, f"has a second member {extension!r}")
+            present.add(kind)
+            self.table.append((offset, size, kind))
+        self.whole = len(self.keys)
 
-    Raises one `ConfigError` that names all patterns without a match, missing files and shards listed twice, each
-    under `key`, which `spec` was given for.
-    """
-    paths: list[str] = []
-    problems: list[str] = []
-    for pattern in [spec] if isinstance(spec, str) else spec:
+    def _mend(self, members: Iterator[tar.Member]) -> Iterator[tar.Member]:
+        """The members; their damage names the key of a sample, not of a member."""
         try:
-            found = [path for piece in _braces(pattern) for path in _files(piece, key, problems)]
-        except ValueError:
-            problems.append(f"{key}: unbalanced braces in {pattern!r}")
-            continue
-        paths += found
-    seen: set[str] = set()
-    for path in paths:
-        if (real := os.path.abspath(path)) in seen:
-            problems.append(f"{key}: {path} is listed twice")
-        seen.add(real)
-    if not paths and not problems:
-        problems.append(f"{key}: names no shard")
-    if problems:
-        raise ConfigError(problems)
-    return paths
+            yield from members
+        except tar.Damage as error:
+            named = key_and_extension(error.key) if error.key is not None else None
+            error.key = named and named[0]
+            if error.key is not None and self.keys and error.key != self.keys[-1]:
+                self.whole = len(self.keys)  # another sample follows the last one
+            raise
+
+    def _comes_back(self, key: str, kind: int, first: int, offset: int) -> NoReturn:
+        rows = self.table[self.starts[first] : self.starts[first + 1] if first + 1 < len(self.starts) else None]
+        if kind not in (row[2] for row in rows):
+            self.whole = first  # its members are scattered: it was not whole
+        self._fail(offset, key, "comes back after another one; a sample's members must lie together")
+
+    def _fail(self, offset: int, key: str, problem: str) -> NoReturn:
+        raise tar.Damage(f"{self.name}: byte {offset}: key {key!r} {problem}", shard=self.name, key=key, byte=offset)
+
+    def cut(self) -> None:
+        """Drops all but the whole samples."""
+        if self.whole < len(self.keys):
+            del self.table[self.starts[self.whole] :], self.keys[self.whole :], self.starts[self.whole :]
+        used = {row[2] for row in self.table}
+        self.extensions = {name: number for name, number in self.extensions.items() if number in used}
 
 
-def _braces(pattern: str) -> Iterator[str]:
-    return iter([pattern]) if os.path.exists(pattern) else braceexpand(pattern)
+def summary(url: str, storage: Storage) -> Summary | None:
+    """What the kept index says, its details left unread; None if there is none of the shard as it is now."""
+    stamp = storage.stamp(url)
+    for place in places(url, storage):
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError), open(place, "rb") as file:
+            found, _ = _summary(file.readline(_LONGEST_SUMMARY), url)
+            if found.stamp == stamp:
+                return found
+    return None
 
 
-def _files(pattern: str, key: str, problems: list[str]) -> list[str]:
-    """The files that one brace-free pattern means; adds to `problems` if there are none."""
-    path = os.path.expanduser(pattern)
-    if os.path.isfile(path):
-        return [path]
-    if os.path.isdir(path):
-        problems.append(f"{key}: {pattern} is a folder; name its shards: {pattern.rstrip('/')}/*.tar")
-        return []
-    if "://" in pattern or pattern.startswith("pipe:"):
-        problems.append(f"{key}: only local files can be read, not {pattern}")
-        return []
-    found = sorted(filter(os.path.isfile, glob.glob(path, recursive=True))) if glob.has_magic(path) else []
-    if not found:
-        missing = "no file matches" if glob.has_magic(path) else "missing file"
-        problems.append(f"{key}: {missing} {pattern}")
-    return found
+def places(url: str, storage: Storage) -> list[Path]:
+    """Where the index of a shard may be kept, best first."""
+    name = hashlib.sha256((url if is_url(url) else os.path.abspath(url)).encode("utf-8", "surrogateescape"))
+    cached = storage.cache / "indexes" / (name.hexdigest()[:32] + SIDECAR)
+    return [cached] if is_remote(url) or url.startswith("pipe:") else [Path(local_path(url) + SIDECAR), cached]
 
 
-class _Descriptor:
-    """An open shard, closed when its last reader lets go of it: no thread reads from a recycled number."""
+def _summary(line: bytes, url: str) -> tuple[Summary, dict[str, Any]]:
+    """The first line of an index file: the summary, and what is said of the details. ValueError, ... if damaged."""
+    head = json.loads(line)
+    if head.pop("check") != _check(head) or head.pop("format") != FORMAT:
+        raise ValueError("damaged or of another version")
+    about = {name: head.pop(name) for name in ("members", "sha256")}
+    fields = {name: (count, size) for name, (count, size) in head.pop("fields").items()}
+    if (fault := head.pop("fault")) is not None:
+        fault = Fault(shown(url), fault["key"], fault["byte"], f"{shown(url)}: {fault['cause']}")
+    return Summary(**head, fields=fields, fault=fault), about
 
-    def __init__(self, path: str):
-        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
-    def __del__(self) -> None:
-        if hasattr(self, "number"):
-            os.close(self.number)
-
-
-class Shards:
-    """A whole dataset: samples 0..n-1 in listed order, one member (`field`) of each. Many threads may read.
-
-    `n`: number of samples. `sizes`: int64 [n], bytes of the field. `fingerprint`: sha256 over shard names,
-    keys and sizes: the same in any folder.
-    """
-
-    def __init__(self, paths: Sequence[str], field: str, cache_dir: Path | None = None, key: str = "data.shards"):
-        """Indexes the shards. Raises `DataError` for a bad one, `ConfigError` if a sample lacks `field`.
-
-        `cache_dir` takes the indexes of read-only folders. `key`: what the shards were given for, in messages.
-        """
-        with ThreadPoolExecutor(min(INDEXING_THREADS, max(1, len(paths)))) as pool:
-            indexes = list(pool.map(lambda path: ShardIndex.open(path, cache_dir), paths))
-        self.field = field.lower()
-        self._check(indexes, key)
-        spans = [index.members[i][self.field] for index in indexes for i in range(len(index.keys))]
-        self.n = len(spans)
-        self._offsets, self.sizes = np.array(spans, dtype=np.int64).T.copy()
-        self._paths = [index.path for index in indexes]
-        self._keys = [index.keys for index in indexes]
-        self._stamps = [(index.size, index.mtime_ns) for index in indexes]
-        self._starts = [0, *accumulate(len(keys) for keys in self._keys)]
-        self.fingerprint = self._fingerprint()
-        self._open: OrderedDict[int, _Descriptor] = OrderedDict()
-        self._lock = threading.Lock()
-        self._members: OrderedDict[int, list[dict[str, Span]]] = OrderedDict()  # of the shards last asked for
-        self._cache_dir = cache_dir
-
-    @classmethod
-    def open(
-        cls, spec: str | Sequence[str], field: str, cache_dir: Path | None = None, key: str = "data.shards"
-    ) -> Shards:
-        """The shards that `spec` means; see `expand` and the constructor for the rest and what is raised."""
-        return cls(expand(spec, key), field, cache_dir, key)
-
-    def _check(self, indexes: Sequence[ShardIndex], given_for: str) -> None:
-        problems = []
-        for index in indexes:
-            for key, members in zip(index.keys, index.members, strict=True):
-                if self.field not in members:
-                    lack = f"sample {key!r} has no {self.field!r}; it has: {', '.join(sorted(members))}"
-                    problems.append(f"data.field: {index.path}: {lack}")
-                    break
-        if not any(index.keys for index in indexes):
-            problems.append(f"{given_for}: no samples in {', '.join(index.path for index in indexes[:8])}")
-        if problems:
-            raise ConfigError(problems)
-
-    def _fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        for path, keys in zip(self._paths, self._keys, strict=True):
-            head = f"{os.path.basename(path)}\0{len(keys)}\0"
-            digest.update((head + "".join(f"{key}\0" for key in keys)).encode("utf-8", "surrogateescape"))
-        digest.update(self.sizes.astype("<i8").tobytes())
-        return digest.hexdigest()
-
-    def locate(self, v: int) -> tuple[int, int]:
-        """Number of the shard that sample `v` lies in, and its number there."""
-        if not 0 <= v < self.n:
-            raise IndexError(f"sample {v} of {self.n}")
-        shard = bisect_right(self._starts, v) - 1
-        return shard, v - self._starts[shard]
-
-    def name(self, v: int) -> tuple[str, str]:
-        """File name of the shard and key of sample `v`."""
-        shard, i = self.locate(v)
-        return os.path.basename(self._paths[shard]), self._keys[shard][i]
-
-    def read(self, v: int) -> bytes:
-        """The field of sample `v`, as stored. Raises `DataError` (shard, byte, key) where that fails."""
-        shard, i = self.locate(v)
-        return self._bytes(shard, i, int(self._offsets[v]), int(self.sizes[v]))
-
-    def members(self, v: int) -> dict[str, bytes]:
-        """Every member of sample `v` by extension, as stored. Raises as `read` does."""
-        shard, i = self.locate(v)
-        with self._lock:
-            index = self._members.get(shard)
-        if index is None:
-            opened = ShardIndex.open(self._paths[shard], self._cache_dir)
-            self._check_unchanged(shard, opened.size, opened.mtime_ns)
-            index = opened.members
-            with self._lock:
-                self._members[shard] = index
-                while len(self._members) > OPEN_SHARDS:
-                    self._members.popitem(last=False)
-        return {extension: self._bytes(shard, i, at, size) for extension, (at, size) in index[i].items()}
-
-    def _bytes(self, shard: int, i: int, at: int, size: int) -> bytes:
-        """`size` bytes from byte `at` of a shard, which belong to its sample `i`."""
-        end = at + size
-        try:
-            descriptor = self._descriptor(shard)
-            pieces = []
-            while at < end and (piece := os.pread(descriptor.number, end - at, at)):
-                pieces.append(piece)
-                at += len(piece)
-            problem = None if at == end else f"the file ends here, {end - at} bytes are missing"
-        except OSError as error:
-            problem = f"cannot be read: {error.strerror}"
-        if problem:
-            raise DataError(f"{self._paths[shard]}: byte {at}: sample {self._keys[shard][i]!r}: {problem}")
-        return b"".join(pieces)
-
-    def path(self, v: int) -> str:
-        """The shard of sample `v`, as it was given."""
-        return self._paths[self.locate(v)[0]]
-
-    def _descriptor(self, shard: int) -> _Descriptor:
-        with self._lock:
-            if shard not in self._open:
-                opened = _Descriptor(self._paths[shard])
-                now = os.fstat(opened.number)
-                self._check_unchanged(shard, now.st_size, now.st_mtime_ns)
-                self._open[shard] = opened
-                while len(self._open) > OPEN_SHARDS:
-                    self._open.popitem(last=False)
-            self._open.move_to_end(shard)
-            return self._open[shard]
-
-    def _check_unchanged(self, shard: int, size: int, mtime_ns: int) -> None:
-        if (size, mtime_ns) != self._stamps[shard]:
-            raise DataError(f"{self._paths[shard]}: was changed after it had been indexed")
-
-    def close(self) -> None:
-        """Closes the shard files; reading opens them again."""
-        with self._lock:
-            self._open.clear()
+def _check(head: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(head, sort_keys=True).encode()).hexdigest()[:16]

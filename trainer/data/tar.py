@@ -6,16 +6,19 @@ here all that is not a whole, well-formed archive is refused. Payloads have no c
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
-from typing import BinaryIO, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
+from zlib import adler32
 
+from trainer.data.storage import Blob, shown
 from trainer.errors import DataError
 
 BLOCK = 512
 _ZEROS = bytes(BLOCK)
 _SCAN = 1 << 20
+_WINDOW, _PEEK = 64 << 10, 2 << 10  # bytes read at once for headers that lie near each other, and far apart
+_NEAR = 16 << 10
 _LARGEST_EXTENSION = 1 << 20  # bytes of a long name or PAX header; real ones have a few hundred
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"\xfd7": "xz", b"BZ": "bzip2", b"\x28\xb5": "zstd"}
 _REGULAR, _SKIPPED, _EXTENSIONS = b"0\x007", b"5V", b"xXgLK"  # 7: contiguous file; V: volume label
@@ -39,23 +42,26 @@ class Member(NamedTuple):
     size: int
 
 
-def walk(path: str | os.PathLike[str]) -> Iterator[Member]:
-    """Every regular file of the tar archive at `path`, in order: ustar, GNU and PAX, sizes of any magnitude.
+class Damage(DataError):
+    """The archive itself is damaged, at `byte`: not the way to it. `key` is a member's whole name."""
 
-    Directories are passed over. Raises `DataError` (shard, byte, member) for a damaged header, a cut archive,
-    a missing end block, data after the end, and members that are not plain files (links, devices, sparse).
+
+def walk(blob: Blob) -> Iterator[Member]:
+    """Every regular file of a tar archive, in order: ustar, GNU and PAX, sizes of any magnitude.
+
+    Directories are passed over. Raises `Damage` (shard, byte, member) for a damaged header, a cut archive, a missing
+    end block, data after the end, and members that are not plain files (links, devices, sparse).
     """
-    with open(path, "rb", buffering=0) as file:
-        yield from _Walker(os.fspath(path), file).members()
+    yield from _Walker(blob).members()
 
 
 class _Walker:
     """One pass over an archive: where the next header is, what extension headers said about its member."""
 
-    def __init__(self, path: str, file: BinaryIO):
-        self.path, self.descriptor = path, file.fileno()
-        self.size = os.fstat(self.descriptor).st_size
+    def __init__(self, blob: Blob):
+        self.blob, self.size = blob, blob.size
         self.offset = 0
+        self.window, self.window_start, self.read_last = b"", 0, 0  # bytes read ahead
         self.last: str | None = None  # name of the last member seen
         self.everywhere: dict[str, str] = {}  # PAX "g" records: of all members that follow
         self.extended: dict[str, str] = {}  # PAX "x" and GNU "L" records: of the next member
@@ -64,7 +70,19 @@ class _Walker:
         """Ends the walk: names the byte of the present header and the member, or the last one before it."""
         where = f"member {name!r}: " if name is not None else ""
         after = f" (after member {self.last!r})" if name is None and self.last is not None else ""
-        raise DataError(f"{self.path}: byte {self.offset}: {where}{problem}{after}")
+        shard = shown(self.blob.url)
+        text = f"{shard}: byte {self.offset}: {where}{problem}{after}"
+        raise Damage(text, shard=shard, key=name, byte=self.offset)
+
+    def read(self, at: int, size: int) -> bytes:
+        """The bytes from `at` on, `size` of them or fewer at the archive's end."""
+        size, begin = min(size, max(self.size - at, 0)), at - self.window_start
+        if not 0 <= begin <= len(self.window) - size:
+            ahead = _WINDOW if at - self.read_last < _NEAR else _PEEK
+            self.window_start, begin = at, 0
+            self.window = bytes(self.blob.read(at, min(max(ahead, size), self.size - at))) if size else b""
+        self.read_last = at
+        return self.window[begin : begin + size]
 
     def members(self) -> Iterator[Member]:
         while (header := self.header()) is not None:
@@ -87,7 +105,7 @@ class _Walker:
 
     def header(self) -> bytes | None:
         """The header block at `offset`, its checksum verified; None at a proper end of the archive."""
-        block = os.pread(self.descriptor, BLOCK, self.offset)
+        block = self.read(self.offset, BLOCK)
         if block == _ZEROS:
             self.check_end()
             return None
@@ -108,7 +126,8 @@ class _Walker:
     def check_end(self) -> None:
         """Checks that nothing but zeros follows the end block."""
         at = self.offset
-        while chunk := os.pread(self.descriptor, _SCAN, at):
+        while at < self.size:
+            chunk = bytes(self.blob.read(at, min(_SCAN, self.size - at)))
             if data := chunk.lstrip(b"\0"):
                 again = at + len(chunk) - len(data)
                 self.fail(f"zeros where a header should be, but data again at byte {again}")
@@ -132,7 +151,7 @@ class _Walker:
         size = self.payload(header, None, kind, _name(header))
         if size > _LARGEST_EXTENSION:
             self.fail(f"an extension header of {size} bytes is not credible")
-        payload = os.pread(self.descriptor, size, self.offset + BLOCK)
+        payload = self.read(self.offset + BLOCK, size)
         if kind == ord("L"):
             self.extended["path"] = _text(payload.split(b"\0", 1)[0])
         elif kind == ord("g"):
@@ -158,9 +177,11 @@ def _is_header(block: bytes) -> bool:
     """Whether the checksum fits: the sum of all bytes, its own field counted as spaces."""
     if len(block) < BLOCK:
         return False
-    stored, counted = _octal(block[148:156]), block[:148] + b" " * 8 + block[156:]
+    # The low half of an Adler-32 that starts at 0 is the sum itself, as long as that is below 65521: of 256 bytes.
+    summed = (adler32(block[:256], 0) & 0xFFFF) + (adler32(block[256:], 0) & 0xFFFF)
+    stored, counted = _octal(block[148:156]), summed - sum(block[148:156]) + 8 * ord(" ")
     # Some old writers summed signed bytes.
-    return stored == sum(counted) or stored == sum(counted) - 256 * sum(byte > 127 for byte in counted)
+    return stored == counted or stored == counted - 256 * sum(byte > 127 for byte in block[:148] + block[156:])
 
 
 def _octal(field: bytes) -> int | None:

@@ -1,0 +1,371 @@
+"""A whole data set: the samples of all its shards in a row, any of them read at once.
+
+Only a summary of every shard is held. Where the samples of a shard lie is looked up when one of them is asked for, so
+a rank pays for the shards that it reads.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+import posixpath
+import threading
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+from braceexpand import braceexpand
+
+from trainer.data import index
+from trainer.data.exchange import Gather, alone, exchange
+from trainer.data.faults import Fault
+from trainer.data.foreign import Counts
+from trainer.data.index import Numbers, ShardIndex, Summary
+from trainer.data.storage import Storage, is_remote, is_url, shown
+from trainer.data.storage.urls import PIPE, check
+from trainer.errors import ConfigError, DataError
+
+OPEN_SHARDS = 256
+
+Content = bytes | memoryview
+
+
+def expand(spec: str | Sequence[str], key: str = "data.shards", *, allow_pipe: bool = False) -> list[str]:
+    """The shards that `spec` means: paths, `{000000..000007}`, globs of files (sorted), `~`, URLs, or a list of these.
+
+    Raises one ConfigError that names all patterns without a match, missing files, URLs that cannot be read and shards
+    listed twice, each under `key`, which `spec` was given for.
+    """
+    found: list[str] = []
+    problems: list[str] = []
+    for pattern in [spec] if isinstance(spec, str) else spec:
+        try:
+            found += [url for piece in _braces(pattern) for url in _matches(piece, key, allow_pipe, problems)]
+        except ValueError:
+            problems.append(f"{key}: unbalanced braces in {shown(pattern)!r}")
+    seen: set[str] = set()
+    for url in found:
+        if (real := url if is_url(url) else os.path.abspath(url)) in seen:
+            problems.append(f"{key}: {shown(url)} is listed twice")
+        seen.add(real)
+    if not found and not problems:
+        problems.append(f"{key}: names no shard")
+    if problems:
+        raise ConfigError(problems)
+    return found
+
+
+def _braces(pattern: str) -> Iterator[str]:
+    return iter([pattern]) if os.path.exists(pattern) else braceexpand(pattern)
+
+
+def _matches(pattern: str, key: str, allow_pipe: bool, problems: list[str]) -> list[str]:
+    """The shards that one brace-free pattern means; adds to `problems` if there are none."""
+    if is_url(pattern):
+        try:
+            check(pattern, allow_pipe)
+        except ConfigError as error:
+            problems += [f"{key}: {problem}" for problem in error.problems]
+        return [pattern]
+    path = os.path.expanduser(pattern)
+    if os.path.isfile(path):
+        return [path]
+    if os.path.isdir(path):
+        problems.append(f"{key}: {pattern} is a folder; name its shards: {pattern.rstrip('/')}/*.tar")
+        return []
+    found = sorted(filter(os.path.isfile, glob.glob(path, recursive=True))) if glob.has_magic(path) else []
+    if not found:
+        problems.append(f"{key}: {'no file matches' if glob.has_magic(path) else 'missing file'} {pattern}")
+    return found
+
+
+def file_name(url: str) -> str:
+    """What a shard is called wherever it lies: the last part of its path."""
+    if url.startswith(PIPE):
+        return shown(url)
+    return posixpath.basename(urlsplit(url).path if is_url(url) else url)
+
+
+class _Shard:
+    """One shard, opened: its index as plain arrays, and its bytes."""
+
+    def __init__(self, index: ShardIndex, storage: Storage):
+        self.index, self.keys, self.blob = index, index.keys, storage.open(index.url)
+        if self.blob.stamp != index.stamp:
+            raise _changed(index.url)
+        # Views of arrays: an item of one is an int, four times as fast as numpy's.
+        self.starts = index.starts.data
+        self.offsets = np.ascontiguousarray(index.table["offset"]).data
+        self.sizes = np.ascontiguousarray(index.table["size"]).data
+        self.names = np.array(index.extensions, object)[index.table["extension"]].tolist()
+        self._fields: dict[str, tuple[Numbers, Numbers]] = {}
+
+    def field(self, name: str) -> tuple[Numbers, Numbers]:
+        """Offsets and sizes of a member of every sample, -1 where a sample lacks it."""
+        if name not in self._fields:
+            self._fields[name] = self.index.field(name)
+        return self._fields[name]
+
+    def read(self, i: int, at: int, size: int) -> Content:
+        """`size` bytes from byte `at`, of sample `i`. DataError names the sample."""
+        try:
+            return self.blob.read(at, size)
+        except DataError as error:
+            place, key = shown(self.index.url), self.keys[i]
+            cause = str(error).removeprefix(f"{place}: ")
+            raise DataError(f"{place}: sample {key!r}: {cause}", shard=place, key=key, byte=error.byte) from error
+
+    def member(self, i: int, name: str) -> Content:
+        """One member of sample `i`. DataError names the sample."""
+        offsets, sizes = self.field(name)
+        if (at := int(offsets[i])) < 0:
+            place, there = shown(self.index.url), ", ".join(sorted(self.index.members(i)))
+            raise DataError(
+                f"{place}: sample {self.keys[i]!r} has no {name!r}; it has: {there}", shard=place, key=self.keys[i]
+            )
+        return self.read(i, at, int(sizes[i]))
+
+
+class Shards:
+    """Samples 0..n-1 in listed order. Any thread may read; a copy sent to another process reads there.
+
+    `n`: samples. `bytes`: of the member `field` in all of them, or of all members. `starts`: int64 [shards + 1], the
+    first sample of each shard. `urls`, `stamps`, `digests`: one a shard, as given, of its file, of its index.
+    `fingerprint`: of names, counts, keys and sizes, the same wherever the shards lie. `faults`: damaged shards.
+    """
+
+    def __init__(self, urls: Sequence[str], summaries: Sequence[Summary], field: str | None, storage: Storage):
+        self.urls, self.field, self._storage = list(urls), field, storage
+        self.stamps = [summary.stamp for summary in summaries]
+        self.digests = [summary.digest for summary in summaries]
+        self.faults = [summary.fault for summary in summaries if summary.fault is not None]
+        self.starts = np.cumsum([0, *(summary.samples for summary in summaries)], dtype=np.int64)
+        self.n = int(self.starts[-1])
+        self.bytes = sum(size for summary in summaries for _, size in _fields(summary, field)) or sum(
+            summary.size for summary in summaries
+        )
+        self.fingerprint = self._fingerprint(summaries)
+        self._faulty = {fault.shard for fault in self.faults}
+        self._first = self.starts.tolist()
+        self._remote = any(map(is_remote, self.urls))
+        self._seen: dict[int, str] = {}  # the stamp of each shard that this process has opened
+        self._open: dict[int, _Shard] = {}
+        self._lock = threading.Lock()
+
+    @classmethod
+    def open(
+        cls,
+        spec: str | Sequence[str],
+        field: str | None,
+        storage: Storage,
+        *,
+        key: str = "data.shards",
+        tolerant: bool = False,
+        part: tuple[int, int] = (0, 1),
+        gather: Gather = alone,
+    ) -> Shards:
+        """The shards that `spec` means (see `expand`), indexed where they are not yet: each rank (`part`) its part.
+
+        `field`: a member that all samples must have. None: none, and the indexes of others are believed, so that a
+        shard is not walked before it is read. `tolerant`: of a damaged shard what lies before the damage is used.
+        Raises ConfigError on all ranks, with all that is wrong; its exit code is DataError's if damage is all.
+        """
+        urls, field = expand(spec, key, allow_pipe=storage.allow_pipe), field and field.lower()
+        look = partial(_look, storage=storage, field=field, tolerant=tolerant, counts=Counts(storage))
+        found = exchange(urls, look, part, gather)
+        summaries = [Summary(**{**one, "fault": one["fault"] and Fault(**one["fault"])}) for one in found]
+        shards = cls(urls, summaries, field, storage)
+        shards._seen.update((i, shards.stamps[i]) for i in range(part[0], len(urls), part[1]))
+        if not shards.n:
+            raise ConfigError(f"{key}: no samples in {', '.join(map(shown, urls[:8]))}")
+        return shards
+
+    def _fingerprint(self, summaries: Sequence[Summary]) -> str:
+        digest = hashlib.sha256()
+        for url, summary in zip(self.urls, summaries, strict=True):
+            what = [summary.samples, summary.digest or summary.size, list(_fields(summary, self.field))]
+            digest.update(json.dumps([file_name(url), *what]).encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()
+
+    def locate(self, v: int) -> tuple[int, int]:
+        """Number of the shard that sample `v` lies in, and its number there."""
+        if not 0 <= v < self.n:
+            raise IndexError(f"sample {v} of {self.n}")
+        shard = bisect_right(self._first, v) - 1
+        return shard, v - self._first[shard]
+
+    def locate_many(self, samples: Numbers) -> Iterator[tuple[int, int]]:
+        """`locate` of each."""
+        numbers = np.searchsorted(self.starts, samples, side="right") - 1
+        return zip(numbers.tolist(), (samples - self.starts[numbers]).tolist(), strict=True)
+
+    def name(self, v: int) -> tuple[str, str]:
+        """File name of the shard and key of sample `v`."""
+        shard, i = self.locate(v)
+        return file_name(self.urls[shard]), self._shard(shard, i).keys[i]
+
+    def path(self, v: int) -> str:
+        """The shard of sample `v`, as it was given but without secrets."""
+        return shown(self.urls[self.locate(v)[0]])
+
+    def index(self, shard: int) -> ShardIndex:
+        """The index of a shard."""
+        return self._shard(shard).index
+
+    def keys(self, shard: int) -> list[str]:
+        """The keys of a shard's samples."""
+        return self._shard(shard).keys
+
+    def sizes(self, shard: int) -> Numbers:
+        """Bytes of the field of each sample of a shard, or of all its members, int64 [samples]."""
+        found = self._shard(shard).index
+        return found.sizes() if self.field is None else found.field(self.field)[1]
+
+    def read(self, v: int) -> Content:
+        """The field of sample `v`, as stored. Raises DataError (shard, byte, key) where that fails."""
+        if self.field is None:
+            raise ValueError("no field was named")
+        number, i = self.locate(v)
+        return self._shard(number, i).member(i, self.field)
+
+    def read_many(self, samples: Numbers, field: str) -> Iterator[Content]:
+        """One member of each of `samples`, located together: several times as fast as one by one. Raises as `read`."""
+        numbers = np.searchsorted(self.starts, samples, side="right") - 1
+        places = samples - self.starts[numbers]
+        offsets, sizes = np.empty((2, len(samples)), np.int64)
+        reads: dict[int, Callable[[int, int], Content]] = {}
+        for number in np.unique(numbers).tolist():
+            chosen = numbers == number
+            shard = self._shard(number, int(places[chosen].max()))
+            offsets[chosen], sizes[chosen] = (part[places[chosen]] for part in shard.field(field))
+            reads[number] = shard.blob.read if offsets[chosen].min() >= 0 else _refuse
+        spans = (part.tolist() for part in (numbers, places, offsets, sizes))
+        for number, place, at, size in zip(*spans, strict=True):
+            try:
+                yield reads[number](at, size)
+            except DataError:
+                yield self._shard(number).member(place, field)  # raises it with the sample's name
+
+    def members(self, v: int, names: Iterable[str] | None = None) -> dict[str, Content]:
+        """The members of sample `v` by extension, as stored; `names`: only these. Raises as `read` does."""
+        number, i = self.locate(v)
+        return self.sample(number, i, None if names is None else frozenset(names))[1]
+
+    def sample(self, number: int, i: int, names: frozenset[str] | None = None) -> tuple[str, dict[str, Content]]:
+        """Key and members of sample `i` of a shard. Raises as `read` does."""
+        shard = self._shard(number, i)
+        kinds, offsets, sizes, read = shard.names, shard.offsets, shard.sizes, shard.read
+        rows: Sequence[int] = range(shard.starts[i], shard.starts[i + 1])
+        if names is not None:
+            rows = [row for row in rows if kinds[row] in names]
+        return shard.keys[i], {kinds[row]: read(i, offsets[row], sizes[row]) for row in rows}
+
+    def foresee(self, samples: Numbers) -> None:
+        """A hint that these samples will be read soon: what must come over the network is fetched meanwhile."""
+        for number, i in self.locate_many(samples) if self._remote else ():
+            shard = self._shard(number, i)
+            for row in range(shard.starts[i], shard.starts[i + 1]):
+                shard.blob.prefetch(shard.offsets[row], shard.sizes[row])
+
+    def foresee_from(self, v: int) -> None:
+        """A hint that sample `v` and those behind it in its shard will be read soon."""
+        for number, i in self.locate_many(np.array([v])) if self._remote else ():
+            shard = self._shard(number, i)
+            start = shard.offsets[shard.starts[i]]
+            shard.blob.prefetch(start, shard.blob.size - start)
+
+    def check_unchanged(self, shard: int) -> None:
+        """Raises DataError if the shard was changed since it was indexed."""
+        if self._storage.stamp(self.urls[shard]) != self._shard(shard).index.stamp:
+            raise _changed(self.urls[shard])
+
+    def close(self) -> None:
+        """Closes the shard files; reading opens them again."""
+        with self._lock:
+            while self._open:
+                self._open.popitem()[1].blob.close()
+
+    def _shard(self, number: int, i: int | None = None) -> _Shard:
+        """The shard, open. Raises DataError if it has no sample `i`: it is damaged, or its index lied."""
+        if (shard := self._open.get(number)) is None:
+            loaded = self._load(number)
+            with self._lock:
+                shard = self._open.setdefault(number, loaded)  # another thread's, where that was faster
+                for oldest in list(self._open)[: max(0, len(self._open) - OPEN_SHARDS)]:
+                    self._open.pop(oldest).blob.close()
+        if i is not None and i >= len(shard.keys):
+            raise self._short(shard.index)
+        return shard
+
+    def _load(self, number: int) -> _Shard:
+        url, counted = self.urls[number], not self.digests[number]
+        tolerant = counted or shown(url) in self._faulty
+        found = ShardIndex.open(url, self._storage, tolerant=tolerant)
+        if not counted and found.summary.digest != self.digests[number]:
+            raise _changed(url)
+        if counted and found.fault is None and len(found.keys) != self._first[number + 1] - self._first[number]:
+            raise self._short(found)
+        if self._seen.setdefault(number, found.stamp) != found.stamp:
+            raise _changed(url)
+        return _Shard(found, self._storage)
+
+    def _short(self, found: ShardIndex) -> DataError:
+        """What is said of a shard that has not as many samples as its catalogue, or another's index, promised."""
+        if found.fault is not None:
+            return found.fault.error()
+        name, here = shown(found.url), len(found.keys)
+        told = "an index beside it (.idx, sizes.json, ...) tells another number: delete or renew that"
+        return DataError(f"{name}: holds {here} samples, but {told}", shard=name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("_open", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._open, self._lock = {}, threading.Lock()
+
+
+def _look(url: str, *, storage: Storage, field: str | None, tolerant: bool, counts: Counts) -> dict[str, Any]:
+    """The summary of a shard, JSON-able. Raises DataError; ConfigError if a sample lacks `field`."""
+    if field is None and (counted := _counted(url, storage, counts)) is not None:
+        return asdict(counted)
+    found, whole = index.summary(url, storage), None
+    if found is None or (found.fault is not None and not tolerant):
+        whole = ShardIndex.open(url, storage, tolerant=tolerant)
+        found = whole.summary
+    if field is not None and found.fields.get(field, (0, 0))[0] < found.samples:
+        whole = whole or ShardIndex.open(url, storage, tolerant=tolerant)
+        lacking = int(np.flatnonzero(whole.field(field)[0] < 0)[0])
+        there = f"sample {whole.keys[lacking]!r} has no {field!r}; it has: {', '.join(sorted(whole.members(lacking)))}"
+        raise ConfigError(f"data.field: {shown(url)}: {there}")
+    return asdict(found)
+
+
+def _counted(url: str, storage: Storage, counts: Counts) -> Summary | None:
+    """A summary without a digest, by another one's index of the shard."""
+    with ExitStack() as stack:
+        blob = storage.open(url)
+        stack.callback(blob.close)
+        if (count := counts.count(blob)) is None:
+            return None
+        return Summary(blob.size, blob.stamp, count.samples, {}, "")
+
+
+def _fields(summary: Summary, field: str | None) -> Iterator[tuple[str, int]]:
+    """(name, bytes) of what is read of a shard's samples: the field, or all there are."""
+    return ((name, size) for name, (_, size) in sorted(summary.fields.items()) if field in (None, name))
+
+
+def _refuse(at: int, size: int) -> Content:
+    raise DataError("some samples of the shard lack the member")
+
+
+def _changed(url: str) -> DataError:
+    return DataError(f"{shown(url)}: was changed after it had been indexed", shard=shown(url))
