@@ -1,131 +1,129 @@
+"""Documents to sequences: against token lists that are cut and packed by hand."""
+
 from __future__ import annotations
 
-from itertools import count
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from webdataset import TarWriter
 
-from trainer.data import ledger
-from trainer.data.index import Shards
-from trainer.data.order import Order
-from trainer.data.packing import Documents, Lane, Piece
+from tests.data.texts import SEPARATOR, read_tokens, write_shards
+from trainer.data.packing import NO_TARGET, Packed, best_fit
+from trainer.data.shards import Shards
+from trainer.data.storage import Storage
 from trainer.data.tokenizer import ByteTokenizer
-from trainer.errors import DataError
+from trainer.data.tokens import TokenLine
 
-TEXTS = ["", "a", "bc", "", "déf", "x" * 37, "ghijk\n", "日本", "lm", "nopqrstuvw"]
-
-
-def documents(folder: Path, payloads: list[bytes], cache_bytes: int = 1 << 20) -> Documents:
-    with TarWriter(str(folder / "s-0.tar")) as tar:
-        for i, payload in enumerate(payloads):
-            tar.write({"__key__": f"k{i}", "txt": payload})
-    return Documents(Shards([str(folder / "s-0.tar")], "txt"), ByteTokenizer(), cache_bytes)
+Documents = dict[tuple[str, str], list[int]]
 
 
 @pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> Documents:
-    return documents(tmp_path_factory.mktemp("texts"), [text.encode() for text in TEXTS])
+def paths(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return write_shards(tmp_path_factory.mktemp("shards"), [17, 1, 29, 14])
 
 
-def expected_tokens(sample: int) -> list[int]:
-    return [*TEXTS[sample].encode(), 256]
+@pytest.fixture(scope="module")
+def documents(paths: list[str]) -> Documents:
+    return read_tokens(paths)
 
 
-def test_a_document_is_its_tokens_and_a_separator(texts: Documents) -> None:
-    for sample in range(len(TEXTS)):
-        tokens = texts.tokens(sample)
-        assert tokens.dtype == np.int32
-        assert tokens.tolist() == expected_tokens(sample)
-        with pytest.raises(ValueError, match="read-only"):
-            tokens[0] = 1
+@pytest.fixture(scope="module")
+def line(paths: list[str], tmp_path_factory: pytest.TempPathFactory) -> TokenLine:
+    cache = tmp_path_factory.mktemp("cache")
+    return TokenLine(Shards.open(paths, "txt", Storage(cache)), ByteTokenizer(), cache)
 
 
-@pytest.mark.parametrize("room", [0, 40, 400, 10_000])
-def test_cache_is_bounded_and_does_not_change_tokens(tmp_path: Path, room: int) -> None:
-    held = documents(tmp_path, [text.encode() for text in TEXTS], cache_bytes=room)
-    for sample in [*range(10), *range(9, -1, -1), 5, 5, 5]:
-        assert held.tokens(sample).tolist() == expected_tokens(sample)
-        kept = [tokens.nbytes for tokens in held._cache.values()]
-        assert sum(kept) == room - held._room <= room
+def rows(packed: Packed) -> list[dict[str, list[int]]]:
+    read = [packed.read(unit, 0) for unit in range(packed.n)]
+    assert all(array.dtype == np.int64 for row in read for array in row.values())
+    return [{name: array.tolist() for name, array in row.items()} for row in read]
 
 
-def test_what_is_cached_is_encoded_once(tmp_path: Path) -> None:
-    held = documents(tmp_path, [b"abc", b"de"])
-    assert held.tokens(0) is held.tokens(0)
+@pytest.mark.parametrize("length", [1, 7, 24, 100, 100_000])
+def test_concat_cuts_the_line_of_all_documents(line: TokenLine, documents: Documents, length: int) -> None:
+    packed, text = Packed(line, length), list(chain.from_iterable(documents.values()))
+    assert packed.n == -(-len(text) // length)
+    for unit, row in enumerate(rows(packed)):
+        here = text[unit * length : (unit + 1) * length]
+        following = text[unit * length + 1 : (unit + 1) * length + 1]
+        assert row["inputs"] == here + [0] * (length - len(here))
+        assert row["targets"] == following + [NO_TARGET] * (length - len(following))
 
 
-def test_a_sample_that_is_not_text_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"s-0\.tar: sample 'k1' is not UTF-8 text \(at its byte 2\)"):
-        documents(tmp_path, [b"fine", b"ab\xff"]).tokens(1)
+@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+@pytest.mark.parametrize("length", [1, 7, 24, 100])
+def test_the_ledger_covers_every_token_once(line: TokenLine, documents: Documents, packing: str, length: int) -> None:
+    packed = Packed(line, length, packing=packing)
+    covered: dict[tuple[str, str], list[tuple[int, int]]] = {}
+    for unit, row in enumerate(rows(packed)):
+        pieces = packed.entry(unit)
+        tokens = [token for shard, name, first, end in pieces for token in documents[shard, name][first:end]]
+        assert row["inputs"][: len(tokens)] == tokens
+        assert 0 < len(tokens) <= length
+        for shard, name, first, end in pieces:
+            covered.setdefault((shard, name), []).append((first, end))
+    assert covered.keys() == documents.keys()
+    for document, spans in covered.items():
+        spans.sort()
+        assert [spans[0][0], *(end for _, end in spans)] == [first for first, _ in spans] + [len(documents[document])]
+        if packing == "best_fit":
+            assert len(spans) == -(-len(documents[document]) // length)  # cut only as often as it must be
 
 
-@settings(max_examples=120, deadline=None)
-@given(
-    lanes=st.integers(1, 12),
-    lane=st.integers(0, 11),
-    plan=st.lists(st.tuples(st.booleans(), st.integers(1, 50)), min_size=1, max_size=30),
-    reopen=st.booleans(),
-)
-def test_a_lane_is_the_endless_concatenation_of_its_documents(
-    texts: Documents, lanes: int, lane: int, plan: list[tuple[bool, int]], reopen: bool
+@pytest.mark.parametrize(("packing", "mask"), [("concat", True), ("best_fit", True), ("best_fit", False)])
+@pytest.mark.parametrize("length", [1, 7, 24, 100])
+def test_masks_positions_and_targets_end_with_each_document(
+    line: TokenLine, documents: Documents, packing: str, mask: bool, length: int
 ) -> None:
-    order = Order(len(TEXTS), lanes, 2, 2, seed=4)
-    number = lane % order.lanes
-    stream, origin = [], []  # the lane by definition: every token, and (epoch, index, sample, offset) of each
-    for epoch in count():
-        if len(stream) > sum(length for _, length in plan):
-            break
-        for index in range(order.lane_size(number)):
-            sample = order.sample(epoch, number, index)
-            stream += expected_tokens(sample)
-            origin += [(epoch, index, sample, offset) for offset in range(len(expected_tokens(sample)))]
-    walker, at = Lane(number, order, texts, (0, 0, 0)), 0
-    for read, length in plan:
-        if reopen:
-            walker = Lane(number, order, texts, walker.cursor)
-        if read:
-            row = np.full(length + 1, -7, dtype=np.int64)
-            pieces = walker.read(row)
-            assert row.tolist() == stream[at : at + length + 1]
-            taken = [(sample, offset) for sample, first, end in pieces for offset in range(first, end)]
-            assert taken == [(sample, offset) for _, _, sample, offset in origin[at : at + length]]
+    packed = Packed(line, length, packing=packing, document_mask=mask)
+    for unit, row in enumerate(rows(packed)):
+        expected: dict[str, list[int]] = {"inputs": [], "targets": [], "documents": [], "positions": []}
+        for number, (shard, name, first, end) in enumerate(packed.entry(unit)):
+            tokens = documents[shard, name]
+            expected["inputs"] += tokens[first:end]
+            expected["targets"] += [*tokens[first + 1 : end + 1], *([NO_TARGET] if end == len(tokens) else [])]
+            expected["documents"] += [number] * (end - first)
+            expected["positions"] += range(end - first)
+        padding = {"inputs": 0, "targets": NO_TARGET, "documents": -1, "positions": 0}
+        wanted = {name: values + [padding[name]] * (length - len(values)) for name, values in expected.items()}
+        assert row == {name: wanted[name] for name in (wanted if mask else ("inputs", "targets"))}
+
+
+@settings(max_examples=300, deadline=None)
+@given(sizes=st.lists(st.integers(1, 30), max_size=60), room=st.sampled_from([30, 31, 64]))
+def test_best_fit_is_best_fit_decreasing(sizes: list[int], room: int) -> None:
+    bins, rests = [], []
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        fits = [(rest, -number) for number, rest in enumerate(rests) if rest >= sizes[i]]
+        if fits:
+            tightest = min(rest for rest, _ in fits)
+            number = next(n for n, rest in enumerate(rests) if rest == tightest)
         else:
-            walker.skip(length)
-        at += length
-        epoch, index, _, offset = origin[at]
-        assert walker.cursor == (epoch, index, offset)
+            number = len(bins)
+            bins.append(0)
+            rests.append(room)
+        bins[number] += 1
+        rests[number] -= sizes[i]
+    found = best_fit(sizes, room)
+    assert sorted(chain.from_iterable(found)) == list(range(len(sizes)))
+    assert all(chosen == sorted(chosen) and sum(sizes[i] for i in chosen) <= room for chosen in found)
+    # Which of two equally full bins takes an item is free; how full the bins get is not.
+    assert sorted(room - sum(sizes[i] for i in chosen) for chosen in found) == sorted(rests)
 
 
-def test_impossible_cursors_are_refused(texts: Documents) -> None:
-    order = Order(len(TEXTS), 5, 2, 2, seed=4)
-    for cursor in [(0, 2, 0), (-1, 0, 0), (0, 0, -1)]:
-        with pytest.raises(ValueError, match="lane 1 has 2 samples an epoch"):
-            Lane(1, order, texts, cursor)
-    with pytest.raises(DataError, match="the run stands at its token 999"):
-        Lane(1, order, texts, (0, 0, 999)).skip(1)
+def test_best_fit_wastes_little(line: TokenLine) -> None:
+    packed = Packed(line, 100, packing="best_fit")
+    assert packed.n <= line.total / 100 + len(line.starts) - 1  # a bin that is not full, a shard
 
 
-def test_ledger_rows_are_in_global_order_whatever_the_order_of_the_parts() -> None:
-    def pieces(*numbers: int) -> list[list[Piece]]:
-        return [[Piece("s.tar", f"k{number}", 0, 3), Piece("s.tar", "z", number, 9)] for number in numbers]
+def test_the_separator_ends_each_document(documents: Documents) -> None:
+    assert all(tokens[-1] == SEPARATOR for tokens in documents.values())
 
-    parts = [
-        (2, 7, 3, pieces(7, 10)),
-        (1, 0, 3, pieces(0, 3)),
-        (2, 6, 3, pieces(6, 9)),
-        (1, 2, 3, pieces(2, 5)),
-        (2, 8, 3, pieces(8, 11)),
-        (1, 1, 3, pieces(1, 4)),
-    ]
-    rows = ledger.rows(parts)
-    assert [row["step"] for row in rows] == [1, 2]
-    assert [sample[0][1] for row in rows for sample in row["samples"]] == [f"k{number}" for number in range(12)]
-    assert rows[1]["samples"][0] == [["s.tar", "k6", 0, 3], ["s.tar", "z", 6, 9]]
-    with pytest.raises(ValueError, match="4 of the 6 sequences of step 2"):
-        ledger.rows(parts[1:])
-    with pytest.raises(ValueError, match=r"sequences \[7, 10\] of step 2 twice"):
-        ledger.rows([*parts, parts[0]])
+
+def test_documents_of_nothing(tmp_path: Path) -> None:
+    paths = write_shards(tmp_path, [5], lengths=(0,))
+    packed = Packed(TokenLine(Shards.open(paths, "txt", Storage(tmp_path)), ByteTokenizer(), tmp_path), 3)
+    assert [row["inputs"] for row in rows(packed)] == [[SEPARATOR] * 3, [SEPARATOR, SEPARATOR, 0]]

@@ -1,4 +1,4 @@
-"""What was trained on, as rows of `ledger.jsonl`: formatting only."""
+"""What was trained on, as rows of `ledger.jsonl`."""
 
 from __future__ import annotations
 
@@ -6,29 +6,16 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
-from trainer.data.packing import Piece
 
+def rows(parts: Iterable[tuple[int, list[tuple[int, Any]]]]) -> list[dict[str, Any]]:
+    """One row a step, steps rising, from the (step, [(number in the run, entry), ...]) of all ranks in any order.
 
-def rows(parts: Iterable[tuple[int, int, int, list[list[Piece]]]]) -> list[dict[str, Any]]:
-    """One row a step, steps rising, from the (step, first, stride, pieces) of all ranks in any order.
-
-    A row is {"step": s, "samples": [[[shard, key, first_token, end_token], ...], ...]}: the sequences of the
-    global batch in global order, each a list of pieces. ValueError if a rank's part of a step is missing or
-    comes twice.
+    A row is {"step": s, "samples": [entry, ...]} in global order. ValueError if a sequence comes twice.
     """
-    steps: dict[int, dict[int, list[Piece]]] = defaultdict(dict)
-    sizes: dict[int, int] = {}
-    for step, first, stride, pieces in parts:
-        numbered = {first + i * stride: sequence for i, sequence in enumerate(pieces)}
+    steps: dict[int, dict[int, Any]] = defaultdict(dict)
+    for step, entries in parts:
+        numbered = dict(entries)
         if twice := steps[step].keys() & numbered:
             raise ValueError(f"the ledger has sequences {sorted(twice)} of step {step} twice")
         steps[step].update(numbered)
-        sizes[step] = stride * len(pieces)
-    for step, sequences in steps.items():
-        if len(sequences) != sizes[step]:
-            raise ValueError(f"the ledger has {len(sequences)} of the {sizes[step]} sequences of step {step}")
-    return [{"step": step, "samples": _in_order(steps[step])} for step in sorted(steps)]
-
-
-def _in_order(sequences: dict[int, list[Piece]]) -> list[list[list[str | int]]]:
-    return [[list(piece) for piece in sequences[number]] for number in sorted(sequences)]
+    return [{"step": step, "samples": [entry for _, entry in sorted(steps[step].items())]} for step in sorted(steps)]

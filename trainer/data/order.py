@@ -5,6 +5,8 @@ Nothing here knows of ranks or workers, so nothing here changes with them.
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from contextlib import suppress
 from functools import lru_cache
 from math import isqrt
 from typing import Any
@@ -158,6 +160,46 @@ class Order:
             place += self.block - self._short
         slot, offset = divmod(place, self.block)
         return permute(slot, self._blocks, self._blocks_key(epoch)) * self.block + offset
+
+
+class Walk:
+    """An `Order` asked for many positions at once, near each other as a run's are: open windows are kept.
+
+    Any thread may ask. Windows that would take more than `window_bytes` together are not kept, but asked one by one.
+    """
+
+    def __init__(self, order: Order, window_bytes: int = 64 << 20):
+        self.order = order
+        self._length = order.window * order.block
+        self._room = max(1, window_bytes // (8 * self._length))
+        self._windows: OrderedDict[tuple[int, int, int], Numbers] = OrderedDict()
+
+    def samples(self, positions: Numbers) -> Numbers:
+        """The virtual samples at `positions` of the run, int64 [k] both: `Order.sample(*Order.at(p))` of each."""
+        epochs, places = np.divmod(positions, self.order.samples)
+        indexes, lanes = np.divmod(places, self.order.lanes)
+        numbers, offsets = np.divmod(indexes, self._length)
+        windows = np.stack([epochs, lanes, numbers], axis=1)
+        by_window = np.lexsort(windows.T)
+        windows = windows[by_window]
+        starts = np.flatnonzero(np.any(windows[1:] != windows[:-1], axis=1)) + 1
+        found = np.empty(len(positions), np.int64)
+        for part in np.split(by_window, starts) if len(positions) else ():
+            key = (int(epochs[part[0]]), int(lanes[part[0]]), int(numbers[part[0]]))
+            if self._room >= self.order.lanes or 64 * len(part) > self._length:
+                found[part] = self._window(key)[offsets[part]]
+            else:
+                found[part] = [self.order.sample(key[0], key[1], index) for index in indexes[part].tolist()]
+        return found
+
+    def _window(self, key: tuple[int, int, int]) -> Numbers:
+        window = self._windows.get(key)
+        if window is None:
+            window = self._windows[key] = self.order.window_samples(*key)
+            with suppress(KeyError):  # another thread was faster
+                while len(self._windows) > 2 * self._room:
+                    self._windows.popitem(last=False)
+        return window
 
 
 @lru_cache(maxsize=256)

@@ -1,22 +1,29 @@
-"""Documents to sequences: a lane is the endless concatenation of its documents, cut every `length` tokens."""
+"""Documents to sequences: the units that a run shuffles. Which tokens a sequence holds depends on the data alone.
+
+`concat` cuts the token line every `length` tokens. `best_fit` puts whole documents of a shard together, as tightly as
+they fit (Ding et al., "Fewer truncations improve language modeling", 2024): only those longer than a sequence are cut.
+"""
 
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+from bisect import bisect_left, insort
+from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
-from typing import NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from trainer.data.index import Shards
-from trainer.data.order import Order
-from trainer.data.tokenizer import Tokenizer
-from trainer.errors import DataError
+from trainer.data.exchange import Gather, alone, exchange
+from trainer.data.tokens import TokenLine
 
-Tokens = npt.NDArray[np.int32]
-CACHE_BYTES = 64 << 20
+NO_TARGET = -100
+OPEN_SHARDS = 64
+
+Row = dict[str, npt.NDArray[np.int64]]
+Numbers = npt.NDArray[np.int64]
 
 
 class Piece(NamedTuple):
@@ -28,108 +35,160 @@ class Piece(NamedTuple):
     end_token: int
 
 
-class Documents:
-    """The tokens of every sample, ended by the separator; the last used are kept, up to `cache_bytes`."""
+class Concatenated:
+    """Unit u is the tokens [u * length, (u + 1) * length) of the line; only the last one may be short."""
 
-    def __init__(self, shards: Shards, tokenizer: Tokenizer, cache_bytes: int = CACHE_BYTES):
-        self._shards, self._tokenizer = shards, tokenizer
+    def __init__(self, line: TokenLine, length: int):
+        self.n = -(-line.total // length)
+        self._length, self._total = length, line.total
+
+    def ranges(self, unit: int) -> list[tuple[int, int]]:
+        """The ranges of the token line that make the unit."""
+        return [(unit * self._length, min((unit + 1) * self._length, self._total))]
+
+
+class BestFit:
+    """A unit is documents of one shard, none of them cut unless it is longer than a sequence by itself."""
+
+    def __init__(self, line: TokenLine, length: int, part: tuple[int, int] = (0, 1), gather: Gather = alone):
+        self._line, self._length = line, length
+        self._open: OrderedDict[int, list[list[tuple[int, int]]]] = OrderedDict()
         self._lock = threading.Lock()
-        self._cache: OrderedDict[int, Tokens] = OrderedDict()
-        self._room = cache_bytes
+        shards = list(range(len(line.starts) - 1))
+        self._starts = np.cumsum([0, *exchange(shards, lambda shard: len(self._bins(shard)), part, gather)])
+        self.n = int(self._starts[-1])
 
-    def tokens(self, sample: int) -> Tokens:
-        """int32 [n], n >= 1, read-only. DataError, naming shard and key, if the sample is not UTF-8 text."""
+    def ranges(self, unit: int) -> list[tuple[int, int]]:
+        shard = int(np.searchsorted(self._starts, unit, side="right")) - 1
+        return self._bins(shard)[unit - int(self._starts[shard])]
+
+    def _bins(self, shard: int) -> list[list[tuple[int, int]]]:
         with self._lock:
-            cached = self._cache.get(sample)
-            if cached is not None:
-                self._cache.move_to_end(sample)
-                return cached
-        tokens = self._encode(sample)
+            if (bins := self._open.get(shard)) is not None:
+                return bins
+        base, ends = int(self._line.starts[shard]), self._line.shard(shard).ends
+        pieces = [
+            (base + first, base + min(first + self._length, end))
+            for begin, end in pairwise([0, *ends.tolist()])
+            for first in range(begin, end, self._length)
+        ]
+        bins = [
+            [pieces[i] for i in chosen] for chosen in best_fit([end - first for first, end in pieces], self._length)
+        ]
         with self._lock:
-            if sample not in self._cache:  # another thread may have been first
-                self._cache[sample] = tokens
-                self._room -= tokens.nbytes
-            while self._room < 0:
-                self._room += self._cache.popitem(last=False)[1].nbytes
-        return tokens
+            self._open[shard] = bins
+            while len(self._open) > OPEN_SHARDS:
+                self._open.popitem(last=False)
+        return bins
 
-    def piece(self, sample: int, first: int, end: int) -> Piece:
-        """The tokens [first, end) of `sample` by the names that a person knows."""
-        return Piece(*self._shards.name(sample), first, end)
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_open": OrderedDict(), "_lock": None}
 
-    def _encode(self, sample: int) -> Tokens:
-        try:
-            text = self._shards.read(sample).decode("utf-8")
-        except UnicodeDecodeError as error:
-            shard, key = self._shards.name(sample)
-            raise DataError(f"{shard}: sample {key!r} is not UTF-8 text (at its byte {error.start})") from None
-        ids = self._tokenizer.encode(text)
-        tokens = np.empty(len(ids) + 1, dtype=np.int32)
-        tokens[:-1] = ids
-        tokens[-1] = self._tokenizer.separator
-        tokens.flags.writeable = False
-        return tokens
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._lock = threading.Lock()
 
 
-class Lane:
-    """A place in one lane of `order`: the next document (epoch, index) and the first unread token in it."""
+class Packed:
+    """Sequences of `length` tokens as the units of a run; see `trainer.data.stream.Source`.
 
-    def __init__(self, number: int, order: Order, documents: Documents, cursor: Sequence[int]):
-        self._number, self._order, self._documents = number, order, documents
-        self._epoch, self._index, self._offset = cursor
-        self._size = order.lane_size(number)
-        if not (self._epoch >= 0 and 0 <= self._index < self._size and self._offset >= 0):
-            raise ValueError(f"lane {number} has {self._size} samples an epoch and cannot stand at {cursor}")
-        self._sample = 0
-        self._tokens: Tokens | None = None  # of the open document; None: not opened yet
+    A row is {"inputs", "targets"}, int64 [length] each. Every token of the line is an input once an epoch, and its
+    target is the token that follows it. There is none (-100) behind the end of the data set; nor behind a document's,
+    where `document_mask` is on or documents that do not belong together are packed (`best_fit`). With `document_mask` a
+    row also has "documents" and "positions": which of the row's documents a token is of (-1: of none), and its place
+    there, counted from 0 at the row's or the document's start.
+    """
 
-    @property
-    def cursor(self) -> tuple[int, int, int]:
-        """(epoch, index, offset), with offset always inside the document."""
-        return self._epoch, self._index, self._offset
+    def __init__(
+        self,
+        line: TokenLine,
+        length: int,
+        *,
+        packing: str = "concat",
+        document_mask: bool = False,
+        part: tuple[int, int] = (0, 1),
+        gather: Gather = alone,
+    ):
+        self._line, self._length, self._document_mask = line, length, document_mask
+        self._cut: Any = Concatenated(line, length) if packing == "concat" else BestFit(line, length, part, gather)
+        self._flows = packing == "concat"  # whether what follows a range is what follows it in the text
+        self.n = self._cut.n
+        self.bytes = line.total * 2
+        self.faults = line.faults
 
-    def read(self, row: npt.NDArray[np.int64]) -> list[tuple[int, int, int]]:
-        """Fill `row`, int64 [length + 1], with the next `length` tokens and one more, which stays unread.
+    def read(self, unit: int, draw: int) -> Row:
+        """The row of a unit."""
+        ranges = self._cut.ranges(unit)
+        if not self._document_mask and self._flows:
+            (first, end), (inputs, targets) = ranges[0], self._empty()
+            tokens = self._line.read(first, end - first + 1)
+            inputs[: end - first] = tokens[: end - first]
+            targets[: len(tokens) - 1] = tokens[1:]
+            return {"inputs": inputs, "targets": targets}
+        return self._row(ranges)
 
-        Returns the (sample, first, end) that the `length` tokens were taken from, in order.
-        """
-        length, filled = len(row) - 1, 0
-        pieces = []
-        while filled < length:
-            tokens, first = self._open(), self._offset
-            end = min(len(tokens), first + length - filled)
-            row[filled : filled + end - first] = tokens[first:end]
-            pieces.append((self._sample, first, end))
-            filled += end - first
-            self._move(end)
-        row[length] = self._open()[self._offset]
-        return pieces
+    def foresee(self, units: Sequence[int]) -> None:
+        """A hint that these units will be read soon."""
+        for unit in units:
+            for first, end in self._cut.ranges(unit):
+                self._line.foresee(first, end)
 
-    def skip(self, length: int) -> None:
-        """Walk past the next `length` tokens."""
-        while length:
-            first = self._offset
-            end = min(len(self._open()), first + length)
-            length -= end - first
-            self._move(end)
+    def entry(self, unit: int) -> list[Piece]:
+        """The unit as the ledger names it."""
+        return [
+            Piece(*self._line.shards.name(int(self._line.shards.starts[shard]) + document), first, end)
+            for begin, stop in self._cut.ranges(unit)
+            for shard, document, first, end in self._line.documents(begin, stop)
+        ]
 
-    def _open(self) -> Tokens:
-        if self._tokens is None:
-            self._sample = self._order.sample(self._epoch, self._number, self._index)
-            tokens = self._documents.tokens(self._sample)
-            if self._offset >= len(tokens):
-                piece = self._documents.piece(self._sample, self._offset, self._offset)
-                raise DataError(
-                    f"{piece.shard}: sample {piece.key!r} has {len(tokens)} tokens, but the run stands at "
-                    f"its token {self._offset}: data or tokenizer is not what the run began with."
-                )
-            self._tokens = tokens
-        return self._tokens
+    def _row(self, ranges: Sequence[tuple[int, int]]) -> Row:
+        inputs, targets = self._empty()
+        documents, positions = np.full(self._length, -1, np.int64), np.zeros(self._length, np.int64)
+        at = number = 0
+        for first, end in ranges:
+            tokens = self._line.read(first, end - first + 1).astype(np.int64)
+            for shard, document, begin, stop in self._line.documents(first, end):
+                count, whole = stop - begin, stop == self._size(shard, document)
+                inputs[at : at + count] = tokens[:count]
+                following = tokens[1 : count + 1]
+                targets[at : at + len(following)] = following
+                if whole and (self._document_mask or not self._flows):
+                    targets[at + count - 1] = NO_TARGET  # what comes next is another text
+                documents[at : at + count], positions[at : at + count] = number, np.arange(count)
+                at, number, tokens = at + count, number + 1, tokens[count:]
+        row = {"inputs": inputs, "targets": targets}
+        return row | {"documents": documents, "positions": positions} if self._document_mask else row
 
-    def _move(self, end: int) -> None:
-        """The open document is read up to `end`; at its end the next one is due."""
-        self._offset = end
-        if end == len(self._open()):
-            self._tokens, self._offset, self._index = None, 0, self._index + 1
-            if self._index == self._size:
-                self._epoch, self._index = self._epoch + 1, 0
+    def _size(self, shard: int, document: int) -> int:
+        ends = self._line.shard(shard).ends
+        return int(ends[document]) - (int(ends[document - 1]) if document else 0)
+
+    def _empty(self) -> tuple[Numbers, Numbers]:
+        return np.zeros(self._length, np.int64), np.full(self._length, NO_TARGET, np.int64)
+
+
+def best_fit(sizes: Sequence[int], room: int) -> list[list[int]]:
+    """Best-fit decreasing: the longest first, each into the fullest bin that still has room for it.
+
+    Returns the bins, each the rising numbers of what it holds. `sizes` are 1..room.
+    """
+    bins: list[list[int]] = []
+    by_rest: dict[int, list[int]] = defaultdict(list)
+    rests: list[int] = []  # the different rests of space that bins have, rising
+    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        at = bisect_left(rests, sizes[i])
+        if at == len(rests):
+            number, rest = len(bins), room
+            bins.append([])
+        else:
+            rest = rests[at]
+            number = by_rest[rest].pop()
+            if not by_rest[rest]:
+                del rests[at]
+        bins[number].append(i)
+        left = rest - sizes[i]
+        if left:
+            if not by_rest[left]:
+                insort(rests, left)
+            by_rest[left].append(number)
+    return [sorted(chosen) for chosen in bins]

@@ -1,32 +1,53 @@
-"""The stream of global batches, the same for any number of ranks; and the validation pass beside it.
+"""The stream of global batches: a pure function of the step, the same for any number of ranks.
 
-Sequence number k of the run is the next of lane k mod lanes. A rank makes the numbers k with
-k mod dp_size == dp_rank and, to know where its lanes stand, walks them past the sequences of the others.
+Sequence number k of the run belongs to rank k mod dp_size. Which one it is follows from k alone: the mixture says from
+which source, the source's order says which of its units. So there is nothing to replay, and nothing to save but k.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from math import gcd
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from trainer.data.index import Shards
-from trainer.data.loader import Prefetch, concurrently
-from trainer.data.order import ORDER, Order, default_block
-from trainer.data.packing import Documents, Lane, Piece
-from trainer.data.tokenizer import Tokenizer
-from trainer.errors import ConfigError
-from trainer.randomness import key
+from trainer.data.batches import Batches
+from trainer.data.faults import Fault
+from trainer.data.loader import read_ahead
+from trainer.data.mixture import Mixture
+from trainer.data.order import Order, Walk, default_block
+from trainer.errors import DataError
+from trainer.randomness import keys
 
 Batch = dict[str, torch.Tensor]
+Row = Mapping[str, Any]
 
-NO_TARGET = -100
 _STEPS_AHEAD = 4
+
+
+class Source(Protocol):
+    """What a run shuffles: `n` units of about `bytes` / n bytes, sequences of tokens or decoded samples."""
+
+    n: int
+    bytes: int
+
+    @property
+    def faults(self) -> Sequence[Fault]:
+        """What was found damaged when it was opened, and left out."""
+
+    def read(self, unit: int, draw: int) -> Row:
+        """Arrays or tensors by name, of one shape for all units. `draw`: 63 random bits, all that may be random in it.
+
+        DataError (shard, key) if the unit cannot be read.
+        """
+
+    def foresee(self, units: Sequence[int]) -> None:
+        """A hint that these will be read soon, in this order: what comes over the network is fetched meanwhile."""
+
+    def entry(self, unit: int) -> Any:
+        """The unit as the ledger names it: [shard, key], or a list of pieces."""
 
 
 @dataclass(frozen=True)
@@ -36,98 +57,154 @@ class StepData:
     step: int
     """1-based."""
     micro_batches: list[Batch]
-    """In order; each {"inputs": int64 [B, T], "targets": int64 [B, T], "draws": int64 [B]}, CPU, contiguous.
-    `draws` is one random 63-bit integer a sequence, the same whichever rank trains on it."""
-    position: torch.Tensor
-    """int64 [lanes, 3]: (epoch, index, offset) of every lane AFTER this step; -1 where this rank does not
-    host the lane. The element-wise maximum over the ranks is the whole position."""
-    pieces: list[list[Piece]]
-    """Where each of this rank's sequences came from; empty if the ledger is off."""
-    first: int
-    stride: int
-    """Sequence i of `pieces` is number first + i * stride of the run."""
+    """In order; tensors [B, ...] by name, CPU, contiguous, and "draws" int64 [B]: one random 63-bit integer a sequence,
+    the same whichever rank trains on it. B is smaller, maybe 0, where a unit was left out."""
+    taken: int
+    """Sequences of the run up to and with this step, over all ranks: the position behind it."""
+    entries: list[tuple[int, Any]]
+    """(number in the run, ledger entry) of each of this rank's sequences; empty if the ledger is off."""
+    faults: list[tuple[int, Fault]]
+    """(number in the run, what is wrong) of those that were left out now."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A source within a run: how its units are ordered. `lanes` is capped at their number."""
+
+    source: Source
+    lanes: int
+    window: int
+    seed: int
+    block: int | None = None
+    walk: Walk = field(init=False)
+
+    def __post_init__(self) -> None:
+        block = self.block or default_block(self.source.n, self.source.bytes, self.lanes)
+        object.__setattr__(self, "walk", Walk(Order(self.source.n, self.lanes, self.window, block, self.seed)))
+
+
+@dataclass(frozen=True)
+class Share:
+    """One rank's share of the run: what it reads at which step. Holds no place in it, and can be sent to a process."""
+
+    parts: Sequence[Part]
+    mixture: Mixture
+    batches: Batches
+    micro_batch: int | None
+    seed: int
+    dp_rank: int = 0
+    dp_size: int = 1
+    ledger: bool = False
+    tolerant: bool = False
+    left_out: frozenset[int] = frozenset()
+
+    def units(self, done: int) -> list[tuple[int, int, int]]:
+        """(number in the run, part, unit) of this rank's sequences of the step behind `done` finished ones."""
+        first = self.batches.taken(done)
+        numbers = np.arange(first + self.dp_rank, first + self.batches.size(done), self.dp_size)
+        which, own = self.mixture.at(numbers)
+        units = np.empty_like(numbers)
+        for i in np.unique(which):
+            units[which == i] = self.parts[i].walk.samples(own[which == i])
+        return list(zip(numbers.tolist(), which.tolist(), units.tolist(), strict=True))
+
+    def step(self, done: int) -> StepData:
+        """This rank's part of the step behind `done` finished ones."""
+        units = self.units(done)
+        for i, part in enumerate(self.parts):
+            part.source.foresee([unit for _, which, unit in units if which == i])
+        draws = keys(self.seed, "draw")
+        slots: list[tuple[int, Row] | None] = []
+        entries, faults = [], []
+        for number, which, unit in units:
+            draw, source = draws(number), self.parts[which].source
+            slots.append(None)
+            if number in self.left_out:
+                continue
+            try:
+                slots[-1] = (draw, source.read(unit, draw))
+            except DataError as error:
+                if not self.tolerant:
+                    raise
+                faults.append((number, Fault.of(error)))
+                continue
+            if self.ledger:
+                entries.append((number, source.entry(unit)))
+        size = self.micro_batch or len(slots)
+        groups = [[slot for slot in slots[i : i + size] if slot] for i in range(0, len(slots), size)]
+        return StepData(
+            step=done + 1,
+            micro_batches=[batch(group) if group else self._nothing(slots) for group in groups],
+            taken=self.batches.taken(done + 1),
+            entries=entries,
+            faults=faults,
+        )
+
+    def _nothing(self, slots: Iterable[tuple[int, Row] | None]) -> Batch:
+        """A micro-batch without a sequence: its rank must still take part in the step."""
+        row = next((slot for slot in slots if slot), None) or self._any_row()
+        return {name: tensor[:0] for name, tensor in batch([row]).items()}
+
+    def _any_row(self) -> tuple[int, Row]:
+        source, problem = self.parts[0].source, DataError("there is no unit to read")
+        for unit in range(min(source.n, 1000)):
+            try:
+                return 0, source.read(unit, 0)
+            except DataError as error:
+                problem = error
+        raise problem
 
 
 class Stream:
     """An endless iterator of `StepData`, the same for any dp_size, micro_batch, workers and interruptions.
 
-    `lanes` is capped at the number of samples; `block` is by default `default_block`'s. `workers=0` makes a
-    step when it is asked for; otherwise a thread reads ahead, and with `workers` > 1 the lanes of a step
-    advance in that many threads. `global_batch` must be a multiple of dp_size * micro_batch.
-    `next` raises DataError, which names the sample that cannot be read.
+    `workers=0` makes a step when it is asked for; otherwise threads (or, with `processes`, processes) read ahead.
+    Every batch size must be a multiple of dp_size * micro_batch. `next` raises DataError, which names the sample that
+    cannot be read; with `share.tolerant` the sample is left out instead, and named in the step's faults.
     """
 
-    def __init__(
-        self,
-        shards: Shards,
-        tokenizer: Tokenizer,
-        *,
-        sequence_length: int,
-        global_batch: int,
-        micro_batch: int,
-        lanes: int,
-        window: int,
-        seed: int,
-        dp_rank: int,
-        dp_size: int,
-        workers: int = 1,
-        ledger: bool = False,
-        block: int | None = None,
-    ):
-        assert global_batch % (dp_size * micro_batch) == 0, (global_batch, dp_size, micro_batch)
-        assert 0 <= dp_rank < dp_size, (dp_rank, dp_size)
-        block = block or default_block(shards.n, int(shards.sizes.sum()), lanes)
-        self._share = _Share(
-            order=Order(shards.n, lanes, window, block, seed),
-            documents=Documents(shards, tokenizer),
-            sequence_length=sequence_length,
-            global_batch=global_batch,
-            micro_batch=micro_batch,
-            dp_rank=dp_rank,
-            dp_size=dp_size,
-            ledger=ledger,
-            workers=workers,
-        )
-        self._workers = workers
-        self._reader: Prefetch[StepData] | None = None
-        self.fingerprint: dict[str, Any] = {  # JSON-able: a run can only go on with the same one
-            "order": ORDER,
-            "seed": seed,
-            "lanes": self._share.order.lanes,
-            "window": window,
-            "block": block,
-            "samples": shards.n,
-            "shards": shards.fingerprint,
-            "tokenizer": tokenizer.fingerprint,
-            "sequence_length": sequence_length,
-            "global_batch": global_batch,
-        }
-        self.seek(0, None)
+    def __init__(self, share: Share, *, workers: int = 1, processes: bool = False):
+        self.share = share
+        self._workers, self._processes = workers, processes
+        self._done = 0
+        self._reader: Any = None
+        self._make: Callable[[int], StepData] | None = None
+        self.seek(0)
 
-    def seek(self, step: int, position: torch.Tensor | None) -> None:
-        """Go to where `step` steps are done: `position` is the whole one (no -1 rows) after the last of them.
+    @property
+    def faults(self) -> list[Fault]:
+        """What was found damaged when the data was opened."""
+        return [fault for part in self.share.parts for fault in part.source.faults]
 
-        None is the birth of the run (step 0). ValueError if `position` cannot be one of this stream.
-        """
-        if position is None and step:
-            raise ValueError(f"only step 0 has no position, not step {step}")
+    def seek(self, done: int, left_out: Iterable[int] = ()) -> None:
+        """Go to where `done` steps are done. `left_out`: numbers in the run of the sequences that are left out, besides
+        those that cannot be read."""
         self._stop()
-        self._steps = self._share.steps(step, self._share.lanes(position))
+        self._done = done
+        share = Share(**{**vars(self.share), "left_out": frozenset(left_out)})
+        self._make = share.step
 
     def __iter__(self) -> Stream:
         return self
 
     def __next__(self) -> StepData:
+        if self._make is None:
+            raise StopIteration
         if not self._workers:
-            return next(self._steps)
+            data = self._make(self._done)
+            self._done += 1
+            return data
         if self._reader is None:
-            self._reader = Prefetch(self._steps, _STEPS_AHEAD)
+            depth = max(_STEPS_AHEAD, 2 * self._workers)
+            self._reader = read_ahead(
+                self._make, self._done, depth=depth, workers=self._workers, processes=self._processes
+            )
         return next(self._reader)
 
     def close(self) -> None:
         """Stop reading ahead, within a second. There is no next step until a `seek`."""
         self._stop()
-        self._steps = iter(())
+        self._make = None
 
     def _stop(self) -> None:
         if self._reader is not None:
@@ -135,139 +212,23 @@ class Stream:
             self._reader = None
 
 
-@dataclass(frozen=True)
-class _Share:
-    """One rank's share of the run. Holds no place in it: every reader walks lanes of its own."""
+def batch(rows: Sequence[tuple[int, Row]]) -> Batch:
+    """Stacks (draw, row) into tensors [B, ...], contiguous; rows have equal names and shapes.
 
-    order: Order
-    documents: Documents
-    sequence_length: int
-    global_batch: int
-    micro_batch: int
-    dp_rank: int
-    dp_size: int
-    ledger: bool
-    workers: int
-
-    def lanes(self, position: torch.Tensor | None) -> dict[int, Lane]:
-        """The lanes that this rank hosts, those its sequence numbers ever fall on, at `position`."""
-        count = self.order.lanes
-        position = torch.zeros(count, 3, dtype=torch.int64) if position is None else position
-        if position.shape != (count, 3) or position.min() < 0:
-            raise ValueError(f"the position of {count} lanes is [{count}, 3] and >= 0, not {position}")
-        common = gcd(count, self.dp_size)
-        cursors = position.tolist()
-        return {
-            number: Lane(number, self.order, self.documents, cursors[number])
-            for number in range(self.dp_rank % common, count, common)
-        }
-
-    def steps(self, step: int, lanes: dict[int, Lane]) -> Iterator[StepData]:
-        """The steps behind `step` finished ones, at which `lanes` stand."""
-        position = np.full((self.order.lanes, 3), -1, dtype=np.int64)
-        for number, lane in lanes.items():
-            position[number] = lane.cursor
-        while True:
-            yield self._step(step, lanes, position)
-            step += 1
-
-    def _step(self, step: int, lanes: dict[int, Lane], position: npt.NDArray[np.int64]) -> StepData:
-        """Advance `lanes` and `position` by the global batch behind `step` finished ones."""
-        base = step * self.global_batch
-        first, end = base + self.dp_rank, base + self.global_batch
-        size, length, count = self.global_batch // self.dp_size, self.sequence_length, self.order.lanes
-        rows = np.empty((size, length + 1), dtype=np.int64)
-        taken: list[list[tuple[int, int, int]]] = [[] for _ in range(size)]
-
-        def advance(numbers_of_lanes: list[range]) -> None:
-            for numbers in numbers_of_lanes:
-                lane = lanes[numbers[0] % count]
-                for number in numbers:
-                    row, other = divmod(number - first, self.dp_size)
-                    if other:
-                        lane.skip(length)
-                    else:
-                        taken[row] = lane.read(rows[row])
-                position[numbers[0] % count] = lane.cursor
-
-        touched = range(base, min(end, base + count))
-        work = [range(number, end, count) for number in touched if number % count in lanes]
-        if self.workers > 1:
-            concurrently(advance, [work[i :: self.workers] for i in range(self.workers)])
-        else:
-            advance(work)
-        draws = np.array([key(self.order.seed, "draw", k) for k in range(first, end, self.dp_size)], np.int64)
-        return StepData(
-            step=step + 1,
-            micro_batches=_batches(rows[:, :-1], rows[:, 1:], draws, self.micro_batch),
-            position=torch.from_numpy(position.copy()),
-            pieces=[[self.documents.piece(*piece) for piece in row] for row in taken] if self.ledger else [],
-            first=first,
-            stride=self.dp_size,
-        )
-
-
-class Validation:
-    """Every document once, in listed order, concatenated and cut: this rank's micro-batches, at each `iter`.
-
-    Over all ranks together, every token but the very first is a target exactly once. The last sequence is
-    padded (inputs 0, targets -100), and so are whole ones where a rank has none left: all ranks yield the
-    same number of batches {"inputs", "targets": int64 [micro_batch, T], "draws": int64 [micro_batch], all 0}.
-
-    `sequences` limits the whole, over all ranks. The first pass reads the tokens (of the documents within the
-    limit) and keeps this rank's part, 4 bytes each. It raises ConfigError if there is nothing to predict,
-    DataError for a sample that cannot be read.
+    DataError names the field that some lack, or whose shapes differ.
     """
-
-    def __init__(
-        self,
-        shards: Shards,
-        tokenizer: Tokenizer,
-        *,
-        sequence_length: int,
-        micro_batch: int,
-        dp_rank: int,
-        dp_size: int,
-        sequences: int | None = None,
-    ):
-        self._samples = shards.n
-        self._documents = Documents(shards, tokenizer, cache_bytes=0)
-        self._length, self._micro_batch = sequence_length, micro_batch
-        self._dp_rank, self._dp_size = dp_rank, dp_size
-        self._limit = None if sequences is None else sequences * sequence_length + 1
-        self._rows: npt.NDArray[np.int32] | None = None
-
-    def __iter__(self) -> Iterator[Batch]:
-        if self._rows is None:
-            self._rows = self._read()
-        draws = np.zeros(self._micro_batch, dtype=np.int64)
-        for start in range(0, len(self._rows), self._micro_batch):
-            rows = self._rows[start : start + self._micro_batch].astype(np.int64)
-            inputs, targets = rows[:, :-1].clip(min=0), rows[:, 1:]
-            yield from _batches(inputs, np.where(targets < 0, NO_TARGET, targets), draws, self._micro_batch)
-
-    def _read(self) -> npt.NDArray[np.int32]:
-        """This rank's sequences, int32 [batches * micro_batch, T + 1], -1 where there is no token."""
-        documents, count = [], 0
-        for sample in range(self._samples):
-            documents.append(self._documents.tokens(sample))
-            count += len(documents[-1])
-            if self._limit is not None and count >= self._limit:
-                break
-        tokens = np.concatenate(documents)[: self._limit]
-        if len(tokens) < 2:
-            raise ConfigError("the validation data has no token to predict: its documents are empty")
-        sequences = -(-(len(tokens) - 1) // self._length)
-        of_a_batch = self._micro_batch * self._dp_size
-        padded = np.full(-(-sequences // of_a_batch) * of_a_batch * self._length + 1, -1, dtype=np.int32)
-        padded[: len(tokens)] = tokens
-        cut = np.lib.stride_tricks.sliding_window_view(padded, self._length + 1)[:: self._length]
-        return cut[self._dp_rank :: self._dp_size].copy()
+    if others := set().union(*(set(row) ^ set(rows[0][1]) for _, row in rows)):
+        raise DataError(f"samples of one batch must have the same fields, but some lack {sorted(others)[0]!r}")
+    stacked = {name: _stack(name, [row[name] for _, row in rows]) for name in rows[0][1]}
+    return stacked | {"draws": torch.tensor([draw for draw, _ in rows], dtype=torch.int64)}
 
 
-def _batches(inputs: npt.NDArray, targets: npt.NDArray, draws: npt.NDArray, micro_batch: int) -> list[Batch]:
-    """Cut [n, T], [n, T] and [n] into contiguous micro-batches."""
-    names = ("inputs", "targets", "draws")
-    arrays = (torch.from_numpy(np.ascontiguousarray(array)) for array in (inputs, targets, draws))
-    columns = [tensor.split(micro_batch) for tensor in arrays]
-    return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+def _stack(name: str, values: Sequence[Any]) -> torch.Tensor:
+    if len(shapes := {np.shape(value) for value in values}) > 1:
+        one, other = sorted(map(tuple, shapes))[:2]
+        raise DataError(
+            f"samples of one batch must have one shape, but {name!r} has {one} and {other}: resize or pad it"
+        )
+    if isinstance(values[0], torch.Tensor):
+        return torch.stack(list(values))
+    return torch.from_numpy(np.stack(values))  # a quarter of the time that tensors of each take

@@ -28,17 +28,24 @@ class GPT(nn.Module):
         self.norm = nn.LayerNorm(config.width, bias=config.bias)
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        """`inputs` int64 [B, T], optional `draws` int64 [B] (used in training only) -> logits [B, T, vocabulary]."""
+        """`inputs` int64 [B, T], optional `draws` int64 [B] (used in training only) -> logits [B, T, vocabulary].
+
+        Optional `documents` and `positions`, int64 [B, T]: tokens attend to their own document only, and count their
+        places in it.
+        """
         inputs, draws = batch["inputs"], batch.get("draws") if self.training else None
+        documents, positions = batch.get("documents"), batch.get("positions")
         x = self.token_embedding(inputs)
         rotation = None
         if self.config.positions == "learned":
-            x = x + self.position_embedding.weight[: inputs.shape[1]]
+            table = self.position_embedding.weight
+            x = x + (table[: inputs.shape[1]] if positions is None else F.embedding(positions, table))
         else:
-            rotation = rotary(inputs.shape[1], self.config.width // self.config.heads, inputs.device)
+            rotation = rotary(inputs.shape[1], self.config.width // self.config.heads, inputs.device, positions)
+        mask = None if documents is None else document_mask(documents)
         x = dropout(x, self.config.dropout, draws, site=0)
         for block in self.blocks:
-            x = block(x, rotation, draws)
+            x = block(x, rotation, draws, mask)
         return F.linear(self.norm(x), self.token_embedding.weight)
 
     def initialise(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
@@ -63,13 +70,13 @@ class Block(nn.Module):
         self.mlp_norm = nn.LayerNorm(config.width, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rotation: Tensor | None, draws: Tensor | None) -> Tensor:
-        x = x + dropout(self.attention(self.attention_norm(x), rotation), self.p, draws, site=2 * self.layer + 1)
+    def forward(self, x: Tensor, rotation: Tensor | None, draws: Tensor | None, mask: Tensor | None = None) -> Tensor:
+        x = x + dropout(self.attention(self.attention_norm(x), rotation, mask), self.p, draws, site=2 * self.layer + 1)
         return x + dropout(self.mlp(self.mlp_norm(x)), self.p, draws, site=2 * self.layer + 2)
 
 
 class Attention(nn.Module):
-    """Causal multi-head self-attention."""
+    """Causal multi-head self-attention. `mask`, bool [B, 1, T, T]: whom each token may see, if not all before it."""
 
     def __init__(self, config: schema.GPT):
         super().__init__()
@@ -77,13 +84,13 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.width, 3 * config.width, bias=config.bias)
         self.output = nn.Linear(config.width, config.width, bias=config.bias)
 
-    def forward(self, x: Tensor, rotation: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, rotation: Tensor | None, mask: Tensor | None = None) -> Tensor:
         batch, length, width = x.shape
         qkv = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads)
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(dim=2))
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.output(y.transpose(1, 2).reshape(batch, length, width))
 
 
@@ -101,10 +108,19 @@ class MLP(nn.Module):
         return self.output(F.gelu(x, approximate="tanh") if self.activation == "gelu" else F.relu(x).square())
 
 
-def rotary(length: int, head_size: int, device: torch.device, base: float = 10_000.0) -> Tensor:
-    """Cosines and sines [2, T, head_size / 2] of the rotation angles."""
+def document_mask(documents: Tensor) -> Tensor:
+    """Whom each token may see: itself and what lies before it in its own document; bool [B, 1, T, T]."""
+    return (documents[:, None, :, None] == documents[:, None, None, :]).tril()
+
+
+def rotary(
+    length: int, head_size: int, device: torch.device, positions: Tensor | None = None, base: float = 10_000.0
+) -> Tensor:
+    """Cosines and sines of the rotation angles: [2, T, head_size / 2]; of `positions` [B, T] if they are given,
+    [2, B, 1, T, head_size / 2]."""
     frequencies = base ** (-torch.arange(0, head_size, 2, device=device, dtype=torch.float32) / head_size)
-    angles = torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequencies)
+    places = torch.arange(length, device=device) if positions is None else positions[:, None]
+    angles = places[..., None].float() * frequencies
     return torch.stack((angles.cos(), angles.sin()))
 
 

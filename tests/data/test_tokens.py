@@ -1,0 +1,172 @@
+"""The token line: encoded once, kept, shared by ranks; and shards that hold token ids already."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import threading
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from webdataset import TarWriter
+
+from tests.data.texts import read_tokens, write_shards
+from trainer.data import tokens as module
+from trainer.data.shards import Shards
+from trainer.data.storage import Storage
+from trainer.data.tokenizer import ByteTokenizer, JsonTokenizer, train_bpe
+from trainer.data.tokens import TokenLine
+from trainer.errors import ConfigError, DataError
+
+
+def line_of(paths: list[str], cache: Path, field: str = "txt", **options: Any) -> TokenLine:
+    shards = Shards.open(paths, field, Storage(cache), tolerant=options.get("tolerant", False))
+    return TokenLine(shards, options.pop("tokenizer", None) or ByteTokenizer(), cache, **options)
+
+
+def test_the_line_is_all_documents_in_order(tmp_path: Path) -> None:
+    paths = write_shards(tmp_path / "in", [17, 1, 29, 14])
+    documents = read_tokens(paths)
+    text = list(chain.from_iterable(documents.values()))
+    line = line_of(paths, tmp_path / "cache")
+    assert line.total == len(text)
+    assert line.read(0, line.total).tolist() == text
+    for first, count in ((0, 1), (5, 700), (len(text) - 3, 3), (len(text) - 3, 50), (len(text), 4)):
+        assert line.read(first, count).tolist() == text[first : first + count]
+    found = [
+        (*line.shards.name(int(line.shards.starts[s]) + d), first, end)
+        for s, d, first, end in line.documents(0, len(text))
+    ]
+    assert found == [(*name, 0, len(tokens)) for name, tokens in documents.items()]
+    again = pickle.loads(pickle.dumps(line))
+    assert again.read(100, 50).tolist() == text[100:150]
+
+
+def test_text_is_encoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = write_shards(tmp_path / "in", [5, 6])
+    tokenizer = JsonTokenizer(train_bpe(["abc dé f日 abc abc"] * 20, 300).to_str())
+    line = line_of(paths, tmp_path / "cache", tokenizer=tokenizer)
+    expected = line.read(0, line.total).tolist()
+    encoded: list[str] = []
+    original = JsonTokenizer.encode
+    monkeypatch.setattr(JsonTokenizer, "encode", lambda self, text: encoded.append(text) or original(self, text))
+    again = line_of(paths, tmp_path / "cache", tokenizer=tokenizer)
+    assert again.read(0, again.total).tolist() == expected
+    assert encoded == []
+    kept = next((tmp_path / "cache" / "tokens").glob("*.tokens"))
+    kept.write_bytes(kept.read_bytes()[:-2])  # cut short: made anew
+    assert line_of(paths, tmp_path / "cache", tokenizer=tokenizer).read(0, 9999).tolist() == expected
+    assert len(encoded) in (5, 6)
+    os.utime(paths[0])  # another shard by its stamp
+    assert line_of(paths, tmp_path / "cache", tokenizer=tokenizer).read(0, 9999).tolist() == expected
+    assert len(encoded) >= 10
+    other = line_of(paths, tmp_path / "cache")
+    assert other.total == sum(map(len, read_tokens(paths).values()))
+
+
+def test_shards_of_token_ids_are_read_as_they_are(tmp_path: Path) -> None:
+    documents = [[5, 6, 256], [256], [65535, 1, 256], [*range(300), 256]]
+    for field, kind in (("u16", "<u2"), ("u32", "<u4")):
+        path = str(tmp_path / f"{field}.tar")
+        with TarWriter(path) as tar:
+            for i, ids in enumerate(documents):
+                tar.write({"__key__": f"d{i}", field: np.array(ids, kind).tobytes()})
+        line = line_of([path], tmp_path / "cache", field)
+        text = list(chain.from_iterable(documents))
+        assert line.total == len(text)
+        assert line.read(2, 303).tolist() == text[2:305]
+        assert not (tmp_path / "cache" / "tokens").exists()
+        assert pickle.loads(pickle.dumps(line)).read(0, 5).tolist() == text[:5]
+    with TarWriter(str(tmp_path / "odd.tar")) as tar:
+        tar.write({"__key__": "d0", "u16": b"123"})
+    with pytest.raises(
+        ConfigError, match=r"odd\.tar: sample 'd0': 3 bytes are no whole number of 2-byte token ids"
+    ) as e:
+        line_of([str(tmp_path / "odd.tar")], tmp_path / "cache", "u16")
+    assert e.value.exit_code == DataError.exit_code
+
+
+def bad_shards(folder: Path) -> list[str]:
+    folder.mkdir()
+    for name, broken in (("a", 3), ("b", None), ("c", 0)):
+        with TarWriter(str(folder / f"{name}.tar")) as tar:
+            for i in range(5):
+                tar.write({"__key__": f"{name}{i}", "txt": b"ab\xff" if i == broken else b"xyz"})
+    return [str(folder / f"{name}.tar") for name in "abc"]
+
+
+def test_text_that_is_none_fails_or_is_left_out(tmp_path: Path) -> None:
+    paths = bad_shards(tmp_path / "in")
+    for _ in range(2):  # also when it is known already
+        with pytest.raises(ConfigError) as caught:
+            line_of(paths, tmp_path / "cache")
+        assert caught.value.exit_code == DataError.exit_code
+        assert caught.value.problems == [
+            "a.tar: sample 'a3' is not UTF-8 text (at its byte 2)",
+            "c.tar: sample 'c0' is not UTF-8 text (at its byte 2)",
+        ]
+    line = line_of(paths, tmp_path / "cache", tolerant=True)
+    assert [(Path(str(fault.shard)).name, fault.key, fault.byte) for fault in line.faults] == [
+        ("a.tar", "a3", 2),
+        ("c.tar", "c0", 2),
+    ]
+    assert line.total == 13 * 4
+    assert len(list(line.documents(0, line.total))) == 13
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_ranks_share_the_work_and_know_the_same(tmp_path: Path, shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three ranks, on one disk or each with its own: every shard encoded by one of them; errors are everybody's."""
+    paths = write_shards(tmp_path / "in", [5, 6, 7, 8, 9])
+    expected = line_of(paths, tmp_path / "alone")
+    encoded: list[int] = []
+    original = TokenLine._encode
+    monkeypatch.setattr(TokenLine, "_encode", lambda self, n, path: encoded.append(n) or original(self, n, path))
+    lines = on_ranks(3, lambda rank, **o: line_of(paths, tmp_path / ("disk" if shared else f"disk{rank}"), **o))
+    assert sorted(encoded) == [0, 1, 2, 3, 4]
+    for line in lines:
+        assert (line.total, line.starts.tolist()) == (expected.total, expected.starts.tolist())
+        assert line.read(0, line.total).tolist() == expected.read(0, expected.total).tolist()
+    assert len(encoded) == (5 if shared else 15)
+
+    bad = bad_shards(tmp_path / "bad")
+    errors = on_ranks(3, lambda rank, **o: line_of(bad, tmp_path / f"bad{rank}", **o))
+    assert len({str(error) for error in errors}) == 1
+    assert "'a3'" in str(errors[0])
+    assert "'c0'" in str(errors[0])
+
+
+def on_ranks(size: int, make: Any) -> list[Any]:
+    """What `make(rank, part=, gather=)` gives or raises on each of `size` ranks that run at once."""
+    barrier, places, results = threading.Barrier(size), [None] * size, [None] * size
+
+    def rank(number: int) -> None:
+        def gather(value: Any) -> list[Any]:
+            places[number] = value
+            barrier.wait(30)
+            everything = list(places)
+            barrier.wait(30)
+            return everything
+
+        try:
+            results[number] = make(number, part=(number, size), gather=gather)
+        except Exception as error:
+            results[number] = error
+
+    threads = [threading.Thread(target=rank, args=(number,)) for number in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    paths = write_shards(tmp_path / "in", [3])
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ConfigError, match=r"data\.cache=.*file: tokens cannot be kept there"):
+        line_of(paths, tmp_path / "file")
+    assert module.FORMAT

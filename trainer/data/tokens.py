@@ -1,0 +1,236 @@
+"""The token line of a data set: all its documents as tokens, in stored order, each ended by the separator.
+
+Text is encoded once, shard by shard, into flat files in the cache folder; shards of token ids (`data.field=u16` or
+`u32`) are read as they are. Either way the length of every document is known before the first step, which is what lets
+a sequence be cut out of the line at any place without reading what lies before it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+import uuid
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from trainer.data.exchange import Gather, alone, exchange
+from trainer.data.faults import Fault
+from trainer.data.shards import Shards
+from trainer.data.tokenizer import Tokenizer
+from trainer.errors import ConfigError, DataError
+
+FORMAT = "onecurve-tokens-1"
+STORED: dict[str | None, np.dtype[Any]] = {
+    "u16": np.dtype("<u2"),
+    "u32": np.dtype("<u4"),
+}  # fields whose members are token ids already
+OPEN_SHARDS = 256
+_FORESEEN = 1024  # samples between two hints
+
+Numbers = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """The tokens of one shard: where each document ends (int64 [documents], rising), and all of them in a row, or the
+    reader of one document's."""
+
+    ends: Numbers
+    flat: npt.NDArray[Any] | None
+    document: Callable[[int], npt.NDArray[Any]]
+
+    def read(self, first: int, end: int) -> npt.NDArray[Any]:
+        if self.flat is not None:
+            return self.flat[first:end]
+        parts = []
+        document = int(np.searchsorted(self.ends, first, side="right"))
+        while first < end:
+            begin = int(self.ends[document - 1]) if document else 0
+            stop = min(int(self.ends[document]), end)
+            parts.append(self.document(document)[first - begin : stop - begin])
+            first, document = stop, document + 1
+        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+
+class TokenLine:
+    """`total` tokens; those of shard s are [`starts`[s], `starts`[s + 1]). `faults`: damaged shards and texts.
+
+    A document that is no UTF-8 raises DataError, or with `tolerant` has no tokens and is among `faults`. Each rank
+    (`part` = number, of how many) encodes its shards, and `gather` exchanges what came of it: errors are raised on all.
+    Any thread may read.
+    """
+
+    def __init__(
+        self,
+        shards: Shards,
+        tokenizer: Tokenizer,
+        cache: Path,
+        *,
+        tolerant: bool = False,
+        part: tuple[int, int] = (0, 1),
+        gather: Gather = alone,
+    ):
+        self.shards, self._tokenizer, self._cache, self._tolerant = shards, tokenizer, cache, tolerant
+        self._stored = STORED.get(shards.field)
+        self._dtype: np.dtype[Any] = self._stored or np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+        self._open: OrderedDict[int, _Shard] = OrderedDict()
+        self._lock = threading.Lock()
+        summaries = exchange(list(range(len(shards.urls))), self._prepare, part, gather)
+        self.starts = np.cumsum([0] + [tokens for tokens, _ in summaries], dtype=np.int64)
+        self.total = int(self.starts[-1])
+        self.faults = [*shards.faults, *(Fault(**fault) for _, faults in summaries for fault in faults)]
+
+    def read(self, first: int, count: int) -> npt.NDArray[Any]:
+        """The tokens [first, first + count) of the line, fewer at its end; unsigned [<= count]."""
+        end, parts = min(first + count, self.total), []
+        shard = int(np.searchsorted(self.starts, first, side="right")) - 1
+        while first < end:
+            stop, base = min(end, int(self.starts[shard + 1])), int(self.starts[shard])
+            parts.append(self.shard(shard).read(first - base, stop - base))
+            first, shard = stop, shard + 1
+        if len(parts) == 1:
+            return parts[0]
+        return np.concatenate(parts) if parts else np.empty(0, self._dtype)
+
+    def documents(self, first: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+        """The documents within tokens [first, end) of the line: (shard, document, first token, end token) of each."""
+        shard = int(np.searchsorted(self.starts, first, side="right")) - 1
+        while first < end:
+            base, ends = int(self.starts[shard]), self.shard(shard).ends
+            document = int(np.searchsorted(ends, first - base, side="right"))
+            while first < end and document < len(ends):
+                begin = base + (int(ends[document - 1]) if document else 0)
+                stop = min(end, base + int(ends[document]))
+                if stop > first:  # not one without tokens
+                    yield shard, document, first - begin, stop - begin
+                first, document = stop, document + 1
+            shard += 1
+
+    def foresee(self, first: int, end: int) -> None:
+        """A hint that these tokens of the line will be read soon."""
+        if self._stored is not None:
+            found = [self.shards.starts[shard] + document for shard, document, _, _ in self.documents(first, end)]
+            self.shards.foresee(np.array(found, np.int64))
+
+    def shard(self, number: int) -> _Shard:
+        with self._lock:
+            if (shard := self._open.get(number)) is not None:
+                self._open.move_to_end(number)
+                return shard
+        shard = self._load(number)
+        with self._lock:
+            self._open[number] = shard
+            while len(self._open) > OPEN_SHARDS:
+                self._open.popitem(last=False)
+        return shard
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_open": OrderedDict(), "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._lock = threading.Lock()
+
+    def _prepare(self, number: int) -> tuple[int, list[dict[str, Any]]]:
+        """Number of tokens and faults of a shard."""
+        if self._stored is not None:
+            sizes = self.shards.sizes(number)
+            if odd := np.flatnonzero(sizes % self._stored.itemsize).tolist():
+                key = self.shards.keys(number)[odd[0]]
+                raise DataError(
+                    f"{self.shards.urls[number]}: sample {key!r}: {sizes[odd[0]]} bytes are no whole number of "
+                    f"{self._stored.itemsize}-byte token ids",
+                    shard=self.shards.urls[number],
+                    key=key,
+                )
+            return int(sizes.sum()) // self._stored.itemsize, []
+        about = self._about(number)
+        if about["faults"] and not self._tolerant:
+            fault = about["faults"][0]
+            raise DataError(fault["cause"], **{name: fault[name] for name in ("shard", "key", "byte")})
+        return about["tokens"], about["faults"]
+
+    def _load(self, number: int) -> _Shard:
+        if self._stored is not None:
+            stored, first = self._stored, int(self.shards.starts[number])
+            ends = np.cumsum(self.shards.sizes(number) // stored.itemsize)
+            return _Shard(ends, None, lambda i: np.frombuffer(self.shards.read(first + i), stored))
+        about, path = self._about(number), self._path(number)
+        lengths = np.load(path.with_suffix(".lengths.npy"), allow_pickle=False)
+        flat: npt.NDArray[Any] = (
+            np.memmap(path, self._dtype, "r", shape=(about["tokens"],)) if about["tokens"] else np.empty(0, self._dtype)
+        )
+        return _Shard(np.cumsum(lengths, dtype=np.int64), flat, lambda i: flat)
+
+    def _path(self, number: int) -> Path:
+        """Where the tokens of a shard are kept: named by all that they depend on."""
+        what: list[str | None] = [
+            FORMAT,
+            self.shards.urls[number],
+            self.shards.stamps[number],
+            self.shards.digests[number],
+        ]
+        what += [self.shards.field, self._tokenizer.fingerprint]
+        name = hashlib.sha256(json.dumps(what).encode("utf-8", "surrogateescape")).hexdigest()[:32]
+        return self._cache / "tokens" / f"{name}.tokens"
+
+    def _about(self, number: int) -> dict[str, Any]:
+        """What is kept of a shard: {"tokens", "faults"}; made if it is not there."""
+        path = self._path(number)
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            about = json.loads(path.with_suffix(".json").read_bytes())
+            if path.stat().st_size == about["tokens"] * self._dtype.itemsize:
+                return about
+        return self._encode(number, path)
+
+    def _encode(self, number: int, path: Path) -> dict[str, Any]:
+        """Encodes a shard: tokens and lengths first, what is there last, each whole or not at all."""
+        lengths, faults = [], []
+        beside = path.with_name(f".{uuid.uuid4().hex}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(beside, "xb") as file:
+                first = int(self.shards.starts[number])
+                for sample in range(first, int(self.shards.starts[number + 1])):
+                    if (sample - first) % _FORESEEN == 0:
+                        self.shards.foresee_from(sample)
+                    try:
+                        ids = self._ids(sample)
+                    except DataError as error:
+                        faults.append(vars(Fault.of(error)))
+                        lengths.append(0)
+                        continue
+                    file.write(ids.tobytes())
+                    lengths.append(len(ids))
+            os.replace(beside, path)
+            about = {"tokens": sum(lengths), "faults": faults}
+            with open(beside, "xb") as file:
+                np.save(file, np.array(lengths, np.int32), allow_pickle=False)
+            os.replace(beside, path.with_suffix(".lengths.npy"))
+            beside.write_text(json.dumps(about))
+            os.replace(beside, path.with_suffix(".json"))
+            return about
+        except OSError as error:
+            raise ConfigError(f"data.cache={self._cache}: tokens cannot be kept there: {error.strerror}") from error
+        finally:
+            with suppress(OSError):
+                beside.unlink()
+
+    def _ids(self, sample: int) -> npt.NDArray[Any]:
+        content = self.shards.read(sample)
+        try:
+            text = str(content, "utf-8")
+        except UnicodeDecodeError as error:
+            shard, key = self.shards.path(sample), self.shards.name(sample)[1]
+            place = f"{os.path.basename(shard)}: sample {key!r} is not UTF-8 text (at its byte {error.start})"
+            raise DataError(place, shard=shard, key=key, byte=error.start) from None
+        return np.append(self._tokenizer.encode(text), self._tokenizer.separator).astype(self._dtype)
