@@ -40,10 +40,11 @@ def train(arguments: argparse.Namespace) -> int:
     if procs < 1:
         raise ConfigError(f"-n {procs}: at least one process is needed")
     config = load(overrides, procs, arguments.config_dir)
-    from trainer.build import open_data  # late: it imports torch, and the config's problems should show at once
-    from trainer.folder import settle
+    from trainer.folder import settle  # late: it imports torch, and the config's problems should show at once
+    from trainer.inputs import open_shards
+    from trainer.topology import ALONE
 
-    open_data(config)
+    open_shards(config, ALONE)
     folder = Path(config.run.dir).expanduser()
     if arguments.config_dir:
         overrides += ["--config-dir", arguments.config_dir]

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from trainer.data import shakespeare
-from trainer.data.index import Shards
+from trainer.data.shards import Shards
+from trainer.data.storage import Storage
 from trainer.data.tokenizer import load
 from trainer.errors import ConfigError
 
@@ -28,8 +29,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def split(folder: Path, name: str) -> dict[str, str]:
-    shards = Shards.open(str(folder / f"{name}-*.tar"), "txt")
-    return {shards.name(v)[1]: shards.read(v).decode() for v in range(shards.n)}
+    shards = Shards.open(str(folder / f"{name}-*.tar"), "txt", Storage(folder.parent / "elsewhere"))
+    return {shards.name(v)[1]: bytes(shards.read(v)).decode() for v in range(shards.n)}
 
 
 def test_the_text_in_the_package() -> None:
@@ -72,6 +73,13 @@ def test_tokenizer_and_description(folder: Path) -> None:
     assert tokenizer.decode(ids) == text
     assert 2.0 < len(text) / len(ids) < 3.0
     assert made["splits"]["train"]["samples"] + made["splits"]["validation"]["samples"] == 1043
+
+
+def test_the_shards_are_the_same_on_every_machine(folder: Path) -> None:
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.tar")):
+        digest.update(path.read_bytes())
+    assert digest.hexdigest() == "bba71bdf926e1f6c159828302e33bf8f8d7829ffac9aae562fe5ed559f57099a"
 
 
 @pytest.mark.parametrize("tokenizer", ["chars", "bytes"])

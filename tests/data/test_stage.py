@@ -36,7 +36,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def make(shards: list[str], **options) -> OrderedSamples:
-    return OrderedSamples(shards, **{"field": "txt", "seed": 3, "lanes": 4, "window": 2, **options})
+    return OrderedSamples(shards, **{"seed": 3, "lanes": 4, "window": 2, **options})
 
 
 def keys(samples, count: int) -> list[str]:

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from trainer.data.documents import Document
-from trainer.data.write import pack_documents
+from trainer.data.tools.documents import Document
+from trainer.data.tools.write import pack_documents
 from trainer.errors import ConfigError
 from trainer.randomness import key as random_key
 

@@ -1,0 +1,160 @@
+"""`onecurve data index | check | stats`: what is in shards, and what is wrong with them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from launch.progress import progress
+from launch.sizes import size
+from trainer.errors import ConfigError, DataError
+
+T = TypeVar("T")
+
+_CACHE_BYTES = 16 << 30  # of copies of remote shards; what a run may take
+
+
+def add_command(commands: Any) -> None:
+    parser = commands.add_parser("index", help="make the indexes of shards ahead of the first run")
+    _add_shards(parser)
+    parser.set_defaults(func=index)
+
+    parser = commands.add_parser("check", help="read every byte of shards; exit code 3 if anything is wrong")
+    _add_shards(parser)
+    parser.add_argument("--decode", action="store_true", help="decode json, txt, npy, images, u16, u32, cls too")
+    parser.set_defaults(func=check)
+
+    parser = commands.add_parser("stats", help="samples, sizes, fields and tokens of shards")
+    _add_shards(parser)
+    parser.add_argument("--tokenizer", help="count the tokens of text: bytes or a tokenizer.json")
+    parser.add_argument("--field", help="member that holds the text (txt)")
+    parser.add_argument("--json", action="store_true", help="one JSON object, for machines")
+    parser.set_defaults(func=stats)
+
+
+def _add_shards(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shards", nargs="+", metavar="SHARDS", help="paths, globs, {000..007} ranges, URLs")
+    parser.add_argument("--cache", type=Path, help="the runs' data.cache (default: $ONECURVE_CACHE, ~/.cache/onecurve)")
+    parser.add_argument("--workers", type=int, default=None, metavar="N", help="processes (default: one a core)")
+    parser.add_argument("--allow-pipe", action="store_true", help="let pipe:COMMAND run COMMAND in a shell")
+
+
+def index(arguments: argparse.Namespace) -> int:
+    """Makes the indexes that are not there; one line a shard, then the sums."""
+    parts, damaged = [], 0
+    with _each(arguments, _index, "indexing") as made:
+        for url, (line, part) in made:
+            print(f"{url}: {line}" if part else line)
+            parts += [part] if part else []
+            damaged += part is None
+    print(f"{len(parts)} shards: {_summary(parts)}" + (f"; {damaged} damaged, not indexed" if damaged else ""))
+    return DataError.exit_code if damaged else 0
+
+
+def _index(url: str, storage: Any) -> tuple[str, tuple[int, int, dict[str, int]] | None]:
+    """What to say of a shard; samples, bytes, fields of it, or None if it is damaged."""
+    from trainer.data.index import SIDECAR, ShardIndex, places
+    from trainer.data.storage import shown
+    from trainer.data.storage.urls import local_path
+
+    try:
+        index = ShardIndex.open(url, storage)
+    except DataError as error:
+        return str(error), None
+    kept = next((place for place in places(url, storage) if ShardIndex.load(place, url, index.stamp)), None)
+    if kept is None:
+        raise ConfigError(f"{shown(url)}: its index can be written neither beside it nor in --cache {storage.cache}")
+    fields = {name: count for name, (count, _) in index.summary.fields.items()}
+    part = len(index.keys), index.size, fields
+    where = "" if kept == Path(local_path(url) + SIDECAR) else f"; index in {kept}"
+    return _summary([part]) + where, part
+
+
+def check(arguments: argparse.Namespace) -> int:
+    """Prints all that is wrong, one problem a line, and the sums. Exit code 3 if there was any."""
+    from trainer.data.tools.verify import verify
+
+    parts, damaged, not_decoded = [], 0, set[str]()
+    with _each(arguments, verify, "checking", arguments.decode) as made:
+        for _, verdict in made:
+            for problem in verdict.problems:
+                print(problem)
+            damaged += bool(verdict.problems)
+            not_decoded |= verdict.not_decoded
+            parts.append((verdict.samples, verdict.size, verdict.fields))
+    if not_decoded:
+        print(f"not decoded: {', '.join(sorted(not_decoded))}")
+    print(f"{len(parts)} shards, {damaged} damaged: {_summary(parts)}")
+    return DataError.exit_code if damaged else 0
+
+
+def stats(arguments: argparse.Namespace) -> int:
+    """Prints the numbers of all shards together."""
+    from trainer.data.tokenizer import load
+    from trainer.data.tools.measure import measure, together
+
+    if arguments.tokenizer:
+        load(arguments.tokenizer)  # what is wrong with it is told once
+    parts = []
+    with _each(arguments, measure, "measuring", arguments.field, arguments.tokenizer) as made:
+        parts = [part for _, part in made]
+    sums = together(parts)
+    if arguments.json:
+        print(json.dumps(sums))
+        return 0
+    print(f"{sums['shards']} shards, {sums['samples']} samples, {size(sums['bytes'])}")
+    for name, of in sums["fields"].items():
+        some = "" if of["samples"] == sums["samples"] else f" in {of['samples']} samples"
+        print(f"  {name}: {size(of['bytes'])}{some}")
+    if "tokens" in sums:
+        print(f"{sums['tokens']} tokens")
+    if "sample_bytes" in sums:
+        names = ", ".join(f"{name} {size(value)}" for name, value in sums["sample_bytes"].items())
+        print(f"size of a sample: {names}")
+        most = max(count for _, _, count in sums["histogram"])
+        for low, high, count in sums["histogram"]:
+            bar = "#" * -(-40 * count // most)
+            print(f"  {size(low):>8} - {size(high):<8} {count:>10} {bar}")
+    return 0
+
+
+@contextmanager
+def _each(
+    arguments: argparse.Namespace, function: Callable[..., T], what: str, *more: Any
+) -> Iterator[Iterator[tuple[str, T]]]:
+    """What a function makes of every shard, in their order, made in parallel: its URL as messages may show it, and the
+    result."""
+    from trainer.data.shards import expand
+    from trainer.data.storage import Storage, shown
+    from trainer.data.tools.parallel import Workers, cores
+
+    if arguments.workers is not None and arguments.workers < 1:
+        raise ConfigError(f"--workers: must be at least 1, not {arguments.workers}")
+    urls = expand(arguments.shards, "SHARDS", allow_pipe=arguments.allow_pipe)
+    cache = arguments.cache or Path(os.environ.get("ONECURVE_CACHE") or "~/.cache/onecurve")
+    storage = Storage(cache.expanduser().absolute(), _CACHE_BYTES, allow_pipe=arguments.allow_pipe)
+    count = min(arguments.workers or cores(), len(urls))
+    with progress() as told, Workers(count) as workers:
+        results = workers.in_order(function, ((url, storage, *more) for url in urls))
+
+        def told_of() -> Iterator[tuple[str, T]]:
+            for number, (url, result) in enumerate(zip(urls, results, strict=True), 1):
+                told(what, number, len(urls))
+                yield shown(url), result
+
+        yield told_of()
+
+
+def _summary(parts: list[tuple[int, int, dict[str, int]]]) -> str:
+    """Samples, bytes and fields; a field that some samples lack, with their number."""
+    samples, counts = sum(part[0] for part in parts), Counter[str]()
+    for _, _, fields in parts:
+        counts.update(fields)
+    names = [name if count == samples else f"{name} (in {count})" for name, count in sorted(counts.items())]
+    return f"{samples} samples, {size(sum(part[1] for part in parts))}, fields: {', '.join(names) or 'none'}"

@@ -1,0 +1,202 @@
+"""`onecurve data pack` that is killed, runs beside another one, or whose disk or inputs fail it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from tests.data.packs import CLI, POEM, contents, pack, read
+from trainer.data.index import SIDECAR, ShardIndex
+from trainer.data.storage import Storage
+from trainer.data.tools.pack import Options, pack_inputs
+from trainer.errors import ConfigError
+
+SLOWLY = """
+import sys, time
+from pathlib import Path
+from trainer.data.tools import pack
+from trainer.data.tools.pack import Options, pack_inputs
+inputs, out, workers = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+if __name__ == "__main__":
+    options = Options(split="lines", tokenizer="bpe:300", tokenize=True, shard_bytes=200_000)
+    pack_inputs([inputs], out, options, workers=workers, piece_bytes=40_000)
+"""
+
+
+def wait_for(condition, seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize(("workers", "kills"), [(1, (2,)), (2, (1, 3))])
+def test_killed_at_any_time_it_goes_on(tmp_path: Path, workers: int, kills: tuple[int, ...]) -> None:
+    random = Random(5)
+    path, script, out = tmp_path / "in.txt", tmp_path / "pack.py", tmp_path / "out"
+    path.write_text("".join(f"{random.getrandbits(900):x}\n" for _ in range(6000)))
+    script.write_text(SLOWLY)
+    command = [sys.executable, str(script), str(path), str(out), str(workers)]
+    for done in kills:  # shards that are finished when it is killed
+        process = subprocess.Popen(command, start_new_session=True)
+        finished = lambda: list(tmp_path.glob(".out.partial/*/done/*"))  # noqa: E731
+        wait_for(lambda: len(finished()) >= done or process.poll() is not None)  # noqa: B023
+        assert process.poll() is None  # not done yet
+        process.kill()
+        process.wait()
+        wait_for(lambda: not alive(process.pid))  # noqa: B023  # its workers too
+        assert not out.exists()
+        assert len(finished()) >= done
+    kept = {p.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in tmp_path.glob(".out.partial/*/out/*.tar")}
+    kept = {name: stat for name, stat in kept.items() if f"{name}.sha256" in {p.name for p in finished()}}
+    victim = next(tmp_path.glob(".out.partial/*/pieces/*.train"))  # as a power cut may leave it
+    victim.write_bytes(bytes(victim.stat().st_size))
+    assert subprocess.run(command, check=False).returncode == 0
+    assert {name: ((out / name).stat().st_ino, (out / name).stat().st_mtime_ns) for name in kept} == kept
+    subprocess.run([*command[:3], str(tmp_path / "once"), "1"], check=True)
+    assert contents(out) == contents(tmp_path / "once")
+    assert not list(tmp_path.glob(".*"))
+    for shard in out.glob("*.tar"):
+        storage = Storage(tmp_path / "cache")
+        index = ShardIndex.load(Path(f"{shard}{SIDECAR}"), str(shard), storage.stamp(str(shard)))
+        assert index == ShardIndex.build(storage.open(str(shard)))
+
+
+def alive(session: int) -> bool:
+    """Whether a process of the session is there."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if int(fields[3]) == session and fields[0] != "Z":
+                return True
+    return False
+
+
+def test_only_one_at_a_time(tmp_path: Path) -> None:
+    path, out = tmp_path / "in.txt", tmp_path / "out"
+    path.write_text("text\n" * 10_000)
+    (tmp_path / "pack.py").write_text(SLOWLY)
+    process = subprocess.Popen([sys.executable, str(tmp_path / "pack.py"), str(path), str(out), "1"])
+    wait_for(lambda: list(tmp_path.glob(".out.partial/*/pieces/*.npz")))
+    process.send_signal(signal.SIGSTOP)
+    try:
+        for restart in (False, True):
+            with pytest.raises(ConfigError, match=r"/out: is being packed by another process"):
+                pack_inputs([path], out, Options(), restart=restart)
+    finally:
+        process.send_signal(signal.SIGCONT)
+    assert process.wait() == 0
+    assert out.exists()
+    with pytest.raises(ConfigError, match="exists already"):
+        pack(path, out)
+
+
+def test_what_other_commands_left_is_not_used(tmp_path: Path) -> None:
+    path, out = tmp_path / "in.txt", tmp_path / "out"
+    path.write_text("a\nb\nc\n" * 9)
+    given = {"split": "lines", "tokenizer": "bytes", "validation": 0}
+    with pytest.raises(KeyboardInterrupt):
+        pack_inputs([path], out, Options(**given), told=lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert not out.exists()
+    partial = tmp_path / ".out.partial"
+    before = sorted(partial.rglob("*"))
+    with pytest.raises(ConfigError, match=r"\.out\.partial: was left by a command with other arguments.*--restart"):
+        pack(path, out, **given, field="md")
+    os.utime(path, ns=(1, 1))  # inputs that have changed are others
+    with pytest.raises(ConfigError, match="other arguments or inputs"):
+        pack(path, out, **given)
+    assert sorted(partial.rglob("*")) == before
+    pack_inputs([path], out, Options(**given, field="md"), restart=True)
+    assert len(read(out)) == 27
+    assert not partial.exists()
+
+
+def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
+    path, out = tmp_path / "in.txt", tmp_path / "out"
+    path.write_text("x" * 1000 + "\n" * 300)
+    code = """
+import resource, sys
+from pathlib import Path
+from trainer.data.tools.pack import Options, pack_inputs
+from trainer.errors import ConfigError
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), int(sys.argv[3])))
+try:
+    pack_inputs([Path(sys.argv[1])], Path(sys.argv[2]), Options(tokenizer="bytes", validation=0))
+except ConfigError as error:
+    print(error)
+"""
+    command = [sys.executable, "-c", code, str(path), str(out)]
+    done = subprocess.run([*command, "900"], capture_output=True, text=True, check=True)
+    assert f"{out}: cannot be written: File too large; what is finished is kept, run the same" in done.stdout
+    assert not out.exists()
+    done = subprocess.run([*command, "1000000"], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
+    assert len(read(out)) == 1
+
+
+def test_an_input_that_changes_meanwhile(tmp_path: Path) -> None:
+    path = tmp_path / "in.txt"
+    path.write_text("a\n" * 1000)
+
+    def told(what: str, done: int, total: int) -> None:
+        path.write_text("b\n" * 1001)
+
+    with pytest.raises(ConfigError, match=r"in\.txt: was changed while it was being packed"):
+        pack_inputs([path], tmp_path / "out", Options(split="lines", tokenizer="bytes"), told=told, piece_bytes=100)
+    assert os.listdir(tmp_path) == ["in.txt"]
+
+
+def test_a_killed_worker_is_told_of(tmp_path: Path) -> None:
+    path, out = tmp_path / "in.txt", tmp_path / "out"
+    random = Random(5)
+    path.write_text("".join(f"{random.getrandbits(900):x}\n" for _ in range(6000)))
+    (tmp_path / "pack.py").write_text(SLOWLY)
+    command = [sys.executable, str(tmp_path / "pack.py"), str(path), str(out), "2"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: list(tmp_path.glob(".out.partial/*/done/*")))
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    workers = [int(c) for c in children if b"spawn_main" in Path(f"/proc/{c}/cmdline").read_bytes()]
+    os.kill(workers[0], signal.SIGKILL)
+    _, told = process.communicate(timeout=30)
+    assert "a worker process was killed; most likely memory ran out: give fewer --workers" in told
+    assert subprocess.run(command, check=False).returncode == 0
+
+
+def test_the_command(tmp_path: Path) -> None:
+    (tmp_path / "poem.txt").write_bytes(POEM.encode())
+    out = tmp_path / "out"
+    command = [*CLI, "pack", str(tmp_path / "poem.txt"), "--out", str(out), "--split", "lines", "--tokenize"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")  # no bars for a file
+    assert re.search(r"train: \d+ samples, [\d.]+ KiB, \d+ tokens, .*/out/train-000000\.tar\n", done.stdout)
+    assert f"train with data.field=u16 data.tokenizer={out}/tokenizer.json" in done.stdout
+    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert again.returncode == 2
+    assert again.stderr.strip().splitlines()[1:] == [
+        f"  {out}: exists already; choose another folder, or delete this one"
+    ]
+    shutil.rmtree(out)
+    ours, theirs = pty.openpty()
+    fcntl.fcntl(ours, fcntl.F_SETFL, os.O_NONBLOCK)
+    terminal = {**os.environ, "TERM": "xterm"}
+    shown = subprocess.run(command, stdout=subprocess.PIPE, stderr=theirs, check=True, env=terminal)
+    assert shown.stdout.decode() == done.stdout
+    assert b"packing" in os.read(ours, 1 << 20)
+    for wrong, words in ((["--shard-mb", "0"], "--shard-mb"), (["--workers", "0"], "--workers: must be at least 1")):
+        refused = subprocess.run([*command, *wrong], capture_output=True, text=True, check=False)
+        assert refused.returncode == 2
+        assert words in refused.stderr

@@ -1,0 +1,395 @@
+"""Packing files into a data set: in parallel, resumable, and the same bytes whatever the number of processes.
+
+Inputs are parted into pieces by their bytes alone (`documents`, `image_folders`); `assemble` makes the shards of them.
+All is written to a folder `.NAME.partial` beside the data set NAME, from which a killed command goes on.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trainer.data import tokenizer as tokenization
+from trainer.data.tools import assemble, documents, image_folders, write
+from trainer.data.tools.documents import CUTS, Cut, Document, Rows, Stretch, Whole
+from trainer.data.tools.image_folders import IMAGES, Pictures
+from trainer.data.tools.parallel import Workers, result
+from trainer.data.tools.write import SPLITS
+from trainer.errors import ConfigError
+from trainer.files import replace_file
+from trainer.randomness import key as random_key
+
+PIECE_BYTES = 16 << 20
+_VERSION = 1  # of what is in a work folder
+
+Told = Callable[[str, int, int], None]
+Text = Whole | Stretch | Rows
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to pack. `validation`: share of the samples that a hash of their keys holds out. The rest is of text:
+    `split`, `text_field`, `keep_json` (see `documents.Cut`), `field` (the member), `tokenizer` (see
+    `write.tokenizer_recipe`), `tokenize` (store token ids); and of images: `labels` (classes by folder)."""
+
+    validation: float = 0.05
+    shard_bytes: int = write.SHARD_BYTES
+    split: str = "file"
+    text_field: str = "text"
+    keep_json: bool = False
+    field: str = "txt"
+    tokenizer: str = "bpe:1024"
+    tokenize: bool = False
+    labels: bool = True
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.split not in CUTS:
+            found.append(f"--split: {self.split!r} is none of {', '.join(CUTS)}")
+        if not 0 <= self.validation < 1:
+            found.append(f"--validation: a share from 0 to below 1, not {self.validation}")
+        if self.keep_json and self.field.lower() == "json":
+            found.append("--field json: --keep-json makes a member of this name")
+        return found
+
+    def split_of(self, key: str) -> str:
+        held_out = self.validation and random_key("validation", key) < self.validation * 2**63
+        return "validation" if held_out else "train"
+
+    @property
+    def cut(self) -> Cut:
+        return Cut(self.split, self.text_field, self.keep_json)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What there is to pack: text or pictures. `left_out`: files that are neither. `identity`: of all of it."""
+
+    texts: list[Text]
+    pictures: list[Pictures]
+    classes: dict[str, int]
+    names: list[str]
+    left_out: list[Path]
+    identity: str
+
+    @property
+    def size(self) -> int:
+        return sum(piece.size for piece in (*self.texts, *self.pictures))
+
+
+def pack_inputs(
+    inputs: Sequence[Path],
+    out: Path,
+    options: Options,
+    *,
+    workers: int = 1,
+    restart: bool = False,
+    told: Told = lambda what, done, total: None,
+    piece_bytes: int = PIECE_BYTES,
+) -> list[Path]:
+    """Makes the data set folder `out`: train and validation shards with their indexes, `dataset.json`, and
+    `tokenizer.json` (text) or `classes.json` (images). Returns the files in the given folders that were left out.
+
+    Goes on from what a killed call with the same inputs and options left; with `restart`, anew. `told`: is told what is
+    being done, how much of it is done, and how much there is. Raises `ConfigError`: bad options and inputs, of which
+    nothing is left; `out` exists, is being packed by another process, or was begun with other inputs or options.
+    """
+    out = Path(os.path.abspath(out.expanduser()))
+    write.check_free(out)
+    if problems := options.problems():
+        raise ConfigError(problems)
+    found = find(inputs, options, piece_bytes)
+    make = write.tokenizer_recipe(options.tokenizer) if found.texts else None
+    given = options.tokenizer if make is None or options.tokenizer.startswith(("bpe:", "chars")) else make([])
+    identity = _hash([_VERSION, piece_bytes, found.identity, asdict(options), given])
+    with _work_folder(out, identity, restart) as work:
+        assemble.prepare(work)
+        encode, tokenizer = None, None
+        if make is not None:
+            kept = work / "tokenizer.json"
+            content = kept.read_text() if kept.exists() else make(_some_texts(found.texts, options, told))
+            tokenizer = write.save_tokenizer(work, options.tokenizer, content)
+            encode = Encode(options, "bytes" if content is None else str(kept))
+        with Workers(workers) as pool:
+            splits, counts, digests = _shards(work, found, options, encode, pool, told)
+        write.check_splits({split: sums["samples"] for split, sums in splits.items()}, options.validation > 0)
+        _finish(work, found, encode, tokenizer, splits, counts, digests)
+        write.publish(work / assemble.SHARDS, out)
+    return found.left_out
+
+
+def find(inputs: Sequence[Path], options: Options, piece_bytes: int) -> Found:
+    """The files to pack, in pieces. Raises one `ConfigError` with all that is wrong with them."""
+    problems: list[str] = []
+    texts: list[tuple[Path, Path]] = []
+    pictures: list[image_folders.Picture] = []
+    left_out: list[Path] = []
+    taken: set[str] = set()
+    for given in (Path(os.path.abspath(path.expanduser())) for path in inputs):
+        files = [(path, given.parent) for path in ([given] if given.is_file() else _files(given, problems))]
+        if given.is_dir() and any(image_folders.extension(path) in IMAGES for path, _ in files):
+            found = image_folders.pictures(files, given, taken, problems)
+            pictures += found
+            packed = {file.path for picture in found for file in picture.files}
+            left_out += [path for path, _ in files if path not in packed]
+            continue
+        named = [(path, base) for path, base in files if documents.NAME.fullmatch(path.name)]
+        left_out += [path for path, _ in files if not documents.NAME.fullmatch(path.name)]
+        texts += named
+        if not named:
+            kinds = "no .txt, .md or .jsonl file (plain, .xz or .gz), no .parquet, and no folder of images"
+            problems.append(f"{given}: {kinds if files else 'missing or empty'}")
+    if texts and pictures:
+        problems.append("text and images cannot be in one data set: pack them apart")
+    if problems:
+        raise ConfigError(problems)
+    sources = documents.sources(texts, taken)
+    in_pieces, classes = image_folders.pieces(pictures, options.labels, piece_bytes)
+    stated = [(s.key, str(s.path), s.size, s.mtime_ns) for s in sources]
+    stated += [(p.key, str(f.path), f.size, f.mtime_ns) for p in pictures for f in p.files]
+    return Found(
+        texts=list(documents.pieces(sources, options.cut, piece_bytes)),
+        pictures=in_pieces,
+        classes=classes,
+        names=[path.name for path, _ in texts] or [path.name for path in inputs],
+        left_out=left_out,
+        identity=_hash(stated),
+    )
+
+
+def _files(folder: Path, problems: list[str]) -> list[Path]:
+    """All files in a folder, sorted; hidden ones are no data. What cannot be read is a problem."""
+    found: list[Path] = []
+    seen = set()
+    unreadable: list[OSError] = []
+    for place, folders, names in os.walk(folder, onerror=unreadable.append, followlinks=True):
+        about = os.stat(place)
+        if (about.st_dev, about.st_ino) in seen:  # a link back
+            folders.clear()
+            continue
+        seen.add((about.st_dev, about.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        paths = [Path(place, name) for name in names if not name.startswith(".")]
+        found += [path for path in paths if path.is_file()]
+        problems += [f"{path}: is a link to nothing" for path in paths if path.is_symlink() and not path.exists()]
+    if folder.exists():
+        problems += [f"{error.filename}: cannot be read: {error.strerror}" for error in unreadable]
+    return sorted(found)
+
+
+def _some_texts(pieces: Sequence[Text], options: Options, told: Told) -> Iterator[str]:
+    """Train texts for a tokenizer: all, or of each piece its share of what a tokenizer needs."""
+    total, done = sum(piece.size for piece in pieces), 0
+    for piece in pieces:
+        told("reading for the tokenizer", done, total)
+        left = write.TOKENIZER_SAMPLE * piece.size // max(total, 1)
+        for document, _ in piece.documents(options.cut):
+            if options.split_of(document.key) == "train":
+                yield document.text
+                left -= len(document.text)
+            if left < 0:
+                break
+        done += piece.size
+        told("reading for the tokenizer", done, total)
+
+
+@dataclass(frozen=True)
+class Encode:
+    """Documents to samples. `tokenizer`: what `tokenizer.load` takes."""
+
+    options: Options
+    tokenizer: str
+
+    @property
+    def field(self) -> str:
+        """Name of the member."""
+        if not self.options.tokenize:
+            return self.options.field
+        return "u16" if _tokenizer(self.tokenizer).vocab_size <= 1 << 16 else "u32"
+
+    def sample(self, document: Document, others: dict[str, Any] | None) -> assemble.Sample:
+        content, field = document.text.encode(), self.field
+        counts, members = {"bytes": len(content), "chars": len(document.text)}, {field: content}
+        if self.options.tokenize:
+            tokenizer = _tokenizer(self.tokenizer)
+            ids = np.append(tokenizer.encode(document.text), tokenizer.separator)
+            members[field] = ids.astype("<u2" if field == "u16" else "<u4").tobytes()
+            counts["tokens"] = len(ids)
+        if others is not None:
+            members["json"] = _json(document.key, others)
+        return self.options.split_of(document.key), document.key, members, counts
+
+
+@lru_cache(maxsize=1)
+def _tokenizer(spec: str) -> tokenization.Tokenizer:
+    return tokenization.load(spec)
+
+
+def _json(key: str, values: dict[str, Any]) -> bytes:
+    try:
+        return json.dumps(values, ensure_ascii=False, separators=(",", ":"), default=_plain).encode()
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{key}: --keep-json: {error}") from None
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bytes | bytearray):
+        raise TypeError("a field that holds bytes cannot be kept as JSON")
+    return str(value)  # dates and decimals of parquet
+
+
+def _write_text(work: Path, number: int, piece: Text, encode: Encode) -> None:
+    documents = piece.documents(encode.options.cut)
+    assemble.write_piece(work, number, (encode.sample(document, others) for document, others in documents))
+
+
+def _write_pictures(work: Path, number: int, piece: Pictures, options: Options) -> None:
+    samples = (
+        (options.split_of(key), key, members, {"bytes": sum(map(len, members.values()))})
+        for key, members in piece.samples()
+    )
+    assemble.write_piece(work, number, samples)
+
+
+def _shards(
+    work: Path, found: Found, options: Options, encode: Encode | None, pool: Workers, told: Told
+) -> tuple[dict[str, dict[str, int]], dict[str, int], dict[str, str]]:
+    """Makes all shards. What is counted of each split, how many shards it has, and the sha256 of each."""
+    pieces: Sequence[Text | Pictures] = found.texts or found.pictures
+    if encode is not None:
+        made = pool.in_order(_write_text, ((work, n, piece, encode) for n, piece in enumerate(found.texts)))
+    else:
+        made = pool.in_order(_write_pictures, ((work, n, piece, options) for n, piece in enumerate(found.pictures)))
+    cutters = {split: assemble.Cutter(split, options.shard_bytes) for split in SPLITS}
+    names = ("samples", "bytes", "chars", "tokens")[: 2 if encode is None else 4 if options.tokenize else 3]
+    splits = {split: dict.fromkeys(names, 0) for split in SPLITS}
+    digests: dict[str, str] = {}
+    running: list[tuple[assemble.Shard, Future[tuple[str, str]]]] = []
+    uses: Counter[tuple[int, str]] = Counter()
+
+    def begin(shard: assemble.Shard | None) -> None:
+        if shard is not None:
+            running.append((shard, pool.submit(assemble.write_shard, work, shard)))
+
+    def settle(wait: bool) -> None:
+        """Takes in the shards that are done, and drops the bodies that no other shard needs."""
+        while running and (wait or running[0][1].done()):
+            shard, future = running.pop(0)
+            digests.update([result(future)])
+            for span in shard.spans:
+                uses[span.piece, shard.split] -= 1
+                if not uses[span.piece, shard.split]:
+                    assemble.drop_body(work, span.piece, shard.split)
+
+    done = 0
+    for number, _ in enumerate(made):
+        about, ends = assemble.counted(work, number)
+        for split, cutter in cutters.items():
+            if split not in about:
+                continue
+            for what, amount in about[split]["counts"].items():
+                splits[split][what] += amount
+            cuts = list(cutter.add(number, ends[split]))
+            uses[number, split] += len(cuts)
+            for _, shard in cuts:
+                begin(shard)
+        settle(wait=False)
+        done += pieces[number].size
+        told("packing", done, found.size)
+    for cutter in cutters.values():
+        begin(cutter.rest())
+    settle(wait=True)
+    return splits, {split: cutter.number for split, cutter in cutters.items()}, digests
+
+
+def _finish(
+    work: Path,
+    found: Found,
+    encode: Encode | None,
+    tokenizer: dict[str, Any] | None,
+    splits: dict[str, dict[str, int]],
+    counts: dict[str, int],
+    digests: dict[str, str],
+) -> None:
+    """Puts what goes beside the shards into their folder."""
+    folder = work / assemble.SHARDS
+    assemble.prepare(work)
+    first = {} if encode is None else {"field": encode.field}
+    more: dict[str, Any] = {"sources": found.names}
+    if tokenizer is not None:
+        more = {"tokenizer": tokenizer, **more}
+        if (work / "tokenizer.json").exists():
+            replace_file(folder / "tokenizer.json", (work / "tokenizer.json").read_bytes())
+    if found.classes:
+        more = {"classes": len(found.classes), **more}
+        replace_file(folder / "classes.json", (json.dumps(found.classes, indent=1) + "\n").encode())
+    write.describe(folder, first, splits, counts, more, digests)
+
+
+def _hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+@contextmanager
+def _work_folder(out: Path, identity: str, restart: bool) -> Iterator[Path]:
+    """The folder that work of this identity is done in, for one process at a time. It is gone at the end, unless the
+    work can go on from what is in it."""
+    place = out.with_name(f".{out.name}.partial")
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        with _locked(place, out):
+            write.check_free(out)
+            for other in place.iterdir() if restart else ():
+                if other.is_dir():
+                    shutil.rmtree(other)
+            if others := [path for path in place.iterdir() if path.is_dir() and path.name != identity]:
+                raise _Kept(
+                    f"{others[0].parent}: was left by a command with other arguments or inputs; repeat that one, or "
+                    "drop what it left with --restart"
+                )
+            try:
+                yield place / identity
+                shutil.rmtree(place)
+            except ConfigError as error:
+                if not isinstance(error, _Kept):
+                    shutil.rmtree(place, ignore_errors=True)
+                raise
+    except OSError as error:
+        kept = f"; what is finished is kept, run the same command again to go on ({place})" if place.is_dir() else ""
+        raise ConfigError(f"{out}: cannot be written: {error.strerror or error}{kept}") from error
+
+
+class _Kept(ConfigError):
+    """What is in the work folder is not ours to delete."""
+
+
+@contextmanager
+def _locked(place: Path, out: Path) -> Iterator[None]:
+    with open(place / "lock", "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours = os.path.samestat(os.fstat(file.fileno()), os.stat(place / "lock"))  # not one just deleted
+        except (BlockingIOError, FileNotFoundError):
+            ours = False
+        if not ours:
+            raise ConfigError(f"{out}: is being packed by another process ({place})")
+        yield
+
+
+def names_of(paths: Iterable[Path]) -> str:
+    """A few of some files, for messages."""
+    listed = [str(path) for path in paths]
+    return ", ".join(listed[:3]) + (", ..." if len(listed) > 3 else "")

@@ -1,0 +1,267 @@
+"""What is wrong with a shard: every byte is read, and held against all that is known of it."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import posixpath
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trainer.data.foreign import ENERGON, ENERGON_INFO, SIZES, WIDS, Counts, energon_offsets
+from trainer.data.index import FORMAT, ShardIndex, places
+from trainer.data.storage import Blob, Storage, is_remote, is_url, shown
+from trainer.data.storage.urls import PIPE, local_path
+from trainer.data.tar import BLOCK
+from trainer.data.tools.image_folders import IMAGES
+from trainer.data.tools.write import FORMAT as DATASET
+from trainer.errors import ConfigError, DataError
+
+_CHUNK = 4 << 20
+_LONGEST_LINE = 64 << 20
+
+
+@dataclass
+class Verdict:
+    """Of one shard: its problems, a line each; what was found in it; fields that nothing here can decode."""
+
+    problems: list[str] = field(default_factory=list)
+    samples: int = 0
+    size: int = 0
+    fields: dict[str, int] = field(default_factory=dict)
+    not_decoded: set[str] = field(default_factory=set)
+
+
+def verify(url: str, storage: Storage, decode: bool = False) -> Verdict:
+    """Reads a shard from end to end: its structure, its index, the checksum that its data set has for it, other
+    people's indexes; with `decode` also whether its members are what their extensions say."""
+    verdict, name = Verdict(), shown(url)
+    try:
+        with closing(storage.open(url)) as blob:
+            index = ShardIndex.build(blob, tolerant=True)
+            if index.fault is not None:
+                verdict.problems.append(index.fault.cause)
+            verdict.samples, verdict.size = len(index.keys), blob.size
+            verdict.fields = {name: count for name, (count, _) in index.summary.fields.items()}
+            described = _description(url, storage, verdict.problems)
+            verdict.problems += _bytes(url, blob, storage, described)
+            verdict.problems += _indexes(index, storage)
+            if index.fault is None:  # what was cut off is no fault of theirs
+                verdict.problems += _foreign(blob, index, storage)
+            if decode:
+                verdict.problems += _payloads(blob, index, described, verdict.not_decoded)
+    except DataError as error:
+        verdict.problems.append(str(error))
+    verdict.problems = [text if text.startswith(name) else f"{name}: {text}" for text in verdict.problems]
+    return verdict
+
+
+def _description(url: str, storage: Storage, problems: list[str]) -> dict[str, Any]:
+    """The `dataset.json` that packing put beside a shard; {} if there is none."""
+    place = posixpath.join(_folder(url), "dataset.json")
+    if url.startswith(PIPE) or not (is_remote(url) or Path(local_path(place)).exists()):
+        return {}
+    try:
+        described = _json_file(place, storage, _times(_folder(url)))
+        ours = isinstance(described, dict) and described.get("format") == DATASET
+        return described if ours else {}
+    except (DataError, ValueError) as error:
+        if not is_remote(url):  # where it may just not be there
+            problems.append(f"{shown(place)} beside it cannot be read: {error}")
+        return {}
+
+
+def _times(folder: str) -> tuple[int, ...]:
+    """When the files that speak of all shards of a folder were changed; () of remote ones. What was read of them
+    before is used again as long as that is the same."""
+    if is_remote(folder):
+        return ()
+    paths = (Path(local_path(posixpath.join(folder, name))) for name in ("dataset.json", ENERGON_INFO, WIDS, SIZES))
+    return tuple(path.stat().st_mtime_ns if path.exists() else 0 for path in paths)
+
+
+@lru_cache(maxsize=8)
+def _json_file(place: str, storage: Storage, times: tuple[int, ...]) -> Any:
+    with closing(storage.plain(place, keep=False)) as blob:
+        return json.loads(bytes(blob.read(0, blob.size)))
+
+
+def _folder(url: str) -> str:
+    return posixpath.dirname(url.partition("?")[0] if is_url(url) else url)
+
+
+def _bytes(url: str, blob: Blob, storage: Storage, described: dict[str, Any]) -> Iterator[str]:
+    """Reads all of the file, as it is stored."""
+    digest, stored = hashlib.sha256(), blob if url.startswith(PIPE) else storage.plain(url, keep=False)
+    try:
+        for at in range(0, stored.size, _CHUNK):
+            size = min(_CHUNK, stored.size - at)
+            stored.prefetch(at + size, min(_CHUNK, stored.size - at - size))
+            digest.update(stored.read(at, size))
+    finally:
+        if stored is not blob:
+            stored.close()
+    listed = described.get("sha256", {}).get(posixpath.basename(url.partition("?")[0] if is_url(url) else url))
+    if listed not in (None, digest.hexdigest()):
+        yield "its checksum is not the one in dataset.json; payloads have changed"
+
+
+def _indexes(found: ShardIndex, storage: Storage) -> Iterator[str]:
+    """Indexes that are kept of the shard as it is now, and say something else."""
+    for place in places(found.url, storage):
+        with suppress(FileNotFoundError):
+            try:
+                with open(place, "rb") as file:
+                    told = json.loads(file.readline(_LONGEST_LINE))
+                of_others = (told["format"], told["stamp"]) != (FORMAT, found.stamp)  # made anew when it is needed
+            except OSError as error:
+                if isinstance(error, FileNotFoundError):
+                    raise
+                yield f"its index {place} cannot be read: {error.strerror}"
+                continue
+            except (ValueError, KeyError, TypeError):
+                of_others = False
+            if not of_others and ShardIndex.load(place, found.url, found.stamp) != found:
+                yield f"is not what its index says; delete {place} if the shard is right"
+
+
+class _Tellings(Counts):
+    """All that other people's indexes tell, not only the first that is believed."""
+
+    def all(self, blob: Blob) -> Iterator[tuple[str, int | None, int]]:
+        """Who says so, the size of the shard, its samples."""
+        name = posixpath.basename(blob.url.partition("?")[0] if is_url(blob.url) else blob.url)
+        written = None if is_remote(blob.url) else Path(local_path(blob.url)).stat().st_mtime_ns
+        for listing in self.listings(_folder(blob.url)):
+            if name in listing.shards and not (written and listing.mtime_ns and listing.mtime_ns < written):
+                samples, size = listing.shards[name]
+                yield listing.place, size, samples
+
+
+@lru_cache(maxsize=8)
+def _tellings(storage: Storage, folder: str, times: tuple[int, ...]) -> _Tellings:
+    return _Tellings(storage)
+
+
+def _foreign(blob: Blob, index: ShardIndex, storage: Storage) -> Iterator[str]:
+    """What other people's indexes say of the shard, where that is not so. Older ones are of a former shard."""
+    if blob.url.startswith(PIPE):
+        return
+    folder = _folder(blob.url)
+    for place, size, samples in _tellings(storage, folder, _times(folder)).all(blob):
+        if samples != len(index.keys):
+            yield f"has {len(index.keys)} samples, but {place} says {samples}"
+        if size not in (None, blob.size):
+            yield f"has {blob.size} bytes, but {place} says {size}"
+    if is_remote(blob.url):
+        return
+    shard = Path(local_path(blob.url))
+    energon = Path(f"{shard}{ENERGON}")
+    with suppress(FileNotFoundError):
+        if energon.stat().st_mtime_ns < shard.stat().st_mtime_ns:
+            return
+        try:
+            offsets = energon_offsets(energon)
+        except ValueError:
+            offsets = np.zeros(0, np.int64)
+        if not _fits(offsets, index):
+            yield f"its samples do not begin where {energon} says"
+
+
+def _fits(offsets: np.ndarray[Any, np.dtype[np.int64]], index: ShardIndex) -> bool:
+    """Whether each sample begins between the end of the one before and its own first payload."""
+    if len(offsets) != len(index.keys) + 1:
+        return False
+    ends = index.table["offset"] + -(-index.table["size"] // BLOCK) * BLOCK
+    first, last = index.table["offset"][index.starts[:-1]], ends[index.starts[1:] - 1]
+    after = bool(np.all(offsets[1:] >= last)) and (not len(offsets) or bool(offsets[0] >= 0))
+    return after and bool(np.all(offsets[:-1] <= first - BLOCK))
+
+
+def _payloads(blob: Blob, index: ShardIndex, described: dict[str, Any], not_decoded: set[str]) -> Iterator[str]:
+    """Members that are not what their extensions say."""
+    vocabulary = described.get("tokenizer", {}).get("vocab_size") or (1 << 32)
+    name = shown(blob.url)
+    for i, key in enumerate(index.keys):
+        for extension, (at, size) in index.members(i).items():
+            kind = extension.rpartition(".")[2]
+            if (decoder := DECODERS.get(kind)) is None:
+                not_decoded.add(kind)
+                continue
+            try:
+                decoder(bytes(blob.read(at, size)), vocabulary)
+            except ConfigError:
+                raise
+            except Exception as error:  # whatever the libraries raise
+                cause = str(error).partition("\n")[0] or type(error).__name__
+                yield f"{name}: byte {at}: sample {key!r}: member {extension!r} cannot be decoded: {cause}"
+
+
+def _text(content: bytes, vocabulary: int) -> None:
+    content.decode()
+
+
+def _json(content: bytes, vocabulary: int) -> None:
+    json.loads(content)
+
+
+def _json_lines(content: bytes, vocabulary: int) -> None:
+    for line in content.splitlines():
+        if line.strip():
+            json.loads(line)
+
+
+def _number(content: bytes, vocabulary: int) -> None:
+    int(content)
+
+
+def _array(content: bytes, vocabulary: int) -> None:
+    file = io.BytesIO(content)
+    np.load(file, allow_pickle=False)
+    if file.read(1):
+        raise ValueError("bytes follow the array")
+
+
+def _arrays(content: bytes, vocabulary: int) -> None:
+    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+        for name in arrays:
+            arrays[name]
+
+
+def _ids(dtype: str) -> Callable[[bytes, int], None]:
+    def check(content: bytes, vocabulary: int) -> None:
+        ids = np.frombuffer(content, dtype)  # ValueError: no whole number of them
+        if len(ids) and int(ids.max()) >= vocabulary:
+            raise ValueError(f"token {int(ids.max())}, but the vocabulary has {vocabulary}")
+
+    return check
+
+
+def _image(content: bytes, vocabulary: int) -> None:
+    try:
+        from PIL import Image
+    except ImportError:
+        raise ConfigError("--decode: images need the package pillow: pip install 'onecurve[images]'") from None
+    with Image.open(io.BytesIO(content)) as image:
+        image.load()
+
+
+# By the last part of an extension: raises whatever it likes for what is not decodable.
+DECODERS: dict[str, Callable[[bytes, int], None]] = {
+    "json": _json,
+    "jsonl": _json_lines,
+    "npy": _array,
+    "npz": _arrays,
+    "u16": _ids("<u2"),
+    "u32": _ids("<u4"),
+    **dict.fromkeys(("txt", "text", "md", "html", "transcript"), _text),
+    **dict.fromkeys(("cls", "cls2", "index", "inx", "id"), _number),
+    **dict.fromkeys(IMAGES - {"avif", "jp2", "heic"}, _image),
+}

@@ -1,0 +1,324 @@
+"""Writing shards: samples as a tar stores them, where they lie, and whole data sets that appear at once or not at all.
+
+The same samples give the same shards, byte for byte.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tarfile
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from trainer.data import tokenizer as tokenization
+from trainer.data.index import MEMBER, SIDECAR, ShardIndex, key_and_extension
+from trainer.data.shards import Shards
+from trainer.data.storage import Storage
+from trainer.data.storage.local import stamp
+from trainer.data.tar import BLOCK
+from trainer.data.tools.documents import Document
+from trainer.errors import ConfigError, DataError
+from trainer.files import replace_file, sha256, sync_folder
+
+FORMAT = "onecurve-dataset-1"
+SHARD_BYTES = 64 << 20
+TOKENIZER_SAMPLE = 256 << 20  # bytes of text that a tokenizer is trained on at most, spread over the documents
+SPLITS = ("train", "validation")
+_MODE = 0o444
+_EMPTY = tarfile.TarInfo("").tobuf(tarfile.PAX_FORMAT)[:BLOCK]
+_LARGEST_OCTAL = 8**11
+
+
+@contextmanager
+def published(out: Path) -> Iterator[Path]:
+    """A new folder to write to: it becomes `out` when the block ends well and vanishes when it does not.
+
+    Raises `ConfigError` if `out` exists (an empty folder may) or cannot be written.
+    """
+    out = out.expanduser().absolute()
+    check_free(out)
+    temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        publish(temporary, out)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise ConfigError(f"{out}: cannot be written: {error.strerror or error}") from error
+        raise
+
+
+def check_free(out: Path) -> None:
+    """Raises `ConfigError` if `out` is there already; an empty folder may be."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ConfigError(f"{out}: exists already; choose another folder, or delete this one")
+
+
+def publish(folder: Path, out: Path) -> None:
+    """Gives a finished folder its name. Raises `ConfigError` if that was taken meanwhile, `OSError`."""
+    sync_folder(folder)
+    try:
+        os.replace(folder, out)
+    except OSError:
+        check_free(out)
+        raise
+    sync_folder(out.parent)
+
+
+class Writes(Protocol):
+    def write(self, content: bytes, /) -> int: ...
+
+
+class Body:
+    """Samples one after the other as a tar stores them, and where they lie: all of a shard but its end.
+
+    `keys`, `starts` and `table` are those of a `ShardIndex`, `extensions` are numbered as they come; `ends`: the byte
+    at which each sample ends, so also at which the next one begins.
+    """
+
+    def __init__(self, file: Writes):
+        self._file = file
+        self.size = 0
+        self.keys: list[str] = []
+        self.starts = [0]
+        self.ends: list[int] = []
+        self.table: list[tuple[int, int, int]] = []
+        self.extensions: dict[str, int] = {}
+        self._taken: set[str] = set()
+
+    def add(self, key: str, members: Mapping[str, bytes]) -> None:
+        """Appends a sample: payloads by extension. Raises `ConfigError` for names that do not read back, `DataError`
+        for a key that was there before."""
+        check_names(key, members)
+        if key in self._taken:
+            raise DataError(f"key {key!r} comes back: two samples cannot have the same key", key=key)
+        pieces, at = [], self.size
+        for extension, payload in sorted(members.items()):
+            head = header(f"{key}.{extension}", len(payload))
+            kind = self.extensions.setdefault(extension, len(self.extensions))
+            self.table.append((at + len(head), len(payload), kind))
+            padding = bytes(-len(payload) % BLOCK)
+            pieces += [head, payload, padding]
+            at += len(head) + len(payload) + len(padding)
+        for piece in pieces:
+            self._file.write(piece)
+        self.size = at
+        self._taken.add(key)
+        self.keys.append(key)
+        self.ends.append(at)
+        self.starts.append(len(self.table))
+
+    def index(self, path: str) -> ShardIndex:
+        """The index of the finished shard at `path` that holds these samples."""
+        starts, table = np.array(self.starts, np.int64), np.array(self.table, MEMBER)
+        return ShardIndex(path, os.path.getsize(path), stamp(path, path), self.keys, starts, table, [*self.extensions])
+
+
+def check_names(key: str, members: Iterable[str]) -> None:
+    """Raises `ConfigError` for a sample that would not read back as it is."""
+    wrong = [ext for ext in members if key_and_extension(f"{key}.{ext}") != (key, ext)]
+    if wrong or not members:
+        raise ConfigError(f"sample {key!r}: cannot be stored with the members {list(members)}")
+
+
+def header(name: str, size: int) -> bytes:
+    """What stands before a payload of `size` bytes; without time and owner, so the same every time."""
+    if len(name) > 100 or not name.isascii() or size >= _LARGEST_OCTAL:
+        info = tarfile.TarInfo(name)
+        info.size, info.mode = size, _MODE
+        return info.tobuf(tarfile.PAX_FORMAT)
+    head = bytearray(_EMPTY)  # what tarfile makes, in a third of the time
+    head[: len(name)] = name.encode()
+    head[100:107] = b"%07o" % _MODE
+    head[124:135] = b"%011o" % size
+    head[148:156] = b"%06o\0 " % (8 * ord(" ") + sum(head[:148]) + sum(head[156:]))
+    return bytes(head)
+
+
+def ending(size: int) -> bytes:
+    """What ends an archive whose members take `size` bytes."""
+    return bytes(2 * BLOCK) + bytes(-(size + 2 * BLOCK) % tarfile.RECORDSIZE)
+
+
+class ShardWriter:
+    """Writes samples to `folder/prefix-000000.tar` and on, each of about `shard_bytes`, with its index."""
+
+    def __init__(self, folder: Path, prefix: str, shard_bytes: int = SHARD_BYTES):
+        self.folder, self.prefix, self.shard_bytes = folder, prefix, shard_bytes
+        self.paths: list[str] = []
+        self.samples = 0
+        self._open: tuple[Any, Body] | None = None
+
+    def add(self, key: str, members: Mapping[str, bytes]) -> None:
+        """Appends a sample: payloads by extension. Raises as `Body.add` does."""
+        if self._open is None:
+            check_names(key, members)  # before there is a file
+            self.paths.append(str(self.folder / shard_name(self.prefix, len(self.paths))))
+            file = open(self.paths[-1], "xb")  # noqa: SIM115  # closed by close()
+            self._open = file, Body(file)
+        _, body = self._open
+        body.add(key, members)
+        self.samples += 1
+        if body.size >= self.shard_bytes:
+            self.close()
+
+    def close(self) -> None:
+        """Ends the open shard and saves its index."""
+        if self._open is None:
+            return
+        file, body = self._open
+        with file:
+            file.write(ending(body.size))
+            file.flush()
+            os.fsync(file.fileno())
+        self._open = None
+        body.index(self.paths[-1]).save(Path(self.paths[-1] + SIDECAR))
+
+    def abandon(self) -> None:
+        """Lets go of the open shard, which stays unfinished."""
+        if self._open is not None:
+            self._open[0].close()
+
+
+def shard_name(prefix: str, number: int) -> str:
+    return f"{prefix}-{number:06d}.tar"
+
+
+def shards_spec(prefix: str, count: int) -> str | None:
+    """The shards of a split as one spec, relative to the data set's folder."""
+    numbers = "000000" if count == 1 else f"{{000000..{count - 1:06d}}}"
+    return f"{prefix}-{numbers}.tar" if count else None
+
+
+def pack(
+    samples: Iterable[tuple[str, Mapping[str, bytes]]],
+    out: Path,
+    prefix: str = "train",
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Makes the folder `out` of shards of any samples: (key, payload by extension), in their order."""
+    with published(out) as folder, _writers(folder, [prefix], shard_bytes) as writers:
+        for key, members in samples:
+            writers[prefix].add(key, members)
+        if not writers[prefix].paths:
+            raise ConfigError(f"{out}: there are no samples to pack")
+
+
+@contextmanager
+def _writers(folder: Path, prefixes: Sequence[str], shard_bytes: int) -> Iterator[dict[str, ShardWriter]]:
+    """A writer for each prefix, closed at the end."""
+    writers = {prefix: ShardWriter(folder, prefix, shard_bytes) for prefix in prefixes}
+    try:
+        yield writers
+        for writer in writers.values():
+            writer.close()
+    finally:
+        for writer in writers.values():
+            writer.abandon()
+
+
+def pack_documents(
+    documents: Iterable[Document],
+    out: Path,
+    *,
+    tokenizer: str,
+    held_out: Callable[[str], bool] | None,
+    field: str = "txt",
+    shard_bytes: int = SHARD_BYTES,
+    source_names: Sequence[str] = (),
+) -> None:
+    """Makes the dataset folder `out`: train and validation shards, `tokenizer.json`, `dataset.json`.
+
+    A document is a sample, its text the member `field`. `held_out`: whether the document of a key is for
+    validation (None: there is none). `tokenizer`: as for `tokenizer_recipe`, trained on the train split.
+    `source_names`: for the record. Raises `ConfigError` if a split stays empty.
+    """
+    make = tokenizer_recipe(tokenizer)
+    with published(out) as folder:
+        splits = {split: {"samples": 0, "bytes": 0, "chars": 0} for split in SPLITS}
+        with _writers(folder, SPLITS, shard_bytes) as writers:
+            for key, text in documents:
+                split = "validation" if held_out is not None and held_out(key) else "train"
+                payload = text.encode()
+                writers[split].add(key, {field: payload})
+                for what, amount in (("samples", 1), ("bytes", len(payload)), ("chars", len(text))):
+                    splits[split][what] += amount
+        check_splits({split: writer.samples for split, writer in writers.items()}, held_out is not None)
+        content = make(_texts(writers["train"].paths, field))
+        about = save_tokenizer(folder, tokenizer, content)
+        counts = {split: len(writer.paths) for split, writer in writers.items()}
+        describe(folder, {"field": field}, splits, counts, {"tokenizer": about, "sources": list(source_names)})
+
+
+def check_splits(samples: Mapping[str, int], divided: bool) -> None:
+    """Raises `ConfigError` if a split that there should be is empty. `divided`: whether one is held out."""
+    if not samples["train"] or (divided and not samples["validation"]):
+        raise ConfigError(
+            f"{sum(samples.values())} samples are too few to part into train and validation: cut them finer "
+            "(--split paragraphs, --split lines) or hold nothing out (--validation 0)"
+        )
+
+
+def save_tokenizer(folder: Path, made: str, content: str | None) -> dict[str, Any]:
+    """Puts tokenizer.json into the folder (None: there is none, text is bytes); what is written down of it."""
+    if content is not None:
+        replace_file(folder / "tokenizer.json", content.encode())
+    loaded = tokenization.load("bytes" if content is None else str(folder))
+    return {
+        "made": Path(made).name,  # from what
+        "load": "bytes" if content is None else "tokenizer.json",
+        "vocab_size": loaded.vocab_size,
+        "fingerprint": loaded.fingerprint,
+    }
+
+
+def describe(
+    folder: Path,
+    first: Mapping[str, Any],
+    splits: Mapping[str, Mapping[str, int]],
+    shards: Mapping[str, int],
+    more: Mapping[str, Any],
+    digests: Mapping[str, str] | None = None,
+) -> None:
+    """Writes `dataset.json`. `shards`: how many each split has; `digests`: sha256 of files where they are known."""
+    known = digests or {}
+    files = sorted(path for path in folder.iterdir() if not path.name.endswith(SIDECAR))
+    description = {
+        "format": FORMAT,
+        **first,
+        "splits": {split: {**sums, "shards": shards_spec(split, shards[split])} for split, sums in splits.items()},
+        **more,
+        "sha256": {path.name: known.get(path.name) or sha256(path) for path in files},
+    }
+    replace_file(folder / "dataset.json", (json.dumps(description, indent=1) + "\n").encode())
+
+
+def _texts(paths: Sequence[str], field: str) -> Iterator[str]:
+    """The packed texts, or evenly spread ones if they are more than a tokenizer needs."""
+    shards = Shards.open(paths, field, Storage(Path(paths[0]).parent))
+    for v in range(0, shards.n, -(-shards.bytes // TOKENIZER_SAMPLE) or 1):
+        yield bytes(shards.read(v)).decode()
+    shards.close()
+
+
+def tokenizer_recipe(spec: str) -> Callable[[Iterable[str]], str | None]:
+    """What makes the tokenizer.json (None: there is none) from the train texts. Raises `ConfigError`.
+
+    `bpe:SIZE` and `chars` are trained; `bytes` has no file; else the path of a tokenizer.json, taken as it is.
+    """
+    if spec == "chars":
+        return lambda texts: tokenization.train_chars(texts).to_str(pretty=True)
+    if match := re.fullmatch(r"bpe:(\d+)", spec):
+        size = tokenization.check_bpe_size(int(match[1]))
+        return lambda texts: tokenization.train_bpe(texts, size).to_str(pretty=True)
+    content = tokenization.load(spec).content
+    return lambda texts: content
