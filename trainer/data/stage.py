@@ -1,6 +1,6 @@
 """The stream's order for other trainers: a stage that a `webdataset.DataPipeline` starts with, or any loader iterates.
 
-    source = OrderedSamples("shards/train-{000000..000099}.tar", field="txt", seed=1, rank=rank, world_size=size)
+    source = OrderedSamples("shards/train-{000000..000099}.tar", seed=1, rank=rank, world_size=size)
     pipeline = webdataset.DataPipeline(source, webdataset.decode(), webdataset.to_tuple("txt", "json"))
 
 It has the two methods of torchdata's `Stateful`, so that `StatefulDataLoader` saves and restores it.
@@ -9,64 +9,82 @@ It has the two methods of torchdata's `Stateful`, so that `StatefulDataLoader` s
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from itertools import islice
 from typing import Any
 
+import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from trainer.data.index import Shards
-from trainer.data.order import ORDER, Numbers, Order, default_block
+from trainer.data.order import ORDER, Numbers, Order, Walk, default_block
+from trainer.data.shards import Shards
+from trainer.data.storage import Storage, default_cache
+
+_AT_ONCE = 1024  # samples whose places are worked out together
 
 
 class OrderedSamples(IterableDataset):
-    """Endless samples {"__key__", "__url__", extension: bytes} in onecurve's order, every epoch exact.
+    """Endless samples {"__key__", "__url__", extension: bytes-like} in onecurve's order, every epoch exact.
 
     Sample number k of the run goes to rank k mod `world_size` and there to the data loader's worker
     (k div `world_size`) mod its workers, so one sample at a time (`batch_size=None`) any number of workers gives one
-    order. `field` is a member that every sample has. Errors are those of `Shards`: ConfigError, DataError.
+    order. `storage`: cache, and how remote shards are read. Errors are those of `Shards`: ConfigError, DataError.
     """
 
     def __init__(
         self,
         shards: str | Sequence[str],
         *,
-        field: str,
         seed: int,
         lanes: int = 96,
         window: int = 8,
         rank: int = 0,
         world_size: int = 1,
-        cache_dir: Path | None = None,
+        storage: Storage | None = None,
     ):
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} of {world_size}")
-        self._given, self._field, self._cache_dir = shards, field, cache_dir
         self._rank, self._world_size = rank, world_size
-        self._shards = Shards.open(shards, field, cache_dir)
-        block = default_block(self._shards.n, int(self._shards.sizes.sum()), lanes)
-        self._order = Order(self._shards.n, lanes, window, block, seed)
+        self._shards = Shards.open(shards, None, storage or Storage(default_cache()), key="shards")
+        block = default_block(self._shards.n, self._shards.bytes, lanes)
+        self._walk = Walk(Order(self._shards.n, lanes, window, block, seed))
         self._identity = {
-            "order": ORDER, "seed": seed, "lanes": self._order.lanes, "window": window, "block": block,
+            "order": ORDER, "seed": seed, "lanes": self._walk.order.lanes, "window": window, "block": block,
             "shards": self._shards.fingerprint,
         }  # fmt: skip
         self._taken = 0  # samples of the run, all ranks' together, in the rounds that this rank (or worker) has done
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        shards, urls, stride = self._shards, self._shards.urls, self._turns()[1]
+        count = 8
+        while True:
+            count = min(2 * count, _AT_ONCE)
+            for number, i in shards.locate_many(self._next(count)):
+                key, members = shards.sample(number, i)
+                self._taken += stride
+                yield {"__key__": key, "__url__": urls[number], **members}
+
+    def payloads(self, field: str, count: int) -> Iterator[list[bytes | memoryview]]:
+        """Instead of samples lists of `count` times their member `field`: the same order, read in bulk."""
+        stride, lists = self._turns()[1], -(-_AT_ONCE // count)
+        while True:
+            payloads = self._shards.read_many(self._next(lists * count), field)
+            for _ in range(lists):
+                found = list(islice(payloads, count))
+                self._taken += stride * count
+                yield found
+
+    def _turns(self) -> tuple[int, int]:
+        """Which samples of a round are this rank's, or this worker's of it: the first, and how many are between."""
         worker = get_worker_info()
         own, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        stride, turn = self._world_size * workers, self._rank + own * self._world_size
-        windows: dict[int, tuple[tuple[int, int], Numbers]] = {}  # the open window of each lane
-        length = self._order.window * self._order.block
-        while True:
-            epoch, lane, index = self._order.at(self._taken + turn)
-            place = (epoch, index // length)
-            if lane not in windows or windows[lane][0] != place:
-                windows[lane] = (place, self._order.window_samples(epoch, lane, place[1]))
-            sample = int(windows[lane][1][index % length])
-            key = self._shards.name(sample)[1]
-            members = self._shards.members(sample)
-            self._taken += stride
-            yield {"__key__": key, "__url__": self._shards.path(sample), **members}
+        return self._rank + own * self._world_size, self._world_size * workers
+
+    def _next(self, count: int) -> Numbers:
+        """The samples that come next, int64 [count]."""
+        turn, stride = self._turns()
+        samples = self._walk.samples(self._taken + turn + stride * np.arange(count))
+        self._shards.foresee(samples)
+        return samples
 
     def state_dict(self) -> dict[str, Any]:
         """Where this stage stands: under 1 KB, at any place of any data set."""
@@ -82,11 +100,3 @@ class OrderedSamples(IterableDataset):
         if different:
             raise ValueError(f"the state is of another stream: {', '.join(different)} differ")
         self._taken = int(state["taken"])
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For worker processes that are spawned: open files stay behind."""
-        return {name: value for name, value in vars(self).items() if name != "_shards"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._shards = Shards.open(self._given, self._field, self._cache_dir)
