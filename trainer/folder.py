@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,14 @@ from trainer.tracking.jsonl import read_status, write_status
 
 CHECKPOINTS = "checkpoints"
 FAILURE = "logs/failure.json"
+Identity = Callable[[int], dict[str, Any]]  # what a run is, as far as its first n steps go
 PATIENCE_S = 3.0  # how long a rank that lost its peers waits for one of them to tell why
 
 
 class RunFolder:
     """`found` is the checkpoint to go on from, `events` what is to be told of finding it."""
 
-    def __init__(self, config: Config, identity: dict[str, Any], topology: Topology, born: float):
+    def __init__(self, config: Config, identity: Identity, topology: Topology, born: float):
         """Every rank calls it; the main one acts.
 
         Raises ConfigError where the folder cannot be used or holds another run; TrainingError (on the main rank,
@@ -47,7 +49,7 @@ class RunFolder:
                 raise ConfigError(f"run.dir={self.path}: ranks {blind} do not see it; all nodes must share its storage")
             self.found, self.events = newest_everywhere(self.path / CHECKPOINTS, topology)
             if self.found:
-                self.events += _continues(self.found.manifest, identity, config, self.path)
+                self.events += _continues(self.found.manifest, identity(self.found.manifest["step"]), config, self.path)
             problem = self._begin(config, born) if topology.is_main else None
             if problem := topology.broadcast(problem):
                 raise ConfigError(problem)

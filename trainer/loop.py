@@ -16,10 +16,11 @@ from trainer.config import Config
 from trainer.config.interval import Interval
 from trainer.data.stream import Batch, StepData, Stream
 from trainer.errors import Interrupted, TrainingError
-from trainer.folder import RunFolder
+from trainer.folder import Identity, RunFolder
 from trainer.objectives import Sums
 from trainer.optim.schedule import Schedule
 from trainer.resilience.interruption import SAVE, STOP, Requests
+from trainer.resilience.quarantine import Quarantine
 from trainer.resilience.timeledger import TimeLedger
 from trainer.strategies.base import Strategy, Update
 from trainer.topology import Topology
@@ -50,9 +51,10 @@ class Job:
     saver: Saver
     requests: Requests
     journal: Journal
+    quarantine: Quarantine
     clock: TimeLedger
     folder: RunFolder
-    identity: dict[str, Any]  # what the run is: goes into each checkpoint's manifest
+    identity: Identity  # goes into each checkpoint's manifest
 
     def close(self) -> None:
         """Ends threads and lets go of the process group."""
@@ -102,11 +104,13 @@ def train(job: Job) -> Progress:
             clock.switch("evaluation")
             rows[-1]["eval"] = evaluate(job)
             clock.switch("productive")
+        for event in job.quarantine.steps(unread.steps):
+            job.journal.event("quarantined", **event)
         job.journal.rows(rows, unread.steps)
         now = readings(progress, votes["elapsed"])
         stop = votes["stop"] > 0 and not last
         if stop or save_now or votes["save"] > 0 or saving.due(saved_at, now):
-            save(job, progress, data)
+            save(job, progress)
         saved_at, unread = now, Unread(pace=rows[-1]["step_s"])
         if stop:
             finish_saving(job)
@@ -131,7 +135,9 @@ def restore(job: Job) -> Progress:
         read(found, state, job.topology)
         job.strategy.load_state(state)
         job.saver.last_step = progress.step
-    job.stream.seek(progress.step, torch.tensor(found.manifest["position"]) if found else None)
+    for event in job.quarantine.opened(job.stream.faults):
+        job.journal.event("quarantined", **event)
+    job.stream.seek(progress.step, job.quarantine.left_out)
     return progress
 
 
@@ -157,7 +163,7 @@ def read_numbers(
         count = int(numbers["sum/count"][i])
         loss = numbers["sum/loss"][i] / max(1, count)
         progress.tokens += count
-        progress.samples += job.config.train.global_batch
+        progress.samples = data.taken
         rows.append({
             "step": data.step, "loss": loss, "grad_norm": norms[i], "lr": job.schedule(data.step),
             "tokens": progress.tokens, "samples": progress.samples, "step_s": round(step_s, 6),
@@ -183,16 +189,16 @@ def evaluate(job: Job) -> dict[str, float]:
     return job.strategy.objective.summary({name: value[0] for name, value in sums.items()})
 
 
-def save(job: Job, progress: Progress, data: StepData) -> None:
+def save(job: Job, progress: Progress) -> None:
     """Saves as of now. A save that fails is reported and does not end the run."""
     job.clock.switch("checkpoint")
     about = {
         "progress": asdict(progress),
-        "identity": job.identity,
+        "identity": job.identity(progress.step),
         "config": job.config.resolved(),
         "topology": job.topology.describe(),
     }
-    for event in job.saver.save(progress.step, job.strategy.state(), data.position, about):
+    for event in job.saver.save(progress.step, job.strategy.state(), about):
         job.journal.event(**event)
     job.requests.done(SAVE)
     job.clock.switch("productive")

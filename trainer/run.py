@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,12 +15,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trainer import loop, sampling
-from trainer.build import build, open_inputs
+from trainer.build import build
 from trainer.config import Config
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError, Interrupted, OnecurveError, PeerLost, TrainingError
 from trainer.files import replace_file
 from trainer.folder import RunFolder, settle
+from trainer.inputs import open_inputs, open_shards
 from trainer.topology import Topology, join
 from trainer.tracking.report import write_report
 
@@ -32,13 +34,15 @@ def run(config: Config, born: float) -> None:
     Raises OnecurveError: Interrupted (saved), ConfigError (nothing was started), DataError, TrainingError, PeerLost.
     """
     topology = join(config.launch.timeout_s)
-    inputs = open_inputs(config, topology)
-    folder = RunFolder(config, inputs.identity(config), topology, born)
+    found = open_shards(config, topology)
+    identity = partial(found.identity, config)
+    folder = RunFolder(config, identity, topology, born)
     with folder, _log(folder.path, topology.rank):
         job, stopped, weights = None, None, {}
         try:
-            folder.keep_tokenizer(inputs.tokenizer)
-            job = build(config, topology, inputs, folder, born)
+            folder.keep_tokenizer(found.tokenizer)
+            inputs = open_inputs(config, topology, found)
+            job = build(config, topology, inputs, folder, identity, born)
             try:
                 loop.train(job)
                 weights = dict(job.strategy.full_weights())
@@ -56,7 +60,7 @@ def run(config: Config, born: float) -> None:
         if stopped:
             raise stopped
         if topology.is_main:
-            _show(config, folder.path, inputs.tokenizer, weights)
+            _show(config, folder.path, found.tokenizer, weights)
 
 
 def _told(
@@ -101,7 +105,7 @@ def _explained(failure: BaseException, config: Config, folder: Path, topology: T
 def _show(config: Config, folder: Path, tokenizer: Tokenizer, weights: dict[str, Tensor]) -> None:
     """Samples and report of a finished run. Trouble here is told, and changes nothing about the run."""
     try:
-        if config.sample.count:
+        if config.sample.count and config.learns_text:
             texts = sampling.sample(config, sampling.with_weights(config, tokenizer, weights), tokenizer)
             replace_file(folder / "samples.txt", ("\n\n---\n\n".join(texts) + "\n").encode())
             if config.track.console:

@@ -51,7 +51,12 @@ def with_weights(config: Config, tokenizer: Tokenizer, weights: Mapping[str, Ten
 
 
 def sample(config: Config, model: nn.Module, tokenizer: Tokenizer) -> list[str]:
-    """The samples that the config's `sample` section asks for; the same each time for the same weights."""
+    """The samples that the config's `sample` section asks for; the same each time for the same weights.
+
+    Raises ConfigError if the run is not one that learns text.
+    """
+    if not config.learns_text:
+        raise ConfigError(f"{config.run.name}: is no run that learns text: there is nothing to sample")
     wanted = config.sample
     generator = torch.Generator().manual_seed(key(config.run.seed, "sample"))
     return generate(

@@ -75,6 +75,9 @@ class Topology:
             dist.destroy_process_group()
 
 
+ALONE = Topology(0, 1, 0, 1, torch.device("cpu"), 0, 1, None, None)  # a process that is no rank of a run
+
+
 def world_size() -> int:
     """How many processes the launcher started."""
     return int(os.environ.get("WORLD_SIZE", "1"))

@@ -17,8 +17,6 @@ from trainer.checkpoint.load import candidates, newest, read
 from trainer.checkpoint.save import Saver
 from trainer.errors import TrainingError
 
-POSITION = torch.arange(6).reshape(2, 3)
-
 
 def tensors(value: float) -> dict[str, torch.Tensor]:
     return {"model/a": torch.full((64, 64), value), "optimizer/step/a": torch.tensor(value)}
@@ -30,7 +28,7 @@ def saver(tmp_path: Path) -> Saver:
 
 
 def save(saver: Saver, *steps: int) -> list[str]:
-    return [event["kind"] for step in steps for event in saver.save(step, tensors(step), POSITION, {"about": "x"})]
+    return [event["kind"] for step in steps for event in saver.save(step, tensors(step), {"about": "x"})]
 
 
 def restored(folder: Path) -> float:
@@ -47,14 +45,13 @@ def test_saves_and_restores(saver: Saver) -> None:
     manifest = verify(saver.folder / folder_name(10))
     assert manifest["step"] == 10
     assert manifest["about"] == "x"
-    assert manifest["position"] == POSITION.tolist()
     assert restored(saver.folder) == 10
 
 
 def test_what_is_saved_is_what_was(tmp_path: Path) -> None:
     saver = Saver(tmp_path, topology.join(timeout_s=60), keep=2, asynchronous=True)
     state = tensors(1)
-    saver.save(1, state, POSITION, {})
+    saver.save(1, state, {})
     state["model/a"].zero_()  # training goes on at once
     (event,) = saver.wait()
     assert event["kind"] == "checkpoint"
@@ -140,7 +137,7 @@ def test_a_failed_save_leaves_the_good_one(saver: Saver, monkeypatch: pytest.Mon
 
     with monkeypatch.context() as patch:
         patch.setattr("trainer.checkpoint.save.write_manifest", full)
-        (event,) = saver.save(2, tensors(2), POSITION, {})
+        (event,) = saver.save(2, tensors(2), {})
     assert event["kind"] == "checkpoint_failed"
     assert "No space left" in event["reason"]
     assert saver.problem == event["reason"]  # a run must not end as if it were saved

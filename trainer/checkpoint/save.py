@@ -15,7 +15,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
@@ -36,19 +35,17 @@ class Saver:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._job: Future[dict[str, Any]] | None = None
 
-    def save(
-        self, step: int, tensors: dict[str, Tensor], position: Tensor, about: dict[str, Any]
-    ) -> list[dict[str, Any]]:
-        """Starts saving `tensors` as of now. `position` is int64 [lanes, 3], rows of lanes this rank does not know -1.
+    def save(self, step: int, tensors: dict[str, Tensor], about: dict[str, Any]) -> list[dict[str, Any]]:
+        """Starts saving `tensors` as of now; `about` is JSON for the manifest.
 
-        `about` is JSON for the manifest. Waits for the save before it; gives what became of that one, as `poll`.
+        Waits for the save before it; gives what became of that one, as `poll`.
         """
         if step == self.last_step:
             return []
         events = self.wait()
         self.last_step = step
         copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-        self._job = self._thread.submit(self._write, step, copies, position.clone(), about)
+        self._job = self._thread.submit(self._write, step, copies, about)
         return events if self.asynchronous else events + self.wait()
 
     def poll(self) -> list[dict[str, Any]]:
@@ -67,13 +64,11 @@ class Saver:
     def close(self) -> None:
         self._thread.shutdown()
 
-    def _write(self, step: int, tensors: dict[str, Tensor], position: Tensor, about: dict[str, Any]) -> dict[str, Any]:
+    def _write(self, step: int, tensors: dict[str, Tensor], about: dict[str, Any]) -> dict[str, Any]:
         started = time.monotonic()
         attempt = self.folder / f".attempt-{folder_name(step)}-{self.attempt}"
         files, error = {}, None
         try:
-            if self.topology.saving is not None:
-                dist.all_reduce(position, dist.ReduceOp.MAX, group=self.topology.saving)
             self._write_tensors(attempt, tensors)
             files = self._hash_own(attempt)
         except BaseException as failure:  # whatever it is, the other ranks wait for our word
@@ -82,13 +77,7 @@ class Saver:
         error = next((part["error"] for part in parts if part["error"]), None)
         if error is None and self.topology.is_main:
             everything = {name: value for part in parts for name, value in part["files"].items()}
-            manifest = {
-                "version": VERSION,
-                "step": step,
-                **about,
-                "position": position.tolist(),
-                "files": everything,
-            }
+            manifest = {"version": VERSION, "step": step, **about, "files": everything}
             error = self._publish(attempt, step, manifest)
         if error is not None and self.topology.is_main:
             shutil.rmtree(attempt, ignore_errors=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -56,21 +56,26 @@ def option_schema(group: str, name: str, plugins: list[str]) -> type[Plugin]:
     return import_plugin(f"{group}.name", name, plugins).Config
 
 
-def import_plugin(key: str, target: str, plugins: list[str]) -> Any:
+def import_plugin(key: str, target: str, plugins: Sequence[str]) -> Any:
     """The class that `package.module:Class` names, if its package is on the user's list `run.plugins`."""
+    found = import_named(key, target, plugins)
+    config = getattr(found, "Config", None)
+    if not (isinstance(config, type) and issubclass(config, Plugin)):
+        raise ConfigError(f"{key}={target}: needs a class attribute `Config`, a subclass of trainer.config.Plugin")
+    return found
+
+
+def import_named(key: str, target: str, plugins: Sequence[str]) -> Any:
+    """What `package.module:name` names, if its package is on the user's list `run.plugins`."""
     module, _, attribute = target.partition(":")
     package = module.partition(".")[0]
     if package not in plugins:
         way = f"add run.plugins=[{package}] (--plugins {package} to sample and export)"
         raise ConfigError(f"{key}={target}: package '{package}' is not allowed; if you trust it, {way}")
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        return getattr(importlib.import_module(module), attribute)
     except Exception as error:  # whatever the user's module raises while it is imported
         raise ConfigError(f"{key}={target}: cannot be imported: {type(error).__name__}: {error}") from error
-    config = getattr(found, "Config", None)
-    if not (isinstance(config, type) and issubclass(config, Plugin)):
-        raise ConfigError(f"{key}={target}: needs a class attribute `Config`, a subclass of trainer.config.Plugin")
-    return found
 
 
 def did_you_mean(word: str, known: Any) -> str:

@@ -46,7 +46,7 @@ def compose(overrides: Sequence[str], config_dir: str | None = None) -> tuple[di
             parser.parse_overrides([text])
             good.append(text)
         except OverrideParseException:
-            problems.append(f"{text}: is no override; write key=value (quote values with spaces or commas)")
+            problems.append(f"{text}: is no override; write key=value (quote values with spaces, commas or braces)")
     extra = [f"hydra.searchpath=[file://{os.path.abspath(config_dir)}]"] if config_dir else []
     with _hydra():
         while True:

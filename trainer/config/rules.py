@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from trainer.config.schema import GPT, Section, Train
+from trainer.config.schema import GPT, CausalLM, Data, Samples, Section, Train
+
+SMALLEST_SHARE = 2**-14  # of a source in a mixture: one sequence in a cycle (trainer.data.mixture.LONGEST_CYCLE)
 
 
 def problems(sections: Mapping[str, Section], world_size: int) -> Iterator[str]:
@@ -15,23 +17,73 @@ def problems(sections: Mapping[str, Section], world_size: int) -> Iterator[str]:
         yield from _batch(train, world_size)
     if isinstance(model := has.get("model"), GPT):
         yield from _gpt(model)
+    if isinstance(data := has.get("data"), Data):
+        yield from _data(data)
+    if isinstance(data, Samples):
+        yield from _samples(data)
+        if "tokens" not in data.fields and not data.maps:  # which could make a text of anything
+            built_in = {"model": GPT, "objective": CausalLM}
+            yield from (
+                f"{group}.name={has[group].name}: takes text, which data.fields has none of: call it `tokens`, such as "
+                f"data.fields={{tokens: txt}}, or take {group} of your own"
+                for group, kind in built_in.items()
+                if isinstance(has.get(group), kind)
+            )
     if (strategy := has.get("strategy")) and strategy.name == "single" and world_size > 1:
         yield f"strategy=single: runs one process, but {world_size} were started; use strategy=ddp"
 
 
 def _batch(train: Train, world_size: int) -> Iterator[str]:
-    if train.micro_batch is None:
-        if train.global_batch % world_size:
-            near = _nearest(train.global_batch, world_size)
-            yield f"train.global_batch={train.global_batch}: does not divide by {world_size} processes; nearest: {near}"
-        return
-    unit = train.micro_batch * world_size
-    if train.global_batch % unit:
-        yield (
-            f"train.global_batch={train.global_batch}: is no multiple of "
-            f"{world_size} processes x train.micro_batch={train.micro_batch} = {unit}; "
-            f"nearest: {_nearest(train.global_batch, unit)}"
-        )
+    sizes = {"train.global_batch": train.global_batch}
+    sizes |= {f"train.batch_ramp.{step}": size for step, size in sorted(train.batch_ramp.items())}
+    unit = (train.micro_batch or 1) * world_size
+    micro = f" x train.micro_batch={train.micro_batch} = {unit}" if train.micro_batch else ""
+    for key, size in sizes.items():
+        if size % unit:
+            what = (
+                f"is no multiple of {world_size} processes{micro}" if micro else f"does not divide by {unit} processes"
+            )
+            yield f"{key}={size}: {what}; nearest: {_nearest(size, unit)}"
+
+
+def _data(data: Data) -> Iterator[str]:
+    if data.shards is None and not data.sources:
+        yield "data.shards: missing; name the training shards, or several sources of them in data.sources"
+    if data.shards is not None and data.sources:
+        yield "data.sources: the run reads these or data.shards, not both; set data.shards=null"
+    if data.processes and not data.workers:
+        yield "data.processes=true: needs data.workers of 1 or more"
+    if data.reweight and not data.sources:
+        yield "data.reweight: there is nothing to weigh without data.sources"
+    yield from _weights("data.sources", {name: source.weight for name, source in data.sources.items()}, data)
+    for step, weights in sorted(data.reweight.items()):
+        yield from _weights(f"data.reweight.{step}", weights, data)
+
+
+def _samples(data: Samples) -> Iterator[str]:
+    if not data.fields:
+        yield "data.fields: missing; name what to take of each sample, such as {image: 'jpg;png', label: cls}"
+    for name, extensions in data.fields.items():
+        if name == "draws" or name.startswith("__"):
+            yield f"data.fields.{name}: this name is taken; choose another one"
+        if not all(extensions.split(";")):
+            yield f"data.fields.{name}={extensions}: should be an extension, or several with a semicolon between"
+    if data.image.augment and data.image.size is None:
+        yield "data.image.augment=true: needs data.image.size"
+
+
+def _weights(key: str, weights: Mapping[str, float], data: Data) -> Iterator[str]:
+    if unknown := sorted(set(weights) - set(data.sources)):
+        yield f"{key}: {', '.join(unknown)}: no such source; there are: {', '.join(data.sources)}"
+    if missing := sorted(set(data.sources) - set(weights)):
+        yield f"{key}: lacks the weight of {', '.join(missing)} (0 leaves a source out)"
+    total = sum(weights.values())
+    if weights and not total:
+        yield f"{key}: all weights are 0"
+    for name, weight in weights.items():
+        if 0 < weight < SMALLEST_SHARE * total:
+            share = f"a share of {weight / total:.2g} is below the smallest, {SMALLEST_SHARE:.2g}"
+            yield f"{key}.{name}={weight}: {share}; 0 leaves the source out"
 
 
 def _gpt(model: GPT) -> Iterator[str]:

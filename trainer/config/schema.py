@@ -31,6 +31,7 @@ Int = Annotated[int, BeforeValidator(_no_bool)]
 Count = Annotated[int, Field(ge=1), BeforeValidator(_no_bool)]
 Float = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_no_bool)]
 Share = Annotated[float, Field(ge=0, lt=1), BeforeValidator(_no_bool)]
+Positive = Annotated[float, Field(allow_inf_nan=False, gt=0), BeforeValidator(_no_bool)]
 IntervalText = Annotated[str, AfterValidator(_interval)]
 
 
@@ -69,6 +70,10 @@ class Run(Section):
 class Train(Section):
     steps: Count = Field(description="Optimizer steps of the whole run.")
     global_batch: Count = Field(description="Sequences of one optimizer step, over all processes together.")
+    batch_ramp: dict[Count, Count] = Field(
+        description="Smaller global batches at first: `{100: 16, 200: 32}` takes 16 sequences up to step 100, then 32 "
+        "up to step 200, then `train.global_batch`."
+    )
     micro_batch: Count | None = Field(
         description="Sequences of one forward pass of one process; accumulation follows from it. "
         "null: the process's whole share at once."
@@ -138,23 +143,101 @@ class CausalLM(Plugin):
     pass
 
 
+class DataSource(Section):
+    shards: str | list[str] = Field(description="Its training shards, as `data.shards`.")
+    weight: Float = Field(ge=0, description="Its share of the sequences is its weight over the sum of all.")
+
+
 class Data(Plugin):
-    shards: str | list[str] = Field(
-        description="Training shards: paths of WebDataset tars, braces `{000000..000099}` and globs allowed."
+    """What text and decoded samples have in common: where the shards are, their order, faults, reading."""
+
+    shards: str | list[str] | None = Field(
+        description="Training shards: paths of WebDataset tars or `http(s)://`, `s3://`, `gs://` addresses; braces "
+        "`{000000..000099}`, globs of local files, `.tar.gz`; `pipe:COMMAND` with `data.allow_pipe=true`. null: "
+        "`data.sources` names them."
+    )
+    sources: dict[str, DataSource] = Field(
+        description="A mixture instead of `data.shards`: `{web: {shards: ..., weight: 3}, code: {shards: ..., "
+        "weight: 1}}`. At every point of the run each source has had its share, to within one sequence; each has its "
+        "own epochs."
+    )
+    reweight: dict[Count, dict[str, Float]] = Field(
+        description="Other weights after that many steps: `{1000: {web: 1, code: 1}}`."
     )
     validation: str | list[str] | None = Field(description="Validation shards, likewise. null: no evaluation.")
-    field: str = Field(description="Which member of a sample is the text, by its extension, such as `txt`.")
     tokenizer: str = Field(description="`bytes`, or the path of a Hugging Face `tokenizer.json`.")
-    sequence_length: Count = Field(description="Tokens of a sequence. Documents are concatenated and split.")
+    sequence_length: Count = Field(description="Tokens of a sequence.")
     workers: Int = Field(ge=0, description="Threads that read ahead. 0: read in the training thread.")
+    processes: bool = Field(description="The workers are processes instead: for decoding that keeps a core busy.")
     lanes: Count = Field(
         description="Parallel streams the data is dealt to, fixed at the run's birth. Best a multiple of the "
         "number of processes: each then reads only its own lanes."
     )
     window: Count = Field(description="Blocks of samples that a lane shuffles among each other.")
-    on_error: Literal["fail"] = Field(description="What a sample that cannot be read does: fail (exit code 3).")
-    ledger: bool = Field(description="Write `ledger.jsonl`: which pieces of which samples each step consumed.")
-    cache: str = Field(description="Folder for prepared data sets and for indexes of read-only shards.")
+    on_error: Literal["fail", "quarantine"] = Field(
+        description="What data that cannot be read does: fail (exit code 3), or quarantine: it is left out and named "
+        "in `events.jsonl` and `quarantine.jsonl`; what a damaged shard holds before the damage is used. Validation "
+        "data must be whole."
+    )
+    error_budget: Int = Field(
+        ge=0, description="How many samples and shards may be quarantined in the whole run; more end it (exit code 3)."
+    )
+    ledger: bool = Field(description="Write `ledger.jsonl`: which samples, or pieces of them, each step consumed.")
+    cache: str = Field(
+        description="Folder for prepared data sets, tokens, indexes of read-only shards, copies of remote ones."
+    )
+    cache_gb: Float = Field(
+        ge=0, description="Most that copies of remote shards may take of `data.cache`, GB. 0: none."
+    )
+    mmap: bool = Field(
+        description="Map local shards into memory instead of reading them: fewer copies, but a shard that is cut short "
+        "during the run kills the process."
+    )
+    allow_pipe: bool = Field(description="Allow `pipe:COMMAND` among the shards: it runs COMMAND in a shell.")
+
+
+class Text(Data):
+    field: str = Field(
+        description="Which member of a sample is the text, by its extension, such as `txt`; `u16` or `u32`: token ids "
+        "that `onecurve data pack --tokenize` stored."
+    )
+    packing: Literal["concat", "best_fit"] = Field(
+        description="How documents become sequences: concat (one after the other, cut every `data.sequence_length` "
+        "tokens) or best_fit (whole documents of a shard, as tightly as they fit; only longer ones are cut)."
+    )
+    document_mask: bool = Field(
+        description="Documents of a sequence do not see each other: attention, positions and targets end with each."
+    )
+
+
+class Image(Section):
+    size: Count | None = Field(
+        description="Height and width that images are brought to: the shorter side is scaled to it, the centre cut "
+        "out. null: as large as they are, which must then be the same for all."
+    )
+    augment: bool = Field(
+        description="In training take a random part of each image instead (8 % to 100 % of its area), scaled to "
+        "`data.image.size`, and flip half of them from left to right."
+    )
+    mean: tuple[Float, Float, Float] = Field(
+        description="Subtracted from red, green and blue, which are from 0 to 1; the default is that of ImageNet."
+    )
+    std: tuple[Positive, Positive, Positive] = Field(description="What they are divided by then.")
+
+
+class Samples(Data):
+    fields: dict[str, str] = Field(
+        description="What is taken of each sample, by extension, and what it is called in a batch: `{image: 'jpg;png', "
+        "label: cls}`; of several extensions the first that is there. They are decoded as webdataset does (numbers, "
+        "JSON, text, NumPy arrays, images); pickles are refused. The text of a field called `tokens` becomes `inputs` "
+        "and `targets` of `data.sequence_length` tokens."
+    )
+    maps: list[str] = Field(
+        description="Functions of yours that change a decoded sample, in this order, such as `[my_package.data:crop]`, "
+        "of packages in `run.plugins`. Each is called with the sample (a dict; images are Pillow's) and a random "
+        "63-bit integer that depends on seed and position only (0 in an evaluation), and returns the sample."
+    )
+    image: Image = Field(description="What images become: float32 [3, height, width].")
 
 
 class Single(Plugin):
@@ -206,7 +289,7 @@ SECTIONS: dict[str, type[Section]] = {
 OPTIONS: dict[str, dict[str, type[Plugin]]] = {
     "model": {"gpt": GPT},
     "objective": {"causal_lm": CausalLM},
-    "data": {"shakespeare": Data, "webdataset": Data},
+    "data": {"shakespeare": Text, "webdataset": Text, "samples": Samples},
     "strategy": {"single": Single, "ddp": DDP},
     "precision": {"auto": Precision, "fp32": Precision, "bf16": Precision, "fp16": Precision},
     "optimizer": {"adamw": AdamW},
@@ -234,6 +317,11 @@ class Config(BaseModel):
     optimizer: Any
     schedule: Any
     launch: Any
+
+    @property
+    def learns_text(self) -> bool:
+        """Whether the model learns to continue text, so that samples of it make sense."""
+        return isinstance(self.data, Text) or isinstance(self.objective, CausalLM)
 
     def resolved(self) -> dict[str, Any]:
         """Plain, JSON-able values of every key."""

@@ -65,7 +65,7 @@ class Single:
         sums: Sums = {}
         for number, batch in enumerate(micro_batches, 1):
             # For models that draw from torch's generator: the same draws in every life of the run.
-            torch.manual_seed(int(batch["draws"][0]))
+            torch.manual_seed(int(batch["draws"][0]) if len(batch["draws"]) else 0)
             with self.sync(last=number == len(micro_batches)):
                 part = self.loss_of(self.wrapped, batch)
                 self.scaler.scale(part["loss"] * scale).backward()

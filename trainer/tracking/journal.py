@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from trainer.data import ledger
-from trainer.data.packing import Piece
 from trainer.data.stream import StepData
 from trainer.topology import Topology
 from trainer.tracking import Row, RunInfo, Trackers
@@ -31,15 +30,11 @@ class Journal:
     def rows(self, rows: list[Row], steps: Sequence[StepData]) -> None:
         """One row a step; the ledger's line of a step is on disk before its row."""
         if self.ledger is not None:
-            parts = self.topology.gather([[data.step, data.first, data.stride, data.pieces] for data in steps])
+            parts = self.topology.gather([[data.step, data.entries] for data in steps])
             if self.topology.is_main:
-                named = [
-                    (step, first, stride, [[Piece(*piece) for piece in sequence] for sequence in pieces])
-                    for part in parts
-                    for step, first, stride, pieces in part
-                ]
                 with open(self.ledger, "a") as file:
-                    file.writelines(json.dumps(row) + "\n" for row in ledger.rows(named))
+                    rows_of_steps = ledger.rows((step, entries) for part in parts for step, entries in part)
+                    file.writelines(json.dumps(row) + "\n" for row in rows_of_steps)
         self.step = rows[-1]["step"]
         if self.trackers:
             self.trackers.rows(rows)

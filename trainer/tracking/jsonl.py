@@ -31,7 +31,7 @@ class JsonLines:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / "environment.json", info.environment)
         self.last = cut(self.folder / "metrics.jsonl", info.step)
-        _cut(self.folder / "events.jsonl", lambda row: True)
+        mend(self.folder / "events.jsonl")
         self.metrics: BinaryIO = (self.folder / "metrics.jsonl").open("ab", buffering=0)
         self.events: BinaryIO = (self.folder / "events.jsonl").open("ab", buffering=0)
 
@@ -104,6 +104,11 @@ def cut(path: Path, step: int) -> int:
     """
     row = _cut(path, lambda row: row["step"] <= step)
     return row["step"] if row else 0
+
+
+def mend(path: Path) -> None:
+    """Drops a torn last line, so that the file can be appended to."""
+    _cut(path, lambda row: True)
 
 
 def write_json(path: Path, value: Any) -> None:

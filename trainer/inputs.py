@@ -1,0 +1,212 @@
+"""The run's data, opened: from the config to the stream that training reads and the pass that judges it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from trainer.config import Config, schema
+from trainer.data import shakespeare
+from trainer.data import tokenizer as tokenizers
+from trainer.data.batches import Batches
+from trainer.data.mixture import Mixture
+from trainer.data.order import ORDER
+from trainer.data.packing import Packed
+from trainer.data.samples import Recipe, Samples
+from trainer.data.shards import Shards
+from trainer.data.storage import Storage
+from trainer.data.stream import Part, Share, Source, Stream
+from trainer.data.tokenizer import Tokenizer
+from trainer.data.tokens import TokenLine
+from trainer.data.validation import Validation
+from trainer.errors import ConfigError, DataError, OnecurveError
+from trainer.topology import Topology
+
+# Data sets that are made on first use: (cache folder, tokenizer) -> folder of shards and tokenizer.json.
+DATASETS: dict[str, Callable[[Path, str], Path]] = {"shakespeare": shakespeare.ensure}
+
+
+# Keys of the data section that say where and how the data is read, not which data comes when.
+WHEREABOUTS = {
+    "name", "shards", "sources", "reweight", "validation", "tokenizer", "workers", "processes", "on_error",
+    "error_budget", "ledger", "cache", "cache_gb", "mmap", "allow_pipe",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Found:
+    """The run's shards, catalogued, and its tokenizer: what can be found wrong without reading a sample."""
+
+    training: dict[str, Shards]
+    held_out: Shards | None
+    tokenizer: Tokenizer
+
+    def identity(self, config: Config, step: int) -> dict[str, Any]:
+        """What the run is, as far as its first `step` steps go: what no later life of it may change."""
+        until = max(step, 1)
+        ramp = sorted(config.train.batch_ramp.items())
+        starts = [0, *(end for end, _ in ramp)]
+        begun = {str(end): size for start, (end, size) in zip(starts, ramp, strict=False) if start < until}
+        return {
+            "model": config.model.model_dump(mode="json"),
+            "objective": config.objective.model_dump(mode="json"),
+            "data": {
+                "order": ORDER,
+                "shards": {name: shards.fingerprint for name, shards in self.training.items()},
+                "weights": {str(at): given for at, given in weights(config).items() if at < until},
+                "tokenizer": self.tokenizer.fingerprint,
+                **config.data.model_dump(mode="json", exclude=WHEREABOUTS),
+            },
+            "train": {"global_batch": config.train.global_batch, "batch_ramp": begun},
+            "run": {"seed": config.run.seed},
+        }
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What training reads, what it is judged by, and the tokenizer of both."""
+
+    stream: Stream
+    validation: Validation | None
+    tokenizer: Tokenizer
+
+
+def weights(config: Config) -> dict[int, list[float]]:
+    """Steps done -> the weights of the sources from there on."""
+    if not (mixed := config.data.sources):
+        return {0: [1.0]}
+    later = {step: [given[name] for name in mixed] for step, given in sorted(config.data.reweight.items())}
+    return {0: [source.weight for source in mixed.values()], **later}
+
+
+def open_shards(config: Config, topology: Topology) -> Found:
+    """Finds and indexes the data on every rank; each makes its part of the indexes that are not there yet.
+
+    Raises ConfigError on all ranks, with all that is missing or damaged on any of them. Its exit code is DataError's
+    where damage is all that is wrong.
+    """
+    data, opening = config.data, _Opening(config, topology)
+    base = opening.attempt(lambda: _made(config, topology))
+    opening.settle()
+    tokenizer = opening.attempt(lambda: _tokenizer(config, base))
+    specs = {f"data.sources.{name}.shards": (name, source.shards) for name, source in data.sources.items()}
+    training = {
+        name: opening.attempt(partial(opening.shards, spec, base, key, tolerant=opening.tolerant))
+        for key, (name, spec) in (specs or {"data.shards": ("all", data.shards)}).items()
+    }
+    held_out = None
+    if data.validation is not None:
+        held_out = opening.attempt(partial(opening.shards, data.validation, base, "data.validation", tolerant=False))
+    opening.settle()
+    for shards in [*training.values(), held_out] if isinstance(data, schema.Samples) else []:
+        if shards is not None:  # a field that is not there, a function that cannot be imported
+            opening.attempt(partial(opening.source, shards, tokenizer))
+    opening.settle()
+    return Found(training, held_out, tokenizer)
+
+
+def open_inputs(config: Config, topology: Topology, found: Found) -> Inputs:
+    """What training reads of the shards that were found; text is encoded here, once. Raises as `open_shards` does."""
+    data, opening = config.data, _Opening(config, topology)
+    sources = [opening.attempt(partial(opening.source, shards, found.tokenizer)) for shards in found.training.values()]
+    judged = None
+    if found.held_out is not None:
+        judged = opening.attempt(partial(opening.source, found.held_out, found.tokenizer, held_out=True))
+    opening.settle()
+    parts = [Part(source, data.lanes, data.window, config.run.seed) for source in sources]
+    batches = Batches(config.train.global_batch, config.train.batch_ramp)
+    share = Share(
+        parts=parts,
+        mixture=Mixture([(batches.taken(step), given) for step, given in weights(config).items()]),
+        batches=batches,
+        micro_batch=config.train.micro_batch,
+        seed=config.run.seed,
+        dp_rank=topology.dp_rank,
+        dp_size=topology.dp_size,
+        ledger=data.ledger,
+        tolerant=data.on_error == "quarantine",
+    )
+    validation = judged and Validation(
+        judged,
+        micro_batch=config.train.micro_batch or config.train.global_batch // topology.dp_size,
+        dp_rank=topology.dp_rank,
+        dp_size=topology.dp_size,
+        units=config.eval.steps and config.eval.steps * config.train.global_batch,
+    )
+    return Inputs(Stream(share, workers=data.workers, processes=data.processes), validation, found.tokenizer)
+
+
+class _Opening:
+    """Opens things on all ranks and remembers what is wrong, so that all of it is told at once."""
+
+    def __init__(self, config: Config, topology: Topology):
+        self.config, self.topology = config, topology
+        self.part = (topology.rank, topology.world_size)
+        self.cache = Path(config.data.cache).expanduser()
+        self.tolerant = config.data.on_error == "quarantine"
+        self.problems: list[tuple[str, int]] = []
+
+    def attempt(self, make: Callable[[], Any]) -> Any:
+        try:
+            return make()
+        except OnecurveError as error:
+            self.problems += [(problem, error.exit_code) for problem in str(error).split("\n")]
+
+    def settle(self) -> None:
+        """Raises what is wrong so far on any rank, on all of them."""
+        found = [tuple(problem) for part in self.topology.gather(self.problems) for problem in part]
+        if found:
+            raise ConfigError(list(dict.fromkeys(text for text, _ in found)), min(code for _, code in found))
+
+    def shards(self, spec: Any, base: Path | None, key: str, tolerant: bool) -> Shards:
+        data = self.config.data
+        paths = [str(base / part) if base else part for part in ([spec] if isinstance(spec, str) else spec)]
+        storage = Storage(self.cache, cache_bytes=int(data.cache_gb * 1e9), allow_pipe=data.allow_pipe, mmap=data.mmap)
+        field = getattr(data, "field", None)
+        return Shards.open(
+            paths,
+            field,
+            storage,
+            key=key,
+            tolerant=tolerant,
+            part=self.part,
+            gather=self.topology.gather,
+        )
+
+    def source(self, shards: Shards, tokenizer: Tokenizer, held_out: bool = False) -> Source:
+        """The units of some shards: packed sequences of their text, or their samples decoded."""
+        data = self.config.data
+        if isinstance(data, schema.Samples):
+            samples = Samples(shards, Recipe.of(self.config, tokenizer))
+            if self.topology.is_main:
+                samples.check()
+            return samples
+        exchange: dict[str, Any] = {"part": self.part, "gather": self.topology.gather}
+        line = TokenLine(shards, tokenizer, self.cache, tolerant=self.tolerant and not held_out, **exchange)
+        if line.total < 2:
+            raise DataError(f"{', '.join(shards.urls[:8])}: no token to predict: the documents are empty")
+        packing = "concat" if held_out else data.packing
+        return Packed(line, data.sequence_length, packing=packing, document_mask=data.document_mask, **exchange)
+
+
+def _made(config: Config, topology: Topology) -> Path | None:
+    """The folder of a data set that we make ourselves; the main rank first, the others then find it."""
+    make = DATASETS.get(config.data.name)
+    if make is None:
+        return None
+    cache, tokenizer = Path(config.data.cache).expanduser(), config.data.tokenizer
+    made = None
+    try:
+        if topology.is_main:
+            made = make(cache, tokenizer)
+    finally:
+        topology.barrier()
+    return made or make(cache, tokenizer)
+
+
+def _tokenizer(config: Config, base: Path | None) -> Tokenizer:
+    name = config.data.tokenizer
+    return tokenizers.load(str(base / "tokenizer.json") if base and name != "bytes" else name)
