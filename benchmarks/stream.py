@@ -215,13 +215,15 @@ def compare(folder: Path, samples: int, size: int, batch: int) -> dict[str, Any]
     for workers in WORKERS:
         named = f"{workers} workers" if workers else "no workers"
         known: dict[str, Callable[[int], Iterator[float]]] = {
-            "ours, data.mmap=true": lambda w: ours(folder, batch, w, mmap=True),
-            "ours": lambda w: ours(folder, batch, w, mmap=False),
-            "ours, as a stage": lambda w: ours_as_stage(folder, batch, w, mmap=True),
+            "our stage in bulk, mmap": lambda w: ours_in_bulk(folder, batch, w, mmap=True),
+            "our stage in bulk": lambda w: ours_in_bulk(folder, batch, w, mmap=False),
+            "our stage, mmap": lambda w: ours_as_stage(folder, batch, w, mmap=True),
+            "our trainer's stream, mmap": lambda w: ours(folder, batch, w, mmap=True),
+            "our trainer's stream": lambda w: ours(folder, batch, w, mmap=False),
             "webdataset": lambda w: by_webdataset(folder, batch, w),
         }
         if workers:
-            known["ours, data.processes=true"] = lambda w: ours(folder, batch, w, mmap=True, processes=True)
+            known["our trainer's stream, processes"] = lambda w: ours(folder, batch, w, mmap=True, processes=True)
         if import_streaming():
             known["mosaicml-streaming"] = lambda w: by_streaming(folder, batch, w)
         readers |= {f"{name}, {named}": lambda f=f, w=workers: f(w) for name, f in known.items()}

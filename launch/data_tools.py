@@ -130,7 +130,7 @@ def _each(
 ) -> Iterator[Iterator[tuple[str, T]]]:
     """What a function makes of every shard, in their order, made in parallel: its URL as messages may show it, and the
     result."""
-    from trainer.data.shards import expand
+    from trainer.data.spec import expand
     from trainer.data.storage import Storage, shown
     from trainer.data.tools.parallel import Workers, cores
 

@@ -22,6 +22,7 @@ from trainer.resilience.interruption import STOP
 from trainer.topology import Topology
 from trainer.tracking.jsonl import read_status, write_status
 
+CATALOGUE = "shards.json"
 CHECKPOINTS = "checkpoints"
 FAILURE = "logs/failure.json"
 Identity = Callable[[int], dict[str, Any]]  # what a run is, as far as its first n steps go
@@ -66,10 +67,13 @@ class RunFolder:
     def __exit__(self, *_: object) -> None:
         self._lock.release()
 
-    def keep_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """The run's own copy, so that it can be sampled from wherever its shards are by then."""
+    def keep(self, tokenizer: Tokenizer, catalogue: dict[str, Any]) -> None:
+        """The run's own copy of what it reads by: to be sampled from wherever its shards are by then, and to know them
+        as they were at its birth."""
         if self.topology.is_main and tokenizer.content is not None:
             replace_file(self.path / "tokenizer.json", tokenizer.content.encode())
+        if self.topology.is_main and self.found is None:
+            replace_file(self.path / CATALOGUE, json.dumps(catalogue).encode())
 
     def fail(self, rank: int, error: OnecurveError, lost_peer: bool) -> dict[str, Any]:
         """Tells of this rank's failure, unless another rank was first; gives what the run fails of.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,20 @@ from trainer.config import Config, schema
 from trainer.data import shakespeare
 from trainer.data import tokenizer as tokenizers
 from trainer.data.batches import Batches
+from trainer.data.index import Summary
 from trainer.data.mixture import Mixture
 from trainer.data.order import ORDER
 from trainer.data.packing import Packed
 from trainer.data.samples import Recipe, Samples
-from trainer.data.shards import Shards
+from trainer.data.shards import Shards, from_json
+from trainer.data.spec import file_name
 from trainer.data.storage import Storage
 from trainer.data.stream import Part, Share, Source, Stream
 from trainer.data.tokenizer import Tokenizer
 from trainer.data.tokens import TokenLine
 from trainer.data.validation import Validation
 from trainer.errors import ConfigError, DataError, OnecurveError
+from trainer.folder import CATALOGUE
 from trainer.topology import Topology
 
 # Data sets that are made on first use: (cache folder, tokenizer) -> folder of shards and tokenizer.json.
@@ -43,6 +47,13 @@ class Found:
     training: dict[str, Shards]
     held_out: Shards | None
     tokenizer: Tokenizer
+
+    def catalogue(self) -> dict[str, Any]:
+        """What a later life of the run is to find again where `data.on_error=quarantine`, JSON-able."""
+        return {
+            name: {"names": [file_name(url) for url in shards.urls], "summaries": list(map(asdict, shards.summaries))}
+            for name, shards in self.training.items()
+        }
 
     def identity(self, config: Config, step: int) -> dict[str, Any]:
         """What the run is, as far as its first `step` steps go: what no later life of it may change."""
@@ -94,12 +105,12 @@ def open_shards(config: Config, topology: Topology) -> Found:
     tokenizer = opening.attempt(lambda: _tokenizer(config, base))
     specs = {f"data.sources.{name}.shards": (name, source.shards) for name, source in data.sources.items()}
     training = {
-        name: opening.attempt(partial(opening.shards, spec, base, key, tolerant=opening.tolerant))
+        name: opening.attempt(partial(opening.shards, spec, base, key, name))
         for key, (name, spec) in (specs or {"data.shards": ("all", data.shards)}).items()
     }
     held_out = None
     if data.validation is not None:
-        held_out = opening.attempt(partial(opening.shards, data.validation, base, "data.validation", tolerant=False))
+        held_out = opening.attempt(partial(opening.shards, data.validation, base, "data.validation"))
     opening.settle()
     for shards in [*training.values(), held_out] if isinstance(data, schema.Samples) else []:
         if shards is not None:  # a field that is not there, a function that cannot be imported
@@ -147,6 +158,7 @@ class _Opening:
         self.part = (topology.rank, topology.world_size)
         self.cache = Path(config.data.cache).expanduser()
         self.tolerant = config.data.on_error == "quarantine"
+        self.before = _catalogue_before(config) if self.tolerant else {}
         self.problems: list[tuple[str, int]] = []
 
     def attempt(self, make: Callable[[], Any]) -> Any:
@@ -161,17 +173,18 @@ class _Opening:
         if found:
             raise ConfigError(list(dict.fromkeys(text for text, _ in found)), min(code for _, code in found))
 
-    def shards(self, spec: Any, base: Path | None, key: str, tolerant: bool) -> Shards:
+    def shards(self, spec: Any, base: Path | None, key: str, source: str | None = None) -> Shards:
+        """The shards that `key` names: those of a training `source`, or of validation, which must be whole."""
         data = self.config.data
         paths = [str(base / part) if base else part for part in ([spec] if isinstance(spec, str) else spec)]
         storage = Storage(self.cache, cache_bytes=int(data.cache_gb * 1e9), allow_pipe=data.allow_pipe, mmap=data.mmap)
-        field = getattr(data, "field", None)
         return Shards.open(
             paths,
-            field,
+            getattr(data, "field", None),
             storage,
             key=key,
-            tolerant=tolerant,
+            tolerant=self.tolerant and source is not None,
+            before=self.before.get(source),
             part=self.part,
             gather=self.topology.gather,
         )
@@ -190,6 +203,20 @@ class _Opening:
             raise DataError(f"{', '.join(shards.urls[:8])}: no token to predict: the documents are empty")
         packing = "concat" if held_out else data.packing
         return Packed(line, data.sequence_length, packing=packing, document_mask=data.document_mask, **exchange)
+
+
+def _catalogue_before(config: Config) -> dict[str | None, dict[str, Summary]]:
+    """By source: the summaries of its shards when the run began, by file name; {} if it has not begun."""
+    if config.run.fresh:
+        return {}
+    try:
+        kept = json.loads((Path(config.run.dir).expanduser() / CATALOGUE).read_bytes())
+        return {
+            name: dict(zip(shards["names"], map(from_json, shards["summaries"]), strict=True))
+            for name, shards in kept.items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
 
 
 def _made(config: Config, topology: Topology) -> Path | None:

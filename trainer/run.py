@@ -40,7 +40,7 @@ def run(config: Config, born: float) -> None:
     with folder, _log(folder.path, topology.rank):
         job, stopped, weights = None, None, {}
         try:
-            folder.keep_tokenizer(found.tokenizer)
+            folder.keep(found.tokenizer, found.catalogue())
             inputs = open_inputs(config, topology, found)
             job = build(config, topology, inputs, folder, identity, born)
             try:

@@ -174,12 +174,26 @@ def test_fault_is_kept_and_looked_at_again_when_it_matters(tmp_path: Path, walke
     assert len(walked) == 1
     with pytest.raises(DataError, match=r"s-00\.tar: byte \d+"):
         ShardIndex.open(path, kept)
-    os.rename(path, tmp_path / "moved.tar")
-    os.rename(path + SIDECAR, str(tmp_path / "moved.tar") + SIDECAR)
-    moved = index.summary(str(tmp_path / "moved.tar"), kept)
+    (place,) = (tmp_path / "c" / "cache" / "indexes").iterdir()
+    moved = ShardIndex.load(place, "elsewhere.tar", found.stamp)
     assert moved is not None
     assert moved.fault is not None
-    assert moved.fault.cause.startswith(f"{tmp_path}/moved.tar: byte ")
+    assert moved.fault.cause.startswith("elsewhere.tar: byte ")
+
+
+def test_damage_does_not_replace_what_is_known_of_the_whole_shard(tmp_path: Path) -> None:
+    path, kept = make(tmp_path, 1)[0], storage(tmp_path / "c")
+    whole = ShardIndex.open(path, kept)
+    content = Path(path).read_bytes()
+    os.truncate(path, 9000)
+    found = ShardIndex.open(path, kept, tolerant=True)
+    assert found.fault is not None
+    assert 0 < len(found.keys) < 7
+    assert ShardIndex.of_before(path, kept, whole.summary) == whole
+    assert whole.cut(len(found.keys)).summary.digest == found.summary.digest
+    Path(path).write_bytes(content)
+    assert ShardIndex.open(path, kept).summary.digest == whole.summary.digest
+    assert ShardIndex.of_before(path, kept, found.summary) == found
 
 
 def test_index_goes_to_the_cache_where_the_folder_takes_none(tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 
 from tests.data.packs import POEM, contents, pack, read
 from trainer.data.index import SIDECAR, ShardIndex
-from trainer.data.shards import Shards, expand
+from trainer.data.shards import Shards
+from trainer.data.spec import expand
 from trainer.data.storage import Storage
 from trainer.data.tokenizer import load
 from trainer.data.tools import documents

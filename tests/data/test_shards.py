@@ -18,7 +18,8 @@ import webdataset
 from tests.data.tars import by_webdataset, make, open_below, storage, write
 from trainer.data import shards as module
 from trainer.data.index import SIDECAR, ShardIndex
-from trainer.data.shards import Shards, expand
+from trainer.data.shards import Shards
+from trainer.data.spec import expand
 from trainer.errors import ConfigError, DataError
 
 
@@ -84,7 +85,7 @@ def test_compressed_and_piped_shards_are_the_same(tmp_path: Path) -> None:
     piped = Shards.open(f"pipe:cat {paths[0]}", "txt", storage(tmp_path, allow_pipe=True))
     for other in (packed, piped):
         assert [other.members(v) for v in range(7)] == [plain.members(v) for v in range(7)]
-        assert other.digests == plain.digests
+        assert other.summaries[0].digest == plain.summaries[0].digest
     with pytest.raises(ConfigError, match=r"^data\.shards: pipe:cat .*data\.allow_pipe=true"):
         load(f"pipe:cat {paths[0]}")
 
@@ -278,3 +279,34 @@ def test_a_hundred_thousand_shards(tmp_path: Path) -> None:
     assert shards.read(77_777 * 40 + 39) == by_webdataset([path])[39]["txt"]
     assert open_below(tmp_path) == 1
     assert len(pickle.dumps(shards)) < 25e6
+
+
+def test_a_shard_damaged_or_repaired_since_is_taken_as_it_was(tmp_path: Path) -> None:
+    paths = make(tmp_path, 2)
+    whole = load(paths, tolerant=True)
+    content = Path(paths[1]).read_bytes()
+    texts = [bytes(whole.read(v)) for v in range(14)]
+    known = dict(zip(("s-00.tar", "s-01.tar"), whole.summaries, strict=True))
+    at = whole.index(1).members(3)["txt"][0]
+
+    os.truncate(paths[1], at + 5)
+    shards = load(paths, tolerant=True, before=known)
+    assert (shards.n, shards.fingerprint, shards.damaged_since) == (14, whole.fingerprint, {1})
+    (fault,) = shards.faults
+    assert fault.shard == paths[1]
+    assert [shards.read(v) for v in range(10)] == texts[:10]
+    with pytest.raises(DataError, match=r"s-01\.tar: sample 'dir/1-3': byte \d+: the file ends here"):
+        shards.read(10)
+    cut = load(paths, tolerant=True)  # a run that begins now
+    assert (cut.n, cut.damaged_since) == (10, frozenset())
+    with pytest.raises(ConfigError, match=r"s-01\.tar: byte \d+"):
+        load(paths, before=known)
+
+    Path(paths[1]).write_bytes(content)
+    repaired = load(paths, tolerant=True, before=dict(zip(known, cut.summaries, strict=True)))
+    assert (repaired.n, repaired.fingerprint, repaired.damaged_since) == (10, cut.fingerprint, frozenset())
+    assert [repaired.read(v) for v in range(10)] == texts[:10]
+    write(Path(paths[1]), [(f"dir/1-{i}.txt", b"other") for i in range(9)])
+    replaced = load(paths, tolerant=True, before=known)
+    assert replaced.n == 16
+    assert replaced.fingerprint != whole.fingerprint

@@ -15,7 +15,8 @@ import pytest
 import webdataset
 
 from trainer.data.index import SIDECAR, ShardIndex
-from trainer.data.shards import Shards, expand
+from trainer.data.shards import Shards
+from trainer.data.spec import expand
 from trainer.data.storage import Storage
 from trainer.data.tools import write
 from trainer.data.tools.documents import Document

@@ -9,6 +9,7 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
+import pytest
 from webdataset import TarWriter
 
 from tests.runs import Run, assert_same_bits, assert_same_curve
@@ -116,3 +117,34 @@ def test_what_was_left_out_stays_out_though_it_can_be_read_again(tmp_path: Path)
     assert run.ledger()[: len(seen)] == seen
     assert quarantined(run) == left_out
     assert run.status()["state"] == "finished"
+
+
+@pytest.mark.parametrize("field", ["txt", "u16"])
+def test_a_shard_that_is_damaged_while_the_run_goes_on(tmp_path: Path, field: str) -> None:
+    """Killed behind that and started again, it takes the shard as it was: the curve of the run that was not killed."""
+    overrides = (*shards(tmp_path / "in", field), "data.on_error=quarantine")
+    whole = Run(tmp_path / "whole", 2, overrides)
+    whole.train()
+    assert not quarantined(whole)
+    killed = Run(tmp_path / "killed", 2, overrides)
+    killed.kill_at(16)
+    at = damage(tmp_path / "in" / "b.tar")
+    (fails,) = Run(killed.folder, 1, (*overrides, "data.on_error=fail")).train(expect=3).split("problem")[1:]
+    assert f"b.tar: byte {at}" in fails
+    killed.train()
+    (fault,) = quarantined(killed)
+    assert (Path(fault["shard"]).name, fault["byte"]) == ("b.tar", at)
+    assert_same_bits(killed, whole)
+
+
+def test_a_damaged_shard_that_is_repaired_changes_nothing_about_the_run(tmp_path: Path) -> None:
+    overrides = (*shards(tmp_path / "in"), "data.on_error=quarantine")
+    content = (tmp_path / "in" / "b.tar").read_bytes()
+    damage(tmp_path / "in" / "b.tar")
+    whole = Run(tmp_path / "whole", 1, overrides)
+    whole.train()
+    run = Run(tmp_path / "run", 1, overrides)
+    run.kill_at(16)
+    (tmp_path / "in" / "b.tar").write_bytes(content)
+    run.train()
+    assert_same_bits(run, whole)

@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
@@ -44,7 +44,7 @@ def key_and_extension(name: str) -> tuple[str, str] | None:
     return (match[1], match[2].lower()) if match else None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Summary:
     """A shard in few words, all JSON: what the catalogue of a data set holds of it."""
 
@@ -134,9 +134,23 @@ class ShardIndex:
             return None
         return cls(url, summary.size, stamp, names["keys"], starts, table, names["extensions"], summary.fault)
 
+    @classmethod
+    def of_before(cls, url: str, storage: Storage, summary: Summary) -> ShardIndex | None:
+        """The index that once was summed up so, if it is still kept: the shard may have been damaged since."""
+        kept = filter(None, (cls.load(place, url, summary.stamp) for place in places(url, storage)))
+        return next((index for index in kept if index.summary.digest == summary.digest), None)
+
+    def cut(self, samples: int) -> ShardIndex:
+        """The index of the first `samples` samples alone."""
+        starts = self.starts[: samples + 1]
+        table = self.table[: starts[-1]]
+        extensions = self.extensions[: int(table["extension"].max(initial=-1)) + 1]  # numbered as they came
+        return replace(self, keys=self.keys[:samples], starts=starts, table=table, extensions=extensions)
+
     def keep(self, storage: Storage) -> bool:
         """Saves the index in the first place that takes it; whether there is one."""
-        for place in places(self.url, storage):
+        *whole, damaged = places(self.url, storage)
+        for place in [damaged] if self.fault else whole:
             with suppress(OSError):  # read-only or full: the next place, or do without
                 self.save(place)
                 return True
@@ -271,10 +285,12 @@ def summary(url: str, storage: Storage) -> Summary | None:
 
 
 def places(url: str, storage: Storage) -> list[Path]:
-    """Where the index of a shard may be kept, best first."""
-    name = hashlib.sha256((url if is_url(url) else os.path.abspath(url)).encode("utf-8", "surrogateescape"))
-    cached = storage.cache / "indexes" / (name.hexdigest()[:32] + SIDECAR)
-    return [cached] if is_remote(url) or url.startswith("pipe:") else [Path(local_path(url) + SIDECAR), cached]
+    """Where the index of a shard may be kept, best first. The last one is of damaged shards: it does not replace what
+    is known of the whole one, which a run may still need."""
+    place = (url if is_url(url) else os.path.abspath(url)).encode("utf-8", "surrogateescape")
+    name = storage.cache / "indexes" / hashlib.sha256(place).hexdigest()[:32]
+    cached = [name.with_suffix(SIDECAR), name.with_suffix(f".damaged{SIDECAR}")]
+    return cached if is_remote(url) or url.startswith("pipe:") else [Path(local_path(url) + SIDECAR), *cached]
 
 
 def _summary(line: bytes, url: str) -> tuple[Summary, dict[str, Any]]:

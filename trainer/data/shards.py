@@ -6,30 +6,25 @@ a rank pays for the shards that it reads.
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
-import os
-import posixpath
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
-from braceexpand import braceexpand
 
 from trainer.data import index
 from trainer.data.exchange import Gather, alone, exchange
 from trainer.data.faults import Fault
 from trainer.data.foreign import Counts
 from trainer.data.index import Numbers, ShardIndex, Summary
-from trainer.data.storage import Storage, is_remote, is_url, shown
-from trainer.data.storage.urls import PIPE, check
+from trainer.data.spec import expand, file_name
+from trainer.data.storage import Storage, is_remote, shown
 from trainer.errors import ConfigError, DataError
 
 OPEN_SHARDS = 256
@@ -37,68 +32,12 @@ OPEN_SHARDS = 256
 Content = bytes | memoryview
 
 
-def expand(spec: str | Sequence[str], key: str = "data.shards", *, allow_pipe: bool = False) -> list[str]:
-    """The shards that `spec` means: paths, `{000000..000007}`, globs of files (sorted), `~`, URLs, or a list of these.
-
-    Raises one ConfigError that names all patterns without a match, missing files, URLs that cannot be read and shards
-    listed twice, each under `key`, which `spec` was given for.
-    """
-    found: list[str] = []
-    problems: list[str] = []
-    for pattern in [spec] if isinstance(spec, str) else spec:
-        try:
-            found += [url for piece in _braces(pattern) for url in _matches(piece, key, allow_pipe, problems)]
-        except ValueError:
-            problems.append(f"{key}: unbalanced braces in {shown(pattern)!r}")
-    seen: set[str] = set()
-    for url in found:
-        if (real := url if is_url(url) else os.path.abspath(url)) in seen:
-            problems.append(f"{key}: {shown(url)} is listed twice")
-        seen.add(real)
-    if not found and not problems:
-        problems.append(f"{key}: names no shard")
-    if problems:
-        raise ConfigError(problems)
-    return found
-
-
-def _braces(pattern: str) -> Iterator[str]:
-    return iter([pattern]) if os.path.exists(pattern) else braceexpand(pattern)
-
-
-def _matches(pattern: str, key: str, allow_pipe: bool, problems: list[str]) -> list[str]:
-    """The shards that one brace-free pattern means; adds to `problems` if there are none."""
-    if is_url(pattern):
-        try:
-            check(pattern, allow_pipe)
-        except ConfigError as error:
-            problems += [f"{key}: {problem}" for problem in error.problems]
-        return [pattern]
-    path = os.path.expanduser(pattern)
-    if os.path.isfile(path):
-        return [path]
-    if os.path.isdir(path):
-        problems.append(f"{key}: {pattern} is a folder; name its shards: {pattern.rstrip('/')}/*.tar")
-        return []
-    found = sorted(filter(os.path.isfile, glob.glob(path, recursive=True))) if glob.has_magic(path) else []
-    if not found:
-        problems.append(f"{key}: {'no file matches' if glob.has_magic(path) else 'missing file'} {pattern}")
-    return found
-
-
-def file_name(url: str) -> str:
-    """What a shard is called wherever it lies: the last part of its path."""
-    if url.startswith(PIPE):
-        return shown(url)
-    return posixpath.basename(urlsplit(url).path if is_url(url) else url)
-
-
 class _Shard:
     """One shard, opened: its index as plain arrays, and its bytes."""
 
-    def __init__(self, index: ShardIndex, storage: Storage):
+    def __init__(self, index: ShardIndex, stamp: str, storage: Storage):
         self.index, self.keys, self.blob = index, index.keys, storage.open(index.url)
-        if self.blob.stamp != index.stamp:
+        if self.blob.stamp != stamp:
             raise _changed(index.url)
         # Views of arrays: an item of one is an int, four times as fast as numpy's.
         self.starts = index.starts.data
@@ -137,14 +76,23 @@ class Shards:
     """Samples 0..n-1 in listed order. Any thread may read; a copy sent to another process reads there.
 
     `n`: samples. `bytes`: of the member `field` in all of them, or of all members. `starts`: int64 [shards + 1], the
-    first sample of each shard. `urls`, `stamps`, `digests`: one a shard, as given, of its file, of its index.
-    `fingerprint`: of names, counts, keys and sizes, the same wherever the shards lie. `faults`: damaged shards.
+    first sample of each shard. `urls`: as given. `fingerprint`: of names, counts, keys and sizes, the
+    same wherever the shards lie. `faults`: damaged shards. `summaries`: of each shard what a later life of a run is to
+    find again. `damaged_since`: numbers of the shards that such a life found damaged, and takes as they were.
     """
 
-    def __init__(self, urls: Sequence[str], summaries: Sequence[Summary], field: str | None, storage: Storage):
-        self.urls, self.field, self._storage = list(urls), field, storage
-        self.stamps = [summary.stamp for summary in summaries]
-        self.digests = [summary.digest for summary in summaries]
+    def __init__(
+        self,
+        urls: Sequence[str],
+        summaries: Sequence[Summary],
+        field: str | None,
+        storage: Storage,
+        *,
+        tolerant: bool = False,
+        damaged_since: Iterable[int] = (),
+    ):
+        self.urls, self.summaries, self.field, self._storage = list(urls), list(summaries), field, storage
+        self._tolerant, self.damaged_since = tolerant, frozenset(damaged_since)
         self.faults = [summary.fault for summary in summaries if summary.fault is not None]
         self.starts = np.cumsum([0, *(summary.samples for summary in summaries)], dtype=np.int64)
         self.n = int(self.starts[-1])
@@ -152,7 +100,6 @@ class Shards:
             summary.size for summary in summaries
         )
         self.fingerprint = self._fingerprint(summaries)
-        self._faulty = {fault.shard for fault in self.faults}
         self._first = self.starts.tolist()
         self._remote = any(map(is_remote, self.urls))
         self._seen: dict[int, str] = {}  # the stamp of each shard that this process has opened
@@ -168,21 +115,25 @@ class Shards:
         *,
         key: str = "data.shards",
         tolerant: bool = False,
+        before: Mapping[str, Summary] | None = None,
         part: tuple[int, int] = (0, 1),
         gather: Gather = alone,
     ) -> Shards:
         """The shards that `spec` means (see `expand`), indexed where they are not yet: each rank (`part`) its part.
 
         `field`: a member that all samples must have. None: none, and the indexes of others are believed, so that a
-        shard is not walked before it is read. `tolerant`: of a damaged shard what lies before the damage is used.
+        shard is not walked before it is read. `tolerant`: of a damaged shard what lies before the damage is used; or
+        all that `before` tells of it, by its file name: what an earlier life of the run knew.
         Raises ConfigError on all ranks, with all that is wrong; its exit code is DataError's if damage is all.
         """
         urls, field = expand(spec, key, allow_pipe=storage.allow_pipe), field and field.lower()
         look = partial(_look, storage=storage, field=field, tolerant=tolerant, counts=Counts(storage))
-        found = exchange(urls, look, part, gather)
-        summaries = [Summary(**{**one, "fault": one["fault"] and Fault(**one["fault"])}) for one in found]
-        shards = cls(urls, summaries, field, storage)
-        shards._seen.update((i, shards.stamps[i]) for i in range(part[0], len(urls), part[1]))
+        before = (before if tolerant else None) or {}
+        found = exchange([(url, before.get(file_name(url))) for url in urls], look, part, gather)
+        summaries = [from_json(one["summary"]) for one in found]
+        since = [number for number, one in enumerate(found) if one["damaged_since"]]
+        shards = cls(urls, summaries, field, storage, tolerant=tolerant, damaged_since=since)
+        shards._seen.update((number, found[number]["stamp"]) for number in range(part[0], len(urls), part[1]))
         if not shards.n:
             raise ConfigError(f"{key}: no samples in {', '.join(map(shown, urls[:8]))}")
         return shards
@@ -305,16 +256,15 @@ class Shards:
         return shard
 
     def _load(self, number: int) -> _Shard:
-        url, counted = self.urls[number], not self.digests[number]
-        tolerant = counted or shown(url) in self._faulty
-        found = ShardIndex.open(url, self._storage, tolerant=tolerant)
-        if not counted and found.summary.digest != self.digests[number]:
-            raise _changed(url)
-        if counted and found.fault is None and len(found.keys) != self._first[number + 1] - self._first[number]:
-            raise self._short(found)
+        url, told = self.urls[number], self.summaries[number]
+        found = ShardIndex.open(url, self._storage, tolerant=self._tolerant or not told.digest)
         if self._seen.setdefault(number, found.stamp) != found.stamp:
             raise _changed(url)
-        return _Shard(found, self._storage)
+        if told.digest:
+            return _Shard(_as_told(found, told, self._storage), found.stamp, self._storage)
+        if found.fault is None and len(found.keys) != told.samples:  # another's index told of it
+            raise self._short(found)
+        return _Shard(found, found.stamp, self._storage)
 
     def _short(self, found: ShardIndex) -> DataError:
         """What is said of a shard that has not as many samples as its catalogue, or another's index, promised."""
@@ -332,20 +282,46 @@ class Shards:
         self._open, self._lock = {}, threading.Lock()
 
 
-def _look(url: str, *, storage: Storage, field: str | None, tolerant: bool, counts: Counts) -> dict[str, Any]:
-    """The summary of a shard, JSON-able. Raises DataError; ConfigError if a sample lacks `field`."""
+def _look(
+    asked: tuple[str, Summary | None], *, storage: Storage, field: str | None, tolerant: bool, counts: Counts
+) -> dict[str, Any]:
+    """What is to be told of a shard, JSON-able: its summary, its stamp now, whether it was damaged since `before`.
+
+    Raises DataError; ConfigError if a sample lacks `field`.
+    """
+    url, before = asked
     if field is None and (counted := _counted(url, storage, counts)) is not None:
-        return asdict(counted)
+        return {"summary": asdict(counted), "stamp": counted.stamp, "damaged_since": False}
     found, whole = index.summary(url, storage), None
     if found is None or (found.fault is not None and not tolerant):
         whole = ShardIndex.open(url, storage, tolerant=tolerant)
         found = whole.summary
+    stamp, since = found.stamp, False
+    if before is not None and before.digest not in ("", found.digest):
+        with suppress(DataError):
+            _as_told(whole or ShardIndex.open(url, storage, tolerant=True), before, storage)
+            since = found.fault is not None
+            found = replace(before, fault=found.fault or before.fault)
     if field is not None and found.fields.get(field, (0, 0))[0] < found.samples:
         whole = whole or ShardIndex.open(url, storage, tolerant=tolerant)
         lacking = int(np.flatnonzero(whole.field(field)[0] < 0)[0])
         there = f"sample {whole.keys[lacking]!r} has no {field!r}; it has: {', '.join(sorted(whole.members(lacking)))}"
         raise ConfigError(f"data.field: {shown(url)}: {there}")
-    return asdict(found)
+    return {"summary": asdict(found), "stamp": stamp, "damaged_since": since}
+
+
+def _as_told(found: ShardIndex, told: Summary, storage: Storage) -> ShardIndex:
+    """The index of a shard as it was told of: itself, or if it was damaged or repaired since, as it was before.
+
+    Raises DataError if it is not the same shard, or cannot be known to be.
+    """
+    if found.summary.digest == told.digest:
+        return found
+    if found.fault is not None and (before := ShardIndex.of_before(found.url, storage, told)) is not None:
+        return before
+    if len(found.keys) > told.samples and (cut := found.cut(told.samples)).summary.digest == told.digest:
+        return cut
+    raise _changed(found.url) if found.fault is None else found.fault.error()
 
 
 def _counted(url: str, storage: Storage, counts: Counts) -> Summary | None:
@@ -356,6 +332,12 @@ def _counted(url: str, storage: Storage, counts: Counts) -> Summary | None:
         if (count := counts.count(blob)) is None:
             return None
         return Summary(blob.size, blob.stamp, count.samples, {}, "")
+
+
+def from_json(summary: dict[str, Any]) -> Summary:
+    """The summary of which `asdict` went through JSON. Raises TypeError, ValueError, KeyError if it is none."""
+    fields = {name: (int(count), int(size)) for name, (count, size) in summary["fields"].items()}
+    return Summary(**{**summary, "fields": fields, "fault": summary["fault"] and Fault(**summary["fault"])})
 
 
 def _fields(summary: Summary, field: str | None) -> Iterator[tuple[str, int]]:

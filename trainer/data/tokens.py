@@ -25,6 +25,7 @@ import numpy.typing as npt
 from trainer.data.exchange import Gather, alone, exchange
 from trainer.data.faults import Fault
 from trainer.data.shards import Shards
+from trainer.data.storage import shown
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError, DataError
 
@@ -176,8 +177,8 @@ class TokenLine:
         what: list[str | None] = [
             FORMAT,
             self.shards.urls[number],
-            self.shards.stamps[number],
-            self.shards.digests[number],
+            self.shards.summaries[number].stamp,
+            self.shards.summaries[number].digest,
         ]
         what += [self.shards.field, self._tokenizer.fingerprint]
         name = hashlib.sha256(json.dumps(what).encode("utf-8", "surrogateescape")).hexdigest()[:32]
@@ -190,6 +191,9 @@ class TokenLine:
             about = json.loads(path.with_suffix(".json").read_bytes())
             if path.stat().st_size == about["tokens"] * self._dtype.itemsize:
                 return about
+        if number in self.shards.damaged_since:
+            place, gone = shown(self.shards.urls[number]), "its tokens are no longer in data.cache"
+            raise DataError(f"{place}: was damaged since the run began, and {gone}; restore the shard", shard=place)
         return self._encode(number, path)
 
     def _encode(self, number: int, path: Path) -> dict[str, Any]:

@@ -1,0 +1,71 @@
+"""Which shards are meant: braces, globs and addresses to a list; and what a shard is called wherever it lies."""
+
+from __future__ import annotations
+
+import glob
+import os
+import posixpath
+from collections.abc import Iterator, Sequence
+from urllib.parse import urlsplit
+
+from braceexpand import braceexpand
+
+from trainer.data.storage import is_url, shown
+from trainer.data.storage.urls import PIPE, check
+from trainer.errors import ConfigError
+
+
+def expand(spec: str | Sequence[str], key: str = "data.shards", *, allow_pipe: bool = False) -> list[str]:
+    """The shards that `spec` means: paths, `{000000..000007}`, globs of files (sorted), `~`, URLs, or a list of these.
+
+    Raises one ConfigError that names all patterns without a match, missing files, URLs that cannot be read and shards
+    listed twice, each under `key`, which `spec` was given for.
+    """
+    found: list[str] = []
+    problems: list[str] = []
+    for pattern in [spec] if isinstance(spec, str) else spec:
+        try:
+            found += [url for piece in _braces(pattern) for url in _matches(piece, key, allow_pipe, problems)]
+        except ValueError:
+            problems.append(f"{key}: unbalanced braces in {shown(pattern)!r}")
+    seen: set[str] = set()
+    for url in found:
+        if (real := url if is_url(url) else os.path.abspath(url)) in seen:
+            problems.append(f"{key}: {shown(url)} is listed twice")
+        seen.add(real)
+    if not found and not problems:
+        problems.append(f"{key}: names no shard")
+    if problems:
+        raise ConfigError(problems)
+    return found
+
+
+def _braces(pattern: str) -> Iterator[str]:
+    return iter([pattern]) if os.path.exists(pattern) else braceexpand(pattern)
+
+
+def _matches(pattern: str, key: str, allow_pipe: bool, problems: list[str]) -> list[str]:
+    """The shards that one brace-free pattern means; adds to `problems` if there are none."""
+    if is_url(pattern):
+        try:
+            check(pattern, allow_pipe)
+        except ConfigError as error:
+            problems += [f"{key}: {problem}" for problem in error.problems]
+        return [pattern]
+    path = os.path.expanduser(pattern)
+    if os.path.isfile(path):
+        return [path]
+    if os.path.isdir(path):
+        problems.append(f"{key}: {pattern} is a folder; name its shards: {pattern.rstrip('/')}/*.tar")
+        return []
+    found = sorted(filter(os.path.isfile, glob.glob(path, recursive=True))) if glob.has_magic(path) else []
+    if not found:
+        problems.append(f"{key}: {'no file matches' if glob.has_magic(path) else 'missing file'} {pattern}")
+    return found
+
+
+def file_name(url: str) -> str:
+    """What a shard is called wherever it lies: the last part of its path."""
+    if url.startswith(PIPE):
+        return shown(url)
+    return posixpath.basename(urlsplit(url).path if is_url(url) else url)
