@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -22,6 +23,7 @@ from trainer.data.shards import Shards, from_json
 from trainer.data.spec import file_name
 from trainer.data.storage import Storage
 from trainer.data.stream import Part, Share, Source, Stream
+from trainer.data.team import Team
 from trainer.data.tokenizer import Tokenizer
 from trainer.data.tokens import TokenLine
 from trainer.data.validation import Validation
@@ -155,7 +157,7 @@ class _Opening:
 
     def __init__(self, config: Config, topology: Topology):
         self.config, self.topology = config, topology
-        self.part = (topology.rank, topology.world_size)
+        self.team = Team(topology.rank, topology.world_size, topology.gather, _teller(topology))
         self.cache = Path(config.data.cache).expanduser()
         self.tolerant = config.data.on_error == "quarantine"
         self.before = _catalogue_before(config) if self.tolerant else {}
@@ -185,8 +187,7 @@ class _Opening:
             key=key,
             tolerant=self.tolerant and source is not None,
             before=self.before.get(source),
-            part=self.part,
-            gather=self.topology.gather,
+            team=self.team,
         )
 
     def source(self, shards: Shards, tokenizer: Tokenizer, held_out: bool = False) -> Source:
@@ -197,12 +198,21 @@ class _Opening:
             if self.topology.is_main:
                 samples.check()
             return samples
-        exchange: dict[str, Any] = {"part": self.part, "gather": self.topology.gather}
-        line = TokenLine(shards, tokenizer, self.cache, tolerant=self.tolerant and not held_out, **exchange)
+        line = TokenLine(shards, tokenizer, self.cache, tolerant=self.tolerant and not held_out, team=self.team)
         if line.total < 2:
             raise DataError(f"{', '.join(shards.urls[:8])}: no token to predict: the documents are empty")
         packing = "concat" if held_out else data.packing
-        return Packed(line, data.sequence_length, packing=packing, document_mask=data.document_mask, **exchange)
+        return Packed(line, data.sequence_length, packing=packing, document_mask=data.document_mask, team=self.team)
+
+
+def _teller(topology: Topology) -> Callable[[str, int, int], None]:
+    """Tells how far long work is, on one rank's console."""
+
+    def told(what: str, done: int, total: int) -> None:
+        if topology.is_main:
+            print(f"{what:27} {done:,}/{total:,}", file=sys.stderr, flush=True)
+
+    return told
 
 
 def _catalogue_before(config: Config) -> dict[str | None, dict[str, Summary]]:

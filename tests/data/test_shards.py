@@ -10,16 +10,19 @@ import subprocess
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import webdataset
 
+from tests.data.ranks import on_ranks
 from tests.data.tars import by_webdataset, make, open_below, storage, write
 from trainer.data import shards as module
 from trainer.data.index import SIDECAR, ShardIndex
 from trainer.data.shards import Shards
 from trainer.data.spec import expand
+from trainer.data.team import Team
 from trainer.errors import ConfigError, DataError
 
 
@@ -177,27 +180,18 @@ def damage(path: str, at: int) -> None:
 
 def test_ranks_share_the_work_and_hear_of_each_others_damage(tmp_path: Path) -> None:
     """Each of two ranks indexes its half; what one finds damaged is raised on both, with exit code 3."""
-    from threading import Barrier
-
     for case in ("whole", "damaged"):
         paths = make(tmp_path / case, 5)
         if case == "damaged":
             damage(paths[1], 3)
-        values, barrier = [None, None], Barrier(2)
 
-        def gather(rank: int, value, values=values, barrier=barrier):
-            values[rank] = json.loads(json.dumps(value))
-            barrier.wait()
-            return list(values)
-
-        def rank(number: int, paths=paths, gather=gather):
+        def rank(team: Team, paths: list[str] = paths) -> Any:
             try:
-                return load(paths, part=(number, 2), gather=lambda value: gather(number, value)).fingerprint
+                return load(paths, team=team).fingerprint
             except ConfigError as error:
                 return error.exit_code, str(error)
 
-        with ThreadPoolExecutor(2) as pool:
-            one, other = pool.map(rank, (0, 1))
+        one, other = on_ranks(2, rank)
         assert one == other
         if case == "whole":
             assert one == load(paths).fingerprint

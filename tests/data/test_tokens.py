@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import threading
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 from webdataset import TarWriter
 
+from tests.data.ranks import on_ranks
 from tests.data.texts import read_tokens, write_shards
 from trainer.data import tokens as module
 from trainer.data.shards import Shards
@@ -125,7 +125,7 @@ def test_ranks_share_the_work_and_know_the_same(tmp_path: Path, shared: bool, mo
     encoded: list[int] = []
     original = TokenLine._encode
     monkeypatch.setattr(TokenLine, "_encode", lambda self, n, path: encoded.append(n) or original(self, n, path))
-    lines = on_ranks(3, lambda rank, **o: line_of(paths, tmp_path / ("disk" if shared else f"disk{rank}"), **o))
+    lines = on_ranks(3, lambda team: line_of(paths, tmp_path / ("disk" if shared else f"disk{team.rank}"), team=team))
     assert sorted(encoded) == [0, 1, 2, 3, 4]
     for line in lines:
         assert (line.total, line.starts.tolist()) == (expected.total, expected.starts.tolist())
@@ -133,35 +133,10 @@ def test_ranks_share_the_work_and_know_the_same(tmp_path: Path, shared: bool, mo
     assert len(encoded) == (5 if shared else 15)
 
     bad = bad_shards(tmp_path / "bad")
-    errors = on_ranks(3, lambda rank, **o: line_of(bad, tmp_path / f"bad{rank}", **o))
+    errors = on_ranks(3, lambda team: line_of(bad, tmp_path / f"bad{team.rank}", team=team))
     assert len({str(error) for error in errors}) == 1
     assert "'a3'" in str(errors[0])
     assert "'c0'" in str(errors[0])
-
-
-def on_ranks(size: int, make: Any) -> list[Any]:
-    """What `make(rank, part=, gather=)` gives or raises on each of `size` ranks that run at once."""
-    barrier, places, results = threading.Barrier(size), [None] * size, [None] * size
-
-    def rank(number: int) -> None:
-        def gather(value: Any) -> list[Any]:
-            places[number] = value
-            barrier.wait(30)
-            everything = list(places)
-            barrier.wait(30)
-            return everything
-
-        try:
-            results[number] = make(number, part=(number, size), gather=gather)
-        except Exception as error:
-            results[number] = error
-
-    threads = [threading.Thread(target=rank, args=(number,)) for number in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return results
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:

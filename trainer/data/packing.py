@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from trainer.data.exchange import Gather, alone, exchange
+from trainer.data.team import ALONE, Team
 from trainer.data.tokens import TokenLine
 
 NO_TARGET = -100
@@ -50,12 +50,12 @@ class Concatenated:
 class BestFit:
     """A unit is documents of one shard, none of them cut unless it is longer than a sequence by itself."""
 
-    def __init__(self, line: TokenLine, length: int, part: tuple[int, int] = (0, 1), gather: Gather = alone):
+    def __init__(self, line: TokenLine, length: int, team: Team):
         self._line, self._length = line, length
         self._open: OrderedDict[int, list[list[tuple[int, int]]]] = OrderedDict()
         self._lock = threading.Lock()
         shards = list(range(len(line.starts) - 1))
-        self._starts = np.cumsum([0, *exchange(shards, lambda shard: len(self._bins(shard)), part, gather)])
+        self._starts = np.cumsum([0, *team.share("packed shards", shards, lambda shard: len(self._bins(shard)))])
         self.n = int(self._starts[-1])
 
     def ranges(self, unit: int) -> list[tuple[int, int]]:
@@ -106,11 +106,10 @@ class Packed:
         *,
         packing: str = "concat",
         document_mask: bool = False,
-        part: tuple[int, int] = (0, 1),
-        gather: Gather = alone,
+        team: Team = ALONE,
     ):
         self._line, self._length, self._document_mask = line, length, document_mask
-        self._cut: Any = Concatenated(line, length) if packing == "concat" else BestFit(line, length, part, gather)
+        self._cut: Any = Concatenated(line, length) if packing == "concat" else BestFit(line, length, team)
         self._flows = packing == "concat"  # whether what follows a range is what follows it in the text
         self.n = self._cut.n
         self.bytes = line.total * 2

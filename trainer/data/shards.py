@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 
 from trainer.data import index
-from trainer.data.exchange import Gather, alone, exchange
 from trainer.data.faults import Fault
 from trainer.data.foreign import Counts
 from trainer.data.index import Numbers, ShardIndex, Summary
 from trainer.data.spec import expand, file_name
 from trainer.data.storage import Storage, is_remote, shown
+from trainer.data.team import ALONE, Team
 from trainer.errors import ConfigError, DataError
 
 OPEN_SHARDS = 256
@@ -116,10 +116,9 @@ class Shards:
         key: str = "data.shards",
         tolerant: bool = False,
         before: Mapping[str, Summary] | None = None,
-        part: tuple[int, int] = (0, 1),
-        gather: Gather = alone,
+        team: Team = ALONE,
     ) -> Shards:
-        """The shards that `spec` means (see `expand`), indexed where they are not yet: each rank (`part`) its part.
+        """The shards that `spec` means (see `expand`), indexed where they are not yet: each rank of `team` its part.
 
         `field`: a member that all samples must have. None: none, and the indexes of others are believed, so that a
         shard is not walked before it is read. `tolerant`: of a damaged shard what lies before the damage is used; or
@@ -129,11 +128,11 @@ class Shards:
         urls, field = expand(spec, key, allow_pipe=storage.allow_pipe), field and field.lower()
         look = partial(_look, storage=storage, field=field, tolerant=tolerant, counts=Counts(storage))
         before = (before if tolerant else None) or {}
-        found = exchange([(url, before.get(file_name(url))) for url in urls], look, part, gather)
+        found = team.share("indexes of shards", [(url, before.get(file_name(url))) for url in urls], look)
         summaries = [from_json(one["summary"]) for one in found]
         since = [number for number, one in enumerate(found) if one["damaged_since"]]
         shards = cls(urls, summaries, field, storage, tolerant=tolerant, damaged_since=since)
-        shards._seen.update((number, found[number]["stamp"]) for number in range(part[0], len(urls), part[1]))
+        shards._seen.update((number, found[number]["stamp"]) for number in range(team.rank, len(urls), team.size))
         if not shards.n:
             raise ConfigError(f"{key}: no samples in {', '.join(map(shown, urls[:8]))}")
         return shards

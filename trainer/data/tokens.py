@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from trainer.data.exchange import Gather, alone, exchange
 from trainer.data.faults import Fault
 from trainer.data.shards import Shards
 from trainer.data.storage import shown
+from trainer.data.team import ALONE, Team
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError, DataError
 
@@ -66,8 +66,7 @@ class TokenLine:
     """`total` tokens; those of shard s are [`starts`[s], `starts`[s + 1]). `faults`: damaged shards and texts.
 
     A document that is no UTF-8 raises DataError, or with `tolerant` has no tokens and is among `faults`. Each rank
-    (`part` = number, of how many) encodes its shards, and `gather` exchanges what came of it: errors are raised on all.
-    Any thread may read.
+    of `team` encodes its shards; errors are raised on all. Any thread may read.
     """
 
     def __init__(
@@ -77,15 +76,14 @@ class TokenLine:
         cache: Path,
         *,
         tolerant: bool = False,
-        part: tuple[int, int] = (0, 1),
-        gather: Gather = alone,
+        team: Team = ALONE,
     ):
         self.shards, self._tokenizer, self._cache, self._tolerant = shards, tokenizer, cache, tolerant
         self._stored = STORED.get(shards.field)
         self._dtype: np.dtype[Any] = self._stored or np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
         self._open: OrderedDict[int, _Shard] = OrderedDict()
         self._lock = threading.Lock()
-        summaries = exchange(list(range(len(shards.urls))), self._prepare, part, gather)
+        summaries = team.share("tokens of shards", list(range(len(shards.urls))), self._prepare)
         self.starts = np.cumsum([0] + [tokens for tokens, _ in summaries], dtype=np.int64)
         self.total = int(self.starts[-1])
         self.faults = [*shards.faults, *(Fault(**fault) for _, faults in summaries for fault in faults)]
