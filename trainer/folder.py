@@ -69,11 +69,16 @@ class RunFolder:
 
     def keep(self, tokenizer: Tokenizer, catalogue: dict[str, Any]) -> None:
         """The run's own copy of what it reads by: to be sampled from wherever its shards are by then, and to know them
-        as they were at its birth."""
-        if self.topology.is_main and tokenizer.content is not None:
-            replace_file(self.path / "tokenizer.json", tokenizer.content.encode())
-        if self.topology.is_main and self.found is None:
-            replace_file(self.path / CATALOGUE, json.dumps(catalogue).encode())
+        as they were at its birth. Raises ConfigError on all ranks where they have other contents now."""
+        problem = None
+        if self.topology.is_main:
+            if tokenizer.content is not None:
+                replace_file(self.path / "tokenizer.json", tokenizer.content.encode())
+            if self.found is None:
+                replace_file(self.path / CATALOGUE, json.dumps(catalogue).encode())
+            problem = _other_contents(self.path, catalogue)
+        if problem := self.topology.broadcast(problem):
+            raise ConfigError(problem)
 
     def fail(self, rank: int, error: OnecurveError, lost_peer: bool) -> dict[str, Any]:
         """Tells of this rank's failure, unless another rank was first; gives what the run fails of.
@@ -177,6 +182,19 @@ def _continues(then: dict[str, Any], identity: dict[str, Any], config: Config, p
     before, after = dict(_flat(then["config"])), dict(_flat(config.resolved()))
     changed = {name: [before.get(name), value] for name, value in after.items() if before.get(name) != value}
     return [{"kind": "config_changed", "changes": changed}] if changed else []
+
+
+def _other_contents(path: Path, catalogue: dict[str, Any]) -> list[str]:
+    """Where the data is not what the run in this folder began with, though it has the same sizes."""
+    try:
+        before = json.loads((path / CATALOGUE).read_bytes())
+        other = [name for name in catalogue if before[name]["fingerprint"] != catalogue[name]["fingerprint"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []  # lost: then it cannot be compared
+    advice = "restore it, or choose another run.name, or run.fresh=true"
+    return [
+        f"data source {name!r}: other texts than those that the run in {path} began with; {advice}" for name in other
+    ]
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -50,13 +50,6 @@ class Found:
     held_out: Shards | None
     tokenizer: Tokenizer
 
-    def catalogue(self) -> dict[str, Any]:
-        """What a later life of the run is to find again where `data.on_error=quarantine`, JSON-able."""
-        return {
-            name: {"names": [file_name(url) for url in shards.urls], "summaries": list(map(asdict, shards.summaries))}
-            for name, shards in self.training.items()
-        }
-
     def identity(self, config: Config, step: int) -> dict[str, Any]:
         """What the run is, as far as its first `step` steps go: what no later life of it may change."""
         until = max(step, 1)
@@ -85,6 +78,8 @@ class Inputs:
     stream: Stream
     validation: Validation | None
     tokenizer: Tokenizer
+    catalogue: dict[str, Any]
+    """By source what a later life of the run is to find again, JSON-able: its fingerprint, its shards' summaries."""
 
 
 def weights(config: Config) -> dict[int, list[float]]:
@@ -149,7 +144,16 @@ def open_inputs(config: Config, topology: Topology, found: Found) -> Inputs:
         dp_size=topology.dp_size,
         units=config.eval.steps and config.eval.steps * config.train.global_batch,
     )
-    return Inputs(Stream(share, workers=data.workers, processes=data.processes), validation, found.tokenizer)
+    stream = Stream(share, workers=data.workers, processes=data.processes)
+    catalogue = {
+        name: {
+            "fingerprint": source.fingerprint,
+            "shards": [file_name(url) for url in shards.urls],
+            "summaries": list(map(asdict, shards.summaries)),
+        }
+        for (name, shards), source in zip(found.training.items(), sources, strict=True)
+    }
+    return Inputs(stream, validation, found.tokenizer, catalogue)
 
 
 class _Opening:
@@ -222,8 +226,8 @@ def _catalogue_before(config: Config) -> dict[str | None, dict[str, Summary]]:
     try:
         kept = json.loads((Path(config.run.dir).expanduser() / CATALOGUE).read_bytes())
         return {
-            name: dict(zip(shards["names"], map(from_json, shards["summaries"]), strict=True))
-            for name, shards in kept.items()
+            name: dict(zip(about["shards"], map(from_json, about["summaries"]), strict=True))
+            for name, about in kept.items()
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}

@@ -40,8 +40,8 @@ def run(config: Config, born: float) -> None:
     with folder, _log(folder.path, topology.rank):
         job, stopped, weights = None, None, {}
         try:
-            folder.keep(found.tokenizer, found.catalogue())
             inputs = open_inputs(config, topology, found)
+            folder.keep(inputs.tokenizer, inputs.catalogue)
             job = build(config, topology, inputs, folder, identity, born)
             try:
                 loop.train(job)

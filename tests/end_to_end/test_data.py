@@ -108,6 +108,24 @@ def test_only_what_is_to_come_may_change(mixture: tuple[str, ...], tmp_path: Pat
     assert {sequence[0][0] for sequence in late} == {"c.tar", "d.tar"}
 
 
+def test_other_texts_of_the_same_sizes_are_noticed(tmp_path: Path) -> None:
+    write(tmp_path / "in", "a")
+    overrides = (*BASE, f"data.shards={tmp_path}/in/a.tar", f"data.cache={tmp_path}/cache", "data.tokenizer=bytes")
+    run = Run(tmp_path / "run", 1, (*overrides, "train.steps=8"))
+    run.train()
+    shard = tmp_path / "in" / "a.tar"
+    content = shard.read_bytes()
+    at = content.index(b"not", len(content) // 2)
+    shard.write_bytes(content[:at] + b"NOT" + content[at + 3 :])
+    run.overrides = overrides
+    for procs in (1, 2):
+        run.procs = procs
+        assert "not the texts that the run" in run.train(expect=2)
+        assert run.last_step() == 8
+    shard.write_bytes(content)
+    run.train()
+
+
 @pytest.fixture(params=["http", "s3"])
 def remote(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Where the shards of tmp_path/in can be had: by a web server that fails often, or from S3."""

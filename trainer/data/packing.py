@@ -113,7 +113,7 @@ class Packed:
         self._flows = packing == "concat"  # whether what follows a range is what follows it in the text
         self.n = self._cut.n
         self.bytes = line.total * 2
-        self.faults = line.faults
+        self.faults, self.fingerprint = line.faults, line.fingerprint
 
     def read(self, unit: int, draw: int) -> Row:
         """The row of a unit."""

@@ -39,7 +39,7 @@ class Samples:
 
     def __init__(self, shards: Shards, recipe: Recipe):
         self.shards, self._recipe = shards, recipe
-        self.n, self.bytes, self.faults = shards.n, shards.bytes, shards.faults
+        self.n, self.bytes, self.faults, self.fingerprint = shards.n, shards.bytes, shards.faults, shards.fingerprint
 
     def read(self, unit: int, draw: int) -> Row:
         """The fields of a sample as tensors. Where `draw` is 0, nothing is random.

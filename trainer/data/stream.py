@@ -43,6 +43,10 @@ class Source(Protocol):
         DataError (shard, key) if the unit cannot be read.
         """
 
+    @property
+    def fingerprint(self) -> str:
+        """Of what its units are, as far as that is known when it is opened: equal in every life of a run."""
+
     def foresee(self, units: Sequence[int]) -> None:
         """A hint that these will be read soon, in this order: what comes over the network is fetched meanwhile."""
 

@@ -8,6 +8,7 @@ a sequence be cut out of the line at any place without reading what lies before 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import threading
@@ -28,8 +29,9 @@ from trainer.data.storage import shown
 from trainer.data.team import ALONE, Team
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError, DataError
+from trainer.files import replace_file
 
-FORMAT = "onecurve-tokens-1"
+FORMAT = "onecurve-tokens-2"
 STORED: dict[str | None, np.dtype[Any]] = {
     "u16": np.dtype("<u2"),
     "u32": np.dtype("<u4"),
@@ -84,9 +86,11 @@ class TokenLine:
         self._open: OrderedDict[int, _Shard] = OrderedDict()
         self._lock = threading.Lock()
         summaries = team.share("tokens of shards", list(range(len(shards.urls))), self._prepare)
-        self.starts = np.cumsum([0] + [tokens for tokens, _ in summaries], dtype=np.int64)
+        self.starts = np.cumsum([0] + [tokens for tokens, _, _ in summaries], dtype=np.int64)
         self.total = int(self.starts[-1])
-        self.faults = [*shards.faults, *(Fault(**fault) for _, faults in summaries for fault in faults)]
+        told = json.dumps([shards.fingerprint, [[tokens, digest] for tokens, _, digest in summaries]])
+        self.fingerprint = hashlib.sha256(told.encode()).hexdigest()
+        self.faults = [*shards.faults, *(Fault(**fault) for _, faults, _ in summaries for fault in faults)]
 
     def read(self, first: int, count: int) -> npt.NDArray[Any]:
         """The tokens [first, first + count) of the line, fewer at its end; unsigned [<= count]."""
@@ -139,8 +143,8 @@ class TokenLine:
         vars(self).update(state)
         self._lock = threading.Lock()
 
-    def _prepare(self, number: int) -> tuple[int, list[dict[str, Any]]]:
-        """Number of tokens and faults of a shard."""
+    def _prepare(self, number: int) -> tuple[int, list[dict[str, Any]], str]:
+        """Number of tokens and faults of a shard, and the checksum of its tokens where it is known."""
         if self._stored is not None:
             sizes = self.shards.sizes(number)
             if odd := np.flatnonzero(sizes % self._stored.itemsize).tolist():
@@ -151,12 +155,12 @@ class TokenLine:
                     shard=self.shards.urls[number],
                     key=key,
                 )
-            return int(sizes.sum()) // self._stored.itemsize, []
+            return int(sizes.sum()) // self._stored.itemsize, [], ""
         about = self._about(number)
         if about["faults"] and not self._tolerant:
             fault = about["faults"][0]
             raise DataError(fault["cause"], **{name: fault[name] for name in ("shard", "key", "byte")})
-        return about["tokens"], about["faults"]
+        return about["tokens"], about["faults"], about["sha256"]
 
     def _load(self, number: int) -> _Shard:
         if self._stored is not None:
@@ -196,7 +200,7 @@ class TokenLine:
 
     def _encode(self, number: int, path: Path) -> dict[str, Any]:
         """Encodes a shard: tokens and lengths first, what is there last, each whole or not at all."""
-        lengths, faults = [], []
+        lengths, faults, digest = [], [], hashlib.sha256()
         beside = path.with_name(f".{uuid.uuid4().hex}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -211,15 +215,18 @@ class TokenLine:
                         faults.append(vars(Fault.of(error)))
                         lengths.append(0)
                         continue
-                    file.write(ids.tobytes())
+                    content = ids.tobytes()
+                    digest.update(content)
+                    file.write(content)
                     lengths.append(len(ids))
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(beside, path)
-            about = {"tokens": sum(lengths), "faults": faults}
-            with open(beside, "xb") as file:
-                np.save(file, np.array(lengths, np.int32), allow_pickle=False)
-            os.replace(beside, path.with_suffix(".lengths.npy"))
-            beside.write_text(json.dumps(about))
-            os.replace(beside, path.with_suffix(".json"))
+            packed = io.BytesIO()
+            np.save(packed, np.array(lengths, np.int32), allow_pickle=False)
+            replace_file(path.with_suffix(".lengths.npy"), packed.getbuffer())
+            about = {"tokens": sum(lengths), "faults": faults, "sha256": digest.hexdigest()}
+            replace_file(path.with_suffix(".json"), json.dumps(about).encode())
             return about
         except OSError as error:
             raise ConfigError(f"data.cache={self._cache}: tokens cannot be kept there: {error.strerror}") from error
