@@ -120,7 +120,7 @@ def test_other_texts_of_the_same_sizes_are_noticed(tmp_path: Path) -> None:
     run.overrides = overrides
     for procs in (1, 2):
         run.procs = procs
-        assert "not the texts that the run" in run.train(expect=2)
+        assert "other texts than those that the run" in run.train(expect=2)
         assert run.last_step() == 8
     shard.write_bytes(content)
     run.train()
