@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 import trainer
@@ -19,8 +20,14 @@ def main() -> None:
     for part in (train, sample, report, export, data):
         part.add_commands(commands)
     arguments = parser.parse_args()
+    sys.path.append(os.getcwd())  # packages of the user's, as for `python -m trainer`
     try:
-        sys.exit(arguments.func(arguments))
+        code = arguments.func(arguments)
+        sys.stdout.flush()
+        sys.exit(code)
+    except BrokenPipeError:  # `| head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except OnecurveError as error:
         tell(error)
         sys.exit(error.exit_code)

@@ -67,6 +67,14 @@ def test_refused(override: str, message: str) -> None:
     assert message in "\n".join(problems(override))
 
 
+@pytest.mark.parametrize(
+    "value", ["/d/train-{000000..000003}.tar", "~/x-*.tar", "https://h/{a,b}.tar?sig=1&t='x'", "pipe:zcat a.gz | cat"]
+)
+def test_places_of_shards_need_no_quotes_of_hydras(value: str) -> None:
+    config = load(["data=webdataset", f"data.shards={value}"])
+    assert config.data.shards == value
+
+
 def test_all_problems_at_once() -> None:
     found = problems("train.stpes=5", "train.steps=abc", "strategy=ddb", "model.heads=5", "nonsense")
     assert len(found) == 5

@@ -46,6 +46,9 @@ def compose(overrides: Sequence[str], config_dir: str | None = None) -> tuple[di
             parser.parse_overrides([text])
             good.append(text)
         except OverrideParseException:
+            if quoted := _quoted(text, parser):
+                good.append(quoted)
+                continue
             problems.append(f"{text}: is no override; write key=value (quote values with spaces, commas or braces)")
     extra = [f"hydra.searchpath=[file://{os.path.abspath(config_dir)}]"] if config_dir else []
     with _hydra():
@@ -62,6 +65,20 @@ def compose(overrides: Sequence[str], config_dir: str | None = None) -> tuple[di
                 good.remove(culprit)
             except (HydraException, OmegaConfBaseException, ValueError) as error:
                 return {}, [*problems, " ".join(str(error if str(error) else error.__cause__).split())]
+
+
+def _quoted(text: str, parser: OverridesParser) -> str | None:
+    """The override with its value in quotes, where that is all it lacks: paths and URLs with braces, `~`, `?`."""
+    key, equals, value = text.partition("=")
+    if not equals or not value or value[0] in "{[\"'":
+        return None
+    escaped = value.replace("'", "\\'")
+    quoted = f"{key}='{escaped}'"
+    try:
+        parser.parse_overrides([quoted])
+    except OverrideParseException:
+        return None
+    return quoted
 
 
 def raw_values(config: DictConfig) -> dict[str, Any]:

@@ -161,7 +161,7 @@ class Data(Plugin):
         "weight: 1}}`. At every point of the run each source has had its share, to within one sequence; each has its "
         "own epochs."
     )
-    reweight: dict[Count, dict[str, Float]] = Field(
+    reweight: dict[Count, dict[str, Annotated[Float, Field(ge=0)]]] = Field(
         description="Other weights after that many steps: `{1000: {web: 1, code: 1}}`."
     )
     validation: str | list[str] | None = Field(description="Validation shards, likewise. null: no evaluation.")

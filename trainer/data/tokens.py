@@ -147,15 +147,15 @@ class TokenLine:
         """Number of tokens and faults of a shard, and the checksum of its tokens where it is known."""
         if self._stored is not None:
             sizes = self.shards.sizes(number)
-            if odd := np.flatnonzero(sizes % self._stored.itemsize).tolist():
-                key = self.shards.keys(number)[odd[0]]
-                raise DataError(
-                    f"{self.shards.urls[number]}: sample {key!r}: {sizes[odd[0]]} bytes are no whole number of "
-                    f"{self._stored.itemsize}-byte token ids",
-                    shard=self.shards.urls[number],
-                    key=key,
-                )
-            return int(sizes.sum()) // self._stored.itemsize, [], ""
+            place, width = shown(self.shards.urls[number]), self._stored.itemsize
+            faults = []
+            for i in np.flatnonzero(sizes % width).tolist():
+                key = self.shards.keys(number)[i]
+                cause = f"{place}: sample {key!r}: {sizes[i]} bytes are no whole number of {width}-byte token ids"
+                faults.append(vars(Fault(place, key, None, cause)))
+                if not self._tolerant:
+                    raise DataError(cause, shard=place, key=key)
+            return int(self._counts(number).sum()), faults, ""
         about = self._about(number)
         if about["faults"] and not self._tolerant:
             fault = about["faults"][0]
@@ -164,15 +164,33 @@ class TokenLine:
 
     def _load(self, number: int) -> _Shard:
         if self._stored is not None:
-            stored, first = self._stored, int(self.shards.starts[number])
-            ends = np.cumsum(self.shards.sizes(number) // stored.itemsize)
-            return _Shard(ends, None, lambda i: np.frombuffer(self.shards.read(first + i), stored))
+            first = int(self.shards.starts[number])
+            return _Shard(np.cumsum(self._counts(number)), None, lambda i: self._stored_ids(first + i))
         about, path = self._about(number), self._path(number)
         lengths = np.load(path.with_suffix(".lengths.npy"), allow_pickle=False)
         flat: npt.NDArray[Any] = (
             np.memmap(path, self._dtype, "r", shape=(about["tokens"],)) if about["tokens"] else np.empty(0, self._dtype)
         )
         return _Shard(np.cumsum(lengths, dtype=np.int64), flat, lambda i: flat)
+
+    def _counts(self, number: int) -> Numbers:
+        """Tokens of each document of a shard of token ids; none of one that is no whole number of them."""
+        assert self._stored is not None
+        sizes = self.shards.sizes(number)
+        return np.where(sizes % self._stored.itemsize, 0, sizes // self._stored.itemsize)
+
+    def _stored_ids(self, sample: int) -> npt.NDArray[Any]:
+        """DataError if they are none of the tokenizer's."""
+        assert self._stored is not None
+        content = self.shards.read(sample)
+        if len(content) % self._stored.itemsize:  # among the faults already
+            return np.empty(0, self._stored)
+        ids = np.frombuffer(content, self._stored)
+        if len(ids) and int(ids.max()) >= self._tokenizer.vocab_size:
+            place, key = self.shards.path(sample), self.shards.name(sample)[1]
+            wrong = f"token id {ids.max()}, but data.tokenizer has {self._tokenizer.vocab_size} tokens"
+            raise DataError(f"{place}: sample {key!r}: {wrong}", shard=place, key=key)
+        return ids
 
     def _path(self, number: int) -> Path:
         """Where the tokens of a shard are kept: named by all that they depend on."""

@@ -63,10 +63,12 @@ class Quarantine:
                 file.flush()
                 os.fsync(file.fileno())
         self._rows += rows
-        if self._budget is not None and len(self._rows) > self._budget:
+        # A sample that comes again in another epoch, or in several sequences, is one.
+        bad = len({(row["shard"], row["key"], None if row["key"] else row["byte"]) for row in self._rows})
+        if self._budget is not None and bad > self._budget:
             last = self._rows[-1]["cause"]
             raise DataError(
-                f"{len(self._rows)} samples or shards cannot be read, but data.error_budget={self._budget}; "
+                f"{bad} samples or shards cannot be read, but data.error_budget={self._budget}; "
                 f"the last: {last}. All are in {self._path}"
             )
         return [{name: value for name, value in row.items() if name != "step"} for row in rows]
