@@ -262,16 +262,20 @@ import os, signal, sys, threading, time
 from pathlib import Path
 from trainer.data.loader import read_ahead
 
+def all_begun():  # else one worker may make the first items before the other's thread runs at all
+    while len(os.listdir({folder!r})) < (2 if {processes} else 1):
+        time.sleep(0.01)
+
 def make(number):
     Path({folder!r}, str(os.getpid())).touch()
+    all_begun()
     time.sleep({sleep})
     return number
 
 if __name__ == "__main__":
     threading.Thread(target=time.sleep, args=(600,), daemon=True).start()  # a parent with threads
     reader = read_ahead(make, 0, depth=3, workers=2, processes={processes})
-    while len(os.listdir({folder!r})) < (2 if {processes} else 1):
-        time.sleep(0.01)
+    all_begun()
     print("ready", flush=True)
     {end}
 """
