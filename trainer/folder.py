@@ -170,7 +170,7 @@ def _continues(then: dict[str, Any], identity: dict[str, Any], config: Config, p
     """Events of going on with the run of manifest `then`. Raises ConfigError where this would be another run."""
     before, after = dict(_flat(then["identity"])), dict(_flat(identity))
     differences = [
-        f"{name}: the run has {before.get(name)!r}, this command {after.get(name)!r}"
+        _difference(name, before.get(name), after.get(name), path)
         for name in {**before, **after}
         if before.get(name) != after.get(name)
     ]
@@ -182,6 +182,23 @@ def _continues(then: dict[str, Any], identity: dict[str, Any], config: Config, p
     before, after = dict(_flat(then["config"])), dict(_flat(config.resolved()))
     changed = {name: [before.get(name), value] for name, value in after.items() if before.get(name) != value}
     return [{"kind": "config_changed", "changes": changed}] if changed else []
+
+
+def _difference(name: str, before: Any, after: Any, path: Path) -> str:
+    """In the words of the config. Of shards only a checksum is known here."""
+    if name.startswith("data.shards."):
+        source = name.removeprefix("data.shards.")
+        key = "data.shards" if source == "all" else f"data.sources.{source}.shards"
+        if before and after:
+            what = "other names, order, keys, counts or sizes"
+            return f"{key}: not the shards that the run began with, but {what}; {path / CATALOGUE} lists them"
+        return (
+            f"{key}: the run has {'such' if before else 'no such'} shards, this command {'none' if before else 'has'}"
+        )
+    if name.startswith("data.weights."):
+        step = name.removeprefix("data.weights.")
+        name = "data.sources, weights" if step == "0" else f"data.reweight.{step}"
+    return f"{name}: the run has {before!r}, this command {after!r}"
 
 
 def _other_contents(path: Path, catalogue: dict[str, Any]) -> list[str]:

@@ -170,6 +170,11 @@ def test_expand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert word in problem
     with pytest.raises(ConfigError, match=r"^data\.shards: names no shard"):
         expand([])
+    with pytest.raises(ConfigError, match=r"s3://b/x-\*\.tar: addresses know no \*; write braces"):
+        expand("s3://b/x-*.tar")
+    with pytest.raises(ConfigError) as error:
+        expand(f"{base}/gone-{{0..99}}.tar")
+    assert error.value.problems[20:] == ["data.shards: and 80 more like these"]
 
 
 def damage(path: str, at: int) -> None:

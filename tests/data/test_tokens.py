@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import tarfile
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from tests.data.texts import read_tokens, write_shards
 from trainer.data import tokens as module
 from trainer.data.shards import Shards
 from trainer.data.storage import Storage
-from trainer.data.tokenizer import ByteTokenizer, JsonTokenizer, train_bpe
+from trainer.data.tokenizer import ByteTokenizer, JsonTokenizer, load, train_bpe
 from trainer.data.tokens import TokenLine
+from trainer.data.tools.pack import Options, pack_inputs
 from trainer.errors import ConfigError, DataError
 
 
@@ -89,6 +91,21 @@ def test_shards_of_token_ids_are_read_as_they_are(tmp_path: Path) -> None:
     assert e.value.exit_code == DataError.exit_code
 
 
+def test_token_ids_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("a line of text\n" * 50 + "".join(map(chr, range(32, 127))))
+    for tokenizer in ("bytes", "chars"):
+        options = Options(validation=0, tokenizer=tokenizer, tokenize=True)
+        pack_inputs([text], tmp_path / tokenizer, options)
+    shard = str(tmp_path / "chars" / "train-000000.tar")
+    assert line_of([shard], tmp_path / "cache", "u16", tokenizer=load(str(tmp_path / "chars" / "tokenizer.json"))).total
+    with pytest.raises(ConfigError, match=r"chars holds token ids of another tokenizer; set data.tokenizer=.*r.json"):
+        line_of([f"file://{shard}"], tmp_path / "cache", "u16")
+    assert line_of([str(tmp_path / "bytes" / "train-000000.tar")], tmp_path / "cache", "u16").total
+    os.rename(shard, tmp_path / "bytes" / "foreign.tar")  # a shard that dataset.json does not tell of
+    assert line_of([str(tmp_path / "bytes" / "foreign.tar")], tmp_path / "cache", "u16").total
+
+
 def bad_shards(folder: Path) -> list[str]:
     folder.mkdir()
     for name, broken in (("a", 3), ("b", None), ("c", 0)):
@@ -100,18 +117,22 @@ def bad_shards(folder: Path) -> list[str]:
 
 def test_text_that_is_none_fails_or_is_left_out(tmp_path: Path) -> None:
     paths = bad_shards(tmp_path / "in")
+    at = {}
+    for path, key in ((paths[0], "a3"), (paths[2], "c0")):
+        with tarfile.open(path) as tar:
+            at[key] = tar.getmember(f"{key}.txt").offset_data + 2
     for _ in range(2):  # also when it is known already
         with pytest.raises(ConfigError) as caught:
             line_of(paths, tmp_path / "cache")
         assert caught.value.exit_code == DataError.exit_code
         assert caught.value.problems == [
-            "a.tar: sample 'a3' is not UTF-8 text (at its byte 2)",
-            "c.tar: sample 'c0' is not UTF-8 text (at its byte 2)",
+            f"{paths[0]}: byte {at['a3']}: sample 'a3' is not UTF-8 text",
+            f"{paths[2]}: byte {at['c0']}: sample 'c0' is not UTF-8 text",
         ]
     line = line_of(paths, tmp_path / "cache", tolerant=True)
     assert [(Path(str(fault.shard)).name, fault.key, fault.byte) for fault in line.faults] == [
-        ("a.tar", "a3", 2),
-        ("c.tar", "c0", 2),
+        ("a.tar", "a3", at["a3"]),
+        ("c.tar", "c0", at["c0"]),
     ]
     assert line.total == 13 * 4
     assert len(list(line.documents(0, line.total))) == 13

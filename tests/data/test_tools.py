@@ -295,6 +295,9 @@ def test_stats(tmp_path: Path, onecurve: Run) -> None:
     code, lines = onecurve("stats", *paths, "--tokenizer", "/no/where")
     assert code == 2
     assert len(lines) == 1
+    code, lines = onecurve("stats", *paths, "--tokenizer", "bytes", "--field", "text")
+    assert code == 2
+    assert "--field text: no sample of" in lines[0]
 
 
 def test_stats_of_tokens(out: Path, onecurve: Run) -> None:

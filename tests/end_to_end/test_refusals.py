@@ -9,6 +9,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from webdataset import TarWriter
 
 from tests.runs import TINY, Run
 
@@ -105,6 +106,26 @@ def test_another_run_in_the_folder(tmp_path: Path) -> None:
     run.train()
     assert len(run.metrics()) == 5
     assert len(Run(tmp_path / "run.old-1").metrics()) == 15
+
+
+def test_other_data_in_the_words_of_the_config(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        with TarWriter(str(tmp_path / f"{name}.tar")) as tar:
+            for i in range(40):
+                tar.write(
+                    {"__key__": f"{name}{i}", "txt": "words of one piece, then of another"[: 20 + ord(name) - 97]}
+                )
+    mixed = "{{x: {{shards: {0}/{1}.tar, weight: {2}}}, y: {{shards: {0}/b.tar, weight: 1}}}}"
+    run = Run(tmp_path / "run", overrides=("data=webdataset", "data.validation=null", "train.steps=3"))
+    run.overrides += ("data.sources=" + mixed.format(tmp_path, "a", 1),)
+    run.train()
+    subprocess.run(onecurve("data", "index", "c.tar"), cwd=tmp_path, check=True, capture_output=True)
+    other = "data.sources=" + mixed.format(tmp_path, "c", 2)
+    problems = refused([*run.command, other], tmp_path)
+    assert problems[0].startswith("data.sources.x.shards: not the shards that the run began with")
+    assert problems[1] == "data.sources, weights: the run has [1.0, 1.0], this command [2.0, 1.0]"
+    run.overrides += ("data.reweight={3: {x: 1, y: 2}}", "train.steps=5")  # what is to come may change
+    run.train()
 
 
 def test_two_runs_in_one_folder(tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ from trainer.data.storage import is_url, shown
 from trainer.data.storage.urls import PIPE, check
 from trainer.errors import ConfigError
 
+_TOLD = 20  # problems that are told one by one
+
 
 def expand(spec: str | Sequence[str], key: str = "data.shards", *, allow_pipe: bool = False) -> list[str]:
     """The shards that `spec` means: paths, `{000000..000007}`, globs of files (sorted), `~`, URLs, or a list of these.
@@ -36,7 +38,8 @@ def expand(spec: str | Sequence[str], key: str = "data.shards", *, allow_pipe: b
     if not found and not problems:
         problems.append(f"{key}: names no shard")
     if problems:
-        raise ConfigError(problems)
+        more = [f"{key}: and {len(problems) - _TOLD} more like these"] if len(problems) > _TOLD else []
+        raise ConfigError(problems[:_TOLD] + more)
     return found
 
 
@@ -51,6 +54,10 @@ def _matches(pattern: str, key: str, allow_pipe: bool, problems: list[str]) -> l
             check(pattern, allow_pipe)
         except ConfigError as error:
             problems += [f"{key}: {problem}" for problem in error.problems]
+        if not pattern.startswith(PIPE) and "*" in urlsplit(pattern).path:
+            problems.append(
+                f"{key}: {shown(pattern)}: addresses know no *; write braces, such as {{000000..000127}}.tar"
+            )
         return [pattern]
     path = os.path.expanduser(pattern)
     if os.path.isfile(path):

@@ -150,12 +150,13 @@ class Share:
         return {name: tensor[:0] for name, tensor in batch([row]).items()}
 
     def _any_row(self) -> tuple[int, Row]:
-        source, problem = self.parts[0].source, DataError("there is no unit to read")
-        for unit in range(min(source.n, 1000)):
-            try:
-                return 0, source.read(unit, 0)
-            except DataError as error:
-                problem = error
+        problem = DataError("there is no unit to read")
+        for source in (part.source for part in self.parts):
+            for unit in range(min(source.n, 1000)):
+                try:
+                    return 0, source.read(unit, 0)
+                except DataError as error:
+                    problem = error
         raise problem
 
 

@@ -17,6 +17,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ import numpy.typing as npt
 
 from trainer.data.faults import Fault
 from trainer.data.shards import Shards
-from trainer.data.storage import shown
+from trainer.data.storage import is_url, shown
+from trainer.data.storage.urls import local_path, scheme
 from trainer.data.team import ALONE, Team
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError, DataError
@@ -146,6 +148,7 @@ class TokenLine:
     def _prepare(self, number: int) -> tuple[int, list[dict[str, Any]], str]:
         """Number of tokens and faults of a shard, and the checksum of its tokens where it is known."""
         if self._stored is not None:
+            self._check_tokenizer(self.shards.urls[number])
             sizes = self.shards.sizes(number)
             place, width = shown(self.shards.urls[number]), self._stored.itemsize
             faults = []
@@ -161,6 +164,17 @@ class TokenLine:
             fault = about["faults"][0]
             raise DataError(fault["cause"], **{name: fault[name] for name in ("shard", "key", "byte")})
         return about["tokens"], about["faults"], about["sha256"]
+
+    def _check_tokenizer(self, url: str) -> None:
+        """Raises ConfigError if packing said that the token ids of a shard are another tokenizer's: most would be valid
+        ids here, and mean something else."""
+        if is_url(url) and scheme(url) != "file":
+            return
+        folder, name = os.path.split(local_path(url))
+        if _packed_with(folder).get(name, self._tokenizer.fingerprint) != self._tokenizer.fingerprint:
+            its = os.path.join(folder, "tokenizer.json")
+            remedy = f"set data.tokenizer={its}" if os.path.exists(its) else "give the one it was packed with"
+            raise ConfigError(f"data.tokenizer: {folder} holds token ids of another tokenizer; {remedy}")
 
     def _load(self, number: int) -> _Shard:
         if self._stored is not None:
@@ -257,7 +271,18 @@ class TokenLine:
         try:
             text = str(content, "utf-8")
         except UnicodeDecodeError as error:
-            shard, key = self.shards.path(sample), self.shards.name(sample)[1]
-            place = f"{os.path.basename(shard)}: sample {key!r} is not UTF-8 text (at its byte {error.start})"
-            raise DataError(place, shard=shard, key=key, byte=error.start) from None
+            number, i = self.shards.locate(sample)
+            shard, key, index = self.shards.path(sample), self.shards.name(sample)[1], self.shards.index(number)
+            byte = index.members(i)[self.shards.field or ""][0] + error.start
+            cause = f"{shard}: byte {byte}: sample {key!r} is not UTF-8 text"
+            raise DataError(cause, shard=shard, key=key, byte=byte) from None
         return np.append(self._tokenizer.encode(text), self._tokenizer.separator).astype(self._dtype)
+
+
+@lru_cache(maxsize=64)
+def _packed_with(folder: str) -> dict[str, str]:
+    """By shard: the fingerprint of the tokenizer whose ids it holds, as far as a dataset.json in the folder tells."""
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        told = json.loads(Path(folder, "dataset.json").read_bytes())
+        return dict.fromkeys(told["sha256"], told["tokenizer"]["fingerprint"])
+    return {}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from trainer.data.stream import Batch, Source, batch
+from trainer.data.stream import Batch, Row, Source, batch
+from trainer.errors import DataError
 
 
 class Validation:
@@ -27,7 +28,13 @@ class Validation:
         for first in range(0, self._units, of_a_batch):
             units = range(first + self._dp_rank, min(first + of_a_batch, self._units), self._dp_size)
             if units:
-                yield batch([(0, self._source.read(unit, 0)) for unit in units])
+                yield batch([(0, self._read(unit)) for unit in units])
             else:
-                nothing = batch([(0, self._source.read(0, 0))])
+                nothing = batch([(0, self._read(0))])
                 yield {name: tensor[:0] for name, tensor in nothing.items()}
+
+    def _read(self, unit: int) -> Row:
+        try:
+            return self._source.read(unit, 0)
+        except DataError as error:
+            raise DataError(f"data.validation: {error}", shard=error.shard, key=error.key, byte=error.byte) from error

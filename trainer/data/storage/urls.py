@@ -49,7 +49,9 @@ def check(url: str, allow_pipe: bool) -> None:
     """Raises ConfigError for what could not be opened whatever is behind it."""
     if url.startswith(PIPE):
         if not allow_pipe:
-            raise ConfigError(f"{shown(url)}: runs a command in a shell; allow that with data.allow_pipe=true")
+            raise ConfigError(
+                f"{shown(url)}: runs a command in a shell; allow that with data.allow_pipe=true (--allow-pipe)"
+            )
         if not url[len(PIPE) :].strip():
             raise ConfigError("pipe: names no command")
         return

@@ -13,7 +13,7 @@ import numpy as np
 from trainer.data import tokenizer as tokenization
 from trainer.data.index import Numbers, ShardIndex
 from trainer.data.storage import Storage, shown
-from trainer.errors import DataError
+from trainer.errors import ConfigError, DataError
 
 STORED = {"u16": 2, "u32": 4}  # bytes of a token id
 
@@ -32,12 +32,16 @@ class Measured:
 
 def measure(url: str, storage: Storage, field: str | None = None, tokenizer: str | None = None) -> Measured:
     """Measures a shard by its index, which is made if need be. Tokens are those of a member u16 or u32, or, with a
-    `tokenizer`, those that the text `field` would give, separators included. Raises `DataError`."""
+    `tokenizer`, those that the text `field` would give, separators included. Raises `DataError`,
+    and `ConfigError` where no sample has that field."""
     index = ShardIndex.open(url, storage)
     fields = index.summary.fields
     tokens = None
     if tokenizer is not None:
-        tokens = _count(index, storage, field or "txt", _tokenizer(tokenizer))
+        if (field := field or "txt") not in fields:
+            there = ", ".join(sorted(fields)) or "nothing"
+            raise ConfigError(f"--field {field}: no sample of {shown(url)} has it; there is: {there}")
+        tokens = _count(index, storage, field, _tokenizer(tokenizer))
     else:
         for stored, width in STORED.items():
             if stored in fields:
