@@ -14,6 +14,7 @@ import pytest
 
 from tests.data.servers import Fault, Server, http_server, s3_server
 from trainer.data.storage import Blob, Storage, urls
+from trainer.data.storage.remote import RemoteBlob
 from trainer.errors import ConfigError, DataError
 
 CHUNK = 64 << 10
@@ -109,6 +110,60 @@ def test_without_obstore_failures_are_told_as_they_are(server: Server, tmp_path:
     server.ranges = False
     with pytest.raises(DataError, match="does not send parts of files; with the package obstore it can be read"):
         make(tmp_path, retries=1).open(url)
+
+
+def test_a_short_answer_is_no_part_of_the_object(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    content, cat, short = Random(3).randbytes(3 << 20), MemoryFileSystem.cat_file, [1000]
+
+    def cat_file(self: Any, path: str, start: int, end: int) -> bytes:
+        return cat(self, path, start=start, end=start + short.pop() if start == 1 << 20 and short else end)
+
+    MemoryFileSystem().pipe_file("/short.tar", content)
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", cat_file)
+    storage = Storage(tmp_path / "cache", cache_bytes=100 << 20, wait_s=0.01)
+    assert all_of(storage.open("memory://short.tar")) == content
+    assert not short
+    assert all_of(storage.open("memory://short.tar")) == content  # as it was kept
+
+
+def test_a_changed_object_is_another_whatever_its_file_system_tells(storage: Storage) -> None:
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    for content in (b"A" * 1000, b"B" * 1000):
+        memory.pipe_file("/changes.tar", content)
+        assert all_of(storage.open("memory://changes.tar")) == content
+
+
+@pytest.mark.parametrize("by", ["obstore", "fsspec"])
+def test_what_has_no_version_is_refused(
+    server: Server, storage: Storage, by: str, request: pytest.FixtureRequest
+) -> None:
+    if by == "fsspec":
+        request.getfixturevalue("no_obstore")
+    url, server.etags["a.tar"] = server.put("a.tar", CONTENT), ""
+    for server.ranges in (True, False):
+        with pytest.raises(ConfigError, match=r"a\.tar: its server tells neither a version .* pipe:curl"):
+            storage.open(url)
+
+
+# Servers without ranges.
+
+
+def test_a_whole_object_may_take_as_long_as_it_takes(server: Server, tmp_path: Path) -> None:
+    url, server.ranges = server.put("a.tar", CONTENT), False
+    server.fault = lambda request: Fault(slow_s=1.5)
+    assert all_of(make(tmp_path, timeout_s=0.1, retries=0).open(url)) == CONTENT
+
+
+def test_more_than_there_should_be_is_refused(server: Server, storage: Storage) -> None:
+    url, server.ranges = server.put("a.tar", CONTENT), False
+    blob = RemoteBlob(storage, url)
+    blob.size -= 1
+    with pytest.raises(DataError, match=f"byte {blob.size}: the server sends more than it said"):
+        list(blob.whole())
 
 
 # S3.

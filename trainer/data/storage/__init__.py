@@ -14,7 +14,7 @@ __all__ = ["Blob", "Storage", "default_cache", "is_remote", "is_url", "shown"]
 
 def default_cache() -> Path:
     """The cache folder of those who name none."""
-    return Path(os.environ.get("ONECURVE_CACHE", "~/.cache/onecurve")).expanduser()
+    return Path(os.environ.get("ONECURVE_CACHE") or "~/.cache/onecurve").expanduser()
 
 
 class Blob(Protocol):

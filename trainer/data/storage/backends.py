@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from trainer.data.storage.urls import OBSTORE, scheme, shown
+from trainer.errors import ConfigError
 
 GONE = 416  # the answer to a range that begins behind the end
 _AGAIN = {408, 425, 429}  # answers below 500 that mean: later
@@ -27,7 +28,7 @@ class NoRanges(Exception):
 @dataclass(frozen=True)
 class Facts:
     size: int
-    version: str  # etag, or time of the last change
+    version: str  # etag, checksum or time of the last change: never nothing, what is kept is known by it
 
     @property
     def stamp(self) -> str:
@@ -61,6 +62,14 @@ def answered(status: int, words: str) -> Failed:
     final = 400 <= status < 500 and status not in _AGAIN
     refused = "; are there credentials for it in the environment?" if status in (401, 403) else ""
     return Failed(f"the server answered {status} {words}".rstrip() + refused, final, status)
+
+
+def without_version(url: str) -> ConfigError:
+    """What is told of an object whose change could not be noticed."""
+    return ConfigError(
+        f"{shown(url)}: its server tells neither a version (ETag) nor the time of the last change, so that what is "
+        "kept of it could be of a former one; copy it to this machine, or read it by pipe:curl -sSf URL"
+    )
 
 
 def first_line(error: Exception) -> str:

@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from trainer.data.storage.backends import Facts, Failed, NoRanges, answered, first_line
+from trainer.data.storage.backends import Facts, Failed, NoRanges, answered, first_line, without_version
 from trainer.data.storage.urls import scheme, shown
 from trainer.errors import ConfigError
 
 PIECE = 1 << 20  # bytes of a request: nothing can be had of one that failed
+# What file systems call that which is another one when the content is, best first. `created` is memory://'s.
+_VERSIONS = (
+    "ETag", "etag", "checksum", "Content-MD5", "Digest", "generation", "md5Hash", "md5Checksum", "content_hash",
+    "blob_id", "oid", "LastModified", "last_modified", "Last-Modified", "mtime", "modified", "modificationTime",
+    "modifiedTime", "modified_at", "timeModified", "updated", "modify", "created",
+)  # fmt: skip
 
 
 class Fsspec:
@@ -18,6 +24,7 @@ class Fsspec:
     def __init__(self, url: str, timeout_s: float):
         from fsspec.core import url_to_fs
 
+        self._url = url
         options: dict[str, Any] = {}
         if (kind := scheme(url)) in ("http", "https"):
             import aiohttp
@@ -48,8 +55,10 @@ class Fsspec:
             raise self._failed(error) from None
         if info.get("size") is None:
             raise NoRanges
-        tags = (info.get(name) for name in ("ETag", "etag", "checksum", "LastModified", "last_modified", "mtime"))
-        return Facts(int(info["size"]), next((str(tag).strip('"') for tag in tags if tag), "unknown"))
+        tags = (str(info.get(name) or "").strip('"') for name in _VERSIONS)
+        if not (version := next(filter(None, tags), "")):
+            raise without_version(self._url)
+        return Facts(int(info["size"]), version)
 
     def _cat(self, start: int, end: int) -> bytes:
         try:
@@ -68,6 +77,8 @@ class Fsspec:
             if len(piece := self._cat(at, upto)) > upto - at:
                 raise NoRanges
             yield piece
+            if len(piece) < upto - at:  # what follows would not be its continuation
+                raise Failed("the connection broke")
 
     def _failed(self, error: Exception) -> Failed:
         cause = error.__cause__

@@ -8,16 +8,17 @@ import re
 from collections.abc import Iterator
 from contextlib import suppress
 from datetime import datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from trainer.data.storage.backends import GONE, Facts, Failed, NoRanges, answered, first_line
+from trainer.data.storage.backends import GONE, Facts, Failed, NoRanges, answered, first_line, without_version
 from trainer.data.storage.urls import shown
 from trainer.errors import ConfigError
 
 _PLAIN = re.compile(r"(?:[\w=+~-][\w.=+~-]*/)*[\w=+~-][\w.=+~-]*", re.ASCII)  # paths that nobody writes differently
+_FOR_EVER_S = 30 * 86400
 _CLOUDS = ("AWS_", "GOOGLE_", "AZURE_")
 
 
@@ -27,9 +28,10 @@ class Obstore:
     def __init__(self, url: str, timeout_s: float):
         import obstore
 
-        root, self._path = _split(url)
+        self._url, (root, self._path) = url, _split(url)
         environment = frozenset(item for item in os.environ.items() if item[0].startswith(_CLOUDS))
-        self._store, self._timeout_s = _store(root, timeout_s, environment), timeout_s
+        self._store, self._timeout_s = _store(root, timeout_s, 10 * timeout_s, environment), timeout_s
+        self._whole = partial(_store, root, timeout_s, _FOR_EVER_S, environment)
         self._get, self._head = obstore.get, obstore.head
 
     def facts(self) -> Facts:
@@ -46,19 +48,23 @@ class Obstore:
     def _empty(self) -> Facts:
         """Of an object that has no first byte to ask for."""
         try:
-            return _facts(self._head(self._store, self._path))
+            meta = self._head(self._store, self._path)
         except Exception as error:
             raise self._failed(error) from None
+        return _facts(meta, self._url)
 
     def stream(self, start: int, end: int | None) -> tuple[Facts, Iterator[bytes]]:
         if _Runtime.lost:
             raise Failed("a fork of a process that read remote shards cannot: start it by spawn or forkserver", True)
         _Runtime.used = True
         try:
-            result = self._get(self._store, self._path, options={} if end is None else {"range": (start, end)})
+            if end is None:  # as long as it takes: an attempt that was ended would begin anew
+                result = self._get(self._whole(), self._path)
+            else:
+                result = self._get(self._store, self._path, options={"range": (start, end)})
         except Exception as error:
             raise self._failed(error) from None
-        return _facts(result.meta), self._pieces(result)
+        return _facts(result.meta, self._url), self._pieces(result)
 
     def _pieces(self, result: Any) -> Iterator[bytes]:
         try:
@@ -110,13 +116,13 @@ def _split(url: str) -> tuple[str, str]:
 
 
 @lru_cache(maxsize=256)
-def _store(url: str, timeout_s: float, environment: frozenset[tuple[str, str]]) -> Any:
-    """obstore's store, as the `environment` says."""
+def _store(url: str, timeout_s: float, total_s: float, environment: frozenset[tuple[str, str]]) -> Any:
+    """obstore's store, as the `environment` says. `timeout_s`: how long no byte may come; `total_s`: a request."""
     from obstore import store
 
     options: dict[str, Any] = {
         "allow_http": True, "read_timeout": f"{timeout_s}s", "connect_timeout": f"{timeout_s}s",
-        "timeout": f"{10 * timeout_s}s", "pool_max_idle_per_host": "32",
+        "timeout": f"{total_s}s", "pool_max_idle_per_host": "32",
     }  # fmt: skip
     stores: Any = store  # typed by dicts of its own, which exist for type checkers only
     once = {"max_retries": 0}
@@ -134,9 +140,11 @@ def _store(url: str, timeout_s: float, environment: frozenset[tuple[str, str]]) 
         raise ConfigError(f"{shown(url)}: {first_line(error)}") from None
 
 
-def _facts(meta: Any) -> Facts:
-    changed: datetime = meta["last_modified"]
-    return Facts(meta["size"], (meta["e_tag"] or "").strip('"') or f"{changed.timestamp():.0f}")
+def _facts(meta: Any, url: str) -> Facts:
+    changed: datetime = meta["last_modified"]  # 1970 where the server does not tell
+    if version := (meta["e_tag"] or "").strip('"') or f"{changed.timestamp():.0f}".lstrip("0"):
+        return Facts(meta["size"], version)
+    raise without_version(url)
 
 
 def _aws_profile() -> dict[str, Any]:

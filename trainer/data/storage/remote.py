@@ -164,6 +164,8 @@ class RemoteBlob:
                 self._check_unchanged(facts, had)
                 for piece in body:
                     at += len(piece)
+                    if at > self.size:
+                        raise self._damaged(self.size, "the server sends more than it said there is")
                     if at > done:
                         yield bytes(piece)[max(0, len(piece) - (at - done)) :]
                         done = at
