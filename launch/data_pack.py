@@ -45,8 +45,8 @@ def pack(arguments: argparse.Namespace) -> int:
     from trainer.data.tools.pack import Options, pack_inputs
     from trainer.data.tools.parallel import cores
 
-    if not arguments.shard_mb > 0:
-        raise ConfigError(f"--shard-mb: must be above 0, not {arguments.shard_mb:g}")
+    if not 0 < arguments.shard_mb < float("inf"):
+        raise ConfigError(f"--shard-mb: must be a number above 0, not {arguments.shard_mb:g}")
     if arguments.workers is not None and arguments.workers < 1:
         raise ConfigError(f"--workers: must be at least 1, not {arguments.workers}")
     options = Options(

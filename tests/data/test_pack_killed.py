@@ -19,6 +19,7 @@ import pytest
 from tests.data.packs import CLI, POEM, contents, pack, read
 from trainer.data.index import SIDECAR, ShardIndex
 from trainer.data.storage import Storage
+from trainer.data.tokenizer import train_bpe
 from trainer.data.tools.pack import Options, pack_inputs
 from trainer.errors import ConfigError
 
@@ -160,6 +161,92 @@ def test_an_input_that_changes_meanwhile(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["in.txt"]
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_killed_beside_its_publishing_it_makes_the_same_anew(tmp_path: Path, when: str) -> None:
+    path, out = tmp_path / "in.txt", tmp_path / "out"
+    path.write_text("a\nb\nc\n" * 99)
+    given = {"split": "lines", "tokenizer": "chars", "validation": 0.2, "shard_bytes": 20_000}
+    code = f"""
+import os
+from pathlib import Path
+from trainer.data.tools import pack, write
+if {when!r} == "before":
+    write.publish = lambda *_: os._exit(9)
+else:
+    pack._remove = lambda *_: os._exit(9)
+pack.pack_inputs([Path({str(path)!r})], Path({str(out)!r}), pack.Options(**{given}), piece_bytes=1 << 20)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
+    assert out.exists() == (when == "after")
+    shutil.rmtree(out, ignore_errors=True)  # with what is in it all that was made is gone
+    made = pack(path, out, **given)
+    assert made == pack(path, tmp_path / "once", **given)
+    assert contents(out) == contents(tmp_path / "once")
+    assert "dataset.json" not in made["sha256"]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_work_folder_that_cannot_be_deleted_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, place, rmdir = tmp_path / "in.txt", tmp_path / ".out.partial", os.rmdir
+    path.write_text("text")
+
+    def beside(folder: str, **options: int | None) -> None:
+        if os.fspath(folder) == str(place):  # what another command does at this moment
+            (place / "lock").touch()
+        rmdir(folder, **options)
+
+    monkeypatch.setattr(os, "rmdir", beside)
+    pack(path, tmp_path / "out", validation=0)
+    assert os.listdir(place) == ["lock"]
+    monkeypatch.undo()
+    shutil.rmtree(tmp_path / "out")
+    pack(path, tmp_path / "out", validation=0)
+
+
+def test_a_given_tokenizer_that_changes_is_another_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "in.txt").write_text("text")
+    made = tmp_path / "chars-of-mine"  # begins as the name of one that is trained
+    monkeypatch.chdir(tmp_path)
+    given = Options(tokenizer=made.name, validation=0)
+    stop = lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)  # noqa: E731
+    for size, expected in ((260, KeyboardInterrupt), (260, KeyboardInterrupt), (261, ConfigError)):
+        made.write_text(train_bpe(["hello " * 9], size).to_str())
+        with pytest.raises(expected):
+            pack_inputs([Path("in.txt")], Path("out"), given, told=stop)
+
+
+def test_a_damaged_table_of_a_piece_is_made_anew(tmp_path: Path) -> None:
+    path = tmp_path / "in.txt"
+    path.write_text("a\n" * 99)
+    stop = lambda what, *_: (_ for _ in ()).throw(KeyboardInterrupt) if what == "packing" else None  # noqa: E731
+    given = Options(split="lines", tokenizer="bytes", validation=0)
+    with pytest.raises(KeyboardInterrupt):
+        pack_inputs([path], tmp_path / "out", given, told=stop)
+    (table,) = tmp_path.glob(".out.partial/*/pieces/*.npz")
+    for damage in (b"", b"rubbish", table.read_bytes()[:-50]):
+        table.write_bytes(damage)
+        with pytest.raises(KeyboardInterrupt):
+            pack_inputs([path], tmp_path / "out", given, told=stop)
+    pack_inputs([path], tmp_path / "out", given)
+    assert len(read(tmp_path / "out")) == 99
+
+
+def test_letters_of_all_kinds_whatever_the_locale(tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_bytes("ä€ü\n".encode() * 50)
+    code = """
+import os, sys
+from pathlib import Path
+from trainer.data.tools import pack, write
+if sys.argv[1] == "stop":
+    write.publish = lambda *_: os._exit(9)
+pack.pack_inputs([Path("in.txt")], Path("out"), pack.Options(tokenizer="chars", validation=0, split="lines"))
+"""
+    plain = {**os.environ, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C", "PYTHONPATH": os.getcwd()}
+    for what, code_of in (("stop", 9), ("go", 0)):
+        done = subprocess.run([sys.executable, "-c", code, what], cwd=tmp_path, env=plain, check=False)
+        assert done.returncode == code_of
+
+
 def test_a_killed_worker_is_told_of(tmp_path: Path) -> None:
     path, out = tmp_path / "in.txt", tmp_path / "out"
     random = Random(5)
@@ -196,7 +283,11 @@ def test_the_command(tmp_path: Path) -> None:
     shown = subprocess.run(command, stdout=subprocess.PIPE, stderr=theirs, check=True, env=terminal)
     assert shown.stdout.decode() == done.stdout
     assert b"packing" in os.read(ours, 1 << 20)
-    for wrong, words in ((["--shard-mb", "0"], "--shard-mb"), (["--workers", "0"], "--workers: must be at least 1")):
+    for wrong, words in (
+        (["--shard-mb", "0"], "--shard-mb"),
+        (["--shard-mb", "inf"], "not inf"),
+        (["--workers", "0"], "--workers: must be at least 1"),
+    ):
         refused = subprocess.run([*command, *wrong], capture_output=True, text=True, check=False)
         assert refused.returncode == 2
         assert words in refused.stderr

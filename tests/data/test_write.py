@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import webdataset
+from braceexpand import braceexpand
 
 from trainer.data.index import SIDECAR, ShardIndex
 from trainer.data.shards import Shards
@@ -20,7 +21,15 @@ from trainer.data.spec import expand
 from trainer.data.storage import Storage
 from trainer.data.tools import write
 from trainer.data.tools.documents import Document
-from trainer.data.tools.write import ShardWriter, header, pack, pack_documents
+from trainer.data.tools.write import (
+    ShardWriter,
+    describe,
+    header,
+    pack,
+    pack_documents,
+    shard_name,
+    shards_spec,
+)
 from trainer.errors import ConfigError, DataError
 
 
@@ -83,6 +92,19 @@ def test_large_texts_are_sampled_for_the_tokenizer(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(write, "TOKENIZER_SAMPLE", 100)
     pack(((f"{i}", {"txt": bytes([65 + i]) * 10}) for i in range(26)), tmp_path / "out")
     assert [text[0] for text in write._texts([str(tmp_path / "out" / "train-000000.tar")], "txt")] == list("ADGJMPSVY")
+
+
+@pytest.mark.parametrize("count", [1, 2, 10**6, 10**6 + 1, 10**6 + 3])
+def test_a_spec_names_all_shards(count: int) -> None:
+    spec, names = shards_spec("a", count) or "", 0
+    for names, name in enumerate(braceexpand(spec), 1):
+        assert name == shard_name("a", names - 1)
+    assert names == count
+
+
+def test_what_is_missing_is_not_described(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"a-000000\.tar is gone"):
+        describe(tmp_path, {}, {}, {}, {}, {"a-000000.tar": "0"})
 
 
 def test_existing_folders_are_left_alone(tmp_path: Path) -> None:

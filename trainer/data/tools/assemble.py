@@ -10,7 +10,9 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import uuid
+import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -29,6 +31,7 @@ from trainer.errors import ConfigError, DataError
 from trainer.files import replace_file, sync_folder
 
 PIECES, SHARDS, DONE, TEMPORARY = "pieces", "out", "done", "tmp"  # folders of the work folder
+_DIGEST = ".sha256"
 _COPY = 4 << 20
 
 Sample = tuple[str, str, Mapping[str, bytes], Mapping[str, int]]  # split, key, members, what is counted of them
@@ -62,12 +65,23 @@ class Table:
 
 
 def prepare(work: Path) -> None:
-    """Makes the folders; what was not finished in them goes."""
+    """Makes the folders; what was not finished in them goes. All goes if shards are gone that were finished: they were
+    published, and the bodies that they were made of are used up."""
+    names = [path.name.removesuffix(_DIGEST) for path in (work / DONE).glob(f"*{_DIGEST}")]
+    if not all((work / SHARDS / f"{name}{kind}").exists() for name in names for kind in ("", SIDECAR)):
+        discard(work)
     for name in (PIECES, SHARDS, DONE, TEMPORARY):
         (work / name).mkdir(parents=True, exist_ok=True)
         for path in (work / name).iterdir():
             if name == TEMPORARY or path.name.startswith("."):
                 path.unlink()
+
+
+def discard(work: Path) -> None:
+    """Deletes a work folder. The tables first: killed meanwhile, it holds none without the bodies that it tells of."""
+    for table in (work / PIECES).glob("*.npz"):
+        table.unlink()
+    shutil.rmtree(work)
 
 
 class _Checked:
@@ -125,7 +139,7 @@ def _is_whole(work: Path, number: int) -> bool:
     """Whether the table is there, and each body is whole (they are not forced to the disk) or was used up."""
     try:
         about = counted(work, number)[0]
-    except FileNotFoundError:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         return False
     for split, told in about.items():
         with suppress(FileNotFoundError), open(_body(work, number, split), "rb") as file:
@@ -185,7 +199,7 @@ class Cutter:
 def write_shard(work: Path, shard: Shard) -> tuple[str, str]:
     """Makes a shard and its index, unless they are there. File name and sha256 of the shard."""
     name = shard_name(shard.split, shard.number)
-    path, done = work / SHARDS / name, work / DONE / f"{name}.sha256"
+    path, done = work / SHARDS / name, work / DONE / f"{name}{_DIGEST}"
     with suppress(FileNotFoundError):
         return name, done.read_text()
     temporary, digest, size = work / TEMPORARY / uuid.uuid4().hex, hashlib.sha256(), 0

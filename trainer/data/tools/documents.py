@@ -12,6 +12,7 @@ import lzma
 import os
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ class Cut:
     keep_json: bool = False
 
 
-Found = tuple[Document, dict[str, Any] | None]  # and the other fields
+Found = tuple[Document, bytes | None]  # and the other fields, as JSON
 
 
 def sources(files: Sequence[tuple[Path, Path]], taken: set[str]) -> list[Source]:
@@ -144,9 +145,12 @@ class Rows:
             with parquet.ParquetFile(source.path) as file:
                 for batch in file.iter_batches(1024, row_groups=list(self.groups), columns=columns):
                     for values in batch.to_pylist():
-                        text = values.pop(cut.text_field)
-                        if text and text.strip():
-                            yield Document(_key(source, row), text), values if cut.keep_json else None
+                        if (text := values.pop(cut.text_field)) is None:
+                            raise ValueError(
+                                f"row {row}: {cut.text_field!r} (--text-field) is null; leave such rows out"
+                            )
+                        if text.strip():
+                            yield Document(_key(source, row), text), _others(values, cut, f"row {row}")
                         row += 1
         except (OSError, ValueError, pyarrow.ArrowException) as error:
             raise ConfigError(f"{source.path}: cannot be read: {_first_line(error)}") from error
@@ -265,15 +269,57 @@ def _objects(source: Source, lines: Iterator[tuple[int, bytes]], cut: Cut) -> It
         if not (spelt := _text(source, at, line)).strip():
             continue
         try:
-            values = json.loads(spelt)
+            values = _object(spelt, cut.text_field)
             text = values.pop(cut.text_field)
-            text.encode()  # JSON can spell what is no Unicode text
-            document = Document(_key(source, at), text)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            number = _line_number(source, at)
-            raise ValueError(f"line {number} is not a JSON object with a string {cut.text_field!r}") from error
+            others = _others(values, cut, "") if text.strip() else None
+        except (ValueError, RecursionError) as error:
+            problem = "is nested too deeply" if isinstance(error, RecursionError) else f"{error}".lstrip(" :")
+            raise ValueError(f"line {_line_number(source, at)}: {problem}") from error
         if text.strip():
-            yield document, values if cut.keep_json else None
+            yield Document(_key(source, at), text), others
+
+
+def _object(spelt: str, field: str) -> dict[str, Any]:
+    """The JSON object, which has the text. Raises ValueError."""
+    try:
+        values = json.loads(spelt)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"is no JSON: {error.msg} (character {error.pos + 1})") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"is not a JSON object but {_named(values)}")
+    if field not in values:
+        raise ValueError(f"has no {field!r} (--text-field); it has: {', '.join(values) or 'nothing'}")
+    if not isinstance(text := values[field], str):
+        raise ValueError(f"{field!r} (--text-field) is {_named(text)}, not a string")
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # JSON can spell it
+        raise ValueError(f"{field!r} (--text-field) is no Unicode text") from None
+    return values
+
+
+def _named(value: Any) -> str:
+    names = {list: "a list", dict: "an object", str: "a string", type(None): "null", bool: "true or false"}
+    return names.get(type(value), "a number")
+
+
+def _others(values: dict[str, Any], cut: Cut, where: str) -> bytes | None:
+    """The other fields as JSON, if they are to be kept. Raises ValueError."""
+    if not cut.keep_json:
+        return None
+    try:
+        return json.dumps(values, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_plain).encode()
+    except UnicodeEncodeError:
+        problem = "a field that is no Unicode text cannot be kept as JSON"
+    except (ValueError, TypeError) as error:
+        problem = "NaN and Infinity cannot be kept as JSON" if "float" in str(error) else str(error)
+    raise ValueError(f"{where}: --keep-json: {problem}")
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bytes | bytearray):
+        raise TypeError("a field that holds bytes cannot be kept as JSON")
+    return str(value)  # dates and decimals of parquet
 
 
 def _line_number(source: Source, at: int) -> int:
@@ -301,6 +347,10 @@ def _rows(source: Source, cut: Cut, piece_bytes: int) -> Iterator[Rows]:
     if cut.text_field not in schema.names:
         have = ", ".join(schema.names)
         raise ConfigError(f"{source.path}: has no column {cut.text_field!r} (--text-field); it has: {have}")
+    if twice := [
+        n for n, times in Counter(schema.names).items() if times > 1 and (cut.keep_json or n == cut.text_field)
+    ]:
+        raise ConfigError(f"{source.path}: has two columns {twice[0]!r}: rename one")
     kind = schema.field(cut.text_field).type
     plain = kind.value_type if types.is_dictionary(kind) else kind
     if not (types.is_string(plain) or types.is_large_string(plain)):

@@ -12,9 +12,9 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -61,6 +61,8 @@ class Options:
             found.append(f"--split: {self.split!r} is none of {', '.join(CUTS)}")
         if not 0 <= self.validation < 1:
             found.append(f"--validation: a share from 0 to below 1, not {self.validation}")
+        if not self.field:
+            found.append("--field: needs a name, such as txt")
         if self.keep_json and self.field.lower() == "json":
             found.append("--field json: --keep-json makes a member of this name")
         return found
@@ -113,14 +115,16 @@ def pack_inputs(
         raise ConfigError(problems)
     found = find(inputs, options, piece_bytes)
     make = write.tokenizer_recipe(options.tokenizer) if found.texts else None
-    given = options.tokenizer if make is None or options.tokenizer.startswith(("bpe:", "chars")) else make([])
+    given = options.tokenizer if make is None or write.TRAINED.fullmatch(options.tokenizer) else make([])
     identity = _hash([_VERSION, piece_bytes, found.identity, asdict(options), given])
     with _work_folder(out, identity, restart) as work:
         assemble.prepare(work)
         encode, tokenizer = None, None
         if make is not None:
             kept = work / "tokenizer.json"
-            content = kept.read_text() if kept.exists() else make(_some_texts(found.texts, options, told))
+            content = (
+                kept.read_text(encoding="utf-8") if kept.exists() else make(_some_texts(found.texts, options, told))
+            )
             tokenizer = write.save_tokenizer(work, options.tokenizer, content)
             encode = Encode(options, "bytes" if content is None else str(kept))
         with Workers(workers) as pool:
@@ -134,6 +138,7 @@ def pack_inputs(
 def find(inputs: Sequence[Path], options: Options, piece_bytes: int) -> Found:
     """The files to pack, in pieces. Raises one `ConfigError` with all that is wrong with them."""
     problems: list[str] = []
+    problems += _twice(inputs)
     texts: list[tuple[Path, Path]] = []
     pictures: list[image_folders.Picture] = []
     left_out: list[Path] = []
@@ -168,6 +173,18 @@ def find(inputs: Sequence[Path], options: Options, piece_bytes: int) -> Found:
         left_out=left_out,
         identity=_hash(stated),
     )
+
+
+def _twice(inputs: Sequence[Path]) -> Iterator[str]:
+    """Of each input that is given before, or lies in one that is given: a problem."""
+    real = [Path(os.path.realpath(path.expanduser())) for path in inputs]
+    every, seen = set(real), set[Path]()
+    for given, path in zip(inputs, real, strict=True):
+        if folder := next((parent for parent in path.parents if parent in every), None):
+            yield f"{given}: lies in {folder}, which is given too"
+        if path in seen:
+            yield f"{given}: is given twice"
+        seen.add(path)
 
 
 def _files(folder: Path, problems: list[str]) -> list[Path]:
@@ -220,7 +237,7 @@ class Encode:
             return self.options.field
         return "u16" if _tokenizer(self.tokenizer).vocab_size <= 1 << 16 else "u32"
 
-    def sample(self, document: Document, others: dict[str, Any] | None) -> assemble.Sample:
+    def sample(self, document: Document, others: bytes | None) -> assemble.Sample:
         content, field = document.text.encode(), self.field
         counts, members = {"bytes": len(content), "chars": len(document.text)}, {field: content}
         if self.options.tokenize:
@@ -229,26 +246,13 @@ class Encode:
             members[field] = ids.astype("<u2" if field == "u16" else "<u4").tobytes()
             counts["tokens"] = len(ids)
         if others is not None:
-            members["json"] = _json(document.key, others)
+            members["json"] = others
         return self.options.split_of(document.key), document.key, members, counts
 
 
 @lru_cache(maxsize=1)
 def _tokenizer(spec: str) -> tokenization.Tokenizer:
     return tokenization.load(spec)
-
-
-def _json(key: str, values: dict[str, Any]) -> bytes:
-    try:
-        return json.dumps(values, ensure_ascii=False, separators=(",", ":"), default=_plain).encode()
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"{key}: --keep-json: {error}") from None
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, bytes | bytearray):
-        raise TypeError("a field that holds bytes cannot be kept as JSON")
-    return str(value)  # dates and decimals of parquet
 
 
 def _write_text(work: Path, number: int, piece: Text, encode: Encode) -> None:
@@ -354,26 +358,28 @@ def _work_folder(out: Path, identity: str, restart: bool) -> Iterator[Path]:
             write.check_free(out)
             for other in place.iterdir() if restart else ():
                 if other.is_dir():
-                    shutil.rmtree(other)
+                    assemble.discard(other)
             if others := [path for path in place.iterdir() if path.is_dir() and path.name != identity]:
-                raise _Kept(
+                raise ConfigError(
                     f"{others[0].parent}: was left by a command with other arguments or inputs; repeat that one, or "
                     "drop what it left with --restart"
                 )
             try:
                 yield place / identity
-                shutil.rmtree(place)
-            except ConfigError as error:
-                if not isinstance(error, _Kept):
-                    shutil.rmtree(place, ignore_errors=True)
+            except ConfigError:
+                _remove(place, identity)
                 raise
+            _remove(place, identity)
     except OSError as error:
         kept = f"; what is finished is kept, run the same command again to go on ({place})" if place.is_dir() else ""
         raise ConfigError(f"{out}: cannot be written: {error.strerror or error}{kept}") from error
 
 
-class _Kept(ConfigError):
-    """What is in the work folder is not ours to delete."""
+def _remove(place: Path, identity: str) -> None:
+    """Deletes the work as far as that goes: the data set is there, or why there is none is being told."""
+    with suppress(OSError):
+        assemble.discard(place / identity)
+    shutil.rmtree(place, ignore_errors=True)
 
 
 @contextmanager
@@ -387,9 +393,3 @@ def _locked(place: Path, out: Path) -> Iterator[None]:
         if not ours:
             raise ConfigError(f"{out}: is being packed by another process ({place})")
         yield
-
-
-def names_of(paths: Iterable[Path]) -> str:
-    """A few of some files, for messages."""
-    listed = [str(path) for path in paths]
-    return ", ".join(listed[:3]) + (", ..." if len(listed) > 3 else "")

@@ -5,6 +5,7 @@ The same samples give the same shards, byte for byte.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -29,8 +30,10 @@ from trainer.errors import ConfigError, DataError
 from trainer.files import replace_file, sha256, sync_folder
 
 FORMAT = "onecurve-dataset-1"
+_DESCRIPTION = "dataset.json"
 SHARD_BYTES = 64 << 20
 TOKENIZER_SAMPLE = 256 << 20  # bytes of text that a tokenizer is trained on at most, spread over the documents
+TRAINED = re.compile(r"chars|bpe:(\d+)")  # tokenizers that are made from the texts; all others are given
 SPLITS = ("train", "validation")
 _MODE = 0o444
 _EMPTY = tarfile.TarInfo("").tobuf(tarfile.PAX_FORMAT)[:BLOCK]
@@ -58,7 +61,11 @@ def published(out: Path) -> Iterator[Path]:
 
 
 def check_free(out: Path) -> None:
-    """Raises `ConfigError` if `out` is there already; an empty folder may be."""
+    """Raises `ConfigError` if `out` is there already; an empty folder may be, if it can be replaced."""
+    if out.is_symlink():
+        raise ConfigError(f"{out}: is a link; give what it leads to, or another folder")
+    if os.path.ismount(out):
+        raise ConfigError(f"{out}: is a mount point; give a folder in it")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ConfigError(f"{out}: exists already; choose another folder, or delete this one")
 
@@ -195,7 +202,9 @@ def shard_name(prefix: str, number: int) -> str:
 
 def shards_spec(prefix: str, count: int) -> str | None:
     """The shards of a split as one spec, relative to the data set's folder."""
-    numbers = "000000" if count == 1 else f"{{000000..{count - 1:06d}}}"
+    numbers = "000000" if count == 1 else f"{{000000..{min(count, 10**6) - 1:06d}}}"
+    if count > 10**6:  # a range has numbers of one width
+        numbers = f"{{{numbers},{{{10**6}..{count - 1}}}}}"
     return f"{prefix}-{numbers}.tar" if count else None
 
 
@@ -291,7 +300,9 @@ def describe(
 ) -> None:
     """Writes `dataset.json`. `shards`: how many each split has; `digests`: sha256 of files where they are known."""
     known = digests or {}
-    files = sorted(path for path in folder.iterdir() if not path.name.endswith(SIDECAR))
+    files = sorted(path for path in folder.iterdir() if path.name != _DESCRIPTION and path.suffix != SIDECAR)
+    if gone := known.keys() - {path.name for path in files}:
+        raise FileNotFoundError(errno.ENOENT, f"{min(gone)} is gone")
     description = {
         "format": FORMAT,
         **first,
@@ -299,7 +310,7 @@ def describe(
         **more,
         "sha256": {path.name: known.get(path.name) or sha256(path) for path in files},
     }
-    replace_file(folder / "dataset.json", (json.dumps(description, indent=1) + "\n").encode())
+    replace_file(folder / _DESCRIPTION, (json.dumps(description, indent=1) + "\n").encode())
 
 
 def _texts(paths: Sequence[str], field: str) -> Iterator[str]:
@@ -317,7 +328,7 @@ def tokenizer_recipe(spec: str) -> Callable[[Iterable[str]], str | None]:
     """
     if spec == "chars":
         return lambda texts: tokenization.train_chars(texts).to_str(pretty=True)
-    if match := re.fullmatch(r"bpe:(\d+)", spec):
+    if match := TRAINED.fullmatch(spec):
         size = tokenization.check_bpe_size(int(match[1]))
         return lambda texts: tokenization.train_bpe(texts, size).to_str(pretty=True)
     content = tokenization.load(spec).content
