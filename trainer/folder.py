@@ -102,7 +102,7 @@ class RunFolder:
     def _take(self, config: Config) -> str | None:
         """Makes the folder ours; gives the problem if it cannot be."""
         try:
-            if config.run.fresh and not _restarted() and self.path.exists():
+            if config.run.fresh and not restarted() and self.path.exists():
                 self._set_aside()
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
@@ -161,7 +161,7 @@ def settle(folder: Path, reason: str, exit_code: int) -> None:
         write_status(folder, {**status, "state": "failed", "reason": told["reason"], "exit_code": told["exit_code"]})
 
 
-def _restarted() -> bool:
+def restarted() -> bool:
     """Whether torchrun or Slurm started this command again by itself: that continues, also with run.fresh=true."""
     return any(int(os.environ.get(name, "0")) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,7 @@ from trainer.data.tokenizer import Tokenizer
 from trainer.data.tokens import TokenLine
 from trainer.data.validation import Validation
 from trainer.errors import ConfigError, DataError, OnecurveError
-from trainer.folder import CATALOGUE
+from trainer.folder import CATALOGUE, restarted
 from trainer.topology import Topology
 
 # Data sets that are made on first use: (cache folder, tokenizer) -> folder of shards and tokenizer.json.
@@ -83,11 +84,12 @@ class Inputs:
 
 
 def weights(config: Config) -> dict[int, list[float]]:
-    """Steps done -> the weights of the sources from there on."""
-    if not (mixed := config.data.sources):
+    """Steps done -> the weights of the sources from there on, by their names: in which order they are written does not
+    matter."""
+    if not (mixed := sorted(config.data.sources.items())):
         return {0: [1.0]}
-    later = {step: [given[name] for name in mixed] for step, given in sorted(config.data.reweight.items())}
-    return {0: [source.weight for source in mixed.values()], **later}
+    later = {step: [given[name] for name, _ in mixed] for step, given in sorted(config.data.reweight.items())}
+    return {0: [source.weight for _, source in mixed], **later}
 
 
 def open_shards(config: Config, topology: Topology) -> Found:
@@ -100,9 +102,10 @@ def open_shards(config: Config, topology: Topology) -> Found:
     base = opening.attempt(lambda: _made(config, topology))
     opening.settle()
     tokenizer = opening.attempt(lambda: _tokenizer(config, base))
-    specs = {f"data.sources.{name}.shards": (name, source.shards) for name, source in data.sources.items()}
+    specs = {f"data.sources.{name}.shards": (name, source.shards) for name, source in sorted(data.sources.items())}
+    before = topology.broadcast(_catalogue(config) if topology.is_main else None)
     training = {
-        name: opening.attempt(partial(opening.shards, spec, base, key, name))
+        name: opening.attempt(partial(opening.shards, spec, base, key, _before(before.get(name)), training=True))
         for key, (name, spec) in (specs or {"data.shards": ("all", data.shards)}).items()
     }
     held_out = None
@@ -161,10 +164,16 @@ class _Opening:
 
     def __init__(self, config: Config, topology: Topology):
         self.config, self.topology = config, topology
-        self.team = Team(topology.rank, topology.world_size, topology.gather, _teller(topology))
+        self.team = Team(
+            topology.rank,
+            topology.world_size,
+            topology.gather,
+            topology.broadcast,
+            _teller(topology),
+            heartbeat_s=min(10.0, config.launch.timeout_s / 3),
+        )
         self.cache = Path(config.data.cache).expanduser()
         self.tolerant = config.data.on_error == "quarantine"
-        self.before = _catalogue_before(config) if self.tolerant else {}
         self.problems: list[tuple[str, int]] = []
 
     def attempt(self, make: Callable[[], Any]) -> Any:
@@ -179,8 +188,16 @@ class _Opening:
         if found:
             raise ConfigError(list(dict.fromkeys(text for text, _ in found)), min(code for _, code in found))
 
-    def shards(self, spec: Any, base: Path | None, key: str, source: str | None = None) -> Shards:
-        """The shards that `key` names: those of a training `source`, or of validation, which must be whole."""
+    def shards(
+        self,
+        spec: Any,
+        base: Path | None,
+        key: str,
+        before: Sequence[tuple[str, Summary]] = (),
+        *,
+        training: bool = False,
+    ) -> Shards:
+        """The shards that `key` names, for training or for validation, where they must be whole."""
         data = self.config.data
         paths = [str(base / part) if base else part for part in ([spec] if isinstance(spec, str) else spec)]
         storage = Storage(self.cache, cache_bytes=int(data.cache_gb * 1e9), allow_pipe=data.allow_pipe, mmap=data.mmap)
@@ -189,8 +206,8 @@ class _Opening:
             getattr(data, "field", None),
             storage,
             key=key,
-            tolerant=self.tolerant and source is not None,
-            before=self.before.get(source),
+            tolerant=self.tolerant and training,
+            before=before,
             team=self.team,
         )
 
@@ -219,18 +236,20 @@ def _teller(topology: Topology) -> Callable[[str, int, int], None]:
     return told
 
 
-def _catalogue_before(config: Config) -> dict[str | None, dict[str, Summary]]:
-    """By source: the summaries of its shards when the run began, by file name; {} if it has not begun."""
-    if config.run.fresh:
-        return {}
-    try:
+def _catalogue(config: Config) -> dict[str, Any]:
+    """What the run's folder tells of the data that the run began with, by source; {} if it has not begun."""
+    with suppress(OSError, ValueError):
         kept = json.loads((Path(config.run.dir).expanduser() / CATALOGUE).read_bytes())
-        return {
-            name: dict(zip(about["shards"], map(from_json, about["summaries"]), strict=True))
-            for name, about in kept.items()
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
+        if isinstance(kept, dict) and (restarted() or not config.run.fresh):
+            return kept
+    return {}
+
+
+def _before(kept: Any) -> list[tuple[str, Summary]]:
+    """Names and summaries of a source's shards as they were; [] if it is not told, or not to be understood."""
+    with suppress(KeyError, TypeError, ValueError):
+        return list(zip(kept["shards"], map(from_json, kept["summaries"]), strict=True))
+    return []
 
 
 def _made(config: Config, topology: Topology) -> Path | None:

@@ -48,7 +48,15 @@ class Topology:
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's JSON-able `value` on every rank."""
-        return self.gather_all(value if self.is_main else None, self.control)[0]
+        if self.control is None:
+            return value
+        payload = _encoded(value) if self.is_main else torch.empty(0, dtype=torch.uint8)
+        size = torch.tensor([len(payload)])
+        dist.broadcast(size, 0, group=self.control)
+        if not self.is_main:
+            payload = torch.empty(int(size), dtype=torch.uint8)
+        dist.broadcast(payload, 0, group=self.control)
+        return json.loads(payload.numpy().tobytes())
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's JSON-able value, in rank order."""
@@ -58,7 +66,7 @@ class Topology:
         """`gather` on another group. JSON in byte tensors: torch's object collectives unpickle what a peer sends."""
         if group is None:
             return [value]
-        payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        payload = _encoded(value)
         sizes = torch.zeros(self.world_size, dtype=torch.int64)
         sizes[self.rank] = len(payload)
         dist.all_reduce(sizes, group=group)
@@ -76,6 +84,10 @@ class Topology:
 
 
 ALONE = Topology(0, 1, 0, 1, torch.device("cpu"), 0, 1, None, None)  # a process that is no rank of a run
+
+
+def _encoded(value: Any) -> torch.Tensor:
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
 
 
 def world_size() -> int:

@@ -10,7 +10,12 @@ from typing import Any
 from trainer.data.team import ALONE, Team
 
 
-def on_ranks(size: int, make: Callable[[Team], Any], told: Callable[[str, int, int], None] | None = None) -> list[Any]:
+def on_ranks(
+    size: int,
+    make: Callable[[Team], Any],
+    told: Callable[[str, int, int], None] | None = None,
+    heartbeat_s: float = 10.0,
+) -> list[Any]:
     """What `make(team)` gives or raises on each of `size` ranks that run at once."""
     barrier, places, results = threading.Barrier(size), [None] * size, [None] * size
 
@@ -23,7 +28,8 @@ def on_ranks(size: int, make: Callable[[Team], Any], told: Callable[[str, int, i
             return everything
 
         try:
-            results[number] = make(Team(number, size, gather, told or ALONE.told))
+            team = Team(number, size, gather, lambda value: gather(value)[0], told or ALONE.told, heartbeat_s)
+            results[number] = make(team)
         except Exception as error:
             results[number] = error
 

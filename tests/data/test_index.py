@@ -174,7 +174,7 @@ def test_fault_is_kept_and_looked_at_again_when_it_matters(tmp_path: Path, walke
     assert len(walked) == 1
     with pytest.raises(DataError, match=r"s-00\.tar: byte \d+"):
         ShardIndex.open(path, kept)
-    (place,) = (tmp_path / "c" / "cache" / "indexes").iterdir()
+    (place,) = (tmp_path / "c" / "cache" / "indexes").rglob("*.index")
     moved = ShardIndex.load(place, "elsewhere.tar", found.stamp)
     assert moved is not None
     assert moved.fault is not None

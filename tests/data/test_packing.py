@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import pickle
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.data.texts import SEPARATOR, read_tokens, write_shards
+from trainer.data import packing as module
 from trainer.data.packing import NO_TARGET, Packed, best_fit
 from trainer.data.shards import Shards
 from trainer.data.storage import Storage
@@ -127,3 +131,32 @@ def test_documents_of_nothing(tmp_path: Path) -> None:
     paths = write_shards(tmp_path, [5], lengths=(0,))
     packed = Packed(TokenLine(Shards.open(paths, "txt", Storage(tmp_path)), ByteTokenizer(), tmp_path), 3)
     assert [row["inputs"] for row in rows(packed)] == [[SEPARATOR] * 3, [SEPARATOR, SEPARATOR, 0]]
+
+
+def test_best_fit_is_worked_out_once_and_kept(
+    paths: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    packed_anew: list[int] = []
+    original = module.best_fit
+    monkeypatch.setattr(module, "best_fit", lambda sizes, room: packed_anew.append(room) or original(sizes, room))
+    monkeypatch.setattr(module, "OPEN_SHARDS", 1)
+
+    def packed(length: int) -> list[Any]:
+        made = Packed(
+            TokenLine(Shards.open(paths, "txt", Storage(cache)), ByteTokenizer(), cache), length, packing="best_fit"
+        )
+        order = [unit * 7 % made.n for unit in range(2 * made.n)]
+        assert math.gcd(7, made.n) == 1
+        rows = [made.read(unit, 0)["inputs"].tolist() for unit in order]
+        assert rows == [pickle.loads(pickle.dumps(made)).read(unit, 0)["inputs"].tolist() for unit in order]
+        return rows
+
+    first = packed(64)
+    assert packed_anew == [64] * 4
+    assert packed(64) == first
+    assert packed_anew == [64] * 4
+    for kept in (cache / "tokens").glob("*.best_fit-1-64.npy"):
+        kept.write_bytes(b"damaged")
+    assert packed(64) == first
+    assert packed_anew[:8] == [64] * 8

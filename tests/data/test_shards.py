@@ -19,9 +19,9 @@ import webdataset
 from tests.data.ranks import on_ranks
 from tests.data.tars import by_webdataset, make, open_below, storage, write
 from trainer.data import shards as module
-from trainer.data.index import SIDECAR, ShardIndex
+from trainer.data.index import SIDECAR, ShardIndex, Summary
 from trainer.data.shards import Shards
-from trainer.data.spec import expand
+from trainer.data.spec import expand, file_name
 from trainer.data.team import Team
 from trainer.errors import ConfigError, DataError
 
@@ -280,12 +280,103 @@ def test_a_hundred_thousand_shards(tmp_path: Path) -> None:
     assert len(pickle.dumps(shards)) < 25e6
 
 
+def as_before(shards: Shards) -> list[tuple[str, Summary]]:
+    return list(zip(map(file_name, shards.urls), shards.summaries, strict=True))
+
+
+def test_a_shard_that_was_touched_or_damaged_before_it_was_damaged(tmp_path: Path) -> None:
+    (path,) = make(tmp_path, 1)
+    whole = load(path, tolerant=True)
+    at = [whole.index(0).members(i)["txt"][0] for i in range(7)]
+    os.utime(path, ns=(1, 1))
+    assert load(path, tolerant=True, before=as_before(whole)).damaged_since == frozenset()
+    os.truncate(path, at[5] + 5)
+    since = load(path, tolerant=True, before=as_before(whole))
+    assert (since.n, since.fingerprint, since.damaged_since) == (7, whole.fingerprint, {0})
+
+    born = load(path, tolerant=True)  # a run that began with the damage
+    text = bytes(born.read(1))
+    assert born.n == 5
+    os.truncate(path, at[2] + 5)
+    for _ in range(2):
+        worse = load(path, tolerant=True, before=as_before(born))
+        assert (worse.n, worse.fingerprint, worse.damaged_since) == (5, born.fingerprint, {0})
+        assert worse.read(1) == text
+        with pytest.raises(DataError, match="the file ends here"):
+            worse.read(4)
+    assert load(path, tolerant=True).n == 2
+
+
+def test_shards_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    for name, count in (("en", 7), ("de", 4)):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "0.tar", [(f"{i}.txt", name.encode() * 9) for i in range(count)])
+    spec = [str(tmp_path / name / "0.tar") for name in ("en", "de")]
+    whole = load(spec, tolerant=True)
+    for paths in (spec, spec[::-1]):
+        again = load(paths, tolerant=True, before=as_before(whole))
+        assert (again.n, again.damaged_since) == (11, frozenset())
+    assert again.fingerprint != whole.fingerprint
+
+
+def test_what_another_index_told_stays_when_that_is_gone(tmp_path: Path) -> None:
+    paths = make(tmp_path, 2)
+    listing = tmp_path / "sizes.json"
+    listing.write_text(json.dumps({Path(path).name: 7 for path in paths}))
+    counted = load(paths, None)
+    assert not counted.summaries[0].digest
+    listing.unlink()
+    again = load(paths, None, before=as_before(counted))
+    assert again.fingerprint == counted.fingerprint
+    walked = load(paths, None)
+    assert walked.fingerprint != counted.fingerprint
+    listing.write_text(json.dumps({Path(path).name: 7 for path in paths}))
+    assert load(paths, None, before=as_before(walked)).fingerprint == walked.fingerprint
+
+
+def test_the_first_rank_says_which_shards_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What another rank sees differently cannot part them; a shard that it does not have is told on all."""
+    paths = make(tmp_path, 4)
+
+    def seen(team: Team) -> Shards:
+        return Shards.open(paths[: 4 - team.rank], "txt", storage(tmp_path), team=team)
+
+    assert len({shards.fingerprint for shards in on_ranks(2, seen)}) == 1
+    for error in on_ranks(2, lambda team: Shards.open("gone-{0..1}.tar", "txt", storage(tmp_path), team=team)):
+        assert isinstance(error, ConfigError)
+        assert error.problems == [f"data.shards: missing file gone-{i}.tar" for i in range(2)]
+
+    def blind(team: Team) -> Shards:
+        monkeypatch.setattr(module, "expand", lambda *_, **__: [*paths, str(tmp_path / "elsewhere.tar")])
+        return Shards.open(paths, "txt", storage(tmp_path), team=team)
+
+    for error in on_ranks(2, blind):
+        assert isinstance(error, ConfigError)
+        assert "elsewhere.tar: cannot be read: No such file" in str(error)
+
+
+def test_many_open_shards_stay_open_while_they_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = make(tmp_path, 6, 3)
+    shards, loaded = load(paths), list[int]()
+    original = Shards._load
+    monkeypatch.setattr(Shards, "_load", lambda self, number: loaded.append(number) or original(self, number))
+    monkeypatch.setattr(module, "OPEN_SHARDS", 3)
+    for number in (0, 1, 2, 0, 3, 0, 4, 0):
+        shards.read(3 * number)
+    assert loaded == [0, 1, 2, 3, 4]  # the first stays: the last used are kept
+    monkeypatch.setattr(module, "OPEN_BYTES", 1)
+    shards.read(17)
+    assert list(shards._open) == [5]
+    shards.close()
+    assert shards._held == 0
+
+
 def test_a_shard_damaged_or_repaired_since_is_taken_as_it_was(tmp_path: Path) -> None:
     paths = make(tmp_path, 2)
     whole = load(paths, tolerant=True)
     content = Path(paths[1]).read_bytes()
     texts = [bytes(whole.read(v)) for v in range(14)]
-    known = dict(zip(("s-00.tar", "s-01.tar"), whole.summaries, strict=True))
+    known = as_before(whole)
     at = whole.index(1).members(3)["txt"][0]
 
     os.truncate(paths[1], at + 5)
@@ -302,9 +393,10 @@ def test_a_shard_damaged_or_repaired_since_is_taken_as_it_was(tmp_path: Path) ->
         load(paths, before=known)
 
     Path(paths[1]).write_bytes(content)
-    repaired = load(paths, tolerant=True, before=dict(zip(known, cut.summaries, strict=True)))
+    repaired = load(paths, tolerant=True, before=as_before(cut))
     assert (repaired.n, repaired.fingerprint, repaired.damaged_since) == (10, cut.fingerprint, frozenset())
     assert [repaired.read(v) for v in range(10)] == texts[:10]
+    assert load(paths, before=as_before(cut)).fingerprint == cut.fingerprint  # also where damage may not be, by now
     write(Path(paths[1]), [(f"dir/1-{i}.txt", b"other") for i in range(9)])
     replaced = load(paths, tolerant=True, before=known)
     assert replaced.n == 16

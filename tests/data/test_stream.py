@@ -18,7 +18,7 @@ from trainer.data import ledger
 from trainer.data.batches import Batches
 from trainer.data.mixture import Mixture
 from trainer.data.order import Order, default_block
-from trainer.data.stream import Part, Share, StepData, Stream
+from trainer.data.stream import Part, Share, Slot, StepData, Stream
 from trainer.errors import DataError
 from trainer.randomness import key
 
@@ -180,20 +180,24 @@ def test_what_cannot_be_read_is_left_out_and_named(dp_size: int) -> None:
     sources = [Units(30, bad=frozenset({3, 17}))]
     whole = expected(sources, shares(sources, 1)[0], 36)
     ranks = [Stream(share, workers=0) for share in shares(sources, dp_size, tolerant=True, micro_batch=2)]
-    seen, faults = [], []
+    seen: list[Any] = []
+    faults: list[tuple[Slot, str | None]] = []
     for _ in range(3):
         parts = [next(rank) for rank in ranks]
         seen += merged(parts)[1]
-        faults += sorted(fault for part in parts for fault in [(number, found.key) for number, found in part.faults])
+        faults += sorted((slot, found.key) for part in parts for slot, found in part.faults)
         assert all(len(part.micro_batches) == 12 // dp_size // 2 for part in parts)
     assert seen == [entry for entry in whole if entry[1] not in (3, 17)]
-    places = [(number, str(entry[1])) for number, entry in enumerate(whole) if entry[1] in (3, 17)]
-    assert faults == places
+    places = [Slot(number, 0, entry[1]) for number, entry in enumerate(whole) if entry[1] in (3, 17)]
+    assert faults == [(slot, str(slot.unit)) for slot in places]
     # A later life, to which the same data is whole again, leaves out what was left out.
     share = shares([Units(30)], 1, tolerant=True)[0]
     later = Stream(share, workers=0)
-    later.seek(0, [number for number, _ in places])
+    later.seek(0, places)
     assert [entry for _ in range(3) for _, entry in next(later).entries] == seen
+    # What comes there now, because weights to come were changed, is another unit: that is not left out.
+    later.seek(0, [slot._replace(unit=29) for slot in places])
+    assert [entry for _ in range(3) for _, entry in next(later).entries] == whole
 
 
 def test_a_rank_whose_whole_step_is_bad_still_has_a_batch_of_nothing() -> None:

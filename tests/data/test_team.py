@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from tests.data.ranks import on_ranks
-from trainer.data import team as module
 from trainer.data.team import ALONE, Team
 from trainer.errors import ConfigError, DataError, OnecurveError
 
@@ -43,9 +42,8 @@ def test_what_one_raises_is_raised_on_all() -> None:
             assert str(error).split("\n")[:2] == ["1 is bad", "4 is bad"]
 
 
-def test_those_who_wait_for_another_hear_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_those_who_wait_for_another_hear_of_it() -> None:
     """The slow rank's peers meet it in collectives all the time, instead of in one that takes as long as its work."""
-    monkeypatch.setattr(module, "HEARTBEAT_S", 0.1)
     told: list[tuple[str, int, int]] = []
 
     def work(i: int) -> int:
@@ -55,7 +53,35 @@ def test_those_who_wait_for_another_hear_of_it(monkeypatch: pytest.MonkeyPatch) 
     def shared(team: Team) -> Any:
         return team.share("slow work", list(range(4)), work)
 
-    assert on_ranks(2, shared, lambda *what: told.append(what)) == [[0, 1, 2, 3]] * 2
+    assert on_ranks(2, shared, lambda *what: told.append(what), heartbeat_s=0.1) == [[0, 1, 2, 3]] * 2
     assert ("slow work", 3, 4) in told
     assert len(told) >= 2 * 5
     assert ALONE.share("work", [1], work) == [1]
+
+
+def test_who_loses_a_peer_does_not_first_finish_its_part() -> None:
+    made: list[int] = []
+
+    def work(i: int) -> None:
+        time.sleep(0.05)
+        made.append(i)
+
+    def lost(value: Any) -> Any:
+        raise ConnectionError("peer lost")
+
+    with pytest.raises(ConnectionError):
+        Team(0, 2, gather=lost, heartbeat_s=0.1).share("work", list(range(2000)), work)
+    time.sleep(0.3)
+    assert len(made) < 100
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_the_first_rank_decides_and_its_errors_are_everybodys(size: int) -> None:
+    assert on_ranks(size, lambda team: team.agreed(lambda: f"seen by {team.rank}")) == ["seen by 0"] * size
+
+    def fails() -> Any:
+        raise ConfigError(["one", "two"])
+
+    for error in on_ranks(size, lambda team: team.agreed(fails)):
+        assert isinstance(error, ConfigError)
+        assert (error.problems, error.exit_code) == (["one", "two"], 2)

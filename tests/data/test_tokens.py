@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import tarfile
@@ -136,6 +137,45 @@ def test_text_that_is_none_fails_or_is_left_out(tmp_path: Path) -> None:
     ]
     assert line.total == 13 * 4
     assert len(list(line.documents(0, line.total))) == 13
+
+
+def test_a_text_that_cannot_be_read_now_is_not_kept_as_a_bad_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = write_shards(tmp_path / "in", [5, 6])
+    whole = line_of(paths, tmp_path / "whole")
+    reads, original = list[int](), Shards.read
+
+    def outage(shards: Shards, v: int) -> Any:
+        reads.append(v)
+        if v == 7:
+            raise DataError("the network is down")
+        return original(shards, v)
+
+    for tolerant in (False, True):
+        monkeypatch.setattr(Shards, "read", outage)
+        with pytest.raises(ConfigError, match="the network is down") as caught:
+            line_of(paths, tmp_path / "cache", tolerant=tolerant)
+        assert caught.value.exit_code == DataError.exit_code
+        assert max(reads) == 7  # and no further
+    monkeypatch.undo()
+    line = line_of(paths, tmp_path / "cache", tolerant=True)
+    assert (line.total, line.faults, line.fingerprint) == (whole.total, [], whole.fingerprint)
+
+
+def test_tokens_that_are_made_anew_must_be_the_same(tmp_path: Path) -> None:
+    """The cache is emptied under a run, and the shard has another text by then."""
+    paths = write_shards(tmp_path / "in", [5, 6])
+    line, other = (line_of(paths, tmp_path / "cache") for _ in range(2))
+    text = line_of(paths, tmp_path / "elsewhere").read(0, 9999).tolist()
+    for path in (tmp_path / "cache" / "tokens").iterdir():
+        path.unlink()
+    assert line.read(0, 9999).tolist() == text
+    for path in (tmp_path / "cache" / "tokens").glob("*.json"):
+        about = json.loads(path.read_text())
+        path.write_text(json.dumps(about | {"sha256": "of another text"}))
+    with pytest.raises(DataError, match=r"gives other tokens than when the run began"):
+        other.read(0, 5)
 
 
 @pytest.mark.parametrize("shared", [True, False])

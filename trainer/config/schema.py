@@ -158,8 +158,8 @@ class Data(Plugin):
     )
     sources: dict[str, DataSource] = Field(
         description="A mixture instead of `data.shards`: `{web: {shards: ..., weight: 3}, code: {shards: ..., "
-        "weight: 1}}`. At every point of the run each source has had its share, to within one sequence; each has its "
-        "own epochs."
+        "weight: 1}}`. At every point of the run each source has had its share, to within one sequence (weights that "
+        "need more than four or five digits are rounded to 16,384ths of their sum); each has its own epochs."
     )
     reweight: dict[Count, dict[str, Annotated[Float, Field(ge=0)]]] = Field(
         description="Other weights after that many steps: `{1000: {web: 1, code: 1}}`."

@@ -119,25 +119,26 @@ class ShardIndex:
         return next(filter(None, (cls.load(place, url, stamp) for place in places(url, storage))), None)
 
     @classmethod
-    def load(cls, sidecar: Path, url: str, stamp: str) -> ShardIndex | None:
-        """The index in a file, if it is whole and of the shard with this stamp."""
+    def load(cls, sidecar: Path, url: str, stamp: str | None = None) -> ShardIndex | None:
+        """The index in a file, if it is whole and of the shard with this stamp (None: with any)."""
         try:
             with open(sidecar, "rb") as file:
                 summary, about = _summary(file.readline(_LONGEST_SUMMARY), url)
                 details = file.read()
-            if summary.stamp != stamp or hashlib.sha256(details).hexdigest() != about["sha256"]:
+            if stamp not in (None, summary.stamp) or hashlib.sha256(details).hexdigest() != about["sha256"]:
                 return None
             starts = np.frombuffer(details, "<i8", summary.samples + 1).astype(np.int64, copy=False)
             table = np.frombuffer(details, MEMBER, about["members"], starts.nbytes)
             names = json.loads(details[starts.nbytes + table.nbytes :])
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
-        return cls(url, summary.size, stamp, names["keys"], starts, table, names["extensions"], summary.fault)
+        return cls(url, summary.size, summary.stamp, names["keys"], starts, table, names["extensions"], summary.fault)
 
     @classmethod
     def of_before(cls, url: str, storage: Storage, summary: Summary) -> ShardIndex | None:
-        """The index that once was summed up so, if it is still kept: the shard may have been damaged since."""
-        kept = filter(None, (cls.load(place, url, summary.stamp) for place in places(url, storage)))
+        """The index that once was summed up so, if it is still kept: the shard may have been damaged since, and copied
+        or touched before."""
+        kept = filter(None, (cls.load(place, url) for place in places(url, storage)))
         return next((index for index in kept if index.summary.digest == summary.digest), None)
 
     def cut(self, samples: int) -> ShardIndex:
@@ -149,8 +150,8 @@ class ShardIndex:
 
     def keep(self, storage: Storage) -> bool:
         """Saves the index in the first place that takes it; whether there is one."""
-        *whole, damaged = places(self.url, storage)
-        for place in [damaged] if self.fault else whole:
+        damaged = [_of_damage(self.url, storage) / f"{self.summary.digest}{SIDECAR}"]
+        for place in damaged if self.fault else _of_whole(self.url, storage):
             with suppress(OSError):  # read-only or full: the next place, or do without
                 self.save(place)
                 return True
@@ -285,12 +286,23 @@ def summary(url: str, storage: Storage) -> Summary | None:
 
 
 def places(url: str, storage: Storage) -> list[Path]:
-    """Where the index of a shard may be kept, best first. The last one is of damaged shards: it does not replace what
-    is known of the whole one, which a run may still need."""
+    """Where indexes of a shard may be kept, best first. Those of it damaged replace neither each other nor what is
+    known of the whole one: a run may still need what it began with."""
+    return [*_of_whole(url, storage), *sorted(_of_damage(url, storage).glob(f"*{SIDECAR}"))]
+
+
+def _of_whole(url: str, storage: Storage) -> list[Path]:
+    cached = _in_cache(url, storage).with_suffix(SIDECAR)
+    return [cached] if is_remote(url) or url.startswith("pipe:") else [Path(local_path(url) + SIDECAR), cached]
+
+
+def _of_damage(url: str, storage: Storage) -> Path:
+    return _in_cache(url, storage).with_suffix(".damaged")
+
+
+def _in_cache(url: str, storage: Storage) -> Path:
     place = (url if is_url(url) else os.path.abspath(url)).encode("utf-8", "surrogateescape")
-    name = storage.cache / "indexes" / hashlib.sha256(place).hexdigest()[:32]
-    cached = [name.with_suffix(SIDECAR), name.with_suffix(f".damaged{SIDECAR}")]
-    return cached if is_remote(url) or url.startswith("pipe:") else [Path(local_path(url) + SIDECAR), *cached]
+    return storage.cache / "indexes" / hashlib.sha256(place).hexdigest()[:32]
 
 
 def _summary(line: bytes, url: str) -> tuple[Summary, dict[str, Any]]:

@@ -16,7 +16,9 @@ import numpy.typing as npt
 
 from trainer.randomness import key as random_key
 
-ORDER = "lanes-1"  # stored with a run: any change of the functions below needs another name
+# Stored with a run: any change of the functions below, of how a mixture is dealt or how documents are packed needs
+# another name.
+ORDER = "lanes-1"
 
 _MASK = (1 << 64) - 1
 _ROUNDS = 8  # after 4, neighbours in a range of 64 are still neighbours 1.7 times as often as by chance

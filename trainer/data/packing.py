@@ -6,10 +6,12 @@ they fit (Ding et al., "Fewer truncations improve language modeling", 2024): onl
 
 from __future__ import annotations
 
+import io
 import threading
 from bisect import bisect_left, insort
 from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -18,9 +20,12 @@ import numpy.typing as npt
 
 from trainer.data.team import ALONE, Team
 from trainer.data.tokens import TokenLine
+from trainer.errors import ConfigError
+from trainer.files import replace_file
 
 NO_TARGET = -100
-OPEN_SHARDS = 64
+OPEN_SHARDS = 1024
+BEST_FIT = "best_fit-1"  # part of the name of what is kept: a change of the algorithm needs another one
 
 Row = dict[str, npt.NDArray[np.int64]]
 Numbers = npt.NDArray[np.int64]
@@ -48,38 +53,64 @@ class Concatenated:
 
 
 class BestFit:
-    """A unit is documents of one shard, none of them cut unless it is longer than a sequence by itself."""
+    """A unit is documents of one shard, none of them cut unless it is longer than a sequence by itself.
+
+    How a shard is packed is worked out once, and kept beside its tokens.
+    """
 
     def __init__(self, line: TokenLine, length: int, team: Team):
         self._line, self._length = line, length
-        self._open: OrderedDict[int, list[list[tuple[int, int]]]] = OrderedDict()
+        self._open: OrderedDict[int, Numbers] = OrderedDict()
         self._lock = threading.Lock()
         shards = list(range(len(line.starts) - 1))
-        self._starts = np.cumsum([0, *team.share("packed shards", shards, lambda shard: len(self._bins(shard)))])
+        self._starts = np.cumsum([0, *team.share("packed shards", shards, self._count)])
         self.n = int(self._starts[-1])
 
     def ranges(self, unit: int) -> list[tuple[int, int]]:
         shard = int(np.searchsorted(self._starts, unit, side="right")) - 1
-        return self._bins(shard)[unit - int(self._starts[shard])]
+        packed, base, number = self._packed(shard), int(self._line.starts[shard]), unit - int(self._starts[shard])
+        first, end = np.searchsorted(packed[0], [number, number + 1])
+        return [(base + begin, base + stop) for begin, stop in packed[1:, first:end].T.tolist()]
 
-    def _bins(self, shard: int) -> list[list[tuple[int, int]]]:
+    def _count(self, shard: int) -> int:
+        return int(self._packed(shard)[0].max(initial=-1)) + 1
+
+    def _packed(self, shard: int) -> Numbers:
+        """Of each piece of the shard, by units: its unit, first and end token in the shard; int64 [3, pieces]."""
         with self._lock:
-            if (bins := self._open.get(shard)) is not None:
-                return bins
-        base, ends = int(self._line.starts[shard]), self._line.shard(shard).ends
+            if (packed := self._open.get(shard)) is not None:
+                self._open.move_to_end(shard)
+                return packed
+        packed = self._load(shard)
+        with self._lock:
+            self._open[shard] = packed
+            while len(self._open) > OPEN_SHARDS:
+                self._open.popitem(last=False)
+        return packed
+
+    def _load(self, shard: int) -> Numbers:
+        ends, path = self._line.shard(shard).ends, self._line.beside(shard, f"{BEST_FIT}-{self._length}.npy")
+        tokens = int(ends[-1]) if len(ends) else 0
+        with suppress(OSError, ValueError):
+            packed = np.load(path, mmap_mode="r", allow_pickle=False)
+            if packed.shape[0] == 3 and int((packed[2] - packed[1]).sum()) == tokens:
+                return np.asarray(packed)
         pieces = [
-            (base + first, base + min(first + self._length, end))
+            (first, min(first + self._length, end))
             for begin, end in pairwise([0, *ends.tolist()])
             for first in range(begin, end, self._length)
         ]
-        bins = [
-            [pieces[i] for i in chosen] for chosen in best_fit([end - first for first, end in pieces], self._length)
-        ]
-        with self._lock:
-            self._open[shard] = bins
-            while len(self._open) > OPEN_SHARDS:
-                self._open.popitem(last=False)
-        return bins
+        units = best_fit([end - first for first, end in pieces], self._length)
+        rows = [(number, *pieces[i]) for number, chosen in enumerate(units) for i in chosen]
+        packed = np.array(rows, np.int64).reshape(-1, 3).T.copy()
+        content = io.BytesIO()
+        np.save(content, packed, allow_pickle=False)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(path, content.getbuffer())
+        except OSError as error:
+            raise ConfigError(f"data.cache: {path} cannot be written: {error.strerror}") from error
+        return packed
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_open": OrderedDict(), "_lock": None}
@@ -128,9 +159,10 @@ class Packed:
 
     def foresee(self, units: Sequence[int]) -> None:
         """A hint that these units will be read soon."""
-        for unit in units:
-            for first, end in self._cut.ranges(unit):
-                self._line.foresee(first, end)
+        if self._line.foresees:
+            for unit in units:
+                for first, end in self._cut.ranges(unit):
+                    self._line.foresee(first, end)
 
     def entry(self, unit: int) -> list[Piece]:
         """The unit as the ledger names it."""

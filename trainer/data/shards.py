@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import resource
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from functools import partial
@@ -27,7 +29,9 @@ from trainer.data.storage import Storage, is_remote, shown
 from trainer.data.team import ALONE, Team
 from trainer.errors import ConfigError, DataError
 
-OPEN_SHARDS = 256
+# How many are kept open: each may hold a file, so no more than a part of those that a process may have.
+OPEN_SHARDS = min(4096, max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
+OPEN_BYTES = 1 << 30  # and of their indexes
 
 Content = bytes | memoryview
 
@@ -44,6 +48,7 @@ class _Shard:
         self.offsets = np.ascontiguousarray(index.table["offset"]).data
         self.sizes = np.ascontiguousarray(index.table["size"]).data
         self.names = np.array(index.extensions, object)[index.table["extension"]].tolist()
+        self.nbytes = 2 * index.nbytes
         self._fields: dict[str, tuple[Numbers, Numbers]] = {}
 
     def field(self, name: str) -> tuple[Numbers, Numbers]:
@@ -76,9 +81,10 @@ class Shards:
     """Samples 0..n-1 in listed order. Any thread may read; a copy sent to another process reads there.
 
     `n`: samples. `bytes`: of the member `field` in all of them, or of all members. `starts`: int64 [shards + 1], the
-    first sample of each shard. `urls`: as given. `fingerprint`: of names, counts, keys and sizes, the
-    same wherever the shards lie. `faults`: damaged shards. `summaries`: of each shard what a later life of a run is to
-    find again. `damaged_since`: numbers of the shards that such a life found damaged, and takes as they were.
+    first sample of each shard. `urls`: as given. `remote`: whether any comes over the network. `fingerprint`: of names,
+    counts, keys and sizes, the same wherever the shards lie. `faults`: damaged shards. `summaries`: of each shard what
+    a later life of a run is to find again. `damaged_since`: numbers of the shards that such a life found damaged, and
+    takes as they were.
     """
 
     def __init__(
@@ -101,9 +107,10 @@ class Shards:
         )
         self.fingerprint = self._fingerprint(summaries)
         self._first = self.starts.tolist()
-        self._remote = any(map(is_remote, self.urls))
+        self.remote = any(map(is_remote, self.urls))
         self._seen: dict[int, str] = {}  # the stamp of each shard that this process has opened
-        self._open: dict[int, _Shard] = {}
+        self._open: OrderedDict[int, _Shard] = OrderedDict()  # the last used last
+        self._held = 0  # bytes of their indexes
         self._lock = threading.Lock()
 
     @classmethod
@@ -115,20 +122,24 @@ class Shards:
         *,
         key: str = "data.shards",
         tolerant: bool = False,
-        before: Mapping[str, Summary] | None = None,
+        before: Sequence[tuple[str, Summary]] = (),
         team: Team = ALONE,
     ) -> Shards:
-        """The shards that `spec` means (see `expand`), indexed where they are not yet: each rank of `team` its part.
+        """The shards that `spec` means (see `expand`) to the first rank of `team`, indexed where they are not yet: each
+        rank its part.
 
         `field`: a member that all samples must have. None: none, and the indexes of others are believed, so that a
-        shard is not walked before it is read. `tolerant`: of a damaged shard what lies before the damage is used; or
-        all that `before` tells of it, by its file name: what an earlier life of the run knew.
+        shard is not walked before it is read. `tolerant`: of a damaged shard what lies before the damage is used.
+        `before`: file names and summaries of the shards in an earlier life of the run; if they are these shards, what
+        was damaged, repaired or counted by another since is taken as it was then.
         Raises ConfigError on all ranks, with all that is wrong; its exit code is DataError's if damage is all.
         """
-        urls, field = expand(spec, key, allow_pipe=storage.allow_pipe), field and field.lower()
+        urls: list[str] = team.agreed(lambda: expand(spec, key, allow_pipe=storage.allow_pipe))
+        field = field and field.lower()
         look = partial(_look, storage=storage, field=field, tolerant=tolerant, counts=Counts(storage))
-        before = (before if tolerant else None) or {}
-        found = team.share("indexes of shards", [(url, before.get(file_name(url))) for url in urls], look)
+        same = [name for name, _ in before] == list(map(file_name, urls))
+        known: Sequence[Summary | None] = [summary for _, summary in before] if same else [None] * len(urls)
+        found = team.share("indexes of shards", list(zip(urls, known, strict=True)), look)
         summaries = [from_json(one["summary"]) for one in found]
         since = [number for number, one in enumerate(found) if one["damaged_since"]]
         shards = cls(urls, summaries, field, storage, tolerant=tolerant, damaged_since=since)
@@ -219,14 +230,14 @@ class Shards:
 
     def foresee(self, samples: Numbers) -> None:
         """A hint that these samples will be read soon: what must come over the network is fetched meanwhile."""
-        for number, i in self.locate_many(samples) if self._remote else ():
+        for number, i in self.locate_many(samples) if self.remote else ():
             shard = self._shard(number, i)
             for row in range(shard.starts[i], shard.starts[i + 1]):
                 shard.blob.prefetch(shard.offsets[row], shard.sizes[row])
 
     def foresee_from(self, v: int) -> None:
         """A hint that sample `v` and those behind it in its shard will be read soon."""
-        for number, i in self.locate_many(np.array([v])) if self._remote else ():
+        for number, i in self.locate_many(np.array([v])) if self.remote else ():
             shard = self._shard(number, i)
             start = shard.offsets[shard.starts[i]]
             shard.blob.prefetch(start, shard.blob.size - start)
@@ -241,17 +252,28 @@ class Shards:
         with self._lock:
             while self._open:
                 self._open.popitem()[1].blob.close()
+            self._held = 0
 
     def _shard(self, number: int, i: int | None = None) -> _Shard:
         """The shard, open. Raises DataError if it has no sample `i`: it is damaged, or its index lied."""
-        if (shard := self._open.get(number)) is None:
-            loaded = self._load(number)
-            with self._lock:
-                shard = self._open.setdefault(number, loaded)  # another thread's, where that was faster
-                for oldest in list(self._open)[: max(0, len(self._open) - OPEN_SHARDS)]:
-                    self._open.pop(oldest).blob.close()
+        try:
+            shard = self._open[number]
+            self._open.move_to_end(number)
+        except KeyError:
+            shard = self._put(number, self._load(number))
         if i is not None and i >= len(shard.keys):
             raise self._short(shard.index)
+        return shard
+
+    def _put(self, number: int, loaded: _Shard) -> _Shard:
+        with self._lock:
+            if number not in self._open:
+                self._held += loaded.nbytes
+            shard = self._open.setdefault(number, loaded)  # another thread's, where that was faster
+            while len(self._open) > 1 and (len(self._open) > OPEN_SHARDS or self._held > OPEN_BYTES):
+                _, oldest = self._open.popitem(last=False)
+                self._held -= oldest.nbytes
+                oldest.blob.close()
         return shard
 
     def _load(self, number: int) -> _Shard:
@@ -278,7 +300,7 @@ class Shards:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._open, self._lock = {}, threading.Lock()
+        self._open, self._held, self._lock = OrderedDict(), 0, threading.Lock()
 
 
 def _look(
@@ -289,14 +311,18 @@ def _look(
     Raises DataError; ConfigError if a sample lacks `field`.
     """
     url, before = asked
-    if field is None and (counted := _counted(url, storage, counts)) is not None:
+    walked_before = before is not None and before.digest
+    if field is None and not walked_before and (counted := _counted(url, storage, counts)) is not None:
         return {"summary": asdict(counted), "stamp": counted.stamp, "damaged_since": False}
     found, whole = index.summary(url, storage), None
     if found is None or (found.fault is not None and not tolerant):
         whole = ShardIndex.open(url, storage, tolerant=tolerant)
         found = whole.summary
     stamp, since = found.stamp, False
-    if before is not None and before.digest not in ("", found.digest):
+    if before is not None and not before.digest:  # another's index told of it, and is gone or too old by now
+        if (before.size, before.samples) == (found.size, found.samples):
+            found = replace(before, stamp=stamp)
+    elif before is not None and before.digest != found.digest:
         with suppress(DataError):
             _as_told(whole or ShardIndex.open(url, storage, tolerant=True), before, storage)
             since = found.fault is not None
@@ -310,7 +336,7 @@ def _look(
 
 
 def _as_told(found: ShardIndex, told: Summary, storage: Storage) -> ShardIndex:
-    """The index of a shard as it was told of: itself, or if it was damaged or repaired since, as it was before.
+    """The index of a shard as it was told of: itself, or if it was damaged since, or repaired, as it was before.
 
     Raises DataError if it is not the same shard, or cannot be known to be.
     """
@@ -318,7 +344,8 @@ def _as_told(found: ShardIndex, told: Summary, storage: Storage) -> ShardIndex:
         return found
     if found.fault is not None and (before := ShardIndex.of_before(found.url, storage, told)) is not None:
         return before
-    if len(found.keys) > told.samples and (cut := found.cut(told.samples)).summary.digest == told.digest:
+    repaired = told.fault is not None and len(found.keys) > told.samples
+    if repaired and (cut := found.cut(told.samples)).summary.digest == told.digest:
         return cut
     raise _changed(found.url) if found.fault is None else found.fault.error()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -54,6 +54,14 @@ class Source(Protocol):
         """The unit as the ledger names it: [shard, key], or a list of pieces."""
 
 
+class Slot(NamedTuple):
+    """A place in the run, and what comes there: unit `unit` of source number `source`."""
+
+    number: int
+    source: int
+    unit: int
+
+
 @dataclass(frozen=True)
 class StepData:
     """One rank's part of one optimizer step."""
@@ -67,8 +75,8 @@ class StepData:
     """Sequences of the run up to and with this step, over all ranks: the position behind it."""
     entries: list[tuple[int, Any]]
     """(number in the run, ledger entry) of each of this rank's sequences; empty if the ledger is off."""
-    faults: list[tuple[int, Fault]]
-    """(number in the run, what is wrong) of those that were left out now."""
+    faults: list[tuple[Slot, Fault]]
+    """(place, what is wrong) of those that were left out now."""
 
 
 @dataclass(frozen=True)
@@ -100,17 +108,17 @@ class Share:
     dp_size: int = 1
     ledger: bool = False
     tolerant: bool = False
-    left_out: frozenset[int] = frozenset()
+    left_out: frozenset[Slot] = frozenset()
 
-    def units(self, done: int) -> list[tuple[int, int, int]]:
-        """(number in the run, part, unit) of this rank's sequences of the step behind `done` finished ones."""
+    def units(self, done: int) -> list[Slot]:
+        """This rank's sequences of the step behind `done` finished ones; a slot's source is the number of a part."""
         first = self.batches.taken(done)
         numbers = np.arange(first + self.dp_rank, first + self.batches.size(done), self.dp_size)
         which, own = self.mixture.at(numbers)
         units = np.empty_like(numbers)
         for i in np.unique(which):
             units[which == i] = self.parts[i].walk.samples(own[which == i])
-        return list(zip(numbers.tolist(), which.tolist(), units.tolist(), strict=True))
+        return list(map(Slot, numbers.tolist(), which.tolist(), units.tolist()))
 
     def step(self, done: int) -> StepData:
         """This rank's part of the step behind `done` finished ones."""
@@ -118,35 +126,36 @@ class Share:
         for i, part in enumerate(self.parts):
             part.source.foresee([unit for _, which, unit in units if which == i])
         draws = keys(self.seed, "draw")
-        slots: list[tuple[int, Row] | None] = []
+        rows: list[tuple[int, Row] | None] = []
         entries, faults = [], []
-        for number, which, unit in units:
+        for slot in units:
+            number, which, unit = slot
             draw, source = draws(number), self.parts[which].source
-            slots.append(None)
-            if number in self.left_out:
+            rows.append(None)
+            if slot in self.left_out:
                 continue
             try:
-                slots[-1] = (draw, source.read(unit, draw))
+                rows[-1] = (draw, source.read(unit, draw))
             except DataError as error:
                 if not self.tolerant:
                     raise
-                faults.append((number, Fault.of(error)))
+                faults.append((slot, Fault.of(error)))
                 continue
             if self.ledger:
                 entries.append((number, source.entry(unit)))
-        size = self.micro_batch or len(slots)
-        groups = [[slot for slot in slots[i : i + size] if slot] for i in range(0, len(slots), size)]
+        size = self.micro_batch or len(rows)
+        groups = [[row for row in rows[i : i + size] if row] for i in range(0, len(rows), size)]
         return StepData(
             step=done + 1,
-            micro_batches=[batch(group) if group else self._nothing(slots) for group in groups],
+            micro_batches=[batch(group) if group else self._nothing(rows) for group in groups],
             taken=self.batches.taken(done + 1),
             entries=entries,
             faults=faults,
         )
 
-    def _nothing(self, slots: Iterable[tuple[int, Row] | None]) -> Batch:
+    def _nothing(self, rows: Iterable[tuple[int, Row] | None]) -> Batch:
         """A micro-batch without a sequence: its rank must still take part in the step."""
-        row = next((slot for slot in slots if slot), None) or self._any_row()
+        row = next(filter(None, rows), None) or self._any_row()
         return {name: tensor[:0] for name, tensor in batch([row]).items()}
 
     def _any_row(self) -> tuple[int, Row]:
@@ -181,9 +190,8 @@ class Stream:
         """What was found damaged when the data was opened."""
         return [fault for part in self.share.parts for fault in part.source.faults]
 
-    def seek(self, done: int, left_out: Iterable[int] = ()) -> None:
-        """Go to where `done` steps are done. `left_out`: numbers in the run of the sequences that are left out, besides
-        those that cannot be read."""
+    def seek(self, done: int, left_out: Iterable[Slot] = ()) -> None:
+        """Go to where `done` steps are done. `left_out`: what is left out besides what cannot be read."""
         self._stop()
         self._done = done
         share = Share(**{**vars(self.share), "left_out": frozenset(left_out)})

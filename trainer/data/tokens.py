@@ -33,12 +33,12 @@ from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError, DataError
 from trainer.files import replace_file
 
-FORMAT = "onecurve-tokens-2"
+FORMAT = "onecurve-tokens-3"
 STORED: dict[str | None, np.dtype[Any]] = {
     "u16": np.dtype("<u2"),
     "u32": np.dtype("<u4"),
 }  # fields whose members are token ids already
-OPEN_SHARDS = 256
+OPEN_SHARDS = 1024
 _FORESEEN = 1024  # samples between two hints
 
 Numbers = npt.NDArray[np.int64]
@@ -88,6 +88,7 @@ class TokenLine:
         self._open: OrderedDict[int, _Shard] = OrderedDict()
         self._lock = threading.Lock()
         summaries = team.share("tokens of shards", list(range(len(shards.urls))), self._prepare)
+        self._told = [(tokens, digest) for tokens, _, digest in summaries]
         self.starts = np.cumsum([0] + [tokens for tokens, _, _ in summaries], dtype=np.int64)
         self.total = int(self.starts[-1])
         told = json.dumps([shards.fingerprint, [[tokens, digest] for tokens, _, digest in summaries]])
@@ -120,11 +121,15 @@ class TokenLine:
                 first, document = stop, document + 1
             shard += 1
 
+    @property
+    def foresees(self) -> bool:
+        """Whether it helps to tell what will be read soon."""
+        return self._stored is not None and self.shards.remote
+
     def foresee(self, first: int, end: int) -> None:
         """A hint that these tokens of the line will be read soon."""
-        if self._stored is not None:
-            found = [self.shards.starts[shard] + document for shard, document, _, _ in self.documents(first, end)]
-            self.shards.foresee(np.array(found, np.int64))
+        found = [self.shards.starts[shard] + document for shard, document, _, _ in self.documents(first, end)]
+        self.shards.foresee(np.array(found, np.int64))
 
     def shard(self, number: int) -> _Shard:
         with self._lock:
@@ -181,11 +186,14 @@ class TokenLine:
             first = int(self.shards.starts[number])
             return _Shard(np.cumsum(self._counts(number)), None, lambda i: self._stored_ids(first + i))
         about, path = self._about(number), self._path(number)
-        lengths = np.load(path.with_suffix(".lengths.npy"), allow_pickle=False)
+        if (about["tokens"], about["sha256"]) != self._told[number]:  # made anew, elsewhere or by another life
+            place = shown(self.shards.urls[number])
+            raise DataError(f"{place}: gives other tokens than when the run began; restore it", shard=place)
+        ends = np.load(self.beside(number, "ends.npy"), mmap_mode="r", allow_pickle=False)
         flat: npt.NDArray[Any] = (
             np.memmap(path, self._dtype, "r", shape=(about["tokens"],)) if about["tokens"] else np.empty(0, self._dtype)
         )
-        return _Shard(np.cumsum(lengths, dtype=np.int64), flat, lambda i: flat)
+        return _Shard(np.asarray(ends), flat, lambda i: flat)
 
     def _counts(self, number: int) -> Numbers:
         """Tokens of each document of a shard of token ids; none of one that is no whole number of them."""
@@ -206,6 +214,10 @@ class TokenLine:
             raise DataError(f"{place}: sample {key!r}: {wrong}", shard=place, key=key)
         return ids
 
+    def beside(self, number: int, what: str) -> Path:
+        """Where something that follows from the tokens of a shard is kept."""
+        return self._path(number).with_suffix(f".{what}")
+
     def _path(self, number: int) -> Path:
         """Where the tokens of a shard are kept: named by all that they depend on."""
         what: list[str | None] = [
@@ -219,7 +231,7 @@ class TokenLine:
         return self._cache / "tokens" / f"{name}.tokens"
 
     def _about(self, number: int) -> dict[str, Any]:
-        """What is kept of a shard: {"tokens", "faults"}; made if it is not there."""
+        """What is kept of a shard: {"tokens", "faults", "sha256"}; made if it is not there."""
         path = self._path(number)
         with suppress(OSError, ValueError, KeyError, TypeError):
             about = json.loads(path.with_suffix(".json").read_bytes())
@@ -231,7 +243,10 @@ class TokenLine:
         return self._encode(number, path)
 
     def _encode(self, number: int, path: Path) -> dict[str, Any]:
-        """Encodes a shard: tokens and lengths first, what is there last, each whole or not at all."""
+        """Encodes a shard: tokens and where documents end first, what is there last, each whole or not at all.
+
+        What is no text is kept as a fault, for good. What cannot be read now is an error: it may be readable later.
+        """
         lengths, faults, digest = [], [], hashlib.sha256()
         beside = path.with_name(f".{uuid.uuid4().hex}.tmp")
         try:
@@ -241,10 +256,8 @@ class TokenLine:
                 for sample in range(first, int(self.shards.starts[number + 1])):
                     if (sample - first) % _FORESEEN == 0:
                         self.shards.foresee_from(sample)
-                    try:
-                        ids = self._ids(sample)
-                    except DataError as error:
-                        faults.append(vars(Fault.of(error)))
+                    if isinstance(ids := self._ids(sample), Fault):
+                        faults.append(vars(ids))
                         lengths.append(0)
                         continue
                     content = ids.tobytes()
@@ -255,8 +268,8 @@ class TokenLine:
                 os.fsync(file.fileno())
             os.replace(beside, path)
             packed = io.BytesIO()
-            np.save(packed, np.array(lengths, np.int32), allow_pickle=False)
-            replace_file(path.with_suffix(".lengths.npy"), packed.getbuffer())
+            np.save(packed, np.cumsum(lengths, dtype=np.int64), allow_pickle=False)
+            replace_file(self.beside(number, "ends.npy"), packed.getbuffer())
             about = {"tokens": sum(lengths), "faults": faults, "sha256": digest.hexdigest()}
             replace_file(path.with_suffix(".json"), json.dumps(about).encode())
             return about
@@ -266,7 +279,7 @@ class TokenLine:
             with suppress(OSError):
                 beside.unlink()
 
-    def _ids(self, sample: int) -> npt.NDArray[Any]:
+    def _ids(self, sample: int) -> npt.NDArray[Any] | Fault:
         content = self.shards.read(sample)
         try:
             text = str(content, "utf-8")
@@ -275,7 +288,7 @@ class TokenLine:
             shard, key, index = self.shards.path(sample), self.shards.name(sample)[1], self.shards.index(number)
             byte = index.members(i)[self.shards.field or ""][0] + error.start
             cause = f"{shard}: byte {byte}: sample {key!r} is not UTF-8 text"
-            raise DataError(cause, shard=shard, key=key, byte=byte) from None
+            return Fault(shard, key, byte, cause)
         return np.append(self._tokenizer.encode(text), self._tokenizer.separator).astype(self._dtype)
 
 

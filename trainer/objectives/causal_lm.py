@@ -44,7 +44,7 @@ class CausalLM:
     def summary(self, sums: dict[str, float]) -> dict[str, float]:
         nats = sums["loss"]
         return {
-            "loss": nats / sums["count"],
+            "loss": nats / sums["count"] if sums["count"] else math.nan,
             "nats_per_char": nats / sums["chars"] if sums["chars"] else math.nan,
             "bits_per_byte": nats / math.log(2) / sums["bytes"] if sums["bytes"] else math.nan,
         }

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from trainer.data.faults import Fault
-from trainer.data.stream import StepData
+from trainer.data.spec import file_name
+from trainer.data.stream import Slot, StepData
 from trainer.errors import DataError
 from trainer.topology import Topology
 from trainer.tracking.jsonl import mend, read
@@ -33,15 +34,16 @@ class Quarantine:
         self._rows: list[dict[str, Any]] = topology.broadcast(read(self._path) if topology.is_main else None)
 
     @property
-    def left_out(self) -> list[int]:
-        """Numbers in the run of the sequences that earlier lives left out."""
-        return [row["number"] for row in self._rows if row["number"] is not None]
+    def left_out(self) -> list[Slot]:
+        """What earlier lives left out. Of a step that weights or batch sizes were changed for since, other units may
+        come at these numbers: those are read."""
+        return [Slot(row["number"], row["source"], row["unit"]) for row in self._rows if row["number"] is not None]
 
     def opened(self, faults: Sequence[Fault]) -> list[dict[str, Any]]:
         """Takes in what was found damaged when the data was opened; all ranks bring the same. As `steps`."""
-        known = [{**row, "step": None} for row in self._rows]
-        rows = [{"step": None, "number": None, **asdict(fault)} for fault in faults]
-        return self._add([row for row in rows if row not in known])
+        known = [{name: row[name] for name in ("shard", "key", "byte", "cause")} for row in self._rows]
+        nowhere = {"step": None, "number": None, "source": None, "unit": None}
+        return self._add([nowhere | asdict(fault) for fault in faults if asdict(fault) not in known])
 
     def steps(self, steps: Sequence[StepData]) -> list[dict[str, Any]]:
         """Takes in what these steps left out, on all ranks; gives what is to be told of it.
@@ -50,9 +52,7 @@ class Quarantine:
         """
         if self._budget is None:
             return []
-        own = [
-            {"step": data.step, "number": number, **asdict(fault)} for data in steps for number, fault in data.faults
-        ]
+        own = [{"step": data.step, **slot._asdict(), **asdict(fault)} for data in steps for slot, fault in data.faults]
         rows = [row for part in self._topology.gather(own) for row in part]
         return self._add(sorted(rows, key=lambda row: row["number"]))
 
@@ -63,12 +63,12 @@ class Quarantine:
                 file.flush()
                 os.fsync(file.fileno())
         self._rows += rows
-        # A sample that comes again in another epoch, or in several sequences, is one.
-        bad = len({(row["shard"], row["key"], None if row["key"] else row["byte"]) for row in self._rows})
+        # A sample that comes again, in another epoch or sequence or from where the data was moved to, is one.
+        bad = len({(row["shard"] and file_name(row["shard"]), row["key"]) for row in self._rows})
         if self._budget is not None and bad > self._budget:
             last = self._rows[-1]["cause"]
             raise DataError(
                 f"{bad} samples or shards cannot be read, but data.error_budget={self._budget}; "
                 f"the last: {last}. All are in {self._path}"
             )
-        return [{name: value for name, value in row.items() if name != "step"} for row in rows]
+        return [{name: row[name] for name in ("number", "shard", "key", "byte", "cause")} for row in rows]
