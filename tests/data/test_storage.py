@@ -16,7 +16,7 @@ from random import Random
 
 import pytest
 
-from trainer.data.storage import Storage, is_remote, is_url, shown
+from trainer.data.storage import Storage, default_cache, is_remote, is_url, shown
 from trainer.data.storage.cache import MEMORY_BYTES, Cache
 from trainer.data.storage.fetch import Pool
 from trainer.data.storage.local import LocalBlob
@@ -153,6 +153,11 @@ def test_what_cannot_be_opened_is_refused_before_anything_is_done(tmp_path: Path
     assert not (tmp_path / "cache").exists()
 
 
+def test_an_empty_name_of_the_cache_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONECURVE_CACHE", "")
+    assert default_cache() == Path("~/.cache/onecurve").expanduser()
+
+
 def test_an_empty_command_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="names no command"):
         Storage(tmp_path, allow_pipe=True).open("pipe: ")
@@ -172,11 +177,22 @@ def test_an_empty_command_is_refused(tmp_path: Path) -> None:
         "pipe:gsutil -o token=hush cat gs://bucket/a.tar",
         "pipe:wget --password hush -O - https://host/a.tar",
         "pipe:curl -H 'X-Api-Key: hush' https://host/a.tar",
+        "pipe:curl -u 'me:hush' https://host/a.tar",
+        'pipe:curl -u "me:hush" https://host/a.tar',
+        "pipe:curl -ume:hush https://host/a.tar",
+        "pipe:TOKEN='hush' MORE=hush ./get a.tar",
+        'pipe:curl -H "Authorization: Token hush" https://host/a.tar',
+        "pipe:curl -H 'X-Mine: hush' https://host/a.tar",
+        'pipe:curl -d \'{"token": "hush"}\' https://host/a.tar',
+        "pipe:mysql -phush a.tar",
+        "pipe:gpg --passphrase hush -d a.tar",
+        "pipe:./get 'hush hush a.tar; cat a.tar",  # a quote without an end
+        "https:/me:hush@host/a.tar?sig=hush",
     ],
 )
 def test_secrets_are_not_shown(url: str) -> None:
     assert "hush" not in shown(url)
-    assert shown(url)[:8] == url[:8]
+    assert shown(url)[:7] == url[:7]
     assert "a.tar" in shown(url)
 
 
@@ -185,6 +201,28 @@ def test_secrets_are_not_shown(url: str) -> None:
 )
 def test_what_is_no_secret_is_shown(url: str) -> None:
     assert shown(url) == url
+
+
+def test_commands_whose_words_are_masked_are_told_apart() -> None:
+    """By what they do, not by a secret, which another life of a run may have another one of."""
+    commands = [f"pipe:curl -u me:hush -H 'Part: {i}' https://host/a.tar" for i in range(9)]
+    assert len({shown(command) for command in commands}) == 9
+    assert shown(commands[0]) == shown(commands[0].replace("me:hush", "me:changed"))
+    assert [shown(shown(command)) for command in commands] == [*map(shown, commands)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{'token': 'hush'}",
+        "curl: -u 'me:hush' is wrong",
+        "Authorization: Token hush",
+        "password='hush hush'",
+        "http:/me:hush@a/b",
+    ],
+)
+def test_secrets_in_the_words_of_others_are_not_shown(text: str) -> None:
+    assert "hush" not in shown(text)
 
 
 # The cache.
