@@ -18,6 +18,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
+from filelock import FileLock
 
 from tests.data.servers import Fault, Server, http_server
 from trainer.data.storage import Storage, unpack
@@ -128,9 +129,47 @@ def test_a_changed_compressed_shard_is_unpacked_anew_and_old_ones_go(tmp_path: P
     old = time.time() - unpack.UNUSED_S - 10
     for noted in (storage.cache / "unpacked").glob("*.json"):
         os.utime(noted, (old, old))
+    (left,) = {Path(noted.parent, f".{noted.name.partition('-')[0]}-of-another-version.tmp") for noted in kept(storage)}
+    for name, age in ((left, old), (left.with_stem(f"{left.stem}-2"), time.time())):
+        name.touch()  # as one leaves it that is killed while unpacking a version that there will not be again
+        os.utime(name, (age, age))
     path.write_bytes(gzip.compress(CONTENT + b"x"))
     assert all_of(storage, str(path)) == CONTENT + b"x"
     assert len(kept(storage)) == 1
+    assert not left.exists()
+    assert len(list(left.parent.glob(".*.tmp"))) == 1  # of one that may be at work
+
+
+def test_what_is_whole_is_opened_without_waiting_or_writing(tmp_path: Path, storage: Storage) -> None:
+    (tmp_path / "a.tar.gz").write_bytes(gzip.compress(CONTENT))
+    storage.open(str(tmp_path / "a.tar.gz"))
+    (made,) = kept(storage)
+    with FileLock(made.with_suffix(".lock")), ThreadPoolExecutor(1) as pool:
+        assert pool.submit(all_of, storage, str(tmp_path / "a.tar.gz")).result(5) == CONTENT
+    made.with_suffix(".lock").unlink()
+    assert all_of(storage, str(tmp_path / "a.tar.gz")) == CONTENT
+    assert not made.with_suffix(".lock").exists()
+
+
+def test_a_power_cut_leaves_nothing_that_looks_whole(
+    tmp_path: Path, storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is on the disk for certain when it gets its name, and no former facts of it are there."""
+    (tmp_path / "a.tar.gz").write_bytes(gzip.compress(CONTENT))
+    storage.open(str(tmp_path / "a.tar.gz"))
+    (made,) = kept(storage)
+    os.truncate(made, 5)
+    certain, fsync, replace = [], os.fsync, os.replace
+
+    def renamed(old: Path, new: Path) -> None:
+        if new == made:
+            assert certain[-1] == old.stat().st_ino
+            assert not made.with_suffix(".json").exists()
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", lambda file: (certain.append(os.fstat(file).st_ino), fsync(file)))
+    monkeypatch.setattr(os, "replace", renamed)
+    assert all_of(storage, str(tmp_path / "a.tar.gz")) == CONTENT
 
 
 def test_an_unpacked_file_that_is_not_whole_is_made_anew(tmp_path: Path, storage: Storage) -> None:

@@ -10,7 +10,6 @@ import lzma
 import os
 import re
 import time
-import uuid
 import zlib
 from collections.abc import Callable, Generator
 from contextlib import closing, suppress
@@ -24,6 +23,7 @@ from trainer.data.storage import command
 from trainer.data.storage.local import LocalBlob
 from trainer.data.storage.urls import PIPE, is_remote, shown
 from trainer.errors import ConfigError, DataError
+from trainer.files import replace_file
 
 if TYPE_CHECKING:
     from trainer.data.storage import Blob, Storage
@@ -65,26 +65,44 @@ def piped(storage: Storage, url: str) -> Blob:
     return _kept(storage, url, storage.pipes, None, lambda: command.output(url, url[len(PIPE) :]))
 
 
+def forget(storage: Storage, url: str) -> None:
+    """Deletes what is kept of a command under `storage.pipes`."""
+    path = _path(storage, url, storage.pipes)
+    for kind in (".json", ".tar", ".lock"):
+        with suppress(OSError):
+            path.with_suffix(kind).unlink()
+
+
 def _kept(
     storage: Storage, url: str, version: str, stamp: str | None, pieces: Callable[[], Generator[bytes, None, None]]
 ) -> Blob:
     """The blob of the file that holds `pieces`; made if it is not there yet, by one process. `stamp`: the blob's; None:
     one of its content."""
-    folder = storage.cache / "unpacked"
-    family = _hash(url)
-    path = folder / f"{family}-{_hash(version)}.tar"
+    path = _path(storage, url, version)
+    with suppress(DataError):  # removed at this moment
+        if (facts := _facts(path)) is not None:  # whole: others need not be waited for, nor the folder be written
+            return _open(storage, path, url, stamp, facts)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
             if (facts := _facts(path)) is None:
                 facts = _write(path, url, pieces())
-                _remove_former(folder, family, path)
-            os.utime(path.with_suffix(".json"))  # in use; the file's own time is part of what others know it by
-            stamp = stamp or f"{facts['size']}-{facts['crc32']:08x}"
-            return LocalBlob(str(path), url, mmap=storage.mmap, stamp=stamp)
+                _remove_former(path)
+            return _open(storage, path, url, stamp, facts)
     except OSError as error:
         problem = f"data.cache={storage.cache}: {shown(url)} cannot be unpacked there: {error.strerror or error}"
         raise ConfigError(problem) from None
+
+
+def _path(storage: Storage, url: str, version: str) -> Path:
+    return storage.cache / "unpacked" / f"{_hash(url)}-{_hash(version)}.tar"
+
+
+def _open(storage: Storage, path: Path, url: str, stamp: str | None, facts: dict[str, Any]) -> Blob:
+    with suppress(OSError):  # in use; the file's own time is part of what others know it by
+        os.utime(path.with_suffix(".json"))
+    stamp = stamp or f"{facts['size']}-{facts['crc32']:08x}"
+    return LocalBlob(str(path), url, mmap=storage.mmap, stamp=stamp)
 
 
 def _hash(text: str) -> str:
@@ -108,24 +126,26 @@ def _write(path: Path, url: str, pieces: Generator[bytes, None, None]) -> dict[s
             for piece in pieces:
                 file.write(piece)
                 size, checksum = size + len(piece), zlib.crc32(piece, checksum)
+            file.flush()
+            os.fsync(file.fileno())  # of what a power cut leaves, only the size is looked at
         facts = {"url": shown(url), "size": size, "crc32": checksum}
+        path.with_suffix(".json").unlink(missing_ok=True)  # it is of another content, which may have the same size
         os.replace(beside, path)
-        noted = path.with_name(f".{uuid.uuid4().hex}.tmp")
-        noted.write_text(json.dumps(facts))
-        os.replace(noted, path.with_suffix(".json"))
+        replace_file(path.with_suffix(".json"), json.dumps(facts).encode())
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
     return facts
 
 
-def _remove_former(folder: Path, family: str, path: Path) -> None:
-    for other in folder.glob(f"{family}-*.tar"):
+def _remove_former(path: Path) -> None:
+    """Removes other versions that nothing uses, and what killed processes left of them."""
+    folder, family = path.parent, path.name.partition("-")[0]
+    for other in (*folder.glob(f"{family}-*.json"), *folder.glob(f".{family}-*.tmp")):
         with suppress(OSError):
-            noted = other.with_suffix(".json")
-            if other != path and time.time() - noted.stat().st_mtime > UNUSED_S:
-                noted.unlink()
+            if other.stem != path.stem and time.time() - other.stat().st_mtime > UNUSED_S:
                 other.unlink()
+                other.with_suffix(".tar").unlink(missing_ok=True)
 
 
 def _decompressor(url: str) -> Callable[[], Any]:
