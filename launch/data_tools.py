@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -131,16 +131,22 @@ def _each(
     """What a function makes of every shard, in their order, made in parallel: its URL as messages may show it, and the
     result."""
     from trainer.data.spec import expand
-    from trainer.data.storage import Storage, shown
+    from trainer.data.storage import Storage, default_cache, shown, unpack
+    from trainer.data.storage.urls import PIPE
     from trainer.data.tools.parallel import Workers, cores
 
     if arguments.workers is not None and arguments.workers < 1:
         raise ConfigError(f"--workers: must be at least 1, not {arguments.workers}")
     urls = expand(arguments.shards, "SHARDS", allow_pipe=arguments.allow_pipe)
-    cache = arguments.cache or Path(os.environ.get("ONECURVE_CACHE") or "~/.cache/onecurve")
-    storage = Storage(cache.expanduser().absolute(), _CACHE_BYTES, allow_pipe=arguments.allow_pipe)
+    cache = (arguments.cache or default_cache()).expanduser().absolute()
+    # Commands run anew: what they gave to a run, or to another command, may no longer be what they give.
+    storage = Storage(cache, _CACHE_BYTES, allow_pipe=arguments.allow_pipe, pipes=uuid.uuid4().hex)
     count = min(arguments.workers or cores(), len(urls))
-    with progress() as told, Workers(count) as workers:
+    with ExitStack() as stack:
+        for url in urls:
+            if url.startswith(PIPE):
+                stack.callback(unpack.forget, storage, url)
+        told, workers = stack.enter_context(progress()), stack.enter_context(Workers(count))
         results = workers.in_order(function, ((url, storage, *more) for url in urls))
 
         def told_of() -> Iterator[tuple[str, T]]:

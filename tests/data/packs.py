@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import webdataset
@@ -32,3 +34,23 @@ def read(out: Path, split: str = "*") -> dict[str, dict[str, bytes]]:
 def contents(out: Path) -> dict[str, bytes]:
     """All files but the indexes, which hold times."""
     return {path.name: path.read_bytes() for path in out.iterdir() if not path.name.endswith(SIDECAR)}
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def alive(session: int) -> bool:
+    """Whether a process of the session is there."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if int(fields[3]) == session and fields[0] != "Z":
+                return True
+    return False

@@ -10,13 +10,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from random import Random
 
 import pytest
 
-from tests.data.packs import CLI, POEM, contents, pack, read
+from tests.data.packs import CLI, POEM, alive, contents, pack, read, wait_for
 from trainer.data.index import SIDECAR, ShardIndex
 from trainer.data.storage import Storage
 from trainer.data.tokenizer import train_bpe
@@ -33,13 +32,6 @@ if __name__ == "__main__":
     options = Options(split="lines", tokenizer="bpe:300", tokenize=True, shard_bytes=200_000)
     pack_inputs([inputs], out, options, workers=workers, piece_bytes=40_000)
 """
-
-
-def wait_for(condition, seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 @pytest.mark.parametrize(("workers", "kills"), [(1, (2,)), (2, (1, 3))])
@@ -72,19 +64,6 @@ def test_killed_at_any_time_it_goes_on(tmp_path: Path, workers: int, kills: tupl
         storage = Storage(tmp_path / "cache")
         index = ShardIndex.load(Path(f"{shard}{SIDECAR}"), str(shard), storage.stamp(str(shard)))
         assert index == ShardIndex.build(storage.open(str(shard)))
-
-
-def alive(session: int) -> bool:
-    """Whether a process of the session is there."""
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            if int(fields[3]) == session and fields[0] != "Z":
-                return True
-    return False
 
 
 def test_only_one_at_a_time(tmp_path: Path) -> None:

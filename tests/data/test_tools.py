@@ -6,6 +6,8 @@ import argparse
 import io
 import json
 import os
+import signal
+import subprocess
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,7 @@ import pytest
 from webdataset import TarWriter
 
 from launch.data import add_commands
+from tests.data.packs import CLI, alive, wait_for
 from tests.data.servers import http_server
 from trainer.data.index import SIDECAR, ShardIndex, places
 from trainer.data.storage import Storage
@@ -322,3 +325,24 @@ def test_commands_in_shells_only_when_allowed(tmp_path: Path, onecurve: Run) -> 
     assert code == 2
     assert "runs a command in a shell" in lines[0]
     assert onecurve("check", f"pipe:cat {path}", "--allow-pipe", "--decode")[0] == 0
+    assert list((tmp_path / "cache" / "unpacked").iterdir()) == []
+    path.write_bytes(path.read_bytes()[:700])  # not what it was at the last command
+    for command in ("check", "index"):
+        code, lines = onecurve(command, f"pipe:cat {path}", "--allow-pipe")
+        assert code == 3
+        assert "the archive is cut off" in lines[0]
+
+
+def test_interrupted_it_ends_the_commands_in_shells(tmp_path: Path) -> None:
+    urls = [f"pipe:echo $$ > {tmp_path}/{i}.pid; sleep 60; cat {tmp_path}/a.tar" for i in range(2)]
+    command = [*CLI, "check", "--workers", "2", "--allow-pipe", "--cache", str(tmp_path / "cache"), *urls]
+    for end in (signal.SIGINT, signal.SIGKILL):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wait_for(lambda: len([path for path in tmp_path.glob("*.pid") if path.read_text().strip()]) == 2)
+        shells = [int(path.read_text()) for path in tmp_path.glob("*.pid")]
+        process.send_signal(end)
+        process.wait()
+        for shell in shells:
+            wait_for(lambda: not alive(shell))  # noqa: B023
+        for path in tmp_path.glob("*.pid"):
+            path.unlink()

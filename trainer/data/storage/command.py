@@ -78,9 +78,10 @@ os.register_at_fork(after_in_child=_forked)
 
 
 @atexit.register
-def _end_all() -> None:
-    with _starting:
-        for process in list(_running):
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+def end_all() -> None:
+    """Kills all commands that run, before this process ends; it can start none any more."""
+    _starting.acquire()
+    for process in list(_running):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

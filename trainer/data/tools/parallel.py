@@ -12,10 +12,12 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
+from trainer.data.storage import command
 from trainer.errors import OnecurveError
 
 T = TypeVar("T")
 
+_GRACE_S = 2  # how long a process may take to end those that it started
 _AHEAD = 16  # items for each process that may be begun before the first of them is asked for
 
 
@@ -39,7 +41,11 @@ class Workers:
         if self._pool is None:
             return
         if error is not None:
-            for process in list((getattr(self._pool, "_processes", None) or {}).values()):
+            processes = list((getattr(self._pool, "_processes", None) or {}).values())
+            for process in processes:
+                process.terminate()  # see _begin
+            for process in processes:
+                process.join(_GRACE_S)
                 process.kill()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
@@ -81,11 +87,18 @@ def result(future: Future[T]) -> T:
 def _begin() -> None:
     """In a new process: an interrupt is its parent's business, and so is its life."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=_end, daemon=True).start())
     threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end() -> None:
+    """At once, whatever is being done, but not without the commands that were started for it."""
+    command.end_all()
+    os._exit(1)
 
 
 def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
-        os._exit(1)
+        _end()
