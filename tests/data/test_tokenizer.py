@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -161,6 +162,44 @@ def test_separator_is_found_or_missed() -> None:
     assert JsonTokenizer(words("a", "<eos>", "</s>").to_str()).separator == 2
     with pytest.raises(ConfigError, match="has no end-of-document token"):
         JsonTokenizer(words("a", "b").to_str(), "x.json")
+
+
+def test_a_document_cannot_smuggle_in_a_separator() -> None:
+    """Whether the file has it as a special token, as any other, or only as a word of the model."""
+    description = json.loads(train_bpe(TEXTS, 300).to_str())
+    (special,) = description["added_tokens"]
+    vocabulary = [("<unk>", 0.0), ("</s>", -1.0), *((letter, -9.0) for letter in "ab</s>")]
+    unigram = tokenizers.Tokenizer(models.Unigram(vocabulary, unk_id=0))
+    found = [JsonTokenizer(unigram.to_str())]
+    for added in ([special], [{**special, "special": False}], [{**special, "special": False, "normalized": True}], []):
+        found.append(JsonTokenizer(json.dumps({**description, "added_tokens": added})))
+    unigram.add_special_tokens(["</s>"])
+    found.append(JsonTokenizer(unigram.to_str()))
+    for tokenizer in found:
+        spelt = "</s>" if tokenizer in (found[0], found[-1]) else "<|endoftext|>"
+        for text in (f"a{spelt}b{spelt}{spelt}", spelt):
+            ids = tokenizer.encode(text).tolist()
+            assert tokenizer.separator not in ids
+            assert tokenizer.decode(ids) == text or tokenizer in (found[0], found[-1])
+        assert tokenizer.decode([*tokenizer.encode("a"), tokenizer.separator]) == "a"
+
+
+def test_a_token_outside_the_byte_alphabet_is_measured_as_it_is_decoded() -> None:
+    description = json.loads(train_bpe(TEXTS, 300).to_str())
+    description["model"]["vocab"]["日 x"] = 300
+    found = JsonTokenizer(json.dumps(description))
+    assert found.decode([300]) == "日 x"
+    assert (found.token_bytes[300], found.token_chars[300]) == (5, 3)
+
+
+def test_training_on_characters_takes_no_memory_for_each_text() -> None:
+    texts = (chr(97 + i % 26) * 100 + "abcdefghijklmnopqrstuvwxyz" for i in range(20_000))
+    tracemalloc.start()
+    try:
+        train_chars(texts)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_wordpiece_is_measured_in_context() -> None:

@@ -81,17 +81,28 @@ class JsonTokenizer(Tokenizer):
         self._tokenizer.no_truncation()
         self._tokenizer.encode_special_tokens = True  # a document cannot smuggle in a separator
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        separators = [vocabulary[token] for token in _SEPARATORS if token in vocabulary]
-        if not separators:
+        if (spelt := next((token for token in _SEPARATORS if token in vocabulary), None)) is None:
             known = ", ".join(_SEPARATORS)
             raise ConfigError(f"data.tokenizer: {source} has no end-of-document token (one of {known})")
-        self.vocab_size, self.separator = max(vocabulary.values()) + 1, separators[0]
+        self.vocab_size, self.separator, self._spelt = max(vocabulary.values()) + 1, vocabulary[spelt], spelt
+        added = self._tokenizer.get_added_tokens_decoder().get(self.separator)
+        if added is None or not added.special:  # whatever the file says of it
+            self._tokenizer.add_special_tokens([tokenizers.AddedToken(spelt, special=True, normalized=False)])
         self.token_bytes, self.token_chars = _measure(list(self._pieces(vocabulary, description)))
         for part in ("padding", "truncation"):
             description.pop(part, None)
         self.fingerprint = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
 
     def encode(self, text: str) -> Ids:
+        ids = self._ids(text)
+        if self._spelt in text and self.separator in ids:  # the model has it as a word, too: take it apart
+            first, *others = text.split(self._spelt)
+            begin, end = self._spelt[:1], self._spelt[1:]
+            parts = [first + begin, *(end + part + begin for part in others[:-1]), end + others[-1]]
+            ids = np.concatenate([self._ids(part) for part in parts])
+        return ids
+
+    def _ids(self, text: str) -> Ids:
         return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -111,7 +122,8 @@ class JsonTokenizer(Tokenizer):
             elif i in added:
                 yield b"" if added[i].special else token.encode("utf-8")
             elif "ByteLevel" in kinds:
-                yield bytes(_BYTE_OF[character] for character in token)
+                known = all(character in _BYTE_OF for character in token)  # else the decoder takes it as it is
+                yield bytes(_BYTE_OF[character] for character in token) if known else token.encode("utf-8")
             elif "ByteFallback" in kinds and len(token) == 6 and token.startswith("<0x"):
                 yield bytes.fromhex(token[3:5])
             else:  # decoded in mid-text: at the start of a text decoders drop the space of a word
@@ -182,8 +194,10 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
 
 def train_chars(texts: Iterable[str]) -> tokenizers.Tokenizer:
     """A token for each character of `texts`: separator (id 0), U+FFFD for all others (id 1), then by code."""
-    characters = sorted(set().union(*map(set, texts)) - {_UNKNOWN})
-    vocabulary = {token: i for i, token in enumerate([SEPARATOR, _UNKNOWN, *characters])}
+    characters: set[str] = set()
+    for text in texts:
+        characters.update(text)
+    vocabulary = {token: i for i, token in enumerate([SEPARATOR, _UNKNOWN, *sorted(characters - {_UNKNOWN})])}
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=_UNKNOWN))
     tokenizer.add_special_tokens([SEPARATOR])
     tokenizer.decoder = decoders.Fuse()
