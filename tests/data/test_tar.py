@@ -192,6 +192,35 @@ def test_malformed_pax_header(tmp_path: Path, payload: bytes) -> None:
         list(walk(path))
 
 
+def test_pax_records_with_zeros_behind_them_and_without_a_value(tmp_path: Path) -> None:
+    path, member = tmp_path / "a.tar", tarfile.TarInfo("y.txt")
+    member.size = 2
+    for size, records, name in ((BLOCK, b"20 path=a/bcdef.txt\n", "a/bcdef.txt"), (16, b"8 size=\n8 path=\n", "y.txt")):
+        head = tarfile.TarInfo("PaxHeaders/a")
+        head.type, head.size = tarfile.XHDTYPE, size
+        blocks = [
+            head.tobuf(tarfile.USTAR_FORMAT),
+            records.ljust(BLOCK, b"\0"),
+            member.tobuf(),
+            b"hi".ljust(BLOCK, b"\0"),
+        ]
+        path.write_bytes(b"".join(blocks) + bytes(2 * BLOCK))
+        assert list(walk(path)) == [Member(name, 3 * BLOCK, 2)]
+        assert size == 16 or list(walk(path)) == by_tarfile(path)  # tarfile takes `size=` for 0
+
+
+@pytest.mark.parametrize("magic", [b"ustar\x0000", b"ustar  \0", b"ustar00\0", bytes(8)])
+def test_a_prefix_is_part_of_the_name_whatever_the_magic(tmp_path: Path, magic: bytes) -> None:
+    for prefix, name in ((b"dir/p", "dir/p/y.txt"), (b"14716341234", "y.txt")):  # the time of GNU tar --incremental
+        block = bytearray(tarfile.TarInfo("y.txt").tobuf(tarfile.USTAR_FORMAT))
+        block[257:265], block[345 : 345 + len(prefix)] = magic, prefix
+        block[148:156] = b"%06o\0 " % (8 * ord(" ") + sum(block[:148]) + sum(block[156:]))
+        (tmp_path / "a.tar").write_bytes(bytes(block) + bytes(2 * BLOCK))
+        found = list(walk(tmp_path / "a.tar"))
+        gnu = magic[:6] == b"ustar "
+        assert found == (by_tarfile(tmp_path / "a.tar") if prefix == b"dir/p" or not gnu else [Member(name, BLOCK, 0)])
+
+
 def test_extension_header_without_its_member(tmp_path: Path) -> None:
     path = write(tmp_path / "a.tar", [("n" * 200, b"")], tarfile.GNU_FORMAT)
     path.write_bytes(path.read_bytes()[: 2 * BLOCK] + bytes(2 * BLOCK))

@@ -22,6 +22,7 @@ _NEAR = 16 << 10
 _LARGEST_EXTENSION = 1 << 20  # bytes of a long name or PAX header; real ones have a few hundred
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"\xfd7": "xz", b"BZ": "bzip2", b"\x28\xb5": "zstd"}
 _REGULAR, _SKIPPED, _EXTENSIONS = b"0\x007", b"5V", b"xXgLK"  # 7: contiguous file; V: volume label
+_TIME = re.compile(rb"[0-7]{11}")
 _RECORD = re.compile(rb"(\d{1,9}) ([^=]+)=")
 _REFUSED = {
     ord("1"): "hard link",
@@ -97,7 +98,7 @@ class _Walker:
                 unknown = f"member of unknown type {chr(kind)!r}"
                 what = "sparse file" if sparse else _REFUSED.get(kind, unknown)
                 self.fail(f"is a {what}; repack the shard with plain files", name)
-            start, size = self.offset + BLOCK, self.payload(header, records.get("size"), kind, name)
+            start, size = self.offset + BLOCK, self.payload(header, records.get("size") or None, kind, name)
             self.offset = start + -(-size // BLOCK) * BLOCK
             self.last, self.extended = name, {}
             if kind in _REGULAR and not name.endswith("/"):
@@ -161,8 +162,10 @@ class _Walker:
         self.offset += BLOCK + -(-size // BLOCK) * BLOCK
 
     def records(self, payload: bytes) -> dict[str, str]:
-        """PAX records: `LENGTH KEY=VALUE\\n` each, LENGTH counting itself."""
+        """PAX records: `LENGTH KEY=VALUE\\n` each, LENGTH counting itself. An empty VALUE takes an earlier one back;
+        zeros may fill up the end."""
         found, at = {}, 0
+        payload = payload.rstrip(b"\0")
         while at < len(payload):
             match = _RECORD.match(payload, at)
             end = at + int(match[1]) if match else 0
@@ -193,9 +196,10 @@ def _octal(field: bytes) -> int | None:
 
 
 def _name(header: bytes) -> str:
-    """The name in a header; the prefix field is POSIX's only (GNU tar keeps times there)."""
+    """The name in a header, with the prefix field where there is one (GNU tar may keep times there)."""
     name, prefix = header[:100].split(b"\0", 1)[0], header[345:500].split(b"\0", 1)[0]
-    return _text(prefix + b"/" + name if prefix and header[257:263] == b"ustar\0" else name)
+    times = header[257:263] == b"ustar " and _TIME.fullmatch(prefix)
+    return _text(prefix + b"/" + name if prefix and not times else name)
 
 
 def _text(name: bytes) -> str:
