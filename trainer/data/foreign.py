@@ -5,7 +5,8 @@
 - wids (webdataset's `widsindex create`): `shardindex.json`: {"wids_version": 1, "shardlist": [{"url", "nsamples"}]}.
 - `sizes.json`, which open_clip and others read: {"X.tar": samples}.
 
-They are believed until a shard is walked, and ignored where they are older than it, do not fit it, or cannot be read.
+They are believed until a shard is walked, and ignored where they are older than it, do not fit it, name two shards of
+its name (`0.tar`, `sub/0.tar`), or cannot be read.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import os
 import posixpath
 import threading
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -47,7 +49,7 @@ class Listing(NamedTuple):
 
 
 class Counts:
-    """Asks the indexes beside shards. The files of a folder are read once. Any thread may ask."""
+    """Asks the indexes place shards. The files of a folder are read once. Any thread may ask."""
 
     def __init__(self, storage: Storage):
         self._storage = storage
@@ -65,7 +67,7 @@ class Counts:
                 written = local.stat().st_mtime_ns
             if (found := _energon(local, blob.size, written)) is not None:
                 return found
-        folder, name = posixpath.split(blob.url.partition("?")[0] if is_url(blob.url) else blob.url)
+        folder, name = split(blob.url)
         for listing in self.listings(folder):
             samples, size = listing.shards.get(name, (None, None))
             older = written is not None and listing.mtime_ns is not None and listing.mtime_ns < written
@@ -97,6 +99,11 @@ class Counts:
         return None
 
 
+def split(url: str) -> tuple[str, str]:
+    """Folder and base name of a shard's path or URL, without its query."""
+    return posixpath.split(url.partition("?")[0] if is_url(url) else url)
+
+
 def energon_offsets(path: Path) -> np.ndarray[Any, np.dtype[np.int64]]:
     """Where each sample of a shard begins, and where the last one ends: int64 [n + 1]. OSError, ValueError."""
     return np.frombuffer(path.read_bytes(), "<u8").astype(np.int64)
@@ -115,18 +122,26 @@ def _energon(shard: Path, size: int, written: int | None) -> Count | None:
 
 
 def _info(content: Any) -> dict[str, tuple[int, int | None]]:
-    return {posixpath.basename(name): (_samples(count), None) for name, count in content["shard_counts"].items()}
+    return _sizes(content["shard_counts"])
 
 
 def _wids(content: Any) -> dict[str, tuple[int, int | None]]:
     if content["wids_version"] != 1:
         raise ValueError("another version")
-    shards = content["shardlist"]
-    return {posixpath.basename(shard["url"]): (_samples(shard["nsamples"]), shard.get("filesize")) for shard in shards}
+    shards = [(shard["url"], (_samples(shard["nsamples"]), shard.get("filesize"))) for shard in content["shardlist"]]
+    return _by_name([(split(url)[1], told) for url, told in shards])
 
 
 def _sizes(content: Any) -> dict[str, tuple[int, int | None]]:
-    return {posixpath.basename(name): (_samples(count), None) for name, count in content.items()}
+    """Names are relative to the folder: those with one of their own are not of its shards."""
+    names = [(posixpath.normpath(name), (_samples(count), None)) for name, count in content.items()]
+    return _by_name([(name, told) for name, told in names if "/" not in name])
+
+
+def _by_name(told: list[tuple[str, tuple[int, int | None]]]) -> dict[str, tuple[int, int | None]]:
+    """Without those whose name comes twice: which of them is meant cannot be known."""
+    times = Counter(name for name, _ in told)
+    return {name: of for name, of in told if times[name] == 1}
 
 
 def _samples(count: Any) -> int:

@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from trainer.data.foreign import ENERGON, ENERGON_INFO, SIZES, WIDS, Counts, energon_offsets
+from trainer.data.foreign import ENERGON, ENERGON_INFO, SIZES, WIDS, Counts, energon_offsets, split
 from trainer.data.index import FORMAT, ShardIndex, places
-from trainer.data.storage import Blob, Storage, is_remote, is_url, shown
+from trainer.data.storage import Blob, Storage, is_remote, shown
 from trainer.data.storage.urls import PIPE, local_path
 from trainer.data.tar import BLOCK
 from trainer.data.tools.image_folders import IMAGES
 from trainer.data.tools.write import FORMAT as DATASET
-from trainer.errors import ConfigError, DataError
+from trainer.errors import ConfigError, DataError, OnecurveError
 
 _CHUNK = 4 << 20
 _LONGEST_LINE = 64 << 20
@@ -65,14 +65,14 @@ def verify(url: str, storage: Storage, decode: bool = False) -> Verdict:
 
 def _description(url: str, storage: Storage, problems: list[str]) -> dict[str, Any]:
     """The `dataset.json` that packing put beside a shard; {} if there is none."""
-    place = posixpath.join(_folder(url), "dataset.json")
+    place = posixpath.join(split(url)[0], "dataset.json")
     if url.startswith(PIPE) or not (is_remote(url) or Path(local_path(place)).exists()):
         return {}
     try:
-        described = _json_file(place, storage, _times(_folder(url)))
+        described = _json_file(place, storage, _times(split(url)[0]))
         ours = isinstance(described, dict) and described.get("format") == DATASET
         return described if ours else {}
-    except (DataError, ValueError) as error:
+    except (OnecurveError, ValueError) as error:
         if not is_remote(url):  # where it may just not be there
             problems.append(f"{shown(place)} beside it cannot be read: {error}")
         return {}
@@ -93,10 +93,6 @@ def _json_file(place: str, storage: Storage, times: tuple[int, ...]) -> Any:
         return json.loads(bytes(blob.read(0, blob.size)))
 
 
-def _folder(url: str) -> str:
-    return posixpath.dirname(url.partition("?")[0] if is_url(url) else url)
-
-
 def _bytes(url: str, blob: Blob, storage: Storage, described: dict[str, Any]) -> Iterator[str]:
     """Reads all of the file, as it is stored."""
     digest, stored = hashlib.sha256(), blob if url.startswith(PIPE) else storage.plain(url, keep=False)
@@ -108,7 +104,7 @@ def _bytes(url: str, blob: Blob, storage: Storage, described: dict[str, Any]) ->
     finally:
         if stored is not blob:
             stored.close()
-    listed = described.get("sha256", {}).get(posixpath.basename(url.partition("?")[0] if is_url(url) else url))
+    listed = described.get("sha256", {}).get(split(url)[1])
     if listed not in (None, digest.hexdigest()):
         yield "its checksum is not the one in dataset.json; payloads have changed"
 
@@ -137,9 +133,9 @@ class _Tellings(Counts):
 
     def all(self, blob: Blob) -> Iterator[tuple[str, int | None, int]]:
         """Who says so, the size of the shard, its samples."""
-        name = posixpath.basename(blob.url.partition("?")[0] if is_url(blob.url) else blob.url)
+        folder, name = split(blob.url)
         written = None if is_remote(blob.url) else Path(local_path(blob.url)).stat().st_mtime_ns
-        for listing in self.listings(_folder(blob.url)):
+        for listing in self.listings(folder):
             if name in listing.shards and not (written and listing.mtime_ns and listing.mtime_ns < written):
                 samples, size = listing.shards[name]
                 yield listing.place, size, samples
@@ -154,7 +150,7 @@ def _foreign(blob: Blob, index: ShardIndex, storage: Storage) -> Iterator[str]:
     """What other people's indexes say of the shard, where that is not so. Older ones are of a former shard."""
     if blob.url.startswith(PIPE):
         return
-    folder = _folder(blob.url)
+    folder, _ = split(blob.url)
     for place, size, samples in _tellings(storage, folder, _times(folder)).all(blob):
         if samples != len(index.keys):
             yield f"has {len(index.keys)} samples, but {place} says {samples}"
