@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -17,7 +18,7 @@ from trainer.errors import OnecurveError
 
 T = TypeVar("T")
 
-_GRACE_S = 2  # how long a process may take to end those that it started
+_GRACE_S = 2  # how long processes may take to end those that they started
 _AHEAD = 16  # items for each process that may be begun before the first of them is asked for
 
 
@@ -44,8 +45,9 @@ class Workers:
             processes = list((getattr(self._pool, "_processes", None) or {}).values())
             for process in processes:
                 process.terminate()  # see _begin
+            end = time.monotonic() + _GRACE_S
             for process in processes:
-                process.join(_GRACE_S)
+                process.join(max(0, end - time.monotonic()))
                 process.kill()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
