@@ -184,7 +184,8 @@ class Data(Plugin):
     )
     ledger: bool = Field(description="Write `ledger.jsonl`: which samples, or pieces of them, each step consumed.")
     cache: str = Field(
-        description="Folder for prepared data sets, tokens, indexes of read-only shards, copies of remote ones."
+        min_length=1,
+        description="Folder for prepared data sets, tokens, indexes of read-only shards, copies of remote ones.",
     )
     cache_gb: Float = Field(
         ge=0, description="Most that copies of remote shards may take of `data.cache`, GB. 0: none."

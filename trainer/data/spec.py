@@ -63,11 +63,11 @@ def _matches(pattern: str, key: str, allow_pipe: bool, problems: list[str]) -> l
     if os.path.isfile(path):
         return [path]
     if os.path.isdir(path):
-        problems.append(f"{key}: {pattern} is a folder; name its shards: {pattern.rstrip('/')}/*.tar")
+        problems.append(f"{key}: {shown(pattern)} is a folder; name its shards: {shown(pattern).rstrip('/')}/*.tar")
         return []
     found = sorted(filter(os.path.isfile, glob.glob(path, recursive=True))) if glob.has_magic(path) else []
     if not found:
-        problems.append(f"{key}: {'no file matches' if glob.has_magic(path) else 'missing file'} {pattern}")
+        problems.append(f"{key}: {'no file matches' if glob.has_magic(path) else 'missing file'} {shown(pattern)}")
     return found
 
 
