@@ -49,7 +49,7 @@ class Listing(NamedTuple):
 
 
 class Counts:
-    """Asks the indexes place shards. The files of a folder are read once. Any thread may ask."""
+    """Asks the indexes beside shards. The files of a folder are read once. Any thread may ask."""
 
     def __init__(self, storage: Storage):
         self._storage = storage
