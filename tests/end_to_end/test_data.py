@@ -101,7 +101,7 @@ def test_only_what_is_to_come_may_change(mixture: tuple[str, ...], tmp_path: Pat
     run = Run(tmp_path / "run", 1, (*mixture, "train.steps=16"))
     run.train()
     for changed, key in (
-        ("data.reweight={10: {web: 1, code: 2}}", "data.weights"),
+        ("data.reweight={10: {web: 1, code: 2}}", "data.reweight.10"),
         ("train.batch_ramp={3: 12}", "train.batch_ramp"),
         ("data.packing=concat", "data.packing"),
     ):

@@ -1,9 +1,10 @@
-"""One rank of test_ragged.py: two DDP steps on batches whose ranks and micro-batches differ in targets."""
+"""One rank of test_ragged.py: DDP steps in fp64 and fp32, where ranks and micro-batches differ in how many targets."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +14,14 @@ from trainer.config import schema
 from trainer.models import initialise
 from trainer.models.gpt import GPT
 from trainer.objectives.causal_lm import IGNORE
+from trainer.precision import Precision
 from trainer.strategies.ddp import DDP
 from trainer.strategies.single import StepOptions
 
 VOCABULARY, LENGTH, SEQUENCES, CLIP, LR = 50, 16, 8, 0.5, 0.01
+# AdamW multiplies the rounding of a small gradient by up to LR / epsilon: with an epsilon of 1e-8 that alone would be
+# 5e-6 of a weight in fp32, more or less with the CPU.
+EPSILON = 1e-4
 GPT2 = {"positions": "learned", "activation": "gelu", "bias": True}
 SHAPE = schema.GPT(name="gpt", layers=2, width=24, heads=2, dropout=0.0, **GPT2)
 
@@ -33,14 +38,14 @@ class Objective:
         return {"loss": loss, "count": (targets != IGNORE).sum()}
 
 
-def model() -> GPT:
+def model(dtype: torch.dtype = torch.float32) -> GPT:
     gpt = GPT(SHAPE, VOCABULARY, LENGTH)
     initialise(gpt, seed=5)
-    return gpt
+    return gpt.to(dtype)
 
 
 def optimizer(module: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(module.parameters(), lr=LR, fused=True)
+    return torch.optim.AdamW(module.parameters(), lr=LR, eps=EPSILON, fused=True)
 
 
 def batch(step: int) -> dict[str, Tensor]:
@@ -53,13 +58,10 @@ def batch(step: int) -> dict[str, Tensor]:
     return {"inputs": tokens[:, :-1], "targets": targets, "draws": torch.arange(SEQUENCES)}
 
 
-def main(out: Path, micro_batch: int) -> None:
-    ranks = topology.join(timeout_s=60)
+def train(ranks: topology.Topology, micro_batch: int, dtype: torch.dtype) -> dict[str, Any]:
     options = StepOptions(clip_norm=CLIP, activation_checkpointing="none", compile=False)
-    from trainer.precision import Precision
-
     strategy = DDP(schema.DDP(name="ddp", bucket_mb=1), ranks, Precision("fp32", ranks.device), Objective(), options)
-    strategy.setup(model, optimizer)
+    strategy.setup(lambda: model(dtype), optimizer)
     losses, norms = [], []
     for step in range(2):
         mine = {name: tensor[ranks.dp_rank :: ranks.dp_size] for name, tensor in batch(step).items()}
@@ -71,8 +73,14 @@ def main(out: Path, micro_batch: int) -> None:
         numbers = strategy.reduce({name: value.reshape(1) for name, value in sums.items()})
         losses.append(numbers["loss"][0] / numbers["count"][0])
         norms.append(strategy.update(LR).grad_norm.item())
+    return {"losses": losses, "norms": norms, "weights": dict(strategy.full_weights())}
+
+
+def main(out: Path, micro_batch: int) -> None:
+    ranks = topology.join(timeout_s=60)
+    trained = {str(dtype): train(ranks, micro_batch, dtype) for dtype in (torch.float64, torch.float32)}
     if ranks.is_main:
-        torch.save({"losses": losses, "norms": norms, "weights": dict(strategy.full_weights())}, out)
+        torch.save(trained, out)
     ranks.close()
 
 

@@ -61,14 +61,15 @@ class Single:
         count = sum(self.objective.count(batch) for batch in micro_batches)
         # Gradients are averaged over ranks: dp_size / count makes that the sum over targets / the global count.
         count_everywhere = self.total(torch.full((), count, dtype=torch.float64, device=self.topology.device))
-        scale = (self.topology.dp_size / count_everywhere.clamp(min=1)).float()
+        scale = self.topology.dp_size / count_everywhere.clamp(min=1)
         sums: Sums = {}
         for number, batch in enumerate(micro_batches, 1):
             # For models that draw from torch's generator: the same draws in every life of the run.
             torch.manual_seed(int(batch["draws"][0]) if len(batch["draws"]) else 0)
             with self.sync(last=number == len(micro_batches)):
                 part = self.loss_of(self.wrapped, batch)
-                self.scaler.scale(part["loss"] * scale).backward()
+                wide = torch.promote_types(part["loss"].dtype, torch.float32)
+                self.scaler.scale(part["loss"] * scale.to(wide)).backward()
             for name, value in part.items():
                 value = value.detach().double()
                 sums[name] = sums[name] + value if name in sums else value
