@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from trainer import __version__
 from trainer.checkpoint.save import Saver
@@ -19,17 +18,20 @@ from trainer.data.tokenizer import Tokenizer
 from trainer.folder import CHECKPOINTS, Identity, RunFolder
 from trainer.inputs import Inputs
 from trainer.loop import Job
-from trainer.models import initialise
+from trainer.models import ModelFactory
 from trainer.models.gpt import GPT
 from trainer.objectives.causal_lm import CausalLM
 from trainer.optim.adamw import adamw
-from trainer.optim.schedule import warmup_cosine
+from trainer.optim.lion import lion
+from trainer.optim.muon import muon
+from trainer.optim.schedule import constant, linear, warmup_cosine, wsd
 from trainer.precision import Precision
 from trainer.resilience.interruption import Requests
 from trainer.resilience.quarantine import Quarantine
 from trainer.resilience.timeledger import TimeLedger
 from trainer.strategies.base import Strategy
 from trainer.strategies.ddp import DDP
+from trainer.strategies.fsdp import FSDP, HSDP
 from trainer.strategies.single import Single, StepOptions
 from trainer.topology import Topology
 from trainer.tracking import JsonLines, RunInfo, Tracker, Trackers
@@ -40,9 +42,9 @@ from trainer.tracking.wandb import WandB
 PLUGINS: dict[str, dict[str, Any]] = {
     "model": {"gpt": GPT},
     "objective": {"causal_lm": CausalLM},
-    "strategy": {"single": Single, "ddp": DDP},
-    "optimizer": {"adamw": adamw},
-    "schedule": {"warmup_cosine": warmup_cosine},
+    "strategy": {"single": Single, "ddp": DDP, "fsdp": FSDP, "hsdp": HSDP},
+    "optimizer": {"adamw": adamw, "lion": lion, "muon": muon},
+    "schedule": {"warmup_cosine": warmup_cosine, "linear": linear, "constant": constant, "wsd": wsd},
 }
 
 
@@ -52,11 +54,10 @@ def plugin(config: Config, group: str) -> Any:
     return PLUGINS[group].get(name) or import_plugin(f"{group}.name", name, config.run.plugins)
 
 
-def build_model(config: Config, tokenizer: Tokenizer) -> nn.Module:
-    """The model with its initial weights, on the CPU."""
-    model = plugin(config, "model")(config.model, tokenizer.vocab_size, config.data.sequence_length)
-    initialise(model, config.run.seed)
-    return model
+def model_factory(config: Config, tokenizer: Tokenizer) -> ModelFactory:
+    """What makes the model and gives it its initial weights."""
+    make = partial(plugin(config, "model"), config.model, tokenizer.vocab_size, config.data.sequence_length)
+    return ModelFactory(make, config.run.seed)
 
 
 def build_strategy(config: Config, topology: Topology, tokenizer: Tokenizer) -> Strategy:
@@ -70,7 +71,7 @@ def build_strategy(config: Config, topology: Topology, tokenizer: Tokenizer) -> 
         objective,
         StepOptions(train.clip_norm, train.activation_checkpointing, train.compile),
     )
-    strategy.setup(partial(build_model, config, tokenizer), partial(plugin(config, "optimizer"), config.optimizer))
+    strategy.setup(model_factory(config, tokenizer), partial(plugin(config, "optimizer"), config.optimizer))
     return strategy
 
 

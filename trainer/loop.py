@@ -132,6 +132,8 @@ def restore(job: Job) -> Progress:
         job.journal.event(**event)
     if found:
         state = job.strategy.state()
+        if found.manifest["config"]["optimizer"]["name"] != job.config.optimizer.name:  # another one begins anew
+            state = {name: tensor for name, tensor in state.items() if not name.startswith("optimizer/")}
         read(found, state, job.topology)
         job.strategy.load_state(state)
         job.saver.last_step = progress.step

@@ -9,7 +9,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from trainer.build import build_model
+from trainer.build import model_factory
 from trainer.checkpoint.load import newest, read
 from trainer.config import Config
 from trainer.config.check import check
@@ -38,14 +38,14 @@ def load_run(folder: Path, plugins: Sequence[str] = ()) -> tuple[Config, nn.Modu
         raise ConfigError(f"{folder}: has no checkpoint yet")
     own = folder / "tokenizer.json"
     tokenizer = tokenizers.load(str(own) if own.exists() else "bytes")
-    model = build_model(config, tokenizer)
+    model = model_factory(config, tokenizer)()
     read(found, {f"model/{name}": tensor for name, tensor in model.state_dict().items()})
     return config, model, tokenizer
 
 
 def with_weights(config: Config, tokenizer: Tokenizer, weights: Mapping[str, Tensor]) -> nn.Module:
     """A model on the CPU that holds `weights`."""
-    model = build_model(config, tokenizer)
+    model = model_factory(config, tokenizer)()
     model.load_state_dict(dict(weights))
     return model
 

@@ -1,4 +1,4 @@
-"""One rank of test_ragged.py: DDP steps in fp64 and fp32, where ranks and micro-batches differ in how many targets."""
+"""One rank of test_ragged.py: steps in fp64 and fp32, where ranks and micro-batches differ in how many targets."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from trainer import topology
 from trainer.config import schema
-from trainer.models import initialise
+from trainer.models import ModelFactory
 from trainer.models.gpt import GPT
 from trainer.objectives.causal_lm import IGNORE
 from trainer.precision import Precision
 from trainer.strategies.ddp import DDP
-from trainer.strategies.single import StepOptions
+from trainer.strategies.fsdp import FSDP, HSDP
+from trainer.strategies.single import Single, StepOptions
 
 VOCABULARY, LENGTH, SEQUENCES, CLIP, LR = 50, 16, 8, 0.5, 0.01
 # AdamW multiplies the rounding of a small gradient by up to LR / epsilon: with an epsilon of 1e-8 that alone would be
@@ -38,10 +39,12 @@ class Objective:
         return {"loss": loss, "count": (targets != IGNORE).sum()}
 
 
-def model(dtype: torch.dtype = torch.float32) -> GPT:
-    gpt = GPT(SHAPE, VOCABULARY, LENGTH)
-    initialise(gpt, seed=5)
-    return gpt.to(dtype)
+def factory(dtype: torch.dtype) -> ModelFactory:
+    return ModelFactory(lambda: GPT(SHAPE, VOCABULARY, LENGTH).to(dtype), seed=5)
+
+
+def model(dtype: torch.dtype = torch.float32) -> nn.Module:
+    return factory(dtype)()
 
 
 def optimizer(module: nn.Module) -> torch.optim.Optimizer:
@@ -58,10 +61,21 @@ def batch(step: int) -> dict[str, Tensor]:
     return {"inputs": tokens[:, :-1], "targets": targets, "draws": torch.arange(SEQUENCES)}
 
 
-def train(ranks: topology.Topology, micro_batch: int, dtype: torch.dtype) -> dict[str, Any]:
-    options = StepOptions(clip_norm=CLIP, activation_checkpointing="none", compile=False)
-    strategy = DDP(schema.DDP(name="ddp", bucket_mb=1), ranks, Precision("fp32", ranks.device), Objective(), options)
-    strategy.setup(lambda: model(dtype), optimizer)
+STRATEGIES: dict[str, tuple[type[Single], schema.Plugin]] = {
+    "ddp": (DDP, schema.DDP(name="ddp", bucket_mb=1)),
+    "fsdp": (FSDP, schema.FSDP(name="fsdp", reshard_after_forward=True)),
+    "fsdp whole": (FSDP, schema.FSDP(name="fsdp", reshard_after_forward=False)),
+    "hsdp": (HSDP, schema.HSDP(name="hsdp", shard_size=2, reshard_after_forward=True)),
+}
+
+
+def train(
+    ranks: topology.Topology, name: str, micro_batch: int, dtype: torch.dtype, checkpointing: str
+) -> dict[str, Any]:
+    options = StepOptions(clip_norm=CLIP, activation_checkpointing=checkpointing, compile=False)
+    made, config = STRATEGIES[name]
+    strategy = made(config, ranks, Precision("fp32", ranks.device), Objective(), options)
+    strategy.setup(factory(dtype), optimizer)
     losses, norms = [], []
     for step in range(2):
         mine = {name: tensor[ranks.dp_rank :: ranks.dp_size] for name, tensor in batch(step).items()}
@@ -76,13 +90,14 @@ def train(ranks: topology.Topology, micro_batch: int, dtype: torch.dtype) -> dic
     return {"losses": losses, "norms": norms, "weights": dict(strategy.full_weights())}
 
 
-def main(out: Path, micro_batch: int) -> None:
+def main(out: Path, name: str, micro_batch: int, checkpointing: str) -> None:
     ranks = topology.join(timeout_s=60)
-    trained = {str(dtype): train(ranks, micro_batch, dtype) for dtype in (torch.float64, torch.float32)}
+    dtypes = (torch.float64, torch.float32)
+    trained = {str(dtype): train(ranks, name, micro_batch, dtype, checkpointing) for dtype in dtypes}
     if ranks.is_main:
         torch.save(trained, out)
     ranks.close()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4])

@@ -32,10 +32,24 @@ def reference() -> dict[str, Any]:
     return {"losses": losses, "norms": norms, "weights": model.state_dict()}
 
 
-@pytest.mark.parametrize(("processes", "micro_batch"), [(1, 3), (2, 1), (3, 2)])
-def test_loss_norm_and_weights(processes: int, micro_batch: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("strategy", "processes", "micro_batch", "checkpointing"),
+    [
+        ("ddp", 1, 3, "none"),
+        ("ddp", 2, 1, "full"),
+        ("ddp", 3, 2, "none"),
+        ("fsdp", 2, 1, "full"),
+        ("fsdp", 3, 3, "none"),
+        ("fsdp whole", 2, 2, "selective"),
+        ("hsdp", 4, 1, "none"),
+    ],
+)
+def test_loss_norm_and_weights(
+    strategy: str, processes: int, micro_batch: int, checkpointing: str, tmp_path: Path
+) -> None:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command = [sys.executable, *launcher, "-m", "tests.strategies.ragged", str(tmp_path / "out.pt"), str(micro_batch)]
+    command = [sys.executable, *launcher, "-m", "tests.strategies.ragged", str(tmp_path / "out.pt")]
+    command += [strategy, str(micro_batch), checkpointing]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     trained, theirs = torch.load(tmp_path / "out.pt"), reference()

@@ -12,7 +12,6 @@ from tests.strategies import ragged
 from trainer import topology
 from trainer.config import schema
 from trainer.optim.adamw import adamw
-from trainer.optim.schedule import warmup_cosine
 from trainer.precision import Precision
 from trainer.strategies.single import Single, StepOptions
 
@@ -132,9 +131,3 @@ def test_decay_by_kind() -> None:
     assert undecayed(["embedding"]) == {"token_embedding.weight", "position_embedding.weight"}
     norms_and_biases = {name for name, parameter in model.named_parameters() if parameter.ndim == 1}
     assert undecayed(["bias", "norm"]) == norms_and_biases
-
-
-def test_warmup_cosine() -> None:
-    rate = warmup_cosine(schema.WarmupCosine(name="warmup_cosine", warmup_steps=10, min_ratio=0.1), 2.0, 110)
-    assert [rate(step) for step in (1, 5, 10, 60, 110)] == pytest.approx([0.2, 1.0, 2.0, 1.1, 0.2])
-    assert all(a > b for a, b in zip(map(rate, range(10, 110)), map(rate, range(11, 111)), strict=True))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from trainer.config.schema import GPT, CausalLM, Data, Samples, Section, Train
+from trainer.config.schema import GPT, HSDP, CausalLM, Data, Samples, Section, Train
 
 SMALLEST_SHARE = 2**-14  # of a source in a mixture: one sequence in a cycle (trainer.data.mixture.LONGEST_CYCLE)
 
@@ -31,6 +31,14 @@ def problems(sections: Mapping[str, Section], world_size: int) -> Iterator[str]:
             )
     if (strategy := has.get("strategy")) and strategy.name == "single" and world_size > 1:
         yield f"strategy=single: runs one process, but {world_size} were started; use strategy=ddp"
+    if isinstance(strategy, HSDP) and world_size % strategy.shard_size:
+        nearest = max(
+            size for size in range(1, world_size + 1) if world_size % size == 0 and size <= strategy.shard_size
+        )
+        yield (
+            f"strategy.shard_size={strategy.shard_size}: does not divide {world_size} processes into groups; "
+            f"nearest: {nearest}"
+        )
 
 
 def _batch(train: Train, world_size: int) -> Iterator[str]:

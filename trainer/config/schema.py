@@ -249,6 +249,17 @@ class DDP(Plugin):
     bucket_mb: Count = Field(description="Size of a gradient bucket in MiB; one all-reduce each.")
 
 
+class FSDP(Plugin):
+    reshard_after_forward: bool = Field(
+        description="Let go of a layer's whole parameters between its forward and backward pass: less memory, one more "
+        "gathering."
+    )
+
+
+class HSDP(FSDP):
+    shard_size: Count = Field(description="Processes that share one sharded copy of the model: those of a node.")
+
+
 class Precision(Plugin):
     compute: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         description="Data type of matrix products; weights stay fp32. auto: bf16 on GPUs that are fast at it, else "
@@ -256,17 +267,61 @@ class Precision(Plugin):
     )
 
 
-class AdamW(Plugin):
+class Optimizer(Plugin):
     lr: Float = Field(gt=0, description="Peak learning rate.")
-    betas: tuple[Share, Share] = Field(description="Decay rates of the two moments.")
-    eps: Float = Field(gt=0, description="Added to the denominator.")
     weight_decay: Float = Field(ge=0, description="Decoupled weight decay (times the learning rate).")
     no_decay: list[Literal["bias", "norm", "embedding"]] = Field(description="Kinds of parameters left without decay.")
 
 
-class WarmupCosine(Plugin):
+class AdamW(Optimizer):
+    betas: tuple[Share, Share] = Field(description="Decay rates of the two moments.")
+    eps: Float = Field(gt=0, description="Added to the denominator.")
+
+
+class Lion(Optimizer):
+    betas: tuple[Share, Share] = Field(
+        description="Decay rates: of the momentum whose sign is the step, and of the momentum that is kept."
+    )
+
+
+class Muon(Optimizer):
+    momentum: Share = Field(description="Decay rate of the momentum of hidden matrices.")
+    newton_schulz_steps: Count = Field(description="Steps that make the momentum of a matrix orthogonal.")
+    newton_schulz_dtype: Literal["fp32", "bf16"] = Field(
+        description="What they compute in. bf16 is faster on GPUs, but its rounding parts the curves of different "
+        "numbers of processes."
+    )
+    adamw_modules: list[str] = Field(
+        description="Names of modules whose matrices AdamW updates, as it does embeddings, norms and biases: an output "
+        "layer that is not tied to the embedding."
+    )
+    betas: tuple[Share, Share] = Field(description="AdamW's decay rates of the two moments.")
+    eps: Float = Field(gt=0, description="Added to AdamW's denominator.")
+
+
+class Schedule(Plugin):
     warmup_steps: Int = Field(ge=0, description="Steps of linear warm-up from 0 to the peak.")
+
+
+class Constant(Schedule):
+    pass
+
+
+class Decaying(Schedule):
     min_ratio: Float = Field(ge=0, le=1, description="Learning rate at the last step, as a share of the peak.")
+
+
+class Linear(Decaying):
+    pass
+
+
+class WarmupCosine(Decaying):
+    pass
+
+
+class WSD(Decaying):
+    decay_share: Float = Field(gt=0, le=1, description="Share of `train.steps`, at the end, in which the rate decays.")
+    shape: Literal["sqrt", "linear"] = Field(description="How it decays: 1 - sqrt (steep at first), or a line.")
 
 
 class Launch(Plugin):
@@ -291,10 +346,10 @@ OPTIONS: dict[str, dict[str, type[Plugin]]] = {
     "model": {"gpt": GPT},
     "objective": {"causal_lm": CausalLM},
     "data": {"shakespeare": Text, "webdataset": Text, "samples": Samples},
-    "strategy": {"single": Single, "ddp": DDP},
+    "strategy": {"single": Single, "ddp": DDP, "fsdp": FSDP, "hsdp": HSDP},
     "precision": {"auto": Precision, "fp32": Precision, "bf16": Precision, "fp16": Precision},
-    "optimizer": {"adamw": AdamW},
-    "schedule": {"warmup_cosine": WarmupCosine},
+    "optimizer": {"adamw": AdamW, "lion": Lion, "muon": Muon},
+    "schedule": {"warmup_cosine": WarmupCosine, "linear": Linear, "constant": Constant, "wsd": WSD},
     "launch": {"local": Launch},
 }
 

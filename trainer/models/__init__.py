@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from trainer.randomness import key
 
@@ -27,4 +31,42 @@ def initialise(model: nn.Module, seed: int) -> None:
         generator = torch.Generator().manual_seed(key(seed, "init", name))
         value = torch.empty(parameter.shape, dtype=torch.float32)
         model.initialise(name, value, generator)  # type: ignore[operator]
-        parameter.copy_(value)
+        if isinstance(parameter, DTensor):  # every rank takes its part of what all of them have made
+            parts = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+            parameter.to_local().copy_(parts.to_local())
+        else:
+            parameter.copy_(value)
+
+
+@dataclass(frozen=True)
+class ModelFactory:
+    """A model in two steps, for those who shard it in between: `build` makes it, `fill` gives it its initial values.
+    Called, it does both: the whole model, on the CPU."""
+
+    build: Callable[[], nn.Module]
+    seed: int
+
+    def fill(self, model: nn.Module) -> None:
+        initialise(model, self.seed)
+
+    def __call__(self) -> nn.Module:
+        model = self.build()
+        self.fill(model)
+        return model
+
+
+@contextmanager
+def without_values() -> Iterator[None]:
+    """Parameters of modules that are made meanwhile take no memory (they are on the meta device); buffers are real."""
+    register = nn.Module.register_parameter
+
+    def register_empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:  # one that is, is tied to another
+            parameter = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = register_empty  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]

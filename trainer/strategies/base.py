@@ -12,9 +12,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from trainer.models import ModelFactory
 from trainer.objectives import Batch, Objective, Sums
 
-ModelFactory = Callable[[], nn.Module]
 OptimizerFactory = Callable[[nn.Module], torch.optim.Optimizer]
 
 

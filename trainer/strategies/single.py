@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config import schema
+from trainer.models import ModelFactory
 from trainer.objectives import Batch, Objective, Sums
 from trainer.precision import Precision
-from trainer.strategies.base import ModelFactory, OptimizerFactory, Update
+from trainer.strategies.base import OptimizerFactory, Update
 from trainer.strategies.layers import prepare
 from trainer.topology import Topology
 
@@ -37,6 +38,7 @@ class Single:
     ):
         self.topology, self.precision, self.objective, self.options = topology, precision, objective, options
         self.scaler = precision.scaler()
+        self.averaged_over = topology.dp_size  # how many ranks' gradients are averaged; 1 if they are summed
 
     def setup(self, model_factory: ModelFactory, optimizer_factory: OptimizerFactory) -> None:
         self.model = model_factory().to(self.topology.device)
@@ -57,11 +59,15 @@ class Single:
         """Adds up over data-parallel ranks."""
         return sums
 
+    def whole(self, tensor: Tensor) -> Tensor:
+        """All of a tensor that may be sharded."""
+        return tensor
+
     def train_step(self, micro_batches: Sequence[Batch]) -> Sums:
         count = sum(self.objective.count(batch) for batch in micro_batches)
-        # Gradients are averaged over ranks: dp_size / count makes that the sum over targets / the global count.
+        # Where gradients are averaged over ranks, their number / count makes that the sum over targets / global count.
         count_everywhere = self.total(torch.full((), count, dtype=torch.float64, device=self.topology.device))
-        scale = self.topology.dp_size / count_everywhere.clamp(min=1)
+        scale = self.averaged_over / count_everywhere.clamp(min=1)
         sums: Sums = {}
         for number, batch in enumerate(micro_batches, 1):
             # For models that draw from torch's generator: the same draws in every life of the run.
@@ -87,6 +93,7 @@ class Single:
         norm = torch.nn.utils.get_total_norm(gradients)
         if self.options.clip_norm:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.options.clip_norm, norm)
+        norm = self.whole(norm)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.scaler.step(self.optimizer)
@@ -123,8 +130,9 @@ class Single:
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        for name, tensor in self.state().items():
-            tensor.copy_(state[name])
+        own = self.state()
+        for name, tensor in state.items():
+            own[name].copy_(tensor)
         if self.scaler.is_enabled():
             values = {
                 "scale": float(state["scaler/scale"]),
@@ -143,7 +151,7 @@ class Single:
     def _materialise(self) -> None:
         """Makes the optimizer's state, which torch creates only at the first step, so that it can be read into.
 
-        A step of no length does it for any optimizer; what it left in the state is about to be overwritten.
+        A step of no length does it for any optimizer; then the state is what it is before a first step, zero.
         """
         if self.optimizer.state:
             return
@@ -156,6 +164,9 @@ class Single:
         self.optimizer.zero_grad(set_to_none=True)
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
+        for values in self.optimizer.state.values():
+            for value in values.values():
+                value.zero_()
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

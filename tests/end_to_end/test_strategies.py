@@ -1,0 +1,55 @@
+"""One curve under every strategy, and from any into any other: loss, gradient norm and weights against one process."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.runs import Run, assert_same_bits, assert_same_curve
+
+STEPS = 30
+OPTIONS = (f"train.steps={STEPS}", "train.log_every=1", "train.clip_norm=0.5")
+FSDP, HSDP = ("strategy=fsdp",), ("strategy=hsdp", "strategy.shard_size=2")
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    run = Run(tmp_path_factory.mktemp("single") / "run", 1, (*OPTIONS, "strategy=single"))
+    run.train()
+    return run
+
+
+def test_fsdp_is_single_and_resumes_to_the_bit(single: Run, tmp_path: Path) -> None:
+    whole = Run(tmp_path / "whole", 2, (*OPTIONS, *FSDP))
+    whole.train()
+    assert_same_curve(whole, single, STEPS)
+    killed = Run(tmp_path / "killed", 2, (*OPTIONS, *FSDP, "train.micro_batch=12"))
+    killed.kill_at(13)
+    killed.train()
+    assert_same_bits(killed, whole)
+
+
+def test_from_one_strategy_into_another(single: Run, tmp_path: Path) -> None:
+    """Sharded by three, whole on two with accumulation and recomputation, sharded by two in two copies."""
+    run = Run(tmp_path / "run", 3, (*OPTIONS, *FSDP))
+    run.kill_at(13)
+    for procs, overrides, last in (
+        (2, ("strategy=ddp", "train.micro_batch=3", "train.activation_checkpointing=full"), 23),
+        (4, HSDP, None),
+    ):
+        life = replace(run, procs=procs, overrides=(*OPTIONS, *overrides))
+        life.kill_at(last) if last else life.train()
+    assert_same_curve(run, single, STEPS)
+
+
+def test_another_optimizer_begins_anew(tmp_path: Path) -> None:
+    """The optimizer may change between lives; what it remembers is of no use to another one."""
+    run = Run(tmp_path / "run", 1, (*OPTIONS, "train.steps=10"))
+    run.train()
+    run.overrides = (*OPTIONS, "train.steps=20", "optimizer=muon", "optimizer.lr=0.002")
+    run.train()
+    (changed,) = [event["changes"] for event in run.rows("events.jsonl") if event["kind"] == "config_changed"]
+    assert changed["optimizer.name"] == ["adamw", "muon"]
+    assert run.metrics()[-1]["loss"] < run.metrics()[9]["loss"]

@@ -1,0 +1,40 @@
+"""Which parameters are treated alike: by what they are, found from their module and their own name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+_NORMS = ("LayerNorm", "RMSNorm", "GroupNorm", "BatchNorm")
+
+
+def kind(model: nn.Module, name: str) -> str:
+    """`bias`, `norm`, `embedding` or `matrix`: what the parameter `name` is, by its module and its own name."""
+    path, _, leaf = name.rpartition(".")
+    module = type(model.get_submodule(path)).__name__
+    if leaf == "bias":
+        return "bias"
+    if module.startswith(_NORMS):
+        return "norm"
+    return "embedding" if module == "Embedding" else "matrix"
+
+
+def by_decay(
+    model: nn.Module, names: Iterable[str], weight_decay: float, no_decay: Iterable[str]
+) -> list[dict[str, Any]]:
+    """Parameter groups of these parameters, in this order: with and without decay; none that is empty."""
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name in names:
+        groups[kind(model, name) not in no_decay].append(model.get_parameter(name))
+    return [
+        {"params": parameters, "weight_decay": weight_decay if decayed else 0.0}
+        for decayed, parameters in groups.items()
+        if parameters
+    ]
+
+
+def names(model: nn.Module) -> list[str]:
+    """Of all parameters, tied ones once."""
+    return [name for name, _ in model.named_parameters()]

@@ -1,0 +1,110 @@
+"""Muon (Jordan et al. 2024) on the hidden matrices of a model, AdamW on all else.
+
+A matrix is moved along its momentum made orthogonal. Rates are scaled as Liu et al. 2025 ("Muon is scalable for LLM
+training", section 2.2) do, so that one learning rate and weight decay fit both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer.config import schema
+from trainer.optim.groups import by_decay, kind, names
+
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan's: as steep at 0 as the quintic stays near 1 elsewhere
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Muon(torch.optim.Optimizer):
+    """torch's own Muon computes in bf16 only, which makes of the rounding of a gradient a difference of 1e-4 within 20
+    steps: no longer one curve on any number of processes.
+
+    Parameters are matrices [m, n]. State of each: `momentum_buffer`, like it. `dtype`: of the Newton-Schulz steps.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[dict[str, Any]] | Iterable[Tensor],
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        steps: int = 5,
+        dtype: torch.dtype = torch.float32,
+    ):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.steps, self.dtype = steps, dtype
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step along the gradients; gives what `closure`, called first, gives."""
+        with torch.enable_grad():
+            loss = closure() if closure else None
+        for group in self.param_groups:
+            lr, momentum = group["lr"], group["momentum"]
+            for parameter in group["params"]:
+                if (gradient := parameter.grad) is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(parameter)
+                average = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
+                direction = orthogonal(gradient.lerp(average, momentum), self.steps, self.dtype)  # Nesterov's
+                parameter.mul_(1 - lr * group["weight_decay"])
+                parameter.add_(direction, alpha=-lr * 0.2 * math.sqrt(max(parameter.shape)))
+        return loss
+
+
+def orthogonal(matrix: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
+    """About U V^T of the matrix U S V^T, [m, n]: Newton-Schulz steps of a quintic bring all singular values near 1."""
+    a, b, c = _COEFFICIENTS
+    x = matrix.to(dtype)
+    if tall := x.shape[0] > x.shape[1]:
+        x = x.T
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.T if tall else x).to(matrix.dtype)
+
+
+class Together(torch.optim.Optimizer):
+    """Several optimizers of different parameters as one: it has their groups and their state, and steps them all."""
+
+    def __init__(self, parts: Sequence[torch.optim.Optimizer]):
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        self.parts = list(parts)
+        for part in parts:
+            part.state = self.state
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step of each; gives what `closure`, called first, gives."""
+        loss = closure() if closure else None
+        for part in self.parts:
+            part.step()
+        return loss
+
+
+def muon(config: schema.Muon, model: nn.Module) -> torch.optim.Optimizer:
+    """Muon on matrices that are neither embeddings nor in modules called as in `config.adamw_modules`, torch's fused
+    AdamW on the rest."""
+    hidden = [name for name in names(model) if _hidden(model, name, config.adamw_modules)]
+    rest = [name for name in names(model) if name not in set(hidden)]
+    parts: list[torch.optim.Optimizer] = []
+    if hidden:
+        groups = by_decay(model, hidden, config.weight_decay, config.no_decay)
+        dtype = _DTYPES[config.newton_schulz_dtype]
+        parts.append(Muon(groups, config.lr, config.momentum, steps=config.newton_schulz_steps, dtype=dtype))
+    if rest:
+        groups = by_decay(model, rest, config.weight_decay, config.no_decay)
+        parts.append(torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True))
+    return Together(parts)
+
+
+def _hidden(model: nn.Module, name: str, adamw_modules: Sequence[str]) -> bool:
+    modules, shape = name.split(".")[:-1], model.get_parameter(name).shape
+    return len(shape) == 2 and kind(model, name) == "matrix" and not set(modules) & set(adamw_modules)
