@@ -17,7 +17,7 @@ STEPS = 24
     [
         (("optimizer=muon", "optimizer.lr=0.002", "schedule=wsd"), 1e-4),
         # The sign of a momentum near zero turns with its rounding: some weights then differ by twice the rate.
-        (("optimizer=lion", "optimizer.lr=0.0003", "schedule=linear"), 2e-3),
+        pytest.param(("optimizer=lion", "optimizer.lr=0.0003", "schedule=linear"), 2e-3, marks=pytest.mark.slow),
     ],
     ids=["muon", "lion"],
 )

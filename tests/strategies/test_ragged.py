@@ -37,10 +37,10 @@ def reference() -> dict[str, Any]:
     [
         ("ddp", 1, 3, "none"),
         ("ddp", 2, 1, "full"),
-        ("ddp", 3, 2, "none"),
+        pytest.param("ddp", 3, 2, "none", marks=pytest.mark.slow),
         ("fsdp", 2, 1, "full"),
-        ("fsdp", 3, 3, "none"),
-        ("fsdp whole", 2, 2, "selective"),
+        pytest.param("fsdp", 3, 3, "none", marks=pytest.mark.slow),
+        pytest.param("fsdp whole", 2, 2, "selective", marks=pytest.mark.slow),
         ("hsdp", 4, 1, "none"),
     ],
 )
