@@ -90,6 +90,12 @@ def test_single_is_refused_on_two_processes() -> None:
     assert "use strategy=ddp" in problems("strategy=single", processes=2)[0]
 
 
+def test_hybrid_groups_must_divide_the_processes() -> None:
+    hybrid = ("strategy=hsdp", "train.global_batch=12")
+    (problem,) = problems(*hybrid, "strategy.shard_size=4", processes=6)
+    assert problem == "strategy.shard_size=4: does not divide 6 processes into groups; nearest: 3"
+
+
 def test_a_users_model_and_config_folder(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_package").mkdir()
     (tmp_path / "my_package" / "__init__.py").write_text(
