@@ -7,9 +7,8 @@ they fit (Ding et al., "Fewer truncations improve language modeling", 2024): onl
 from __future__ import annotations
 
 import io
-import threading
 from bisect import bisect_left, insort
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
 from itertools import pairwise
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from trainer.data.recent import Recent
 from trainer.data.team import ALONE, Team
 from trainer.data.tokens import TokenLine
 from trainer.errors import ConfigError
@@ -60,8 +60,7 @@ class BestFit:
 
     def __init__(self, line: TokenLine, length: int, team: Team):
         self._line, self._length = line, length
-        self._open: OrderedDict[int, Numbers] = OrderedDict()
-        self._lock = threading.Lock()
+        self._open: Recent[Numbers] = Recent(OPEN_SHARDS)
         shards = list(range(len(line.starts) - 1))
         self._starts = np.cumsum([0, *team.share("packed shards", shards, self._count)])
         self.n = int(self._starts[-1])
@@ -77,16 +76,7 @@ class BestFit:
 
     def _packed(self, shard: int) -> Numbers:
         """Of each piece of the shard, by units: its unit, first and end token in the shard; int64 [3, pieces]."""
-        with self._lock:
-            if (packed := self._open.get(shard)) is not None:
-                self._open.move_to_end(shard)
-                return packed
-        packed = self._load(shard)
-        with self._lock:
-            self._open[shard] = packed
-            while len(self._open) > OPEN_SHARDS:
-                self._open.popitem(last=False)
-        return packed
+        return self._open.get(shard, self._load)
 
     def _load(self, shard: int) -> Numbers:
         ends, path = self._line.shard(shard).ends, self._line.beside(shard, f"{BEST_FIT}-{self._length}.npy")
@@ -111,13 +101,6 @@ class BestFit:
         except OSError as error:
             raise ConfigError(f"data.cache: {path} cannot be written: {error.strerror}") from error
         return packed
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_open": OrderedDict(), "_lock": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._lock = threading.Lock()
 
 
 class Packed:

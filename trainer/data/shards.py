@@ -30,7 +30,8 @@ from trainer.data.team import ALONE, Team
 from trainer.errors import ConfigError, DataError
 
 # How many are kept open: each may hold a file, so no more than a part of those that a process may have.
-OPEN_SHARDS = min(4096, max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
+_FILES = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+OPEN_SHARDS = 4096 if _FILES == resource.RLIM_INFINITY else min(4096, max(64, _FILES // 4))
 OPEN_BYTES = 1 << 30  # and of their indexes
 
 Content = bytes | memoryview

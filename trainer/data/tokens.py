@@ -11,9 +11,7 @@ import hashlib
 import io
 import json
 import os
-import threading
 import uuid
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trainer.data.faults import Fault
+from trainer.data.recent import Recent
 from trainer.data.shards import Shards
 from trainer.data.storage import is_url, shown
 from trainer.data.storage.urls import local_path, scheme
@@ -85,8 +84,7 @@ class TokenLine:
         self.shards, self._tokenizer, self._cache, self._tolerant = shards, tokenizer, cache, tolerant
         self._stored = STORED.get(shards.field)
         self._dtype: np.dtype[Any] = self._stored or np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
-        self._open: OrderedDict[int, _Shard] = OrderedDict()
-        self._lock = threading.Lock()
+        self._open: Recent[_Shard] = Recent(OPEN_SHARDS)
         summaries = team.share("tokens of shards", list(range(len(shards.urls))), self._prepare)
         self._told = [(tokens, digest) for tokens, _, digest in summaries]
         self.starts = np.cumsum([0] + [tokens for tokens, _, _ in summaries], dtype=np.int64)
@@ -132,23 +130,7 @@ class TokenLine:
         self.shards.foresee(np.array(found, np.int64))
 
     def shard(self, number: int) -> _Shard:
-        with self._lock:
-            if (shard := self._open.get(number)) is not None:
-                self._open.move_to_end(number)
-                return shard
-        shard = self._load(number)
-        with self._lock:
-            self._open[number] = shard
-            while len(self._open) > OPEN_SHARDS:
-                self._open.popitem(last=False)
-        return shard
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_open": OrderedDict(), "_lock": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._lock = threading.Lock()
+        return self._open.get(number, self._load)
 
     def _prepare(self, number: int) -> tuple[int, list[dict[str, Any]], str]:
         """Number of tokens and faults of a shard, and the checksum of its tokens where it is known."""

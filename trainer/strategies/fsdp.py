@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -17,12 +16,8 @@ from torch.distributed.tensor import DTensor
 
 from trainer.config import schema
 from trainer.models import ModelFactory, without_values
-from trainer.objectives import Objective
-from trainer.precision import Precision
-from trainer.strategies.base import OptimizerFactory
 from trainer.strategies.layers import prepare
 from trainer.strategies.single import Single, StepOptions
-from trainer.topology import Topology
 
 
 class FSDP(Single):
@@ -31,40 +26,22 @@ class FSDP(Single):
     No process ever holds the whole model: it is made without values, sharded, and filled parameter by parameter.
     """
 
-    def __init__(
-        self,
-        config: schema.FSDP,
-        topology: Topology,
-        precision: Precision,
-        objective: Objective,
-        options: StepOptions,
-    ):
-        super().__init__(config, topology, precision, objective, options)
-        self.reshard_after_forward = config.reshard_after_forward
-        self.parallel = topology.dp_size > 1
+    config: schema.FSDP
 
-    def setup(self, model_factory: ModelFactory, optimizer_factory: OptimizerFactory) -> None:
+    def build(self, model_factory: ModelFactory) -> nn.Module:
         if not self.parallel:
-            super().setup(model_factory, optimizer_factory)
-            return
+            return super().build(model_factory)
         with without_values():
-            self.model = model_factory.build()
-        shard(self.model, self.mesh(), self.options, self.reshard_after_forward)
-        materialise(self.model, self.topology.device)
-        model_factory.fill(self.model)
+            model = model_factory.build()
+        shard(model, self.mesh(), self.options, self.config.reshard_after_forward)
+        materialise(model, self.topology.device)
+        model_factory.fill(model)
         self.averaged_over = 1  # gradients are summed
-        self.optimizer = optimizer_factory(self.model)
-        self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.wrapped = self.model
+        return model
 
     def mesh(self) -> DeviceMesh:
         """All processes in a row."""
         return init_device_mesh(self.topology.device.type, (self.topology.dp_size,), mesh_dim_names=("shard",))
-
-    def total(self, sums: Tensor) -> Tensor:
-        if self.parallel:
-            dist.all_reduce(sums)
-        return sums
 
     def whole(self, tensor: Tensor) -> Tensor:
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -79,20 +56,11 @@ class FSDP(Single):
 class HSDP(FSDP):
     """Hybrid: groups of `shard_size` neighbouring processes share one sharded copy; gradients are summed over all."""
 
-    def __init__(
-        self,
-        config: schema.HSDP,
-        topology: Topology,
-        precision: Precision,
-        objective: Objective,
-        options: StepOptions,
-    ):
-        super().__init__(config, topology, precision, objective, options)
-        self.shard_size = config.shard_size
+    config: schema.HSDP
 
     def mesh(self) -> DeviceMesh:
         """Copies x shards of one."""
-        shape = (self.topology.dp_size // self.shard_size, self.shard_size)
+        shape = (self.topology.dp_size // self.config.shard_size, self.config.shard_size)
         return init_device_mesh(self.topology.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 

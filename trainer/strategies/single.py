@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from trainer.config import schema
@@ -28,6 +29,8 @@ class StepOptions:
 
 
 class Single:
+    config: schema.Plugin
+
     def __init__(
         self,
         config: schema.Plugin,
@@ -37,15 +40,21 @@ class Single:
         options: StepOptions,
     ):
         self.topology, self.precision, self.objective, self.options = topology, precision, objective, options
+        self.config, self.parallel = config, topology.dp_size > 1
         self.scaler = precision.scaler()
         self.averaged_over = topology.dp_size  # how many ranks' gradients are averaged; 1 if they are summed
 
     def setup(self, model_factory: ModelFactory, optimizer_factory: OptimizerFactory) -> None:
-        self.model = model_factory().to(self.topology.device)
-        prepare(self.model, self.options.activation_checkpointing, self.options.compile)
+        self.model = self.build(model_factory)
         self.optimizer = optimizer_factory(self.model)
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.wrapped = self.wrap(self.model)
+
+    def build(self, model_factory: ModelFactory) -> nn.Module:
+        """The model with its initial weights, on the device, its layers prepared."""
+        model = model_factory().to(self.topology.device)
+        prepare(model, self.options.activation_checkpointing, self.options.compile)
+        return model
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The module that training calls."""
@@ -57,6 +66,8 @@ class Single:
 
     def total(self, sums: Tensor) -> Tensor:
         """Adds up over data-parallel ranks."""
+        if self.parallel:
+            dist.all_reduce(sums)
         return sums
 
     def whole(self, tensor: Tensor) -> Tensor:
