@@ -67,7 +67,7 @@ def build_strategy(config: Config, topology: Topology, tokenizer: Tokenizer) -> 
     strategy = plugin(config, "strategy")(
         config.strategy,
         topology,
-        Precision.resolve(config.precision.compute, topology.device),
+        Precision.resolve(config.precision, topology.device),
         objective,
         StepOptions(train.clip_norm, train.activation_checkpointing, train.compile),
     )

@@ -137,7 +137,7 @@ def open_inputs(config: Config, topology: Topology, found: Found) -> Inputs:
         seed=config.run.seed,
         dp_rank=topology.dp_rank,
         dp_size=topology.dp_size,
-        ledger=data.ledger,
+        ledger=data.ledger and topology.speaks,
         tolerant=data.on_error == "quarantine",
     )
     validation = judged and Validation(

@@ -1,38 +1,111 @@
-"""Which data type computes, and the loss scaling that fp16 needs. Weights, gradients and reductions stay fp32."""
+"""Three data types of a run (of weights, of products, of sums over processes), and the loss scaling that fp16 needs."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from trainer.config import schema
+from trainer.errors import ConfigError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Precision:
-    """`compute` is the dtype of matrix products and attention."""
+    """`compute` is that of matrix products and attention, by torch's autocast, the same under every strategy."""
 
-    name: str
     device: torch.device
+    compute: str = "fp32"
+    param: str = "fp32"
+    reduce: str = "fp32"
 
     @classmethod
-    def resolve(cls, name: str, device: torch.device) -> Precision:
-        """`auto` is bf16 where the hardware is fast at it (GPUs since Ampere), fp32 elsewhere."""
-        if name == "auto":
-            name = "bf16" if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
-        return cls(name, device)
+    def resolve(cls, config: schema.Precision, device: torch.device) -> Precision:
+        """`auto` is bf16 where the hardware is fast at it (GPUs since Ampere), fp32 elsewhere.
+
+        Raises ConfigError where the hardware cannot do what is asked for.
+        """
+        compute, capability = config.compute, (0, 0)
+        if device.type == "cuda":
+            capability = torch.cuda.get_device_capability(device)
+        if compute == "auto":
+            compute = "bf16" if capability >= (8, 0) else "fp32"
+        if compute == "fp8" and capability < (8, 9):
+            where = f"this GPU has compute capability {capability[0]}.{capability[1]}" if any(capability) else "no GPU"
+            raise ConfigError(
+                f"precision.compute=fp8: needs a GPU with fp8 units (compute capability 8.9 or higher: H100, L40, "
+                f"RTX 40 or newer), here: {where}; nearest: precision=bf16"
+            )
+        return cls(device, compute, config.param, config.reduce)
 
     @property
-    def compute(self) -> torch.dtype:
-        return _DTYPES[self.name]
+    def param_dtype(self) -> torch.dtype:
+        return DTYPES[self.param]
+
+    @property
+    def reduce_dtype(self) -> torch.dtype:
+        return DTYPES[self.reduce]
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return DTYPES["bf16" if self.compute == "fp8" else self.compute]
 
     def autocast(self) -> AbstractContextManager[object]:
-        if self.name == "fp32":
+        if self.compute == self.param == "fp32":
             return nullcontext()
-        return torch.autocast(self.device.type, dtype=self.compute)
+        enabled = self.compute != self.param
+        return torch.autocast(self.device.type, dtype=self.compute_dtype, enabled=enabled)
 
-    def scaler(self) -> torch.amp.GradScaler:
-        """Dynamic loss scaling for fp16; does nothing for the other types."""
-        return torch.amp.GradScaler(self.device.type, enabled=self.name == "fp16")
+    def scaler(self) -> LossScaler:
+        return LossScaler(enabled=self.compute == "fp16")
+
+
+class LossScaler:
+    """Dynamic loss scaling (Micikevicius et al. 2018, "Mixed precision training", section 3.2): the loss is multiplied
+    so that small gradients do not vanish in fp16; a step whose gradients overflow is left out, with a halved scale.
+
+    torch's GradScaler judges by the gradients a process holds. Here the global norm does, which is the same number on
+    every process: all skip a step or none does, also where each holds other parameters. Not enabled, it does nothing.
+    """
+
+    GROWTH_INTERVAL = 2000  # steps without overflow, after which the scale is doubled
+
+    def __init__(self, enabled: bool):
+        self.enabled = enabled
+        self.scale, self.growth_tracker = (2.0**16 if enabled else 1.0), 0
+
+    @torch.no_grad()
+    def unscale(self, gradients: list[Tensor]) -> None:
+        if self.enabled and gradients:
+            torch._foreach_mul_(gradients, 1 / self.scale)
+
+    def accepts(self, norm: Tensor) -> bool:
+        """Whether the step with this gradient norm may be done; adapts the scale. Waits for the device, if enabled."""
+        if not self.enabled:
+            return True
+        fine = bool(norm.isfinite())
+        self.growth_tracker = self.growth_tracker + 1 if fine else 0
+        if not fine:
+            self.scale /= 2
+        elif self.growth_tracker == self.GROWTH_INTERVAL:
+            self.scale, self.growth_tracker = self.scale * 2, 0
+        return fine
+
+    def state(self) -> dict[str, Tensor]:
+        """Named as in a checkpoint; empty if not enabled."""
+        if not self.enabled:
+            return {}
+        return {
+            "scaler/scale": torch.tensor(self.scale, dtype=torch.float64),
+            "scaler/growth_tracker": torch.tensor(self.growth_tracker, dtype=torch.int64),
+        }
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        if self.enabled:
+            self.scale = float(state["scaler/scale"])
+            self.growth_tracker = int(state["scaler/growth_tracker"])

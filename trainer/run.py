@@ -22,7 +22,7 @@ from trainer.errors import ConfigError, Interrupted, OnecurveError, PeerLost, Tr
 from trainer.files import replace_file
 from trainer.folder import RunFolder, settle
 from trainer.inputs import open_inputs, open_shards
-from trainer.topology import Topology, join
+from trainer.topology import Topology, join, world_size
 from trainer.tracking.report import write_report
 
 log = logging.getLogger("onecurve")
@@ -33,7 +33,7 @@ def run(config: Config, born: float) -> None:
 
     Raises OnecurveError: Interrupted (saved), ConfigError (nothing was started), DataError, TrainingError, PeerLost.
     """
-    topology = join(config.launch.timeout_s)
+    topology = join(config.launch.timeout_s, config.layout(world_size()))
     found = open_shards(config, topology)
     identity = partial(found.identity, config)
     folder = RunFolder(config, identity, topology, born)

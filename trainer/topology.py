@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from trainer.config.strategy import WHOLE, Layout
 from trainer.errors import ConfigError
 
 _JOINED = itertools.count()  # how often this process joined: once for each run of a sweep
@@ -22,7 +24,8 @@ _JOINED = itertools.count()  # how often this process joined: once for each run 
 
 @dataclass(frozen=True)
 class Topology:
-    """This process among all of them. `dp_rank` and `dp_size` say which part of the data it takes."""
+    """This process among all of them. `dp_rank` and `dp_size` say which part of the data it takes: all that one copy
+    of the model is spread over take the same."""
 
     rank: int
     world_size: int
@@ -33,10 +36,22 @@ class Topology:
     dp_size: int
     control: dist.ProcessGroup | None  # CPU collectives of the loop
     saving: dist.ProcessGroup | None  # CPU collectives of the checkpoint thread, never shared with the loop
+    layout: Layout = WHOLE
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this process tells of its data, for all that take the same: the first of them."""
+        return self.rank == self.dp_rank * self.layout.tensor
+
+    def mesh(self) -> DeviceMesh:
+        """All processes as stages x copies x tensor: neighbours share the matrices of a layer, stages lie farthest
+        apart."""
+        shape = (self.layout.stages, self.dp_size, self.layout.tensor)
+        return init_device_mesh(self.device.type, shape, mesh_dim_names=("stage", "data", "tensor"))
 
     def describe(self) -> dict[str, Any]:
         """What a checkpoint or report says of where a run ran."""
@@ -95,7 +110,7 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def join(timeout_s: int) -> Topology:
+def join(timeout_s: int, layout: Layout = WHOLE) -> Topology:
     """Joins the process group that the launcher's environment describes; alone, none is made."""
     rank, size = int(os.environ.get("RANK", "0")), world_size()
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -114,7 +129,9 @@ def join(timeout_s: int) -> Topology:
         )
         control = dist.new_group(backend="gloo", timeout=timeout)
         saving = dist.new_group(backend="gloo", timeout=timeout)
-    return Topology(rank, size, local_rank, local_size, device, rank, size, control, saving)
+    dp_size = size // layout.processes
+    dp_rank = rank // layout.tensor % dp_size
+    return Topology(rank, size, local_rank, local_size, device, dp_rank, dp_size, control, saving, layout)
 
 
 def _store(size: int, local_size: int, timeout: datetime.timedelta) -> dist.Store | None:

@@ -17,8 +17,8 @@ from trainer.sampling import load_run
 transformers = pytest.importorskip("transformers")
 
 OURS_TO_THEIRS = {
-    "attention_norm": "ln_1", "mlp_norm": "ln_2", "attention.qkv": "attn.c_attn", "attention.output": "attn.c_proj",
-    "mlp.input": "mlp.c_fc", "mlp.output": "mlp.c_proj",
+    "attention_norm": "ln_1", "mlp_norm": "ln_2", "attention.query_key_value": "attn.c_attn",
+    "attention.output": "attn.c_proj",    "mlp.input": "mlp.c_fc", "mlp.output": "mlp.c_proj",
 }  # fmt: skip
 
 
@@ -40,6 +40,8 @@ def gpt2_of(model: GPT, vocab_size: int) -> nn.Module:
         if name.startswith("blocks."):
             _, layer, rest = name.split(".", 2)
             module, _, leaf = rest.rpartition(".")
+            if module.endswith("query_key_value"):  # ours is head by head, theirs all queries, all keys, all values
+                value = value.unflatten(0, (model.config.heads, 3, -1)).transpose(0, 1).flatten(0, 2)
             # GPT-2's Conv1D keeps its matrices transposed.
             weights[f"transformer.h.{layer}.{OURS_TO_THEIRS[module]}.{leaf}"] = value.T if value.ndim == 2 else value
         else:

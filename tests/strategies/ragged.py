@@ -61,11 +61,13 @@ def batch(step: int) -> dict[str, Tensor]:
     return {"inputs": tokens[:, :-1], "targets": targets, "draws": torch.arange(SEQUENCES)}
 
 
+SHARDED: dict[str, Any] = {"gather": "param", "cpu_offload": False}
+TENSOR: dict[str, Any] = {"tensor_parallel": 1, "sequence_parallel": False, "loss_parallel": False}
 STRATEGIES: dict[str, tuple[type[Single], schema.Plugin]] = {
-    "ddp": (DDP, schema.DDP(name="ddp", bucket_mb=1)),
-    "fsdp": (FSDP, schema.FSDP(name="fsdp", reshard_after_forward=True)),
-    "fsdp whole": (FSDP, schema.FSDP(name="fsdp", reshard_after_forward=False)),
-    "hsdp": (HSDP, schema.HSDP(name="hsdp", shard_size=2, reshard_after_forward=True)),
+    "ddp": (DDP, schema.DDP(name="ddp", bucket_mb=1, bucket_view=True, static_graph=False)),
+    "fsdp": (FSDP, schema.FSDP(name="fsdp", reshard_after_forward=True, **SHARDED, **TENSOR)),
+    "fsdp whole": (FSDP, schema.FSDP(name="fsdp", reshard_after_forward=False, **SHARDED, **TENSOR)),
+    "hsdp": (HSDP, schema.HSDP(name="hsdp", shard_size=2, reshard_after_forward=True, **SHARDED)),
 }
 
 
@@ -74,7 +76,7 @@ def train(
 ) -> dict[str, Any]:
     options = StepOptions(clip_norm=CLIP, activation_checkpointing=checkpointing, compile=False)
     made, config = STRATEGIES[name]
-    strategy = made(config, ranks, Precision("fp32", ranks.device), Objective(), options)
+    strategy = made(config, ranks, Precision(ranks.device), Objective(), options)
     strategy.setup(factory(dtype), optimizer)
     losses, norms = [], []
     for step in range(2):

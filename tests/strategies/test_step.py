@@ -20,7 +20,7 @@ OPTIONS = StepOptions(clip_norm=1.0, activation_checkpointing="none", compile=Fa
 
 def strategy(precision: str = "fp32", options: StepOptions = OPTIONS) -> Single:
     alone = topology.join(timeout_s=60)
-    made = Single(schema.Single(name="single"), alone, Precision(precision, alone.device), ragged.Objective(), options)
+    made = Single(schema.Single(name="single"), alone, Precision(alone.device, precision), ragged.Objective(), options)
     made.setup(ragged.model, ragged.optimizer)
     return made
 
@@ -48,13 +48,13 @@ def test_fp16_overflow_skips_the_step_and_halves_the_scale() -> None:
     made.train_step([ragged.batch(0)])
     made.update(0.01)
     before = {name: tensor.clone() for name, tensor in made.full_weights()}
-    scale = made.scaler.get_scale()
+    scale = made.scaler.scale
     made.train_step([ragged.batch(1)])
     next(made.model.parameters()).grad[0, 0] = math.inf
     update = made.update(0.01)
     assert update.skipped
     assert all(torch.equal(before[name], tensor) for name, tensor in made.full_weights())
-    assert made.scaler.get_scale() == scale / 2
+    assert made.scaler.scale == scale / 2
     made.train_step([ragged.batch(1)])
     assert not made.update(0.01).skipped
 

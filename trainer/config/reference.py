@@ -94,7 +94,7 @@ def _resolve(node: dict[str, Any], root: dict[str, Any]) -> dict[str, Any]:
 def _type(node: dict[str, Any]) -> str:
     """A JSON schema node in words: `integer >= 1`, `none|full|selective`, ..."""
     if "enum" in node:
-        return "|".join(node["enum"])
+        return "|".join(map(str, node["enum"]))
     if "const" in node:
         return str(node["const"])
     if "anyOf" in node:

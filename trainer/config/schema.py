@@ -8,50 +8,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, ConfigDict, Field
 
-from trainer.config.interval import Interval
-
-MISSING = "???"  # Hydra's mark of a value that must be given
-
-
-def _no_bool(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("Input should be a number, not true or false")
-    return value
-
-
-def _interval(text: str) -> str:
-    Interval.parse(text)
-    return text
-
-
-Int = Annotated[int, BeforeValidator(_no_bool)]
-Count = Annotated[int, Field(ge=1), BeforeValidator(_no_bool)]
-Float = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_no_bool)]
-Share = Annotated[float, Field(ge=0, lt=1), BeforeValidator(_no_bool)]
-Positive = Annotated[float, Field(allow_inf_nan=False, gt=0), BeforeValidator(_no_bool)]
-IntervalText = Annotated[str, AfterValidator(_interval)]
-
-
-class Section(BaseModel):
-    """A group of keys. Unknown keys are refused; values cannot be changed after the check."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _given(cls, value: Any) -> Any:
-        if value == MISSING:
-            raise PydanticCustomError("missing", "missing")
-        return value
-
-
-class Plugin(Section):
-    """A section with options. User plugins subclass it as `Config` of their class and add their own keys."""
-
-    name: str = Field(description="Which option this is; or `package.module:Class` of a package in `run.plugins`.")
+from trainer.config.section import Count, Float, Int, IntervalText, Plugin, Positive, Section, Share
+from trainer.config.strategy import DDP, FSDP, HSDP, WHOLE, Layout, Pipeline, Precision, Single, Strategy, Zero
 
 
 class Run(Section):
@@ -241,32 +201,6 @@ class Samples(Data):
     image: Image = Field(description="What images become: float32 [3, height, width].")
 
 
-class Single(Plugin):
-    pass
-
-
-class DDP(Plugin):
-    bucket_mb: Count = Field(description="Size of a gradient bucket in MiB; one all-reduce each.")
-
-
-class FSDP(Plugin):
-    reshard_after_forward: bool = Field(
-        description="Let go of a layer's whole parameters between its forward and backward pass: less memory, one more "
-        "gathering."
-    )
-
-
-class HSDP(FSDP):
-    shard_size: Count = Field(description="Processes that share one sharded copy of the model: those of a node.")
-
-
-class Precision(Plugin):
-    compute: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        description="Data type of matrix products; weights stay fp32. auto: bf16 on GPUs that are fast at it, else "
-        "fp32. fp16 comes with dynamic loss scaling."
-    )
-
-
 class Optimizer(Plugin):
     lr: Float = Field(gt=0, description="Peak learning rate.")
     weight_decay: Float = Field(ge=0, description="Decoupled weight decay (times the learning rate).")
@@ -346,8 +280,8 @@ OPTIONS: dict[str, dict[str, type[Plugin]]] = {
     "model": {"gpt": GPT},
     "objective": {"causal_lm": CausalLM},
     "data": {"shakespeare": Text, "webdataset": Text, "samples": Samples},
-    "strategy": {"single": Single, "ddp": DDP, "fsdp": FSDP, "hsdp": HSDP},
-    "precision": {"auto": Precision, "fp32": Precision, "bf16": Precision, "fp16": Precision},
+    "strategy": {"single": Single, "ddp": DDP, "fsdp": FSDP, "hsdp": HSDP, "zero": Zero, "pipeline": Pipeline},
+    "precision": dict.fromkeys(("auto", "fp32", "bf16", "fp16", "fp8"), Precision),
     "optimizer": {"adamw": AdamW, "lion": Lion, "muon": Muon},
     "schedule": {"warmup_cosine": WarmupCosine, "linear": Linear, "constant": Constant, "wsd": WSD},
     "launch": {"local": Launch},
@@ -378,6 +312,10 @@ class Config(BaseModel):
     def learns_text(self) -> bool:
         """Whether the model learns to continue text, so that samples of it make sense."""
         return isinstance(self.data, Text) or isinstance(self.objective, CausalLM)
+
+    def layout(self, world_size: int) -> Layout:
+        """How the strategy uses that many processes."""
+        return self.strategy.layout(world_size) if isinstance(self.strategy, Strategy) else WHOLE
 
     def resolved(self) -> dict[str, Any]:
         """Plain, JSON-able values of every key."""

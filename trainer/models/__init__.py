@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from trainer.randomness import key
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor.parallel import ParallelStyle
 
 
 class Model(Protocol):
@@ -22,6 +25,39 @@ class Model(Protocol):
     def __call__(self, batch: dict[str, Tensor]) -> Tensor: ...
 
     def initialise(self, name: str, parameter: Tensor, generator: torch.Generator) -> None: ...
+
+
+class Cuttable(Model, Protocol):
+    """A model whose layers a pipeline can put on several processes: what it does, in three parts.
+
+    `model(batch)` equals `head(run(blocks, embed(batch), batch), batch)`. Where a process has no part in one of the
+    three, the modules for it are not there.
+    """
+
+    embedding_parts: Sequence[str]
+    """Names of the modules that only `embed` uses, or `head` too; those that are not there do not matter."""
+    head_parts: Sequence[str]
+    """Those of `head`; one that is in both lists is tied: its gradients are added up."""
+
+    def embed(self, batch: dict[str, Tensor]) -> Tensor:
+        """What goes into the first block, [B, ...]."""
+        ...
+
+    def run(self, blocks: Iterable[nn.Module], x: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """`x` behind these of the blocks; of the same shape and type."""
+        ...
+
+    def head(self, x: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """Outputs of what comes out of the last block."""
+        ...
+
+
+class TensorParallel(Model, Protocol):
+    """A model that says how its matrices are split."""
+
+    def tensor_parallel_plan(self, sequence_parallel: bool) -> dict[str, ParallelStyle]:
+        """Module names (patterns) -> torch's styles. What it does not name is kept whole by every process."""
+        ...
 
 
 @torch.no_grad()
@@ -41,10 +77,12 @@ def initialise(model: nn.Module, seed: int) -> None:
 @dataclass(frozen=True)
 class ModelFactory:
     """A model in two steps, for those who shard it in between: `build` makes it, `fill` gives it its initial values.
-    Called, it does both: the whole model, on the CPU."""
+    Called, it does both: the whole model, on the CPU. `example`: a batch [1, ...] of the run, on the CPU, of which only
+    shapes and types matter."""
 
     build: Callable[[], nn.Module]
     seed: int
+    example: Callable[[], dict[str, Tensor]] | None = None
 
     def fill(self, model: nn.Module) -> None:
         initialise(model, self.seed)

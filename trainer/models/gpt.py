@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,8 @@ class GPT(nn.Module):
     """Maps a batch to logits. `blocks` are the layers that strategies may shard, checkpoint, compile or cut between."""
 
     Config = schema.GPT
+    embedding_parts = ("token_embedding", "position_embedding")
+    head_parts = ("norm", "token_embedding")
 
     def __init__(self, config: schema.GPT, vocab_size: int, sequence_length: int):
         super().__init__()
@@ -33,20 +36,34 @@ class GPT(nn.Module):
         Optional `documents` and `positions`, int64 [B, T]: tokens attend to their own document only, and count their
         places in it.
         """
-        inputs, draws = batch["inputs"], batch.get("draws") if self.training else None
-        documents, positions = batch.get("documents"), batch.get("positions")
+        return self.head(self.run(self.blocks, self.embed(batch), batch), batch)
+
+    def embed(self, batch: dict[str, Tensor]) -> Tensor:
+        """What goes into the first block, [B, T, width]."""
+        inputs, positions = batch["inputs"], batch.get("positions")
         x = self.token_embedding(inputs)
-        rotation = None
         if self.config.positions == "learned":
-            table = self.position_embedding.weight
-            x = x + (table[: inputs.shape[1]] if positions is None else F.embedding(positions, table))
-        else:
-            rotation = rotary(inputs.shape[1], self.config.width // self.config.heads, inputs.device, positions)
+            places = torch.arange(inputs.shape[1], device=inputs.device)[None] if positions is None else positions
+            x = x + self.position_embedding(places)
+        return dropout(x, self.config.dropout, self._draws(batch), site=0)
+
+    def run(self, blocks: Iterable[nn.Module], x: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """`x` [B, T, width] behind these of the blocks."""
+        inputs, documents, rotation = batch["inputs"], batch.get("documents"), None
+        if self.config.positions == "rotary":
+            head_size = self.config.width // self.config.heads
+            rotation = rotary(inputs.shape[1], head_size, inputs.device, batch.get("positions"))
         mask = None if documents is None else document_mask(documents)
-        x = dropout(x, self.config.dropout, draws, site=0)
-        for block in self.blocks:
-            x = block(x, rotation, draws, mask)
+        for block in blocks:
+            x = block(x, rotation, self._draws(batch), mask)
+        return x
+
+    def head(self, x: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """Logits of what comes out of the last block."""
         return F.linear(self.norm(x), self.token_embedding.weight)
+
+    def _draws(self, batch: dict[str, Tensor]) -> Tensor | None:
+        return batch.get("draws") if self.training else None
 
     def initialise(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
         """GPT-2's initial value of one parameter: residual projections are scaled by 1 / sqrt(2 layers)."""
@@ -80,18 +97,19 @@ class Attention(nn.Module):
 
     def __init__(self, config: schema.GPT):
         super().__init__()
-        self.heads = config.heads
-        self.qkv = nn.Linear(config.width, 3 * config.width, bias=config.bias)
+        self.head_size = config.width // config.heads
+        # Its rows are head by head query, key and value, so that a part of them is a part of the heads.
+        self.query_key_value = nn.Linear(config.width, 3 * config.width, bias=config.bias)
         self.output = nn.Linear(config.width, config.width, bias=config.bias)
 
     def forward(self, x: Tensor, rotation: Tensor | None, mask: Tensor | None = None) -> Tensor:
-        batch, length, width = x.shape
-        qkv = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads)
-        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(dim=2))
+        qkv = self.query_key_value(x)
+        qkv = qkv.unflatten(-1, (-1, 3, self.head_size))
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(dim=3))
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        return self.output(y.transpose(1, 2).reshape(batch, length, width))
+        return self.output(y.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):

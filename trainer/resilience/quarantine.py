@@ -53,6 +53,7 @@ class Quarantine:
         if self._budget is None:
             return []
         own = [{"step": data.step, **slot._asdict(), **asdict(fault)} for data in steps for slot, fault in data.faults]
+        own = own if self._topology.speaks else []
         rows = [row for part in self._topology.gather(own) for row in part]
         return self._add(sorted(rows, key=lambda row: row["number"]))
 

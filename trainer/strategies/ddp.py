@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from trainer.config import schema
+from trainer.config import strategy as schema
 from trainer.objectives import Batch, Sums
 from trainer.strategies.single import Single
 
@@ -24,7 +24,11 @@ class DDP(Single):
             return model
         device_ids = [self.topology.device] if self.topology.device.type == "cuda" else None
         return DistributedDataParallel(
-            model, device_ids=device_ids, bucket_cap_mb=self.config.bucket_mb, gradient_as_bucket_view=True
+            model,
+            device_ids=device_ids,
+            bucket_cap_mb=self.config.bucket_mb,
+            gradient_as_bucket_view=self.config.bucket_view,
+            static_graph=self.config.static_graph,
         )
 
     def sync(self, last: bool) -> AbstractContextManager[object]:

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from trainer.config import schema
+from trainer.config import strategy as schema
 from trainer.models import ModelFactory, without_values
 from trainer.strategies.layers import prepare
 from trainer.strategies.single import Single, StepOptions
@@ -26,7 +26,7 @@ class FSDP(Single):
     No process ever holds the whole model: it is made without values, sharded, and filled parameter by parameter.
     """
 
-    config: schema.FSDP
+    config: schema.Sharded
 
     def build(self, model_factory: ModelFactory) -> nn.Module:
         if not self.parallel:

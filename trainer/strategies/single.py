@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from trainer.config import schema
+from trainer.config import strategy as schema
 from trainer.models import ModelFactory
 from trainer.objectives import Batch, Objective, Sums
 from trainer.precision import Precision
@@ -43,6 +43,7 @@ class Single:
         self.config, self.parallel = config, topology.dp_size > 1
         self.scaler = precision.scaler()
         self.averaged_over = topology.dp_size  # how many ranks' gradients are averaged; 1 if they are summed
+        self.tells = topology.speaks  # of all ranks that train on the same sequences, one's sums count
 
     def setup(self, model_factory: ModelFactory, optimizer_factory: OptimizerFactory) -> None:
         self.model = self.build(model_factory)
@@ -64,9 +65,13 @@ class Single:
         """Around each micro-batch: only the last one's backward needs to exchange gradients."""
         return nullcontext()
 
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """The backward pass of one micro-batch, the last one of the step or not."""
+        loss.backward()
+
     def total(self, sums: Tensor) -> Tensor:
-        """Adds up over data-parallel ranks."""
-        if self.parallel:
+        """Adds up over all ranks."""
+        if self.topology.world_size > 1:
             dist.all_reduce(sums)
         return sums
 
@@ -74,23 +79,38 @@ class Single:
         """All of a tensor that may be sharded."""
         return tensor
 
+    def norm(self, gradients: Sequence[Tensor]) -> Tensor:
+        """The global norm of the gradients of the whole model, of which these are here."""
+        return self.whole(torch.nn.utils.get_total_norm(gradients))
+
     def train_step(self, micro_batches: Sequence[Batch]) -> Sums:
-        count = sum(self.objective.count(batch) for batch in micro_batches)
-        # Where gradients are averaged over ranks, their number / count makes that the sum over targets / global count.
-        count_everywhere = self.total(torch.full((), count, dtype=torch.float64, device=self.topology.device))
-        scale = self.averaged_over / count_everywhere.clamp(min=1)
-        sums: Sums = {}
+        scale, sums = self.scale_of(micro_batches), Sums()
         for number, batch in enumerate(micro_batches, 1):
             # For models that draw from torch's generator: the same draws in every life of the run.
             torch.manual_seed(int(batch["draws"][0]) if len(batch["draws"]) else 0)
             with self.sync(last=number == len(micro_batches)):
                 part = self.loss_of(self.wrapped, batch)
-                wide = torch.promote_types(part["loss"].dtype, torch.float32)
-                self.scaler.scale(part["loss"] * scale.to(wide)).backward()
-            for name, value in part.items():
-                value = value.detach().double()
-                sums[name] = sums[name] + value if name in sums else value
+                self.backward(part["loss"] * scale.to(wide(part["loss"])), number == len(micro_batches))
+            self.add(sums, part)
         return sums
+
+    def scale_of(self, micro_batches: Sequence[Batch]) -> Tensor:
+        """What the loss, a sum over targets, is multiplied by: the rule that makes all strategies one curve.
+
+        Divided by the count of targets of the whole step, over all ranks: a mean of means would weigh targets by the
+        company they are in. Times the number of ranks whose gradients will be averaged. Times the scale of fp16.
+        """
+        count = sum(self.objective.count(batch) for batch in micro_batches)
+        counts = self.total(torch.full((), count, dtype=torch.float64, device=self.topology.device))
+        everywhere = counts / self.topology.layout.processes
+        return self.scaler.scale * self.averaged_over / everywhere.clamp(min=1)
+
+    def add(self, sums: Sums, part: Sums) -> None:
+        """Adds the numbers of a micro-batch; on ranks whose sums do not count, zeros of their names."""
+        for name, value in part.items():
+            value = self.whole(value.detach()).double()
+            value = value if self.tells else torch.zeros_like(value)
+            sums[name] = sums[name] + value if name in sums else value
 
     def loss_of(self, model: nn.Module, batch: Batch) -> Sums:
         batch = to_device(batch, self.topology.device)
@@ -99,19 +119,18 @@ class Single:
         return self.objective.loss(outputs, batch)
 
     def update(self, lr: float) -> Update:
-        self.scaler.unscale_(self.optimizer)
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        self.scaler.unscale(gradients)
+        norm = self.norm(gradients)
         if self.options.clip_norm:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.options.clip_norm, norm)
-        norm = self.whole(norm)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        accepted = self.scaler.accepts(norm)
+        if accepted:
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        overflow = ~norm.isfinite() if self.scaler.is_enabled() else torch.zeros_like(norm, dtype=torch.bool)
-        return Update(norm, overflow)
+        return Update(norm, torch.full_like(norm, not accepted, dtype=torch.bool))
 
     @torch.no_grad()
     def eval_step(self, batch: Batch) -> Sums:
@@ -120,7 +139,9 @@ class Single:
         with self.precision.autocast():
             outputs = self.model(batch)
         self.model.train()
-        return {name: value.double() for name, value in self.objective.evaluate(outputs, batch).items()}
+        sums = Sums()
+        self.add(sums, self.objective.evaluate(outputs, batch))
+        return sums
 
     def reduce(self, sums: Mapping[str, Tensor]) -> dict[str, list[float]]:
         names = sorted(sums)
@@ -133,23 +154,14 @@ class Single:
         for name, parameter in self.model.named_parameters():
             for kind, value in self.optimizer.state[parameter].items():
                 state[f"optimizer/{kind}/{name}"] = value
-        if self.scaler.is_enabled():
-            values = self.scaler.state_dict()
-            state["scaler/scale"] = torch.tensor(values["scale"], dtype=torch.float64)
-            state["scaler/growth_tracker"] = torch.tensor(values["_growth_tracker"], dtype=torch.int64)
-        return state
+        return state | self.scaler.state()
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         own = self.state()
         for name, tensor in state.items():
             own[name].copy_(tensor)
-        if self.scaler.is_enabled():
-            values = {
-                "scale": float(state["scaler/scale"]),
-                "_growth_tracker": int(state["scaler/growth_tracker"]),
-            }
-            self.scaler.load_state_dict({**self.scaler.state_dict(), **values})
+        self.scaler.load_state(state)
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in self.model.state_dict().items():
@@ -178,6 +190,11 @@ class Single:
         for values in self.optimizer.state.values():
             for value in values.values():
                 value.zero_()
+
+
+def wide(tensor: Tensor) -> torch.dtype:
+    """Of a loss and its scale: at least fp32."""
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

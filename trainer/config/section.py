@@ -1,0 +1,50 @@
+"""What every section of the config is made of: bounded types, `Section` and `Plugin`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic_core import PydanticCustomError
+
+from trainer.config.interval import Interval
+
+MISSING = "???"  # Hydra's mark of a value that must be given
+
+
+def _no_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("Input should be a number, not true or false")
+    return value
+
+
+def _interval(text: str) -> str:
+    Interval.parse(text)
+    return text
+
+
+Int = Annotated[int, BeforeValidator(_no_bool)]
+Count = Annotated[int, Field(ge=1), BeforeValidator(_no_bool)]
+Float = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_no_bool)]
+Share = Annotated[float, Field(ge=0, lt=1), BeforeValidator(_no_bool)]
+Positive = Annotated[float, Field(allow_inf_nan=False, gt=0), BeforeValidator(_no_bool)]
+IntervalText = Annotated[str, AfterValidator(_interval)]
+
+
+class Section(BaseModel):
+    """A group of keys. Unknown keys are refused; values cannot be changed after the check."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _given(cls, value: Any) -> Any:
+        if value == MISSING:
+            raise PydanticCustomError("missing", "missing")
+        return value
+
+
+class Plugin(Section):
+    """A section with options. User plugins subclass it as `Config` of their class and add their own keys."""
+
+    name: str = Field(description="Which option this is; or `package.module:Class` of a package in `run.plugins`.")
