@@ -4,34 +4,38 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from trainer import __version__
 from trainer.checkpoint.save import Saver
-from trainer.config import Config
+from trainer.config import Config, schema
 from trainer.config.check import import_plugin
 from trainer.data.tokenizer import Tokenizer
+from trainer.errors import ConfigError
 from trainer.folder import CHECKPOINTS, Identity, RunFolder
 from trainer.inputs import Inputs
 from trainer.loop import Job
-from trainer.models import ModelFactory
+from trainer.models import ModelFactory, huggingface, of_type
 from trainer.models.gpt import GPT
 from trainer.objectives.causal_lm import CausalLM
-from trainer.optim.adamw import adamw
+from trainer.optim.adamw import adamw, missing
 from trainer.optim.lion import lion
 from trainer.optim.muon import muon
 from trainer.optim.schedule import constant, linear, warmup_cosine, wsd
-from trainer.precision import Precision
+from trainer.precision import DTYPES, Precision
 from trainer.resilience.interruption import Requests
 from trainer.resilience.quarantine import Quarantine
 from trainer.resilience.timeledger import TimeLedger
 from trainer.strategies.base import Strategy
 from trainer.strategies.ddp import DDP
 from trainer.strategies.fsdp import FSDP, HSDP
+from trainer.strategies.pipeline import Pipeline
 from trainer.strategies.single import Single, StepOptions
 from trainer.topology import Topology
 from trainer.tracking import JsonLines, RunInfo, Tracker, Trackers
@@ -40,9 +44,9 @@ from trainer.tracking.journal import Journal
 from trainer.tracking.wandb import WandB
 
 PLUGINS: dict[str, dict[str, Any]] = {
-    "model": {"gpt": GPT},
+    "model": {"gpt": GPT, "llama": huggingface.Llama, "gpt2": huggingface.GPT2},
     "objective": {"causal_lm": CausalLM},
-    "strategy": {"single": Single, "ddp": DDP, "fsdp": FSDP, "hsdp": HSDP},
+    "strategy": {"single": Single, "ddp": DDP, "fsdp": FSDP, "hsdp": HSDP, "pipeline": Pipeline},
     "optimizer": {"adamw": adamw, "lion": lion, "muon": muon},
     "schedule": {"warmup_cosine": warmup_cosine, "linear": linear, "constant": constant, "wsd": wsd},
 }
@@ -54,14 +58,34 @@ def plugin(config: Config, group: str) -> Any:
     return PLUGINS[group].get(name) or import_plugin(f"{group}.name", name, config.run.plugins)
 
 
-def model_factory(config: Config, tokenizer: Tokenizer) -> ModelFactory:
+def model_factory(
+    config: Config, tokenizer: Tokenizer, example: Callable[[], dict[str, torch.Tensor]] | None = None
+) -> ModelFactory:
     """What makes the model and gives it its initial weights."""
-    make = partial(plugin(config, "model"), config.model, tokenizer.vocab_size, config.data.sequence_length)
-    return ModelFactory(make, config.run.seed)
+
+    def make() -> nn.Module:
+        model = plugin(config, "model")(config.model, tokenizer.vocab_size, config.data.sequence_length)
+        return model if config.precision.param == "fp32" else of_type(model, DTYPES[config.precision.param])
+
+    return ModelFactory(make, config.run.seed, example)
 
 
-def build_strategy(config: Config, topology: Topology, tokenizer: Tokenizer) -> Strategy:
+def check_machine(config: Config, device: torch.device) -> None:
+    """Raises ConfigError with all that the config asks for and this machine does not have."""
+    problems = []
+    try:
+        Precision.resolve(config.precision, device)
+    except ConfigError as error:
+        problems += error.problems
+    if isinstance(config.optimizer, schema.AdamW) and (problem := missing(config.optimizer)):
+        problems.append(problem)
+    if problems:
+        raise ConfigError(problems)
+
+
+def build_strategy(config: Config, topology: Topology, inputs: Inputs) -> Strategy:
     """The strategy, set up: model on its device, optimizer made."""
+    tokenizer = inputs.tokenizer
     objective = plugin(config, "objective")(config.objective, tokenizer.token_bytes, tokenizer.token_chars)
     train = config.train
     strategy = plugin(config, "strategy")(
@@ -71,7 +95,8 @@ def build_strategy(config: Config, topology: Topology, tokenizer: Tokenizer) -> 
         objective,
         StepOptions(train.clip_norm, train.activation_checkpointing, train.compile),
     )
-    strategy.setup(model_factory(config, tokenizer), partial(plugin(config, "optimizer"), config.optimizer))
+    factory = model_factory(config, tokenizer, inputs.stream.share.example)
+    strategy.setup(factory, partial(plugin(config, "optimizer"), config.optimizer))
     return strategy
 
 
@@ -104,7 +129,7 @@ def build(
     return Job(
         config=config,
         topology=topology,
-        strategy=build_strategy(config, topology, inputs.tokenizer),
+        strategy=build_strategy(config, topology, inputs),
         schedule=plugin(config, "schedule")(config.schedule, config.optimizer.lr, config.train.steps),
         stream=inputs.stream,
         validation=inputs.validation,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from trainer import topology
 from trainer.config import schema
-from trainer.models import ModelFactory
+from trainer.models import ModelFactory, of_type
 from trainer.models.gpt import GPT
 from trainer.objectives.causal_lm import IGNORE
 from trainer.precision import Precision
@@ -40,7 +40,7 @@ class Objective:
 
 
 def factory(dtype: torch.dtype) -> ModelFactory:
-    return ModelFactory(lambda: GPT(SHAPE, VOCABULARY, LENGTH).to(dtype), seed=5)
+    return ModelFactory(lambda: of_type(GPT(SHAPE, VOCABULARY, LENGTH), dtype), seed=5)
 
 
 def model(dtype: torch.dtype = torch.float32) -> nn.Module:

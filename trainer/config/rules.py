@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from trainer.config.schema import GPT, HSDP, CausalLM, Data, Samples, Section, Train
+from trainer.config import huggingface, strategy_rules
+from trainer.config.schema import GPT, CausalLM, Data, HuggingFace, Samples, Section, Train
+from trainer.config.strategy import Layout
 
 SMALLEST_SHARE = 2**-14  # of a source in a mixture: one sequence in a cycle (trainer.data.mixture.LONGEST_CYCLE)
 
@@ -13,44 +15,41 @@ SMALLEST_SHARE = 2**-14  # of a source in a mixture: one sequence in a cycle (tr
 def problems(sections: Mapping[str, Section], world_size: int) -> Iterator[str]:
     """Every contradiction of the config on `world_size` processes."""
     has: dict[str, Any] = dict(sections)
+    strategy = has.get("strategy")
     if train := has.get("train"):
-        yield from _batch(train, world_size)
+        yield from _batch(train, world_size, strategy_rules.layout_of(strategy, world_size))
     if isinstance(model := has.get("model"), GPT):
         yield from _gpt(model)
     if isinstance(data := has.get("data"), Data):
         yield from _data(data)
+    if isinstance(model, HuggingFace) and isinstance(data, Data):
+        tensor_parallel = getattr(has.get("strategy"), "tensor_parallel", 1)
+        yield from huggingface.problems(model, data.sequence_length, tensor_parallel)
     if isinstance(data, Samples):
         yield from _samples(data)
         if "tokens" not in data.fields and not data.maps:  # which could make a text of anything
-            built_in = {"model": GPT, "objective": CausalLM}
+            built_in: dict[str, Any] = {"model": (GPT, HuggingFace), "objective": CausalLM}
             yield from (
                 f"{group}.name={has[group].name}: takes text, which data.fields has none of: call it `tokens`, such as "
                 f"data.fields={{tokens: txt}}, or take {group} of your own"
                 for group, kind in built_in.items()
                 if isinstance(has.get(group), kind)
             )
-    if (strategy := has.get("strategy")) and strategy.name == "single" and world_size > 1:
-        yield f"strategy=single: runs one process, but {world_size} were started; use strategy=ddp"
-    if isinstance(strategy, HSDP) and world_size % strategy.shard_size:
-        nearest = max(
-            size for size in range(1, world_size + 1) if world_size % size == 0 and size <= strategy.shard_size
-        )
-        yield (
-            f"strategy.shard_size={strategy.shard_size}: does not divide {world_size} processes into groups; "
-            f"nearest: {nearest}"
-        )
+    if strategy:
+        yield from strategy_rules.problems(has, world_size)
 
 
-def _batch(train: Train, world_size: int) -> Iterator[str]:
+def _batch(train: Train, world_size: int, layout: Layout) -> Iterator[str]:
+    copies, who = world_size // layout.processes, f"{world_size} processes"
+    if layout.processes > 1:
+        who = f"{copies} copies of the model ({world_size} processes / {layout.processes})"
     sizes = {"train.global_batch": train.global_batch}
     sizes |= {f"train.batch_ramp.{step}": size for step, size in sorted(train.batch_ramp.items())}
-    unit = (train.micro_batch or 1) * world_size
+    unit = (train.micro_batch or 1) * copies
     micro = f" x train.micro_batch={train.micro_batch} = {unit}" if train.micro_batch else ""
     for key, size in sizes.items():
         if size % unit:
-            what = (
-                f"is no multiple of {world_size} processes{micro}" if micro else f"does not divide by {unit} processes"
-            )
+            what = f"is no multiple of {who}{micro}" if micro else f"does not divide by {who}"
             yield f"{key}={size}: {what}; nearest: {_nearest(size, unit)}"
 
 

@@ -153,6 +153,10 @@ class Share:
             faults=faults,
         )
 
+    def example(self) -> Batch:
+        """A batch of one sequence that can be read."""
+        return batch([self._any_row()])
+
     def _nothing(self, rows: Iterable[tuple[int, Row] | None]) -> Batch:
         """A micro-batch without a sequence: its rank must still take part in the step."""
         row = next(filter(None, rows), None) or self._any_row()

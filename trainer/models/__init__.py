@@ -74,6 +74,17 @@ def initialise(model: nn.Module, seed: int) -> None:
             parameter.copy_(value)
 
 
+def of_type(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The model with parameters of that type, tied ones still tied; `Module.to` does not work on fake tensors."""
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if parameter not in made:
+                made[parameter] = nn.Parameter(parameter.detach().to(dtype), requires_grad=parameter.requires_grad)
+            setattr(module, name, made[parameter])
+    return model
+
+
 @dataclass(frozen=True)
 class ModelFactory:
     """A model in two steps, for those who shard it in between: `build` makes it, `fill` gives it its initial values.

@@ -8,9 +8,12 @@ from collections.abc import Iterable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import Placement, Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 
 from trainer.config import schema
 from trainer.models.dropout import dropout
+from trainer.models.tensor_parallel import Whole
 
 
 class GPT(nn.Module):
@@ -61,6 +64,23 @@ class GPT(nn.Module):
     def head(self, x: Tensor, batch: dict[str, Tensor]) -> Tensor:
         """Logits of what comes out of the last block."""
         return F.linear(self.norm(x), self.token_embedding.weight)
+
+    def tensor_parallel_plan(self, sequence_parallel: bool) -> dict[str, ParallelStyle]:
+        """Each process has a part of the heads, of the MLP's inside and of the vocabulary. In between it has all of the
+        activations, or with `sequence_parallel` a part of each sequence."""
+        between: Placement = Shard(1) if sequence_parallel else Replicate()
+        plan: dict[str, ParallelStyle] = {
+            "token_embedding": RowwiseParallel(input_layouts=Replicate(), output_layouts=between),
+            "position_embedding": Whole(given=between),
+            "norm": Whole(taken=between, plain=False),  # what the embedding's matrix is multiplied by
+        }
+        for name in ("attention_norm", "mlp_norm"):
+            plan[f"blocks.*.{name}"] = Whole(taken=between, given=between)
+        for name in ("attention.query_key_value", "mlp.input"):
+            plan[f"blocks.*.{name}"] = ColwiseParallel(input_layouts=between)
+        for name in ("attention.output", "mlp.output"):
+            plan[f"blocks.*.{name}"] = RowwiseParallel(output_layouts=between)
+        return plan
 
     def _draws(self, batch: dict[str, Tensor]) -> Tensor | None:
         return batch.get("draws") if self.training else None

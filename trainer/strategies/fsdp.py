@@ -6,21 +6,22 @@ et al. 2020, "ZeRO"; Zhao et al. 2023, "PyTorch FSDP").
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from trainer.config import strategy as schema
 from trainer.models import ModelFactory, without_values
+from trainer.precision import Precision
 from trainer.strategies.layers import prepare
-from trainer.strategies.single import Single, StepOptions
+from trainer.strategies.tensor import TensorParallel
 
 
-class FSDP(Single):
+class FSDP(TensorParallel):
     """`Single` on parameters that are sharded in dimension 0. Alone, without a process group, it is `Single`.
 
     No process ever holds the whole model: it is made without values, sharded, and filled parameter by parameter.
@@ -31,20 +32,28 @@ class FSDP(Single):
     def build(self, model_factory: ModelFactory) -> nn.Module:
         if not self.parallel:
             return super().build(model_factory)
+        mesh = self.topology.mesh()
         with without_values():
             model = model_factory.build()
-        shard(model, self.mesh(), self.options, self.config.reshard_after_forward)
-        materialise(model, self.topology.device)
+        prepare(model, self.options.activation_checkpointing, self.options.compile)
+        self.split(model, mesh["tensor"])
+        shard(
+            model,
+            getattr(model, "blocks", []),
+            self.copies(mesh),
+            self.precision,
+            reshard_after_forward=self.config.reshard_after_forward,
+            gather=self.config.gather,
+            cpu_offload=self.config.cpu_offload,
+        )
+        materialise(model, torch.device("cpu") if self.config.cpu_offload else self.topology.device)
         model_factory.fill(model)
         self.averaged_over = 1  # gradients are summed
         return model
 
-    def mesh(self) -> DeviceMesh:
-        """All processes in a row."""
-        return init_device_mesh(self.topology.device.type, (self.topology.dp_size,), mesh_dim_names=("shard",))
-
-    def whole(self, tensor: Tensor) -> Tensor:
-        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    def copies(self, mesh: DeviceMesh) -> DeviceMesh:
+        """The processes that the model is sharded over: all in a row."""
+        return mesh["data"]
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in self.model.state_dict().items():
@@ -58,26 +67,42 @@ class HSDP(FSDP):
 
     config: schema.HSDP
 
-    def mesh(self) -> DeviceMesh:
+    def copies(self, mesh: DeviceMesh) -> DeviceMesh:
         """Copies x shards of one."""
         shape = (self.topology.dp_size // self.config.shard_size, self.config.shard_size)
         return init_device_mesh(self.topology.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
-def shard(model: nn.Module, mesh: DeviceMesh, options: StepOptions, reshard_after_forward: bool) -> None:
-    """All that is done to a model, in this order: each layer recomputed in the backward pass, compiled, sharded; then
-    what is outside of layers is sharded with the model itself.
+def shard(
+    module: nn.Module,
+    layers: Iterable[nn.Module],
+    mesh: DeviceMesh,
+    precision: Precision,
+    *,
+    reshard_after_forward: bool,
+    gather: str = "param",
+    cpu_offload: bool = False,
+) -> None:
+    """Shards each layer, then what is outside of layers with the module itself.
 
-    Recomputation is inside of what is compiled, so that the compiler sees it; gathering is outside of both.
+    It is the last of what is done to a model: recomputation is inside of what is compiled, so that the compiler sees it
+    (`prepare`); splitting of matrices and gathering are outside of both.
     """
-    prepare(model, options.activation_checkpointing, options.compile)
-    for layer in getattr(model, "blocks", []):
-        fully_shard(layer, mesh=mesh, reshard_after_forward=reshard_after_forward)
-    fully_shard(model, mesh=mesh, reshard_after_forward=False)  # needed again at once in the backward pass
-    for module in model.modules():
-        if isinstance(module, FSDPModule):  # a sum: counts differ between ranks, so no mean of means is right
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
+    options: dict[str, Any] = {"mesh": mesh}
+    options["mp_policy"] = MixedPrecisionPolicy(
+        param_dtype=precision.compute_dtype if gather == "compute" else None,
+        reduce_dtype=precision.reduce_dtype if precision.reduce != "fp32" else None,  # None: that of the gradients
+        cast_forward_inputs=False,  # autocast does it
+    )
+    if cpu_offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
+    for layer in layers:
+        fully_shard(layer, reshard_after_forward=reshard_after_forward, **options)
+    fully_shard(module, reshard_after_forward=False, **options)  # needed again at once in the backward pass
+    for part in module.modules():
+        if isinstance(part, FSDPModule):  # a sum: counts differ between ranks, so no mean of means is right
+            part.set_gradient_divide_factor(1.0)
+            part.set_force_sum_reduction_for_comms(True)
 
 
 @torch.no_grad()

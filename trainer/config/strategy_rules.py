@@ -1,0 +1,104 @@
+"""Contradictions of a strategy with the number of processes, the model, the batch and the precision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from trainer.config.pipelines import SCHEDULES, allowed_micro_batches
+from trainer.config.schema import GPT, AdamW, Train
+from trainer.config.strategy import FSDP, HSDP, WHOLE, Layout, Pipeline, Strategy, TensorParallel
+
+
+def layout_of(strategy: Any, world_size: int) -> Layout:
+    """How it uses that many processes; as if it were one copy a process where it cannot."""
+    layout = strategy.layout(world_size) if isinstance(strategy, Strategy) else WHOLE
+    return layout if world_size % layout.processes == 0 else WHOLE
+
+
+def problems(has: Mapping[str, Any], world_size: int) -> Iterator[str]:
+    """`has`: the sections that are valid so far."""
+    strategy = has["strategy"]
+    if strategy.name == "single" and world_size > 1:
+        yield f"strategy=single: runs one process, but {world_size} were started; use strategy=ddp"
+    if isinstance(strategy, HSDP) and world_size % strategy.shard_size:
+        yield (
+            f"strategy.shard_size={strategy.shard_size}: does not divide {world_size} processes into groups; "
+            f"nearest: {_divisor(world_size, strategy.shard_size)}"
+        )
+    if isinstance(optimizer := has.get("optimizer"), AdamW) and isinstance(strategy, Strategy):
+        yield from _implementation(optimizer, strategy)
+    if isinstance(strategy, TensorParallel):
+        yield from _tensor_parallel(strategy, has, world_size)
+    if isinstance(strategy, Pipeline):
+        yield from _pipeline(strategy, has, world_size)
+
+
+def _tensor_parallel(strategy: TensorParallel, has: Mapping[str, Any], world_size: int) -> Iterator[str]:
+    size, key = strategy.tensor_parallel, f"strategy.tensor_parallel={strategy.tensor_parallel}"
+    if world_size % size:
+        yield f"{key}: does not divide {world_size} processes; nearest: {_divisor(world_size, size)}"
+    if isinstance(strategy, FSDP) and strategy.cpu_offload and size > 1:
+        yield f"{key}: does not go with strategy.cpu_offload=true; nearest: strategy.tensor_parallel=1"
+    model, data = has.get("model"), has.get("data")
+    if isinstance(model, GPT) and model.heads % size:
+        yield f"{key}: does not divide model.heads={model.heads}; nearest: {_divisor(model.heads, size)}"
+    if not strategy.sequence_parallel or size == 1:
+        return
+    if isinstance(model, GPT) and model.dropout:
+        yield (
+            f"strategy.sequence_parallel=true: needs model.dropout=0 (now {model.dropout:g}): a process that holds a "
+            "part of a sequence cannot draw the mask of all of it; nearest: strategy.sequence_parallel=false"
+        )
+    if (length := getattr(data, "sequence_length", None)) and length % size:
+        near = f"{length // size * size or size} or {(length // size + 1) * size}"
+        yield f"data.sequence_length={length}: does not divide by {key} for strategy.sequence_parallel; nearest: {near}"
+
+
+def _pipeline(strategy: Pipeline, has: Mapping[str, Any], world_size: int) -> Iterator[str]:
+    schedule, name = SCHEDULES[strategy.schedule], f"strategy.schedule={strategy.schedule}"
+    layout, parts = strategy.layout(world_size), strategy.parts_a_process
+    if world_size % layout.processes:
+        what = f"strategy.stages={layout.stages}"
+        what += f" x strategy.tensor_parallel={layout.tensor} = {layout.processes}" if layout.tensor > 1 else ""
+        near = _divisor(world_size // layout.tensor, layout.stages) if world_size % layout.tensor == 0 else "null"
+        yield f"{what}: does not divide {world_size} processes; nearest: strategy.stages={near}"
+        return
+    if (schedule.parts and parts != schedule.parts) or (not schedule.parts and parts == 1):
+        need = f"holds {schedule.parts} part{'s' * (schedule.parts > 1)}" if schedule.parts else "holds 2 parts or more"
+        yield f"strategy.virtual_stages={parts}: with {name} a process {need}; nearest: {schedule.parts or 2}"
+        return
+    model, count = has.get("model"), layout.stages * parts
+    if isinstance(model, GPT) and model.layers < count and layout.stages > 1:
+        yield (
+            f"model.layers={model.layers}: cannot be cut into {layout.stages} processes x {parts} parts = {count}; nearest: "
+            f"model.layers={count}, or strategy.stages={max(1, model.layers // parts)}"
+        )
+    if strategy.micro_batches and layout.stages > 1:
+        n = strategy.micro_batches
+        allowed = allowed_micro_batches(strategy, layout.stages, 2 * n + 4 * count)
+        if n not in allowed:
+            nearest = min(allowed, key=lambda other: (abs(other - n), other))
+            yield (
+                f"strategy.micro_batches={n}: not with {name} on {layout.stages} processes ({count} parts); "
+                f"nearest: {nearest}"
+            )
+    train = has.get("train")
+    if isinstance(train, Train) and train.compile and schedule.splits_backward:
+        yield (
+            f"train.compile=true: not with {name}, which computes the gradients of weights apart from those of "
+            "activations; nearest: strategy.schedule=interleaved_1f1b"
+        )
+
+
+def _implementation(optimizer: AdamW, strategy: Strategy) -> Iterator[str]:
+    able = {"apex": ("single", "ddp"), "8bit": ("single", "ddp", "fsdp", "hsdp")}.get(optimizer.implementation)
+    if able and strategy.name not in able:
+        yield (
+            f"optimizer.implementation={optimizer.implementation}: works with strategy={', '.join(able)}, not with "
+            f"{strategy.name}; nearest: optimizer.implementation=fused"
+        )
+
+
+def _divisor(of: int, at_most: int) -> int:
+    return max(size for size in range(1, of + 1) if of % size == 0 and size <= max(1, at_most))

@@ -1,0 +1,268 @@
+"""Pipeline parallel: every process holds a part of the layers, micro-batches follow each other through them.
+
+The order of computing and sending is that of torch.distributed.pipelining. Losses are summed and divided by the count
+of the whole step before the backward pass, so no schedule scales gradients; copies of a part add theirs up by an
+all-reduce of our own or by FSDP2 with parameters that stay gathered, the two ways that are right with every schedule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle, get_schedule_class
+from torch.distributed.tensor import DTensor
+
+from trainer.config import strategy as schema
+from trainer.config.pipelines import SCHEDULES, micro_batches
+from trainer.errors import ConfigError
+from trainer.models import ModelFactory, without_values
+from trainer.objectives import Batch, Sums
+from trainer.strategies.fsdp import materialise, shard
+from trainer.strategies.layers import prepare
+from trainer.strategies.single import to_device, wide
+from trainer.strategies.stages import Stage, balance, cut, measure
+from trainer.strategies.tensor import TensorParallel, local, spread_norm
+
+
+class Numbered(PipelineStage):
+    """Tells the module which micro-batch it computes."""
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        self.submod.number = fwd_chunk_id  # type: ignore[assignment, union-attr]
+        return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+
+
+class Pipeline(TensorParallel):
+    """`Single` on the parts of a model; alone, without a process group, it is `Single`."""
+
+    config: schema.Pipeline
+
+    def build(self, model_factory: ModelFactory) -> nn.Module:
+        if not self.parallel:
+            return super().build(model_factory)
+        topology, layout, device = self.topology, self.topology.layout, self.topology.device
+        self.averaged_over = 1  # gradients are summed
+        self.schedule, self.mesh = SCHEDULES[self.config.schedule], topology.mesh()
+        self.group, self.copies = self.mesh["stage"].get_group(), self.mesh["data"]
+        self.position = self.mesh.get_local_rank("stage")
+        self.measured = measure(model_factory, self.objective, self.precision.autocast(), device)
+        self.parts = balance(self.measured, layout.stages * self.config.parts_a_process)
+        mine = [part for part in range(len(self.parts)) if self.host(part) == self.position]
+        first, last = mine[0] == 0, mine[-1] == len(self.parts) - 1
+        with without_values():
+            model = model_factory.build()
+            self.names = [(name, value.shape, value.dtype) for name, value in model.state_dict().items()]
+            tied = cut(model, [block for part in mine for block in self.parts[part]], first, last)
+        split_over = self.host(0) != self.host(len(self.parts) - 1)
+        self.tied = tied if split_over and (first or last) else []
+        self.tells = last and self.mesh.get_local_rank("tensor") == 0
+        prepare(model, self.options.activation_checkpointing, self.options.compile)
+        self.split(model, self.mesh["tensor"])
+        self.stages = {
+            part: Stage(model, self.parts[part], part == 0, part == len(self.parts) - 1, self.precision.autocast)
+            for part in mine
+        }
+        if self.sharded:
+            if tied and first and last:
+                raise ConfigError(
+                    f"strategy.data_parallel=fsdp: with strategy.schedule={self.config.schedule} the two ends of the "
+                    "model are on one process, and this model ties them; nearest: strategy.data_parallel=ddp, or "
+                    "strategy.schedule=interleaved_zero_bubble"
+                )
+            for stage in self.stages.values():
+                shard(stage, stage.blocks, self.copies, self.precision, reshard_after_forward=False)
+        materialise(model, device)
+        model_factory.fill(model)
+        self.ends = self._group_of_ends() if tied and split_over else None
+        self.schedules: dict[tuple[int, int], PipelineScheduleSingle | PipelineScheduleMulti] = {}
+        return model
+
+    @property
+    def sharded(self) -> bool:
+        return self.config.data_parallel == "fsdp" and self.topology.dp_size > 1
+
+    def host(self, part: int) -> int:
+        """The place in the pipeline of the process that has this part."""
+        processes = self.topology.layout.stages
+        if self.schedule.v_shaped:
+            return min(part, 2 * processes - 1 - part)
+        return part % processes
+
+    def train_step(self, micro_batches: Sequence[Batch]) -> Sums:
+        if not self.parallel:
+            return super().train_step(micro_batches)
+        scale = self.scale_of(micro_batches)
+        names = self.measured.tracked[0]
+        sums = {name: torch.zeros((), dtype=torch.float64, device=self.topology.device) for name in names}
+        for batch in micro_batches:
+            self._pass(batch, scale, sums)
+        gradients = dict(self._gradients())
+        if self.topology.dp_size > 1 and not self.sharded:
+            self._add_up(list(gradients.values()), self.copies.get_group())
+        if self.ends is not None and self.tied:
+            self._add_up([gradients[name] for name in self.tied], self.ends)
+        return sums
+
+    def _gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Of this process's parts, laid out as the parameters are: some come as parts of a sum."""
+        for name, parameter in self.model.named_parameters():
+            if isinstance(parameter, DTensor) and isinstance(parameter.grad, DTensor):
+                parameter.grad = parameter.grad.redistribute(placements=parameter.placements)
+            if parameter.grad is not None:
+                yield name, parameter.grad
+
+    def _pass(self, batch: Batch, scale: Tensor, sums: Sums) -> None:
+        """Forward and backward of one of the loop's micro-batches, which is cut into the pipeline's."""
+        rows = len(next(iter(batch.values())))
+        count = micro_batches(self.config, self.topology.layout.stages, rows)
+        size = max(1, -(-rows // count))
+        pieces = [to_device(_piece(batch, number * size, size), self.topology.device) for number in range(count)]
+        for stage in self.stages.values():
+            stage.batches = pieces
+
+        def loss(outputs: Tensor, number: Tensor) -> Tensor:
+            """Of the rows that are there: the last pieces may be filled up with empty ones."""
+            there = min(size, max(0, rows - int(number) * size))
+            piece = {name: value[:there] for name, value in pieces[int(number)].items()}
+            part = self.objective.loss(self.outputs(outputs)[:there], piece)
+            self.add(sums, part)
+            return part["loss"] * scale.to(wide(part["loss"]))
+
+        self.loss = loss
+        # For models that draw from torch's generator: the same draws in every life of the run.
+        torch.manual_seed(int(batch["draws"][0]) if rows else 0)
+        try:
+            self._schedule(count, size).step(target=torch.arange(count), return_outputs=False)
+        except RuntimeError as error:  # torch wraps what happens in a part
+            if isinstance(error.__cause__, (torch.OutOfMemoryError, MemoryError)):
+                raise error.__cause__ from error
+            raise
+
+    def _schedule(self, count: int, size: int) -> PipelineScheduleSingle | PipelineScheduleMulti:
+        """That of `count` micro-batches of `size` sequences; torch's stages keep the shapes they saw first."""
+        if (count, size) not in self.schedules:
+            hidden, outputs = self._hidden(size), _rows(self.measured.outputs, size)
+            stages: Any = [
+                Numbered(
+                    stage,
+                    part,
+                    len(self.parts),
+                    self.topology.device,
+                    input_args=() if stage.embeds else (hidden,),
+                    output_args=(outputs if stage.heads else hidden,),
+                    group=self.group,
+                )
+                for part, stage in self.stages.items()
+            ]
+            make: Any = get_schedule_class(self.schedule.torch_name)
+            several = issubclass(make, PipelineScheduleMulti)
+            self.schedules[count, size] = make(
+                stages if several else stages[0],
+                count,
+                loss_fn=lambda outputs, number: self.loss(outputs, number),
+                scale_grads=False,
+            )
+        return self.schedules[count, size]
+
+    def _hidden(self, rows: int) -> Tensor:
+        """What passes between the parts for that many sequences, on the meta device."""
+        hidden = _rows(self.measured.hidden, rows)
+        if self.config.sequence_parallel and self.topology.layout.tensor > 1:
+            hidden = hidden.chunk(self.topology.layout.tensor, dim=1)[0]
+        return hidden.requires_grad_()
+
+    def _add_up(self, gradients: Sequence[Tensor], group: dist.ProcessGroup) -> None:
+        for gradient in map(local, gradients):
+            if self.precision.reduce == "fp32":
+                dist.all_reduce(gradient, group=group)
+            else:
+                sent = gradient.to(self.precision.reduce_dtype)
+                dist.all_reduce(sent, group=group)
+                gradient.copy_(sent)
+
+    def norm(self, gradients: Sequence[Tensor]) -> Tensor:
+        """Over all parts; a tied weight is counted where the model begins."""
+        if not self.parallel:
+            return super().norm(gradients)
+        twice = set(self.tied) if 0 not in self.stages else set()
+        counted = [gradient for name, gradient in self._gradients() if name not in twice]
+        return spread_norm(counted, self.topology.device, 1 if self.sharded else self.topology.dp_size)
+
+    @torch.no_grad()
+    def eval_step(self, batch: Batch) -> Sums:
+        """One pass through the parts in their order; the batches of an evaluation follow each other in the pipeline."""
+        if not self.parallel:
+            return super().eval_step(batch)
+        rows, x, sums = len(next(iter(batch.values()))), None, Sums()
+        filled = to_device(_piece(batch, 0, max(1, rows)), self.topology.device)
+        self.model.eval()
+        for part in range(len(self.parts)):
+            before, here = self.host(max(0, part - 1)), self.host(part)
+            if self.position == before != here:
+                dist.send(x, group=self.group, group_dst=here)  # type: ignore[arg-type]
+            if self.position != here:
+                continue
+            if self.position != before:
+                x = torch.empty_like(self._hidden(len(filled["draws"])), device=self.topology.device)
+                dist.recv(x, group=self.group, group_src=before)
+            stage = self.stages[part]
+            stage.batches, stage.number = [filled], 0
+            x = stage(x) if part else stage()
+            if isinstance(stage, FSDPModule):
+                stage.reshard()
+        self.model.train()
+        if len(self.parts) - 1 in self.stages:
+            there = {name: value[:rows] for name, value in filled.items()}
+            self.add(sums, self.objective.evaluate(self.outputs(x)[:rows], there))  # type: ignore[arg-type, index]
+            return sums
+        zero = torch.zeros((), dtype=torch.float64, device=self.topology.device)
+        return dict.fromkeys(self.measured.tracked[1], zero)
+
+    def full_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Each weight goes from the first process that has it to the main one."""
+        if not self.parallel:
+            yield from super().full_weights()
+            return
+        own = self.model.state_dict()
+        has = torch.tensor([name in own for name, _, _ in self.names], device=self.topology.device)
+        everywhere = [torch.empty_like(has) for _ in range(self.topology.layout.stages)]
+        dist.all_gather(everywhere, has, group=self.group)
+        for index, (name, shape, dtype) in enumerate(self.names):
+            owner = next(place for place, there in enumerate(everywhere) if there[index])
+            value = self.whole(own[name].detach()) if self.position == owner else None
+            if owner and self.topology.dp_rank == 0 and self.mesh.get_local_rank("tensor") == 0:
+                if self.position == owner:
+                    dist.send(value.contiguous(), group=self.group, group_dst=0)  # type: ignore[union-attr]
+                elif self.position == 0:
+                    value = torch.empty(shape, dtype=dtype, device=self.topology.device)
+                    dist.recv(value, group=self.group, group_src=owner)
+            if self.topology.is_main:
+                yield name, value.cpu()  # type: ignore[union-attr]
+
+    def _group_of_ends(self) -> dist.ProcessGroup | None:
+        """The processes that have the two ends of one copy; every process takes part in making all of these groups."""
+        ranks = self.mesh.mesh  # stage x data x tensor
+        first, last = ranks[self.host(0)].flatten().tolist(), ranks[self.host(len(self.parts) - 1)].flatten().tolist()
+        groups = {pair: dist.new_group(list(pair)) for pair in zip(first, last, strict=True)}
+        return next((group for pair, group in groups.items() if self.topology.rank in pair), None)
+
+
+def _piece(batch: Batch, first: int, size: int) -> Batch:
+    """`size` rows of a batch from `first` on; what is not there is filled up with zeros."""
+    piece = {}
+    for name, value in batch.items():
+        part = value[first : first + size]
+        missing = value.new_zeros((size - len(part), *value.shape[1:]))
+        piece[name] = torch.cat([part, missing]) if len(missing) else part
+    return piece
+
+
+def _rows(example: Tensor, rows: int) -> Tensor:
+    """Of as many sequences as that, what the example is of one."""
+    return torch.empty((rows, *example.shape[1:]), dtype=example.dtype, device="meta")

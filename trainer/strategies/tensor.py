@@ -1,0 +1,92 @@
+"""Tensor parallel: neighbouring processes share the matrices of each layer (Shoeybi et al. 2019, "Megatron-LM",
+section 3), optionally the sequences between them too (Korthikanti et al. 2022, section 4.2).
+
+Every parameter becomes a DTensor on the mesh of these processes, also those that all of them keep whole, so that
+fused optimizers have one kind of tensor to deal with.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from fnmatch import fnmatchcase
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import loss_parallel, parallelize_module
+
+from trainer.errors import ConfigError
+from trainer.models.tensor_parallel import Whole
+from trainer.strategies.single import Single
+from trainer.strategies.stages import Elsewhere
+
+
+class TensorParallel(Single):
+    """What strategies have in common whose layers may be split, and whose parameters may be in parts anywhere."""
+
+    shared_loss: ExitStack | None = None
+
+    def split(self, model: nn.Module, mesh: DeviceMesh) -> None:
+        """Splits the model over the mesh as it says itself. Raises ConfigError if it does not."""
+        if mesh.size() == 1:
+            return
+        if not hasattr(model, "tensor_parallel_plan"):
+            raise ConfigError(
+                f"strategy.tensor_parallel={mesh.size()}: the model {type(model).__name__} does not say how its "
+                "matrices are split (trainer.models.TensorParallel); nearest: strategy.tensor_parallel=1"
+            )
+        # It advises a faster order of collectives for tensors that are gathered once, for a checkpoint.
+        logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+        plan = model.tensor_parallel_plan(self.config.sequence_parallel)  # type: ignore[attr-defined, operator]
+        here = [(name, module) for name, module in model.named_modules() if not isinstance(module, Elsewhere)]
+        for name, module in here:
+            for style in [style for pattern, style in plan.items() if fnmatchcase(name, pattern)]:
+                parallelize_module(module, mesh, style)
+        for module in model.modules():
+            if any(not isinstance(parameter, DTensor) for parameter in module.parameters(recurse=False)):
+                parallelize_module(module, mesh, Whole())
+        if self.config.loss_parallel:  # type: ignore[attr-defined]
+            self.shared_loss = ExitStack()
+            self.shared_loss.enter_context(loss_parallel())
+
+    def outputs(self, outputs: Tensor) -> Tensor:
+        return outputs if self.shared_loss else super().outputs(outputs)
+
+    def norm(self, gradients: Sequence[Tensor]) -> Tensor:
+        return spread_norm(gradients, self.topology.device) if self.parallel else super().norm(gradients)
+
+    def close(self) -> None:
+        if self.shared_loss:
+            self.shared_loss.close()
+        super().close()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that is here."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def spread_norm(gradients: Sequence[Tensor], device: torch.device, copies: int = 1) -> Tensor:
+    """The norm of the gradients of all processes, each counted once: `copies` processes hold each of these, besides
+    those that a DTensor knows of. One sum, so that all processes get the same number to the last bit."""
+    squares = torch.zeros((), dtype=torch.float64, device=device)
+    dtype = torch.float32
+    if gradients:
+        norms = torch.stack(torch._foreach_norm([local(gradient) for gradient in gradients])).double()
+        held_by = torch.tensor([copies * _copies(gradient) for gradient in gradients], dtype=torch.float64)
+        squares += (norms.square() / held_by.to(norms.device)).sum().to(device)
+        dtype = torch.promote_types(gradients[0].dtype, dtype)
+    dist.all_reduce(squares)
+    return squares.sqrt().to(dtype)
+
+
+def _copies(tensor: Tensor) -> int:
+    """How many processes hold the same part of it."""
+    if not isinstance(tensor, DTensor):
+        return 1
+    return math.prod(tensor.device_mesh.size(i) for i, layout in enumerate(tensor.placements) if layout.is_replicate())
