@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trainer import loop, sampling
-from trainer.build import build
+from trainer.build import build, check_machine
 from trainer.config import Config
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError, Interrupted, OnecurveError, PeerLost, TrainingError
@@ -34,6 +34,7 @@ def run(config: Config, born: float) -> None:
     Raises OnecurveError: Interrupted (saved), ConfigError (nothing was started), DataError, TrainingError, PeerLost.
     """
     topology = join(config.launch.timeout_s, config.layout(world_size()))
+    check_machine(config, topology.device)
     found = open_shards(config, topology)
     identity = partial(found.identity, config)
     folder = RunFolder(config, identity, topology, born)

@@ -15,10 +15,13 @@ from trainer.optim.adamw import adamw
 from trainer.optim.lion import lion
 from trainer.optim.muon import muon, orthogonal
 
-ADAMW = schema.AdamW(name="adamw", lr=0.01, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, no_decay=["bias", "norm"])
+ADAMW = schema.AdamW(
+    name="adamw", implementation="auto", lr=0.01, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1,
+    no_decay=["bias", "norm"],
+)  # fmt: skip
 LION = schema.Lion(name="lion", lr=0.01, betas=(0.9, 0.99), weight_decay=0.5, no_decay=["bias", "norm"])
 MUON = schema.Muon(
-    name="muon", lr=0.01, momentum=0.95, newton_schulz_steps=5, newton_schulz_dtype="fp32", adamw_modules=["head"],
+    name="muon", lr=0.01, momentum=0.95, newton_schulz_steps=5, newton_schulz_dtype="fp32", adamw_modules=["lm_head"],
     betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, no_decay=["bias", "norm"],
 )  # fmt: skip
 MADE: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
@@ -63,9 +66,9 @@ def test_muon_moves_hidden_matrices_and_adamw_the_rest(monkeypatch: pytest.Monke
     """Each as torch's own does; torch's Muon is made to compute in fp32, too."""
     monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)
     model = ragged.model()
-    model.head = nn.Linear(24, 50)
+    model.lm_head = nn.Linear(24, 50)
     twin = ragged.model()
-    twin.head = nn.Linear(24, 50)
+    twin.lm_head = nn.Linear(24, 50)
     twin.load_state_dict(model.state_dict())
     found = train(model, muon(MUON, model))
     hidden = {name: p for name, p in twin.named_parameters() if name.startswith("blocks") and p.ndim == 2}

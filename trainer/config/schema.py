@@ -208,6 +208,11 @@ class Optimizer(Plugin):
 
 
 class AdamW(Optimizer):
+    implementation: Literal["auto", "fused", "foreach", "apex", "8bit"] = Field(
+        description="Who computes the step: fused (torch; auto is this), foreach (torch, in more and simpler kernels), "
+        "apex (FusedAdam of NVIDIA Apex, built from source; strategies single and ddp), 8bit (torchao: state of a "
+        "quarter; on GPUs the first step compiles it, which may take a minute). A run continues with any other."
+    )
     betas: tuple[Share, Share] = Field(description="Decay rates of the two moments.")
     eps: Float = Field(gt=0, description="Added to the denominator.")
 

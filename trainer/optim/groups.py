@@ -16,7 +16,7 @@ def kind(model: nn.Module, name: str) -> str:
     module = type(model.get_submodule(path)).__name__
     if leaf == "bias":
         return "bias"
-    if module.startswith(_NORMS):
+    if any(norm in module for norm in _NORMS):  # also FusedLayerNorm, LlamaRMSNorm
         return "norm"
     return "embedding" if module == "Embedding" else "matrix"
 

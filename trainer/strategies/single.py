@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from trainer.config import strategy as schema
 from trainer.models import ModelFactory
@@ -149,6 +150,10 @@ class Single:
         return dict(zip(names, self.total(stacked).tolist(), strict=True))
 
     def state(self) -> dict[str, Tensor]:
+        return {name: plain(tensor) for name, tensor in self._tensors().items()}
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Those of `state`, as they are held."""
         self._materialise()
         state = {f"model/{name}": tensor.detach() for name, tensor in self.model.state_dict().items()}
         for name, parameter in self.model.named_parameters():
@@ -158,9 +163,9 @@ class Single:
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        own = self.state()
+        own = self._tensors()
         for name, tensor in state.items():
-            own[name].copy_(tensor)
+            own[name].copy_(tensor.to(own[name].device))
         self.scaler.load_state(state)
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -189,12 +194,25 @@ class Single:
             group["lr"] = rate
         for values in self.optimizer.state.values():
             for value in values.values():
-                value.zero_()
+                value.copy_(torch.zeros_like(plain(value)))
 
 
 def wide(tensor: Tensor) -> torch.dtype:
     """Of a loss and its scale: at least fp32."""
     return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """`tensor` as it is saved. Of one that is quantised (an optimizer's 8-bit state) what it stands for: a copy, on
+    the CPU unless it is sharded."""
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    if type(local).dequantize is Tensor.dequantize:
+        return tensor
+    if not isinstance(tensor, DTensor):
+        return local.cpu().dequantize()
+    return DTensor.from_local(
+        local.dequantize(), tensor.device_mesh, tensor.placements, shape=tensor.shape, stride=tensor.stride()
+    )
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
