@@ -37,13 +37,14 @@ class Run:
     overrides: tuple[str, ...] = ()
     plain: bool = False  # python -m trainer instead of torchrun
     env: dict[str, str] = field(default_factory=dict)
+    base: tuple[str, ...] = TINY
 
     @property
     def command(self) -> list[str]:
         launcher = [sys.executable]
         if not (self.plain or self.procs == 1):
             launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.procs)]
-        return [*launcher, "-m", "trainer", *TINY, f"run.dir={self.folder}", *self.overrides]
+        return [*launcher, "-m", "trainer", *self.base, f"run.dir={self.folder}", *self.overrides]
 
     def start(self) -> subprocess.Popen[str]:
         return subprocess.Popen(

@@ -99,6 +99,28 @@ class GPT(Plugin):
     bias: bool = Field(description="Biases in linear layers and norms, as in GPT-2.")
 
 
+class HuggingFace(Plugin):
+    """What models of transformers have in common."""
+
+    architecture: str = Field(description="The class in transformers.")
+    config: dict[str, Any] = Field(
+        description="Keys of its config in transformers, such as `model.config.hidden_size=512`; the others are as "
+        "there. The size of the vocabulary (of `data.tokenizer`) and the longest position (`data.sequence_length`) "
+        "need not be given. Leave dropout at 0 for one curve: transformers draws it from torch's generator, so its "
+        "masks depend on the number of processes and on `train.micro_batch`."
+    )
+
+
+class Llama(HuggingFace):
+    architecture: Literal["LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"] = Field(
+        description="The class in transformers."
+    )
+
+
+class GPT2(HuggingFace):
+    architecture: Literal["GPT2LMHeadModel"] = Field(description="The class in transformers.")
+
+
 class CausalLM(Plugin):
     pass
 
@@ -282,7 +304,7 @@ SECTIONS: dict[str, type[Section]] = {
 }
 
 OPTIONS: dict[str, dict[str, type[Plugin]]] = {
-    "model": {"gpt": GPT},
+    "model": {"gpt": GPT, "llama": Llama, "gpt2": GPT2},
     "objective": {"causal_lm": CausalLM},
     "data": {"shakespeare": Text, "webdataset": Text, "samples": Samples},
     "strategy": {"single": Single, "ddp": DDP, "fsdp": FSDP, "hsdp": HSDP, "zero": Zero, "pipeline": Pipeline},

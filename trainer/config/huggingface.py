@@ -1,0 +1,75 @@
+"""The keys of transformers' models, checked: transformers itself takes any key, and keeps silent.
+
+It is an extra, imported only for a config that names a model of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any
+
+from trainer.config.schema import HuggingFace
+from trainer.errors import ConfigError
+
+_USELESS = {"add_cross_attention", "use_cache"}  # not for training on text alone
+
+
+def architecture(model: HuggingFace) -> Any:
+    """The class in transformers. Raises ConfigError if transformers is not there."""
+    try:
+        import transformers
+    except ImportError:
+        needs = "needs the package transformers: pip install 'onecurve[transformers]'"
+        raise ConfigError(f"model.architecture={model.architecture}: {needs}") from None
+    return getattr(transformers, model.architecture)
+
+
+def transformers_config(model: HuggingFace, sequence_length: int, **defaults: Any) -> Any:
+    """The config object of transformers. What is not given of `defaults`, and the longest position, are filled in."""
+    kind, given = architecture(model).config_class, model.config
+    filled = {"bos_token_id": None, "eos_token_id": None, "attn_implementation": "sdpa", **defaults}
+    positions = kind.attribute_map.get("max_position_embeddings", "max_position_embeddings")
+    if not {positions, "max_position_embeddings"} & set(given):
+        filled[positions] = sequence_length
+    return kind(**{**filled, **given})
+
+
+def problems(model: HuggingFace, sequence_length: int, tensor_parallel: int) -> Iterator[str]:
+    """What is wrong with `model.config`."""
+    from trainer.config.check import did_you_mean  # which imports the rules
+
+    try:
+        kind = architecture(model).config_class
+    except ConfigError as error:
+        yield from error.problems
+        return
+    given, aliases = set(model.config), kind.attribute_map
+    own = {field.name for field in fields(kind)} - {field.name for field in fields(kind.__base__)}
+    unknown = given - (own | set(aliases)) | given & _USELESS
+    for key in sorted(unknown):
+        near = did_you_mean(f"model.config.{key}", [f"model.config.{name}" for name in own - _USELESS])
+        yield f"model.config.{key}: no such key{near}"
+    twice = {name for name in given & set(aliases) if aliases[name] in given}
+    for name in sorted(twice):
+        yield f"model.config.{name}: is another name of model.config.{aliases[name]}; give one of the two"
+    if unknown or twice:
+        return
+    try:
+        config = transformers_config(model, sequence_length)
+    except Exception as error:  # of many kinds, with what is wrong in the last line
+        yield f"model.config: {str(error).splitlines()[-1].strip()}"
+        return
+    width, heads = config.hidden_size, config.num_attention_heads
+    key_heads, positions = getattr(config, "num_key_value_heads", heads), config.max_position_embeddings
+    if width % heads:
+        yield f"model.config: its width {width} does not divide by its {heads} attention heads"
+    if heads % key_heads:
+        yield f"model.config.num_key_value_heads={key_heads}: does not divide the {heads} attention heads"
+    if key_heads % tensor_parallel:
+        yield f"model.config: its {key_heads} heads of keys do not divide by strategy.tensor_parallel={tensor_parallel}"
+    window = getattr(config, "sliding_window", None)
+    if window is not None and window < sequence_length:
+        yield f"model.config.sliding_window={window}: shorter windows than data.sequence_length are not supported; null"
+    if positions < sequence_length:
+        yield f"model.config: its {positions} positions are fewer than data.sequence_length={sequence_length}"

@@ -1,0 +1,131 @@
+"""Causal language models of the transformers library, trained from their configs.
+
+Parameters keep the names that transformers gives them, so that exported weights are those of its checkpoints.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trainer.config import schema
+from trainer.config.huggingface import architecture, transformers_config
+from trainer.errors import ConfigError
+from trainer.models.gpt import document_mask
+
+
+class HuggingFace(nn.Module):
+    """The modules of a model of transformers, under the names they have there, called layer by layer.
+
+    A subclass knows one layout of models: where its parts are, and how a layer is called.
+    """
+
+    Config = schema.HuggingFace
+    layers: str
+    embedding_parts: Sequence[str]
+    head_parts: Sequence[str]
+    residual: str | None = None  # how the projections into the residual stream are called, if they are born smaller
+
+    def __init__(self, config: schema.HuggingFace, vocab_size: int, sequence_length: int):
+        super().__init__()
+        self.config = transformers_config(config, sequence_length, vocab_size=vocab_size)
+        if self.config.vocab_size < vocab_size:
+            fewer = f"fewer than the {vocab_size} tokens of data.tokenizer"
+            raise ConfigError(f"model.config.vocab_size={self.config.vocab_size}: {fewer}")
+        for name, module in architecture(config)(self.config).named_children():
+            self.add_module(name, module)
+        self.tied = self.config.tie_word_embeddings
+        if self.tied:  # the embedding's matrix is the head's: one parameter, one name, as transformers saves it
+            del self.lm_head
+        self.head_parts = (*self.head_parts, self.embedding_parts[0] if self.tied else "lm_head")
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        """`inputs` int64 [B, T] -> logits [B, T, vocabulary].
+
+        Optional `documents` and `positions`, int64 [B, T]: tokens attend to their own document only, and count their
+        places in it. Dropout, if the config has any, draws from torch's generator.
+        """
+        return self.head(self.run(self.blocks, self.embed(batch), batch), batch)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return cast(nn.ModuleList, self.get_submodule(self.layers))
+
+    def embed(self, batch: dict[str, Tensor]) -> Tensor:
+        """What goes into the first block, [B, T, width]."""
+        raise NotImplementedError
+
+    def run(self, blocks: Iterable[nn.Module], x: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """`x` [B, T, width] behind these of the blocks."""
+        raise NotImplementedError
+
+    def head(self, x: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """Logits of what comes out of the last block."""
+        norm, matrix = (self.get_submodule(name) for name in self.head_parts)
+        return F.linear(norm(x), matrix.weight) if self.tied else matrix(norm(x))  # type: ignore[arg-type]
+
+    def initialise(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
+        """transformers' initial value of one parameter."""
+        if name.endswith("bias"):
+            parameter.zero_()
+        elif parameter.ndim == 1:  # of a norm
+            parameter.fill_(1.0)
+        else:
+            small = self.residual is not None and name.endswith(f"{self.residual}.weight")
+            scale = 1 / math.sqrt(2 * self.config.num_hidden_layers) if small else 1.0
+            parameter.normal_(0.0, self.config.initializer_range * scale, generator=generator)
+
+
+class Llama(HuggingFace):
+    """LlamaForCausalLM, and those of its layout."""
+
+    model: Any
+    layers = "model.layers"
+    embedding_parts = ("model.embed_tokens",)
+    head_parts = ("model.norm",)
+
+    def embed(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.model.embed_tokens(batch["inputs"])
+
+    def run(self, blocks: Iterable[nn.Module], x: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        rotation, mask = self.model.rotary_emb(x, places(batch)), mask_of(batch)
+        for block in blocks:
+            x = block(x, attention_mask=mask, position_embeddings=rotation)
+        return x
+
+
+class GPT2(HuggingFace):
+    """GPT2LMHeadModel."""
+
+    transformer: Any
+    layers = "transformer.h"
+    embedding_parts = ("transformer.wte", "transformer.wpe")
+    head_parts = ("transformer.ln_f",)
+    residual = "c_proj"
+
+    def embed(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.transformer.drop(self.transformer.wte(batch["inputs"]) + self.transformer.wpe(places(batch)))
+
+    def run(self, blocks: Iterable[nn.Module], x: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        mask = mask_of(batch)
+        for block in blocks:
+            x = block(x, attention_mask=mask)
+        return x
+
+
+def places(batch: dict[str, Tensor]) -> Tensor:
+    """Places of the tokens, [B, T], or [1, T] where they are the same in every sequence."""
+    inputs = batch["inputs"]
+    positions = batch.get("positions")
+    return torch.arange(inputs.shape[1], device=inputs.device)[None] if positions is None else positions
+
+
+def mask_of(batch: dict[str, Tensor]) -> Tensor | None:
+    """Whom each token may see, bool [B, 1, T, T]; None: all before it."""
+    documents = batch.get("documents")
+    return None if documents is None else document_mask(documents)
