@@ -5,7 +5,7 @@ PROCS  ?= $(shell [ "$$(nvidia-smi -L 2>/dev/null | wc -l)" = 1 ] && echo 1 || e
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 
-.PHONY: install train test test-all lint format docs clean
+.PHONY: install train test test-all lint format docs parity clean
 
 install: $(VENV)/.dev
 
@@ -40,6 +40,11 @@ format: $(VENV)/.dev
 
 docs: $(VENV)/.dev
 	env -u ONECURVE_CACHE $(BIN)/python -m trainer.config.reference > docs/REFERENCE.md
+	$(BIN)/python -m trainer.config.strategy_page docs/STRATEGIES.md
+
+# The parity matrix, written into README and docs/STRATEGIES.md: minutes.
+parity: $(VENV)/.dev
+	$(BIN)/python -m tests.parity.matrix
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -8,7 +8,7 @@ import itertools
 import json
 import os
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,12 @@ class Topology:
     def speaks(self) -> bool:
         """Whether this process tells of its data, for all that take the same: the first of them."""
         return self.rank == self.dp_rank * self.layout.tensor
+
+    def used_as(self, layout: Layout) -> Topology:
+        """The same processes in another layout."""
+        dp_size = self.world_size // layout.processes
+        dp_rank = self.rank // layout.tensor % dp_size
+        return replace(self, dp_rank=dp_rank, dp_size=dp_size, layout=layout)
 
     def mesh(self) -> DeviceMesh:
         """All processes as stages x copies x tensor: neighbours share the matrices of a layer, stages lie farthest
@@ -129,9 +135,7 @@ def join(timeout_s: int, layout: Layout = WHOLE) -> Topology:
         )
         control = dist.new_group(backend="gloo", timeout=timeout)
         saving = dist.new_group(backend="gloo", timeout=timeout)
-    dp_size = size // layout.processes
-    dp_rank = rank // layout.tensor % dp_size
-    return Topology(rank, size, local_rank, local_size, device, dp_rank, dp_size, control, saving, layout)
+    return Topology(rank, size, local_rank, local_size, device, rank, size, control, saving).used_as(layout)
 
 
 def _store(size: int, local_size: int, timeout: datetime.timedelta) -> dist.Store | None:

@@ -88,7 +88,9 @@ class FSDP(Sharded, TensorParallel):
 
 
 class HSDP(Sharded):
-    shard_size: Count = Field(description="Processes that share one sharded copy of the model: those of a node.")
+    shard_size: Count | None = Field(
+        description="Processes that share one sharded copy of the model. null: those of a node."
+    )
 
 
 class Zero(Strategy):

@@ -7,7 +7,7 @@ from typing import Any
 
 from trainer.config.pipelines import SCHEDULES, allowed_micro_batches
 from trainer.config.schema import GPT, AdamW, Train
-from trainer.config.strategy import FSDP, HSDP, WHOLE, Layout, Pipeline, Strategy, TensorParallel
+from trainer.config.strategy import FSDP, HSDP, WHOLE, Layout, Pipeline, Precision, Strategy, TensorParallel, Zero
 
 
 def layout_of(strategy: Any, world_size: int) -> Layout:
@@ -21,7 +21,7 @@ def problems(has: Mapping[str, Any], world_size: int) -> Iterator[str]:
     strategy = has["strategy"]
     if strategy.name == "single" and world_size > 1:
         yield f"strategy=single: runs one process, but {world_size} were started; use strategy=ddp"
-    if isinstance(strategy, HSDP) and world_size % strategy.shard_size:
+    if isinstance(strategy, HSDP) and strategy.shard_size and world_size % strategy.shard_size:
         yield (
             f"strategy.shard_size={strategy.shard_size}: does not divide {world_size} processes into groups; "
             f"nearest: {_divisor(world_size, strategy.shard_size)}"
@@ -32,6 +32,8 @@ def problems(has: Mapping[str, Any], world_size: int) -> Iterator[str]:
         yield from _tensor_parallel(strategy, has, world_size)
     if isinstance(strategy, Pipeline):
         yield from _pipeline(strategy, has, world_size)
+    if isinstance(strategy, Zero):
+        yield from _zero(strategy, has)
 
 
 def _tensor_parallel(strategy: TensorParallel, has: Mapping[str, Any], world_size: int) -> Iterator[str]:
@@ -41,6 +43,10 @@ def _tensor_parallel(strategy: TensorParallel, has: Mapping[str, Any], world_siz
     if isinstance(strategy, FSDP) and strategy.cpu_offload and size > 1:
         yield f"{key}: does not go with strategy.cpu_offload=true; nearest: strategy.tensor_parallel=1"
     model, data = has.get("model"), has.get("data")
+    if size > 1 and getattr(has.get("precision"), "compute", "") == "fp8":
+        yield f"{key}: does not go with precision.compute=fp8; nearest: precision=bf16"
+    if size > 1 and isinstance(model, GPT) and model.fused_norm:
+        yield f"{key}: does not go with Apex's norms; nearest: model.fused_norm=false"
     if isinstance(model, GPT) and model.heads % size:
         yield f"{key}: does not divide model.heads={model.heads}; nearest: {_divisor(model.heads, size)}"
     if not strategy.sequence_parallel or size == 1:
@@ -71,8 +77,8 @@ def _pipeline(strategy: Pipeline, has: Mapping[str, Any], world_size: int) -> It
     model, count = has.get("model"), layout.stages * parts
     if isinstance(model, GPT) and model.layers < count and layout.stages > 1:
         yield (
-            f"model.layers={model.layers}: cannot be cut into {layout.stages} processes x {parts} parts = {count}; nearest: "
-            f"model.layers={count}, or strategy.stages={max(1, model.layers // parts)}"
+            f"model.layers={model.layers}: cannot be cut into {layout.stages} processes x {parts} parts = {count}; "
+            f"nearest: model.layers={count}, or strategy.stages={max(1, model.layers // parts)}"
         )
     if strategy.micro_batches and layout.stages > 1:
         n = strategy.micro_batches
@@ -89,6 +95,29 @@ def _pipeline(strategy: Pipeline, has: Mapping[str, Any], world_size: int) -> It
             f"train.compile=true: not with {name}, which computes the gradients of weights apart from those of "
             "activations; nearest: strategy.schedule=interleaved_1f1b"
         )
+
+
+def _zero(strategy: Zero, has: Mapping[str, Any]) -> Iterator[str]:
+    if strategy.offload_optimizer and strategy.stage == 0:
+        yield (
+            "strategy.offload_optimizer=true: stage 0 steps on the weights that it computes with; nearest: "
+            "strategy.stage=1"
+        )
+    if strategy.offload_parameters and strategy.stage < 3:
+        what = f"strategy.stage={strategy.stage} computes with all of them all the time"
+        yield f"strategy.offload_parameters=true: {what}; nearest: strategy.stage=3"
+    if strategy.stage and getattr(has.get("optimizer"), "name", "") == "muon":
+        yield (
+            f"optimizer=muon: needs whole matrices, and DeepSpeed's stage {strategy.stage} steps on one flat piece of "
+            "all parameters; nearest: strategy=fsdp"
+        )
+    precision = has.get("precision")
+    if isinstance(precision, Precision):
+        if precision.compute in ("fp16", "fp8"):
+            yield f"precision.compute={precision.compute}: not with strategy=zero; nearest: precision=bf16"
+        if precision.param != "fp32":
+            what = "DeepSpeed keeps weights in fp32 here"
+            yield f"precision.param={precision.param}: {what}; nearest: precision.param=fp32"
 
 
 def _implementation(optimizer: AdamW, strategy: Strategy) -> Iterator[str]:

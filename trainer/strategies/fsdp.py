@@ -69,7 +69,8 @@ class HSDP(FSDP):
 
     def copies(self, mesh: DeviceMesh) -> DeviceMesh:
         """Copies x shards of one."""
-        shape = (self.topology.dp_size // self.config.shard_size, self.config.shard_size)
+        size = self.config.shard_size or self.topology.local_size
+        shape = (self.topology.dp_size // size, size)
         return init_device_mesh(self.topology.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
