@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from trainer.config import Config, schema
 from trainer.config.check import import_plugin
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError
+from trainer.extras import without_apex, without_torchao
 from trainer.folder import CHECKPOINTS, Identity, RunFolder
 from trainer.inputs import Inputs
 from trainer.loop import Job
@@ -35,6 +37,7 @@ from trainer.resilience.timeledger import TimeLedger
 from trainer.strategies.base import Strategy
 from trainer.strategies.ddp import DDP
 from trainer.strategies.fsdp import FSDP, HSDP
+from trainer.strategies.layers import in_fp8
 from trainer.strategies.pipeline import Pipeline
 from trainer.strategies.single import Single, StepOptions
 from trainer.topology import Topology
@@ -74,11 +77,15 @@ def check_machine(config: Config, device: torch.device) -> None:
     """Raises ConfigError with all that the config asks for and this machine does not have."""
     problems = []
     try:
-        Precision.resolve(config.precision, device)
+        precision = Precision.resolve(config.precision, device)
+        if precision.compute == "fp8" and (reason := without_torchao()):
+            problems.append(f"precision.compute=fp8: {reason}; nearest: precision=bf16")
     except ConfigError as error:
         problems += error.problems
     if isinstance(config.optimizer, schema.AdamW) and (problem := missing(config.optimizer)):
         problems.append(problem)
+    if getattr(config.model, "fused_norm", False) and (reason := without_apex("FusedLayerNorm")):
+        problems.append(f"model.fused_norm=true: {reason}; nearest: model.fused_norm=false")
     if problems:
         raise ConfigError(problems)
 
@@ -88,14 +95,18 @@ def build_strategy(config: Config, topology: Topology, inputs: Inputs) -> Strate
     tokenizer = inputs.tokenizer
     objective = plugin(config, "objective")(config.objective, tokenizer.token_bytes, tokenizer.token_chars)
     train = config.train
+    precision = Precision.resolve(config.precision, topology.device)
     strategy = plugin(config, "strategy")(
         config.strategy,
         topology,
-        Precision.resolve(config.precision, topology.device),
+        precision,
         objective,
         StepOptions(train.clip_norm, train.activation_checkpointing, train.compile),
     )
     factory = model_factory(config, tokenizer, inputs.stream.share.example)
+    if precision.compute == "fp8":
+        build = factory.build
+        factory = replace(factory, build=lambda: in_fp8(build()))
     strategy.setup(factory, partial(plugin(config, "optimizer"), config.optimizer))
     return strategy
 

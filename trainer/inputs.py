@@ -42,6 +42,9 @@ WHEREABOUTS = {
     "error_budget", "ledger", "cache", "cache_gb", "mmap", "allow_pipe",
 }  # fmt: skip
 
+# Keys of the model section that say by what means it is computed, not what it is.
+MEANS = {"fused_norm"}
+
 
 @dataclass(frozen=True)
 class Found:
@@ -58,7 +61,7 @@ class Found:
         starts = [0, *(end for end, _ in ramp)]
         begun = {str(end): size for start, (end, size) in zip(starts, ramp, strict=False) if start < until}
         return {
-            "model": config.model.model_dump(mode="json"),
+            "model": config.model.model_dump(mode="json", exclude=MEANS),
             "objective": config.objective.model_dump(mode="json"),
             "data": {
                 "order": ORDER,

@@ -96,6 +96,22 @@ def test_hybrid_groups_must_divide_the_processes() -> None:
     assert problem == "strategy.shard_size=4: does not divide 6 processes into groups; nearest: 3"
 
 
+def test_implementations_that_do_not_go_together() -> None:
+    (problem,) = problems("strategy=fsdp", "optimizer.implementation=apex")
+    assert problem == (
+        "optimizer.implementation=apex: works with strategy=single, ddp, not with fsdp; nearest: "
+        "optimizer.implementation=fused"
+    )
+    assert (
+        "works with strategy=single, ddp, fsdp, hsdp" in problems("strategy=zero", "optimizer.implementation=8bit")[0]
+    )
+    (problem,) = problems("model.fused_norm=true")
+    assert "set model.bias=true" in problem
+    split = ("strategy=fsdp", "strategy.tensor_parallel=2", "train.global_batch=12")
+    found = problems(*split, "precision=fp8", "model.bias=true", "model.fused_norm=true", processes=2)
+    assert ["nearest: precision=bf16" in found[0], "nearest: model.fused_norm=false" in found[1]] == [True, True]
+
+
 def test_a_users_model_and_config_folder(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_package").mkdir()
     (tmp_path / "my_package" / "__init__.py").write_text(

@@ -9,6 +9,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import torch
 from webdataset import TarWriter
 
 from tests.runs import TINY, Run
@@ -48,6 +49,18 @@ def test_config(tmp_path: Path) -> None:
         "train.steps=abc: should be a valid integer, unable to parse string as an integer",
         "train.stpes: no such key; did you mean 'train.steps'?",
     ]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there they may be had")
+def test_what_this_machine_does_not_have(tmp_path: Path) -> None:
+    wanted = ("precision=fp8", "optimizer.implementation=apex", "model.bias=true", "model.fused_norm=true")
+    kept = [override for override in TINY if not override.startswith("precision")]
+    fp8, apex, norm = refused(trainer(*kept, *wanted), tmp_path)
+    assert fp8.startswith("precision.compute=fp8: needs a GPU with fp8 units")
+    assert fp8.endswith("here: no GPU; nearest: precision=bf16")
+    assert apex.startswith("optimizer.implementation=apex: NVIDIA Apex is not installed")
+    assert apex.endswith("nearest: optimizer.implementation=fused")
+    assert norm.startswith("model.fused_norm=true: NVIDIA Apex is not installed")
 
 
 def test_batch_on_two_processes(tmp_path: Path) -> None:

@@ -178,8 +178,10 @@ def test_from_8bit_to_fused_and_back() -> None:
 
 
 def test_apex_keeps_the_state_as_torch_does(tmp_path: Path) -> None:
-    """With the stand-in: the same steps as fused, and its count of steps goes over to fused and comes back."""
+    """With the stand-in: the same steps as fused, and its count of steps goes over to fused and comes back. So with its
+    norms: the same names, the same curve."""
     code = """
+        from tests.optim import test_implementations as tests
         from tests.optim.test_implementations import copied, losses, strategy
         print(*losses(strategy("fused")), sep="\\n")
         made = strategy("apex")
@@ -188,9 +190,15 @@ def test_apex_keeps_the_state_as_torch_does(tmp_path: Path) -> None:
             state, made = copied(made), strategy(implementation)
             made.load_state(state)
             print(*losses(made, steps), sep="\\n")
+        tests.WIDE = tests.WIDE.model_copy(update={"fused_norm": True})
+        fused = strategy("apex")
+        assert list(fused.state()) == list(made.state())
+        assert type(fused.model.blocks[1].mlp_norm).__module__ == "apex.normalization"
+        print(*losses(fused), sep="\\n")
     """
     numbers = [float(line) for line in python(code, with_package(tmp_path, BUILT)).split()]
-    assert numbers[12:] == pytest.approx(numbers[:12], rel=1e-5)
+    assert numbers[12:24] == pytest.approx(numbers[:12], rel=1e-5)
+    assert numbers[24:] == pytest.approx(numbers[:12], rel=1e-5)
 
 
 def test_norms_of_any_make_are_norms() -> None:

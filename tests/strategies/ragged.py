@@ -23,7 +23,7 @@ VOCABULARY, LENGTH, SEQUENCES, CLIP, LR = 50, 16, 8, 0.5, 0.01
 # AdamW multiplies the rounding of a small gradient by up to LR / epsilon: with an epsilon of 1e-8 that alone would be
 # 5e-6 of a weight in fp32, more or less with the CPU.
 EPSILON = 1e-4
-GPT2 = {"positions": "learned", "activation": "gelu", "bias": True}
+GPT2 = {"positions": "learned", "activation": "gelu", "bias": True, "fused_norm": False}
 SHAPE = schema.GPT(name="gpt", layers=2, width=24, heads=2, dropout=0.0, **GPT2)
 
 
@@ -65,6 +65,8 @@ SHARDED: dict[str, Any] = {"gather": "param", "cpu_offload": False}
 TENSOR: dict[str, Any] = {"tensor_parallel": 1, "sequence_parallel": False, "loss_parallel": False}
 STRATEGIES: dict[str, tuple[type[Single], schema.Plugin]] = {
     "ddp": (DDP, schema.DDP(name="ddp", bucket_mb=1, bucket_view=True, static_graph=False)),
+    "ddp static": (DDP, schema.DDP(name="ddp", bucket_mb=1, bucket_view=True, static_graph=True)),
+    "ddp bf16 reduce": (DDP, schema.DDP(name="ddp", bucket_mb=1, bucket_view=True, static_graph=False)),
     "fsdp": (FSDP, schema.FSDP(name="fsdp", reshard_after_forward=True, **SHARDED, **TENSOR)),
     "fsdp whole": (FSDP, schema.FSDP(name="fsdp", reshard_after_forward=False, **SHARDED, **TENSOR)),
     "hsdp": (HSDP, schema.HSDP(name="hsdp", shard_size=2, reshard_after_forward=True, **SHARDED)),
@@ -76,7 +78,8 @@ def train(
 ) -> dict[str, Any]:
     options = StepOptions(clip_norm=CLIP, activation_checkpointing=checkpointing, compile=False)
     made, config = STRATEGIES[name]
-    strategy = made(config, ranks, Precision(ranks.device), Objective(), options)
+    precision = Precision(ranks.device, reduce="bf16" if "bf16 reduce" in name else "fp32")
+    strategy = made(config, ranks, precision, Objective(), options)
     strategy.setup(factory(dtype), optimizer)
     losses, norms = [], []
     for step in range(2):

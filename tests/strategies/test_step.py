@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.strategies import ragged
 from trainer import topology
 from trainer.config import schema
+from trainer.models import ModelFactory
+from trainer.models.gpt import GPT
 from trainer.optim.adamw import adamw
 from trainer.precision import Precision
+from trainer.strategies.layers import in_fp8
 from trainer.strategies.single import Single, StepOptions
 
 OPTIONS = StepOptions(clip_norm=1.0, activation_checkpointing="none", compile=False)
@@ -57,6 +63,15 @@ def test_fp16_overflow_skips_the_step_and_halves_the_scale() -> None:
     assert made.scaler.scale == scale / 2
     made.train_step([ragged.batch(1)])
     assert not made.update(0.01).skipped
+
+
+def test_fp16_overflow_on_one_rank_is_everybodys() -> None:
+    """Both skip the step, keep weights and optimizer state, halve the scale, and count from zero again."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run([*command, "-m", "tests.strategies.overflow"], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    expected = [f"{name} True True True 0.5 0" for name in ("ddp", "fsdp") for _ in range(2)]
+    assert sorted(done.stdout.splitlines()) == expected
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
@@ -115,6 +130,32 @@ def test_compiled_layers_give_the_same_curve() -> None:
     for block in compiled.model.blocks:
         block.compile(backend="aot_eager")  # the same road without minutes of code generation
     assert losses(compiled, 5) == pytest.approx(losses(strategy(), 5), rel=1e-5)
+
+
+def test_fp8_learns_in_the_linear_layers_of_blocks() -> None:
+    """On a CPU the rounding is the same, the products are not those of fp8 units."""
+    shape = ragged.SHAPE.model_copy(update={"width": 32})
+    plain = ModelFactory(lambda: GPT(shape, ragged.VOCABULARY, ragged.LENGTH), seed=5)
+    made = strategy()
+    made.setup(ModelFactory(lambda: in_fp8(plain.build(), emulate=True), seed=5), ragged.optimizer)
+    assert list(made.model.state_dict()) == list(plain().state_dict())
+    converted = {name for name, module in made.model.named_modules() if type(module).__name__ == "Float8Linear"}
+    assert converted == {
+        f"blocks.{layer}.{name}"
+        for layer in range(2)
+        for name in ("attention.query_key_value", "attention.output", "mlp.input", "mlp.output")
+    }
+    exact, found = strategy(), losses(made)
+    exact.setup(plain, ragged.optimizer)
+    expected = losses(exact)
+    assert found[-1] < 0.5 * found[0]
+    assert found != expected
+    assert found[:5] == pytest.approx(expected[:5], rel=0.02)
+
+
+def test_fp8_leaves_layers_that_do_not_fit() -> None:
+    model = nn.Sequential(nn.Linear(16, 24), nn.Linear(24, 32), nn.Linear(32, 16))
+    assert [type(layer) is nn.Linear for layer in in_fp8(model)] == [True, True, False]
 
 
 def test_decay_by_kind() -> None:

@@ -94,6 +94,8 @@ def _weights(key: str, weights: Mapping[str, float], data: Data) -> Iterator[str
 
 
 def _gpt(model: GPT) -> Iterator[str]:
+    if model.fused_norm and not model.bias:
+        yield "model.fused_norm=true: Apex's FusedLayerNorm has a bias; set model.bias=true, or model.fused_norm=false"
     if model.width % model.heads:
         near = _nearest(model.width, model.heads)
         yield f"model.width={model.width}: does not divide by model.heads={model.heads}; nearest: {near}"

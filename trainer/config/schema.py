@@ -97,6 +97,10 @@ class GPT(Plugin):
         description="Inside the MLP: gelu (tanh form, GPT-2) or relu2 (squared ReLU, Primer)."
     )
     bias: bool = Field(description="Biases in linear layers and norms, as in GPT-2.")
+    fused_norm: bool = Field(
+        description="Norms by NVIDIA Apex's FusedLayerNorm, which has a bias: for `model.bias=true`. A run may change "
+        "it at any time."
+    )
 
 
 class HuggingFace(Plugin):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Iterable
 
@@ -12,6 +13,7 @@ from torch.distributed.tensor import Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 
 from trainer.config import schema
+from trainer.extras import without_apex
 from trainer.models.dropout import dropout
 from trainer.models.tensor_parallel import Whole
 
@@ -31,7 +33,7 @@ class GPT(nn.Module):
         if config.positions == "learned":
             self.position_embedding = nn.Embedding(sequence_length, config.width)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
-        self.norm = nn.LayerNorm(config.width, bias=config.bias)
+        self.norm = layer_norm(config)
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """`inputs` int64 [B, T], optional `draws` int64 [B] (used in training only) -> logits [B, T, vocabulary].
@@ -102,14 +104,22 @@ class Block(nn.Module):
     def __init__(self, config: schema.GPT, layer: int):
         super().__init__()
         self.p, self.layer = config.dropout, layer
-        self.attention_norm = nn.LayerNorm(config.width, bias=config.bias)
+        self.attention_norm = layer_norm(config)
         self.attention = Attention(config)
-        self.mlp_norm = nn.LayerNorm(config.width, bias=config.bias)
+        self.mlp_norm = layer_norm(config)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, rotation: Tensor | None, draws: Tensor | None, mask: Tensor | None = None) -> Tensor:
         x = x + dropout(self.attention(self.attention_norm(x), rotation, mask), self.p, draws, site=2 * self.layer + 1)
         return x + dropout(self.mlp(self.mlp_norm(x)), self.p, draws, site=2 * self.layer + 2)
+
+
+def layer_norm(config: schema.GPT) -> nn.Module:
+    """torch's, or Apex's in its place. No run that is to train without it is started (trainer.build.check_machine); who
+    only samples from its weights need not have it."""
+    if config.fused_norm and not without_apex("FusedLayerNorm"):
+        return importlib.import_module("apex.normalization").FusedLayerNorm(config.width)
+    return nn.LayerNorm(config.width, bias=config.bias)
 
 
 class Attention(nn.Module):

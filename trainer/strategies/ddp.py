@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
-from torch import nn
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from trainer.config import strategy as schema
@@ -23,13 +25,17 @@ class DDP(Single):
         if not self.parallel:
             return model
         device_ids = [self.topology.device] if self.topology.device.type == "cuda" else None
-        return DistributedDataParallel(
+        wrapped = DistributedDataParallel(
             model,
             device_ids=device_ids,
             bucket_cap_mb=self.config.bucket_mb,
             gradient_as_bucket_view=self.config.bucket_view,
             static_graph=self.config.static_graph,
         )
+        if self.precision.reduce != self.precision.param:
+            # (A function of its own, because DDP refuses annotations that are text.)
+            wrapped.register_comm_hook(self.precision.reduce_dtype, lambda dtype, bucket: average_in(dtype, bucket))
+        return wrapped
 
     def sync(self, last: bool) -> AbstractContextManager[object]:
         return nullcontext() if last or not self.parallel else self.wrapped.no_sync()  # type: ignore[operator]
@@ -50,3 +56,15 @@ class DDP(Single):
             self.loss_of(self.wrapped, first)["loss"].backward()
             self.optimizer.zero_grad(set_to_none=True)
         self.settled = True
+
+
+def average_in(dtype: torch.dtype, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """Averages a bucket of gradients over all ranks in another data type than theirs. Divided first, so that the sum
+    does not overflow. (torch's `bf16_compress_hook`, which refuses CPUs, does it likewise.)"""
+    gradients = bucket.buffer()
+    sent = (gradients.float() / dist.get_world_size()).to(dtype)
+
+    def received(future: torch.futures.Future[list[Tensor]]) -> Tensor:
+        return gradients.copy_(future.value()[0])
+
+    return dist.all_reduce(sent, async_op=True).get_future().then(received)

@@ -1,11 +1,12 @@
-"""What is done to a model's layers before a strategy wraps it: first activation checkpointing, then compilation.
+"""What is done to a model's layers before a strategy wraps it: fp8, then activation checkpointing, then compilation.
 
-In this order, so that the compiler sees the recomputation. Both act in place: parameter names never change.
+In this order, so that the compiler sees the recomputation. All act in place: parameter names never change.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -31,6 +32,25 @@ def prepare(model: nn.Module, activation_checkpointing: str, compile: bool) -> N
             layer.forward = _recompute(layer.forward, activation_checkpointing == "selective")
         if compile:
             layer.compile()
+
+
+def in_fp8(model: nn.Module, emulate: bool = False) -> nn.Module:
+    """`model`, whose linear layers now compute in fp8, by torchao: those in `model.blocks` (or anywhere, where it names
+    no blocks) with sizes that are multiples of 16. Emulated, the products are those of the rounded numbers in fp32.
+
+    Each token is scaled by its own largest number, and weights' gradients are products in bf16 ("rowwise_with_gw_hp"):
+    then no number depends on who its neighbours in a micro-batch are. It is also torchao's most exact recipe.
+    """
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training  # late: most runs have no use for it
+
+    config = replace(Float8LinearConfig.from_recipe_name("rowwise_with_gw_hp"), emulate=emulate)
+    for layer in getattr(model, "blocks", [model]):
+        convert_to_float8_training(layer, config=config, module_filter_fn=_fits)
+    return model
+
+
+def _fits(linear: nn.Linear, _name: str) -> bool:
+    return all(size % 16 == 0 for size in (linear.in_features, linear.out_features))
 
 
 def _recompute(forward: Callable[..., Any], selective: bool) -> Callable[..., Any]:
