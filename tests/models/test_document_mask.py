@@ -13,7 +13,15 @@ from trainer.models.gpt import GPT
 @pytest.mark.parametrize("positions", ["learned", "rotary"])
 def test_a_document_does_not_see_its_neighbours(positions: str) -> None:
     config = GPTConfig(
-        name="gpt", layers=2, width=32, heads=4, dropout=0.0, positions=positions, activation="gelu", bias=True
+        name="gpt",
+        layers=2,
+        width=32,
+        heads=4,
+        dropout=0.0,
+        positions=positions,
+        activation="gelu",
+        bias=True,
+        fused_norm=False,
     )  # type: ignore[arg-type]
     model = GPT(config, vocab_size=50, sequence_length=24)
     initialise(model, seed=3)

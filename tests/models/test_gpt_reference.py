@@ -56,7 +56,7 @@ def gpt2_of(model: GPT, vocab_size: int) -> nn.Module:
 
 
 def test_same_logits() -> None:
-    gpt2 = {"positions": "learned", "activation": "gelu", "bias": True}
+    gpt2 = {"positions": "learned", "activation": "gelu", "bias": True, "fused_norm": False}
     config = GPTConfig(name="gpt", layers=3, width=48, heads=4, dropout=0.0, **gpt2)
     model = GPT(config, vocab_size=100, sequence_length=32)
     initialise(model, seed=3)

@@ -16,6 +16,8 @@ from tests.optim.test_optimizers import ADAMW
 from tests.strategies import ragged
 from trainer import topology
 from trainer.config import schema
+from trainer.errors import ConfigError
+from trainer.extras import without_torchao
 from trainer.models import ModelFactory
 from trainer.models.gpt import GPT
 from trainer.optim.adamw import adamw
@@ -199,6 +201,14 @@ def test_apex_keeps_the_state_as_torch_does(tmp_path: Path) -> None:
     numbers = [float(line) for line in python(code, with_package(tmp_path, BUILT)).split()]
     assert numbers[12:24] == pytest.approx(numbers[:12], rel=1e-5)
     assert numbers[24:] == pytest.approx(numbers[:12], rel=1e-5)
+
+
+def test_8bit_without_torchao_is_refused_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    without_torchao.cache_clear()
+    with pytest.raises(ConfigError, match=r"torchao is not installed: pip install 'onecurve\[torchao\]'; nearest: "):
+        strategy("8bit")
+    without_torchao.cache_clear()
 
 
 def test_norms_of_any_make_are_norms() -> None:
