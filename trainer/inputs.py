@@ -30,7 +30,7 @@ from trainer.data.tokens import TokenLine
 from trainer.data.validation import Validation
 from trainer.errors import ConfigError, DataError, OnecurveError
 from trainer.folder import CATALOGUE, restarted
-from trainer.topology import Topology
+from trainer.topology import ALONE, Topology
 
 # Data sets that are made on first use: (cache folder, tokenizer) -> folder of shards and tokenizer.json.
 DATASETS: dict[str, Callable[[Path, str], Path]] = {"shakespeare": shakespeare.ensure}
@@ -268,6 +268,11 @@ def _made(config: Config, topology: Topology) -> Path | None:
     finally:
         topology.barrier()
     return made or make(cache, tokenizer)
+
+
+def tokenizer_of(config: Config) -> Tokenizer:
+    """That of the run, without its data; a data set of ours is made for it."""
+    return _tokenizer(config, _made(config, ALONE))
 
 
 def _tokenizer(config: Config, base: Path | None) -> Tokenizer:

@@ -108,7 +108,7 @@ def batch(step: int) -> dict[str, Tensor]:
 
 
 def factory(shape: GPT.Config, dtype: torch.dtype) -> ModelFactory:
-    return ModelFactory(lambda: of_type(GPT(shape, VOCABULARY, LENGTH), dtype), seed=5, example=lambda: rows(0, 1))
+    return ModelFactory(lambda: of_type(GPT(shape, VOCABULARY, LENGTH), dtype), seed=5, example=lambda: rows(0, SEQUENCES))
 
 
 def rows(first: int, every: int, step: int = 0) -> dict[str, Tensor]:

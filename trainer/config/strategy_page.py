@@ -27,7 +27,7 @@ class Cost(NamedTuple):
 COSTS = {
     "single": Cost("P", "P", "S", "none", "one GPU"),
     "ddp": Cost("P", "P", "S", "2 P, during the backward pass", "model and optimizer fit on each GPU: the fastest"),
-    "fsdp": Cost("P / N", "P / N", "S / N", "3 P; 2 P with reshard_after_forward=false", "they do not: the next choice"),
+    "fsdp": Cost("P / N", "P / N", "S / N", "3 P (2 P: reshard_after_forward=false)", "they do not: what to try next"),
     "hsdp": Cost(
         "P / k", "P / k", "S / k", "3 P within groups of k = shard_size, 2 P / k between them",
         "many nodes, a model that fits on one",

@@ -26,7 +26,7 @@ from trainer.objectives import Batch, Sums
 from trainer.strategies.fsdp import materialise, shard
 from trainer.strategies.layers import prepare
 from trainer.strategies.single import to_device, wide
-from trainer.strategies.stages import Stage, balance, cut, measure
+from trainer.strategies.stages import Stage, balance, cut, hosts, measure
 from trainer.strategies.tensor import TensorParallel, local, spread_norm
 
 
@@ -88,11 +88,7 @@ class Pipeline(TensorParallel):
         return self.config.data_parallel == "fsdp" and self.topology.dp_size > 1
 
     def host(self, part: int) -> int:
-        """The place in the pipeline of the process that has this part."""
-        processes = self.topology.layout.stages
-        if self.schedule.v_shaped:
-            return min(part, 2 * processes - 1 - part)
-        return part % processes
+        return hosts(self.config, self.topology.layout.stages, part)
 
     def train_step(self, micro_batches: Sequence[Batch]) -> Sums:
         if not self.parallel:

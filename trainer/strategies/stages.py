@@ -11,12 +11,18 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from trainer.config.pipelines import SCHEDULES
+from trainer.config.strategy import Pipeline
 from trainer.errors import ConfigError
 from trainer.models import Cuttable, ModelFactory
 from trainer.objectives import Batch, Objective
 
+# Attention on a CPU, which torch's counter does not know.
+_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
+}
 _CUTTABLE = ("blocks", "embed", "run", "head", "embedding_parts", "head_parts")
 
 
@@ -80,7 +86,7 @@ def _costed(compute: Callable[[], Tensor], modules: Iterable[nn.Module]) -> tupl
             kept[id(tensor)] = tensor.numel() * tensor.element_size()
         return tensor
 
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping=_ATTENTION)
     with counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         result = compute()
     size = sum(parameter.numel() for parameter in parameters.values())
@@ -119,6 +125,11 @@ def balance(measured: Measured, parts: int) -> list[range]:
         ends.append(row_of_begins[ends[-1]])
     edges = [0, *reversed(ends)]
     return [range(first, last) for first, last in pairwise(edges)]
+
+
+def hosts(config: Pipeline, processes: int, part: int) -> int:
+    """The place in the pipeline of the process that has this part."""
+    return min(part, 2 * processes - 1 - part) if SCHEDULES[config.schedule].v_shaped else part % processes
 
 
 class Elsewhere(nn.Module):
