@@ -23,7 +23,8 @@ LENGTH, VOCABULARY = 16, 50
 LLAMA = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
 LLAMA |= {"num_key_value_heads": 2}
 GPT2 = {"n_embd": 32, "n_head": 4, "n_layer": 3, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "attn_pdrop": 0.0}
-OF_LLAMA = ["LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"]
+# Those of the option `llama`, and one as a user's own subclass of the adapter may have it.
+OTHERS = ["MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "OlmoForCausalLM"]
 TIES = [("LlamaForCausalLM", False), ("LlamaForCausalLM", True), ("GPT2LMHeadModel", True), ("GPT2LMHeadModel", False)]
 
 
@@ -31,7 +32,7 @@ def factory(architecture: str, tokens: int = VOCABULARY, **config: Any) -> Model
     if architecture == "GPT2LMHeadModel":
         gpt2 = schema.GPT2(name="gpt2", architecture=architecture, config=GPT2 | config)
         return ModelFactory(lambda: huggingface.GPT2(gpt2, tokens, LENGTH), seed=3)
-    llama = schema.Llama(name="llama", architecture=architecture, config=LLAMA | config)
+    llama = schema.HuggingFace(name="own.package:OfLlamasLayout", architecture=architecture, config=LLAMA | config)
     return ModelFactory(lambda: huggingface.Llama(llama, tokens, LENGTH), seed=3)
 
 
@@ -45,7 +46,7 @@ def shaken(architecture: str, **config: Any) -> Any:
     return model
 
 
-@pytest.mark.parametrize(("architecture", "tied"), [*TIES, *((name, False) for name in OF_LLAMA[1:])])
+@pytest.mark.parametrize(("architecture", "tied"), [*TIES, *((name, False) for name in OTHERS)])
 def test_it_computes_what_transformers_does(architecture: str, tied: bool) -> None:
     model = shaken(architecture, tie_word_embeddings=tied)
     theirs = getattr(transformers, architecture)(model.config)
@@ -141,6 +142,11 @@ def test_the_vocabulary_is_that_of_the_tokenizer_unless_it_is_larger() -> None:
     assert factory("LlamaForCausalLM", vocab_size=64)().lm_head.out_features == 64
     with pytest.raises(ConfigError, match=r"model\.config\.vocab_size=40: fewer than the 50 tokens of data\.tokenizer"):
         factory("LlamaForCausalLM", vocab_size=40)()
+
+
+def test_an_architecture_that_is_none() -> None:
+    with pytest.raises(ConfigError, match=r"model\.architecture=LamaForCausalLM: no such class in transformers"):
+        factory("LamaForCausalLM")()
 
 
 def test_without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,13 +16,19 @@ _USELESS = {"add_cross_attention", "use_cache"}  # not for training on text alon
 
 
 def architecture(model: HuggingFace) -> Any:
-    """The class in transformers. Raises ConfigError if transformers is not there."""
+    """The class in transformers. Raises ConfigError if either is not there."""
+    from trainer.extras import without_torchao
+
+    without_torchao()  # transformers imports torchao where it is installed: this way without a word on the terminal
     try:
         import transformers
     except ImportError:
         needs = "needs the package transformers: pip install 'onecurve[transformers]'"
         raise ConfigError(f"model.architecture={model.architecture}: {needs}") from None
-    return getattr(transformers, model.architecture)
+    found = getattr(transformers, model.architecture, None)
+    if found is None:
+        raise ConfigError(f"model.architecture={model.architecture}: no such class in transformers")
+    return found
 
 
 def transformers_config(model: HuggingFace, sequence_length: int, **defaults: Any) -> Any:

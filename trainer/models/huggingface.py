@@ -12,11 +12,14 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import Placement, Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 
 from trainer.config import schema
 from trainer.config.huggingface import architecture, transformers_config
 from trainer.errors import ConfigError
 from trainer.models.gpt import document_mask
+from trainer.models.tensor_parallel import Whole
 
 
 class HuggingFace(nn.Module):
@@ -97,6 +100,27 @@ class Llama(HuggingFace):
         for block in blocks:
             x = block(x, attention_mask=mask, position_embeddings=rotation)
         return x
+
+    def tensor_parallel_plan(self, sequence_parallel: bool) -> dict[str, ParallelStyle]:
+        """Of the layers' matrices the plan of transformers; the vocabulary is split, too.
+
+        With `sequence_parallel` the residual stream and its norms are in parts of each sequence. They are gathered
+        behind the norms: attention takes the shape of all it computes from what it is given.
+        """
+        between: Placement = Shard(1) if sequence_parallel else Replicate()
+        styles = {
+            "colwise": ColwiseParallel(),
+            "rowwise": RowwiseParallel(output_layouts=between),
+            "replicated_with_grad_allreduce": Whole(Shard(2), Shard(2)),  # norms of [B, T, heads, head size]
+        }
+        plan = {f"model.{name}": styles[style] for name, style in self.config.base_model_tp_plan.items()}
+        plan["model.embed_tokens"] = RowwiseParallel(input_layouts=Replicate(), output_layouts=between)
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            plan[f"model.layers.*.{name}"] = Whole(between)
+        plan["model.norm"] = Whole(between, plain=not self.tied)  # tied, its output meets the embedding's matrix
+        if not self.tied:
+            plan["lm_head"] = ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)
+        return plan
 
 
 class GPT2(HuggingFace):
