@@ -16,7 +16,10 @@ $(VENV)/.runtime: pyproject.toml constraints.txt
 	$(PIP) -e .
 	touch $@
 
+# DeepSpeed names nothing that its setup.py needs, and imports the torch that is there; its kernels are built when used.
 $(VENV)/.dev: $(VENV)/.runtime
+	$(PIP) setuptools
+	DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed
 	$(PIP) -e '.[dev]'
 	touch $@
 

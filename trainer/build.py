@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from trainer.config.check import import_plugin
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError
 from trainer.extras import without_apex, without_torchao
+from trainer.files import replace_file
 from trainer.folder import CHECKPOINTS, Identity, RunFolder
 from trainer.inputs import Inputs
 from trainer.loop import Job
@@ -40,6 +43,8 @@ from trainer.strategies.fsdp import FSDP, HSDP
 from trainer.strategies.layers import in_fp8
 from trainer.strategies.pipeline import Pipeline
 from trainer.strategies.single import Single, StepOptions
+from trainer.strategies.zero import Zero
+from trainer.strategies.zero_engine import INSTALL
 from trainer.topology import Topology
 from trainer.tracking import JsonLines, RunInfo, Tracker, Trackers
 from trainer.tracking.console import Console
@@ -49,7 +54,7 @@ from trainer.tracking.wandb import WandB
 PLUGINS: dict[str, dict[str, Any]] = {
     "model": {"gpt": GPT, "llama": huggingface.Llama, "gpt2": huggingface.GPT2},
     "objective": {"causal_lm": CausalLM},
-    "strategy": {"single": Single, "ddp": DDP, "fsdp": FSDP, "hsdp": HSDP, "pipeline": Pipeline},
+    "strategy": {"single": Single, "ddp": DDP, "fsdp": FSDP, "hsdp": HSDP, "pipeline": Pipeline, "zero": Zero},
     "optimizer": {"adamw": adamw, "lion": lion, "muon": muon},
     "schedule": {"warmup_cosine": warmup_cosine, "linear": linear, "constant": constant, "wsd": wsd},
 }
@@ -82,6 +87,8 @@ def check_machine(config: Config, device: torch.device) -> None:
             problems.append(f"precision.compute=fp8: {reason}; nearest: precision=bf16")
     except ConfigError as error:
         problems += error.problems
+    if isinstance(config.strategy, schema.Zero) and find_spec("deepspeed") is None:
+        problems.append(f"strategy=zero: DeepSpeed is not installed: {INSTALL}; nearest: strategy=fsdp")
     if isinstance(config.optimizer, schema.AdamW) and (problem := missing(config.optimizer)):
         problems.append(problem)
     if getattr(config.model, "fused_norm", False) and (reason := without_apex("FusedLayerNorm")):
@@ -136,11 +143,14 @@ def build(
     config: Config, topology: Topology, inputs: Inputs, folder: RunFolder, identity: Identity, born: float
 ) -> Job:
     """Everything the loop talks to."""
-    checkpoint = config.checkpoint
+    checkpoint, strategy = config.checkpoint, build_strategy(config, topology, inputs)
+    if topology.is_main:
+        for name, content in getattr(strategy, "files", {}).items():  # what it made of the config, to be looked at
+            replace_file(folder.path / name, json.dumps(content, indent=2).encode())
     return Job(
         config=config,
         topology=topology,
-        strategy=build_strategy(config, topology, inputs),
+        strategy=strategy,
         schedule=plugin(config, "schedule")(config.schedule, config.optimizer.lr, config.train.steps),
         stream=inputs.stream,
         validation=inputs.validation,

@@ -1,0 +1,121 @@
+"""DeepSpeed's ZeRO: the curve of one process at every stage, killed and resumed to the bit, into and from any other."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.runs import Run, assert_same_bits, assert_same_curve
+from tests.strategies import ragged
+from tests.strategies.test_ragged import reference
+from trainer.config.compose import load
+from trainer.errors import ConfigError
+
+pytest.importorskip("deepspeed")
+
+STEPS = 30
+OPTIONS = (f"train.steps={STEPS}", "train.log_every=1", "train.clip_norm=0.5")
+ZERO2, ZERO3 = ("strategy=zero", "strategy.stage=2"), ("strategy=zero", "strategy.stage=3")
+OFFLOAD = ("strategy.offload_optimizer=true",)
+
+
+def slow(*values: object) -> object:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    run = Run(tmp_path_factory.mktemp("single") / "run", 1, (*OPTIONS, "strategy=single"))
+    run.train()
+    return run
+
+
+@pytest.mark.parametrize(
+    ("kinds", "processes", "micro_batch", "checkpointing"),
+    [
+        (["1", "2", "3"], 2, 1, "full"),
+        slow(["0", "2o", "3p", "3op"], 2, 2, "none"),
+        slow(["0", "1", "2", "3", "3op"], 3, 2, "selective"),
+        slow(["0", "1", "2", "3"], 1, 3, "none"),
+    ],
+)
+def test_loss_norm_and_weights(
+    kinds: list[str], processes: int, micro_batch: int, checkpointing: str, tmp_path: Path
+) -> None:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [sys.executable, *(launcher if processes > 1 else []), "-m", "tests.strategies.zero_ranks"]
+    command += [str(tmp_path / "out.pt"), str(micro_batch), checkpointing, *kinds]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    trained, theirs = torch.load(tmp_path / "out.pt"), reference()
+    assert min(theirs["norms"]) > ragged.CLIP  # clipping is active
+    for kind in kinds:
+        ours = trained[kind]
+        assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-5)
+        assert ours["norms"] == pytest.approx(theirs["norms"], rel=1e-4)
+        for name, weight in theirs["weights"].items():
+            torch.testing.assert_close(ours["weights"][name].double(), weight, rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("procs", "overrides"),
+    [
+        (2, ZERO3),
+        slow(2, ("strategy=zero", "strategy.stage=0")),
+        slow(2, ("strategy=zero", "strategy.stage=1", "optimizer=lion", "optimizer.lr=0.0005")),
+        slow(3, ZERO2),
+        slow(3, (*ZERO3, "train.activation_checkpointing=selective")),
+        slow(2, (*ZERO2, *OFFLOAD)),
+        slow(2, (*ZERO3, *OFFLOAD, "strategy.offload_parameters=true")),
+        slow(1, ZERO3),
+    ],
+)
+def test_killed_and_resumed_to_the_bit(procs: int, overrides: tuple[str, ...], single: Run, tmp_path: Path) -> None:
+    whole = Run(tmp_path / "whole", procs, (*OPTIONS, *overrides))
+    output = whole.train()
+    assert "deepspeed" not in output.lower()
+    stage = json.loads((whole.folder / "deepspeed.json").read_text())["zero_optimization"]["stage"]
+    assert f"strategy.stage={stage}" in overrides
+    if "optimizer=lion" not in overrides:
+        assert_same_curve(whole, single, STEPS)
+    killed = Run(tmp_path / "killed", procs, (*OPTIONS, *overrides, "train.log_every=2"))
+    killed.kill_at(13)
+    killed.train()
+    assert_same_bits(killed, whole)
+
+
+@pytest.mark.slow
+def test_into_and_from_others_in_mid_run(single: Run, tmp_path: Path) -> None:
+    """One process, stage 2 on two, FSDP on two with other micro-batches, stage 3 on three."""
+    run = Run(tmp_path / "run", 1, (*OPTIONS, "strategy=single", "checkpoint.every=5"))
+    run.kill_at(7)
+    for procs, overrides, last in (
+        (2, (*ZERO2, "train.micro_batch=4"), 13),
+        (2, ("strategy=fsdp", "train.micro_batch=3"), 19),
+        (3, (*ZERO3, "train.micro_batch=4"), None),
+    ):
+        life = replace(run, procs=procs, overrides=(*OPTIONS, "checkpoint.every=5", *overrides))
+        life.kill_at(last) if last else life.train()
+    assert_same_curve(run, single, STEPS)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        (("strategy.stage=0", *OFFLOAD), "strategy.offload_optimizer=true: .* nearest: strategy.stage=1"),
+        (("strategy.offload_parameters=true",), "strategy.offload_parameters=true: .* nearest: strategy.stage=3"),
+        (("optimizer=muon",), "optimizer=muon: needs whole matrices, .* nearest: strategy=fsdp"),
+        (("precision=fp16",), "precision.compute=fp16: .* nearest: precision=bf16"),
+        (("precision=fp8",), "precision.compute=fp8: .* nearest: precision=bf16"),
+        (("precision.param=bf16",), "precision.param=bf16: .* nearest: precision.param=fp32"),
+    ],
+)
+def test_refused(overrides: tuple[str, ...], problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        load(["strategy=zero", *overrides], 2)

@@ -1,0 +1,79 @@
+"""DeepSpeed made ready: imported without its noise, configured from our keys, with an optimizer for offloaded state."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+
+from trainer.config import strategy as schema
+from trainer.errors import ConfigError
+from trainer.precision import Precision
+
+log = logging.getLogger("onecurve")
+INSTALL = "pip install torch setuptools, then DS_BUILD_OPS=0 pip install --no-build-isolation 'onecurve[deepspeed]'"
+
+
+def deepspeed_config(config: schema.Zero, precision: Precision, clip_norm: float) -> dict[str, Any]:
+    """DeepSpeed's JSON, all of it made from our config. It counts buckets in elements of 4 bytes."""
+    bucket = config.bucket_mb * 2**20 // 4
+    zero: dict[str, Any] = {"stage": config.stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+    if config.stage == 3:
+        zero |= {"stage3_prefetch_bucket_size": bucket, "memory_efficient_linear": False}  # which casts by itself
+    host = {"device": "cpu", "pin_memory": precision.device.type == "cuda"}
+    zero |= {"offload_optimizer": host} if config.offload_optimizer else {}
+    zero |= {"offload_param": host} if config.offload_parameters else {}
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # the loop's affair: DeepSpeed is told which micro-batch is the last
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": clip_norm,
+        "communication_data_type": {"fp32": "fp32", "bf16": "bfp16"}[precision.reduce],
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": zero,
+    }
+
+
+def import_deepspeed(device: torch.device) -> Any:
+    """DeepSpeed, silent: what it has to say goes to the rank's log. Raises ConfigError where it is not installed."""
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    os.environ.setdefault("LOCAL_RANK", "0")
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ConfigError(f"strategy=zero: DeepSpeed cannot be imported ({error}): {INSTALL}") from error
+    theirs = logging.getLogger("DeepSpeed")
+    theirs.handlers.clear()
+    theirs.parent, theirs.propagate = log, True
+    names = "all_gather_into_tensor|reduce_scatter_tensor"  # of which torch says in each step that they have new names
+    warnings.filterwarnings("ignore", f"`torch.distributed.({names})` is deprecated", FutureWarning)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo does without; it is built for a minute
+    return deepspeed
+
+
+def cpu_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Instead of torch's AdamW that of DeepSpeed for CPUs, several times as fast, where it can be built."""
+    if type(optimizer) is not torch.optim.AdamW:
+        return optimizer
+    try:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+        from deepspeed.ops.op_builder import CPUAdamBuilder
+        from torch.utils.cpp_extension import _get_build_directory
+
+        folder = Path(_get_build_directory(CPUAdamBuilder.NAME, verbose=False))
+        with FileLock(folder.with_name(f"{folder.name}.onecurve")):  # ours ends with the process that holds it; torch's
+            (folder / "lock").unlink(missing_ok=True)  # own is left behind by one that is killed, and then waited for
+            CPUAdamBuilder().load(verbose=False)
+        keys = ("params", "lr", "betas", "eps", "weight_decay")
+        return DeepSpeedCPUAdam([{key: group[key] for key in keys} for group in optimizer.param_groups])
+    except Exception as error:  # no compiler, no ninja, another CPU
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        log.info(
+            "strategy.offload_optimizer: DeepSpeed's CPUAdam cannot be built here, torch's AdamW steps: %s", reason
+        )
+        return optimizer
