@@ -34,7 +34,7 @@ class Precision:
         if device.type == "cuda":
             capability = torch.cuda.get_device_capability(device)
         if compute == "auto":
-            compute = "bf16" if capability >= (8, 0) else "fp32"
+            compute = "bf16" if capability >= (8, 0) or config.param == "bf16" else "fp32"
         if compute == "fp8" and capability < (8, 9):
             where = f"this GPU has compute capability {capability[0]}.{capability[1]}" if any(capability) else "no GPU"
             raise ConfigError(

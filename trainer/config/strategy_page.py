@@ -60,6 +60,8 @@ REFUSED = [
     (2, "strategy=fsdp strategy.tensor_parallel=2 strategy.sequence_parallel=true model.dropout=0.1"),
     (2, "strategy=fsdp strategy.tensor_parallel=2 strategy.cpu_offload=true"),
     (4, "strategy=pipeline strategy.stages=2 train.global_batch=5"),
+    (1, "precision=fp16 precision.param=bf16"),
+    (2, "strategy=fsdp strategy.gather=compute precision=fp16"),
 ]
 
 

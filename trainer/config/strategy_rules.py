@@ -34,6 +34,14 @@ def problems(has: Mapping[str, Any], world_size: int) -> Iterator[str]:
         yield from _pipeline(strategy, has, world_size)
     if isinstance(strategy, Zero):
         yield from _zero(strategy, has)
+    precision = has.get("precision")
+    if isinstance(precision, Precision) and precision.param == "bf16" and precision.compute in ("fp32", "fp16"):
+        yield (
+            f"precision.compute={precision.compute}: weights that are held in bf16 (precision.param) are computed with "
+            "in bf16 or fp8; nearest: precision.compute=bf16"
+        )
+    if getattr(strategy, "gather", "") == "compute" and getattr(precision, "compute", "") == "fp16":
+        yield "strategy.gather=compute: not with precision.compute=fp16, whose range weights may leave; nearest: param"
 
 
 def _tensor_parallel(strategy: TensorParallel, has: Mapping[str, Any], world_size: int) -> Iterator[str]:

@@ -170,7 +170,7 @@ class Pipeline(TensorParallel):
         """What passes between the parts for that many sequences, on the meta device."""
         hidden = _rows(self.measured.hidden, rows)
         if self.config.sequence_parallel and self.topology.layout.tensor > 1:
-            hidden = hidden.chunk(self.topology.layout.tensor, dim=1)[0]
+            hidden = hidden.chunk(self.topology.layout.tensor, dim=1)[0].contiguous()
         return hidden.requires_grad_()
 
     def _add_up(self, gradients: Sequence[Tensor], group: dist.ProcessGroup) -> None:
