@@ -7,7 +7,7 @@ clipping; it is computed with one and with four micro-batches a step, with and w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
@@ -53,20 +53,25 @@ class Cell:
 
     def config(self) -> Config:
         model = [f"model.{value}" for value in MODEL]
-        batch = [f"train.global_batch={SEQUENCES}", f"data.sequence_length={LENGTH}"]
+        batch = [f"train.global_batch={12 * SEQUENCES}", f"data.sequence_length={LENGTH}"]
         return load([*model, *batch, *self.overrides.split()], self.processes)
 
 
 def cells() -> Iterator[Cell]:
     yield Cell("single", 1, "strategy=single", quick=True)
-    for n in (2, 4):
-        yield Cell("ddp", n, "strategy=ddp strategy.bucket_mb=1", quick=n == 2)
+    ddp = "strategy=ddp strategy.bucket_mb=1"
+    for n in (2, 3, 4):
+        yield Cell("ddp", n, ddp, quick=n == 2)
         yield Cell("fsdp", n, "strategy=fsdp", quick=n == 2)
+    yield Cell("ddp, static_graph", 3, f"{ddp} strategy.static_graph=true")
     yield Cell("fsdp, kept after forward", 2, "strategy=fsdp strategy.reshard_after_forward=false")
     yield Cell("fsdp, cpu_offload", 2, "strategy=fsdp strategy.cpu_offload=true")
     yield Cell("hsdp 2 x 2", 4, "strategy=hsdp strategy.shard_size=2", quick=True)
     for stage in (0, 1, 2, 3):
         yield Cell(f"zero {stage}", 2, f"strategy=zero strategy.stage={stage}", quick=stage == 3)
+    yield Cell("zero 2, offload_optimizer", 2, "strategy=zero strategy.stage=2 strategy.offload_optimizer=true")
+    offloaded = "strategy.offload_optimizer=true strategy.offload_parameters=true"
+    yield Cell("zero 3, all offloaded", 2, f"strategy=zero strategy.stage=3 {offloaded}")
     pipeline = "strategy=pipeline strategy.schedule="
     for name, n in product(SCHEDULES, (2, 4)):
         yield Cell(f"pipeline {name}", n, pipeline + name, quick=n == 2)
@@ -79,6 +84,13 @@ def cells() -> Iterator[Cell]:
     yield Cell("tensor 2, sequences and loss too", 2, f"strategy=fsdp {shared}", quick=True)
     yield Cell("tensor 2, sequences and loss too, x fsdp 2", 4, f"strategy=fsdp {shared}")
     yield Cell("pipeline 1f1b 2 x tensor 2", 4, f"{pipeline}1f1b strategy.stages=2 {shared}", quick=True)
+
+
+def rounded_cells() -> Iterator[Cell]:
+    """Whose gradients are added up in bf16, of fp32 computation."""
+    for cell in cells():
+        if cell.name in ("ddp", "fsdp") or cell.name.startswith("pipeline 1f1b 2 x "):
+            yield replace(cell, overrides=f"{cell.overrides} precision.reduce=bf16")
 
 
 class Objective:
@@ -108,7 +120,9 @@ def batch(step: int) -> dict[str, Tensor]:
 
 
 def factory(shape: GPT.Config, dtype: torch.dtype) -> ModelFactory:
-    return ModelFactory(lambda: of_type(GPT(shape, VOCABULARY, LENGTH), dtype), seed=5, example=lambda: rows(0, SEQUENCES))
+    return ModelFactory(
+        lambda: of_type(GPT(shape, VOCABULARY, LENGTH), dtype), seed=5, example=lambda: rows(0, SEQUENCES)
+    )
 
 
 def rows(first: int, every: int, step: int = 0) -> dict[str, Tensor]:
@@ -167,7 +181,7 @@ def trained(
     options = StepOptions(clip_norm=CLIP, activation_checkpointing=checkpointing, compile=False)
     compute = "bf16" if precision == "bf16" else "fp32"
     strategy = plugin(config, "strategy")(
-        config.strategy, ranks, Precision(ranks.device, compute), Objective(), options
+        config.strategy, ranks, Precision(ranks.device, compute, reduce=config.precision.reduce), Objective(), options
     )
     strategy.setup(factory(config.model, torch.float64 if precision == "fp64" else torch.float32), optimizer)
     if spoil:

@@ -25,6 +25,8 @@ def main(out: Path, which: str, named: str = "") -> None:
         return curve.away_from(reference) if ranks.is_main else {}
 
     if which == "planted":
+        for cell in [cell for cell in cells.rounded_cells() if cell.processes == ranks.world_size]:
+            found[f"rounded: {cell.name}"] = errors(cell, "fp32", (4, "none"))
         for name, cell, spoil in planted.bugs():
             found[name] = errors(cell, "fp32", (4, "none"), spoil)
     else:

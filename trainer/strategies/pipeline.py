@@ -175,7 +175,7 @@ class Pipeline(TensorParallel):
 
     def _add_up(self, gradients: Sequence[Tensor], group: dist.ProcessGroup) -> None:
         for gradient in map(local, gradients):
-            if self.precision.reduce == "fp32":
+            if self.precision.reduce == self.precision.param:
                 dist.all_reduce(gradient, group=group)
             else:
                 sent = gradient.to(self.precision.reduce_dtype)

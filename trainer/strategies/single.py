@@ -41,7 +41,7 @@ class Single:
         options: StepOptions,
     ):
         self.topology, self.precision, self.objective, self.options = topology, precision, objective, options
-        self.config, self.parallel = config, topology.dp_size > 1
+        self.config, self.parallel = config, topology.world_size > 1
         self.scaler = precision.scaler()
         self.averaged_over = topology.dp_size  # how many ranks' gradients are averaged; 1 if they are summed
         self.tells = topology.speaks  # of all ranks that train on the same sequences, one's sums count
@@ -72,13 +72,13 @@ class Single:
 
     def total(self, sums: Tensor) -> Tensor:
         """Adds up over all ranks."""
-        if self.topology.world_size > 1:
+        if self.parallel:
             dist.all_reduce(sums)
         return sums
 
     def whole(self, tensor: Tensor) -> Tensor:
-        """All of a tensor that may be sharded."""
-        return tensor
+        """All of a tensor that may be spread over processes."""
+        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
     def norm(self, gradients: Sequence[Tensor]) -> Tensor:
         """The global norm of the gradients of the whole model, of which these are here."""
@@ -117,7 +117,11 @@ class Single:
         batch = to_device(batch, self.topology.device)
         with self.precision.autocast():
             outputs = model(batch)
-        return self.objective.loss(outputs, batch)
+        return self.objective.loss(self.outputs(outputs), batch)
+
+    def outputs(self, outputs: Tensor) -> Tensor:
+        """What the objective is given of what the model gives."""
+        return self.whole(outputs)
 
     def update(self, lr: float) -> Update:
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
@@ -141,7 +145,7 @@ class Single:
             outputs = self.model(batch)
         self.model.train()
         sums = Sums()
-        self.add(sums, self.objective.evaluate(outputs, batch))
+        self.add(sums, self.objective.evaluate(self.outputs(outputs), batch))
         return sums
 
     def reduce(self, sums: Mapping[str, Tensor]) -> dict[str, list[float]]:
