@@ -80,7 +80,7 @@ def test_it_can_be_cut(architecture: str, tied: bool) -> None:
     for block in model.blocks:
         x = model.run([block], x, batch)
     keep(*model.head_parts)
-    assert torch.equal(model.head(x, batch), whole)
+    assert torch.equal(model.project(x, batch), whole)
 
 
 @pytest.mark.parametrize(("architecture", "tied"), TIES)

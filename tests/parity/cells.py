@@ -67,8 +67,8 @@ def cells() -> Iterator[Cell]:
     yield Cell("fsdp, kept after forward", 2, "strategy=fsdp strategy.reshard_after_forward=false")
     yield Cell("fsdp, cpu_offload", 2, "strategy=fsdp strategy.cpu_offload=true")
     yield Cell("hsdp 2 x 2", 4, "strategy=hsdp strategy.shard_size=2", quick=True)
-    for stage in (0, 1, 2, 3):
-        yield Cell(f"zero {stage}", 2, f"strategy=zero strategy.stage={stage}", quick=stage == 3)
+    for stage, n in product((0, 1, 2, 3), (1, 2, 3)):
+        yield Cell(f"zero {stage}", n, f"strategy=zero strategy.stage={stage}", quick=n == 2 and stage in (1, 3))
     yield Cell("zero 2, offload_optimizer", 2, "strategy=zero strategy.stage=2 strategy.offload_optimizer=true")
     offloaded = "strategy.offload_optimizer=true strategy.offload_parameters=true"
     yield Cell("zero 3, all offloaded", 2, f"strategy=zero strategy.stage=3 {offloaded}")

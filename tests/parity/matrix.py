@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from tests.parity.cells import cells
+
 ROOT = Path(__file__).parents[2]
 RESULT = ROOT / "docs" / "parity.json"
 TOLERANCES = {"fp64": 1e-9, "fp32": 1e-5}
@@ -40,6 +42,13 @@ def run(processes: int, which: str, named: str = "") -> dict[str, Any]:
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}: exit code {done.returncode}\n{done.stderr[-8000:]}")
         return {f"{name} on {processes}": found for name, found in json.loads(out.read_text()).items()}
+
+
+def everything() -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for processes in sorted({cell.processes for cell in cells()}):
+        found |= run(processes, "all")
+    return found
 
 
 def worst(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
@@ -106,9 +115,7 @@ def written(text: str, mark: str, lines: Iterator[str]) -> str:
 
 
 def main() -> None:
-    found: dict[str, Any] = {}
-    for processes in (1, 2, 4):
-        found |= run(processes, "all")
+    found = everything()
     if problems := red(found):
         raise SystemExit("\n".join(problems))
     rounded = json.loads(json.dumps(found), parse_float=lambda text: float(f"{float(text):.2g}"))

@@ -26,7 +26,7 @@ def test_quick_cut(alone: dict[str, Any], processes: int) -> None:
 
 @pytest.mark.slow
 def test_all_of_it() -> None:
-    found = matrix.run(1, "all") | matrix.run(2, "all") | matrix.run(4, "all")
+    found = matrix.everything()
     assert len(found) == len(list(cells()))
     assert matrix.red(found) == []
 
@@ -34,7 +34,11 @@ def test_all_of_it() -> None:
 def test_planted_bugs_turn_it_red(alone: dict[str, Any]) -> None:
     """A mean of means, gradients that are not scaled, a sum where an average belongs, and their like."""
     found = matrix.run(2, "planted")
-    assert {name.removesuffix(" on 2") for name in found} == {name for name, _, _ in bugs()}
+    assert {name for name, _, _ in bugs()} <= {name.removesuffix(" on 2") for name in found}
+    for name in [name for name in found if name.startswith("rounded: ")]:
+        rounded = found.pop(name)
+        assert rounded["loss"] < 1e-3
+        assert 1e-5 < rounded["norm"] < 1e-2  # 2^-9 for one gradient
     for name, errors in found.items():
         problems = matrix.red(alone | {name: {"fp32": {"planted": errors}}})
         assert problems, f"{name}: not noticed"

@@ -9,6 +9,8 @@ from torch.distributed.tensor import DTensor
 
 from tests.strategies import ragged
 from trainer import topology
+from trainer.build import plugin
+from trainer.config.compose import load
 from trainer.precision import Precision
 from trainer.strategies.single import Single, StepOptions
 
@@ -30,8 +32,10 @@ def main() -> None:
     ranks = topology.join(timeout_s=60)
     options = StepOptions(clip_norm=ragged.CLIP, activation_checkpointing="none", compile=False)
     for name in ("ddp", "fsdp"):
-        made, config = ragged.STRATEGIES[name]
-        strategy = made(config, ranks, Precision(ranks.device, "fp16"), ragged.Objective(), options)
+        config = load([f"strategy={name}"], ranks.world_size)
+        strategy = plugin(config, "strategy")(
+            config.strategy, ranks, Precision(ranks.device, "fp16"), ragged.Objective(), options
+        )
         strategy.setup(ragged.factory(torch.float32), ragged.optimizer)
         mine = {key: tensor[ranks.dp_rank :: ranks.dp_size] for key, tensor in ragged.batch(1).items()}
         strategy.train_step([mine])

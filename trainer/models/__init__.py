@@ -30,14 +30,14 @@ class Model(Protocol):
 class Cuttable(Model, Protocol):
     """A model whose layers a pipeline can put on several processes: what it does, in three parts.
 
-    `model(batch)` equals `head(run(blocks, embed(batch), batch), batch)`. Where a process has no part in one of the
+    `model(batch)` equals `project(run(blocks, embed(batch), batch), batch)`. Where a process has no part in one of the
     three, the modules for it are not there.
     """
 
     embedding_parts: Sequence[str]
-    """Names of the modules that only `embed` uses, or `head` too; those that are not there do not matter."""
+    """Names of the modules that only `embed` uses, or `project` too; those that are not there do not matter."""
     head_parts: Sequence[str]
-    """Those of `head`; one that is in both lists is tied: its gradients are added up."""
+    """Those of `project`; one that is in both lists is tied: its gradients are added up."""
 
     def embed(self, batch: dict[str, Tensor]) -> Tensor:
         """What goes into the first block, [B, ...]."""
@@ -47,7 +47,7 @@ class Cuttable(Model, Protocol):
         """`x` behind these of the blocks; of the same shape and type."""
         ...
 
-    def head(self, x: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    def project(self, x: Tensor, batch: dict[str, Tensor]) -> Tensor:
         """Outputs of what comes out of the last block."""
         ...
 

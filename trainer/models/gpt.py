@@ -41,7 +41,7 @@ class GPT(nn.Module):
         Optional `documents` and `positions`, int64 [B, T]: tokens attend to their own document only, and count their
         places in it.
         """
-        return self.head(self.run(self.blocks, self.embed(batch), batch), batch)
+        return self.project(self.run(self.blocks, self.embed(batch), batch), batch)
 
     def embed(self, batch: dict[str, Tensor]) -> Tensor:
         """What goes into the first block, [B, T, width]."""
@@ -63,7 +63,7 @@ class GPT(nn.Module):
             x = block(x, rotation, self._draws(batch), mask)
         return x
 
-    def head(self, x: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    def project(self, x: Tensor, batch: dict[str, Tensor]) -> Tensor:
         """Logits of what comes out of the last block."""
         return F.linear(self.norm(x), self.token_embedding.weight)
 

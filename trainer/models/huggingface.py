@@ -53,7 +53,7 @@ class HuggingFace(nn.Module):
         Optional `documents` and `positions`, int64 [B, T]: tokens attend to their own document only, and count their
         places in it. Dropout, if the config has any, draws from torch's generator.
         """
-        return self.head(self.run(self.blocks, self.embed(batch), batch), batch)
+        return self.project(self.run(self.blocks, self.embed(batch), batch), batch)
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -67,7 +67,7 @@ class HuggingFace(nn.Module):
         """`x` [B, T, width] behind these of the blocks."""
         raise NotImplementedError
 
-    def head(self, x: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    def project(self, x: Tensor, batch: dict[str, Tensor]) -> Tensor:
         """Logits of what comes out of the last block."""
         norm, matrix = (self.get_submodule(name) for name in self.head_parts)
         return F.linear(norm(x), matrix.weight) if self.tied else matrix(norm(x))  # type: ignore[arg-type]

@@ -92,7 +92,9 @@ def shard(
     options: dict[str, Any] = {"mesh": mesh}
     options["mp_policy"] = MixedPrecisionPolicy(
         param_dtype=precision.compute_dtype if gather == "compute" else None,
-        reduce_dtype=precision.reduce_dtype if precision.reduce != precision.param else None,  # None: that of the gradients
+        reduce_dtype=precision.reduce_dtype
+        if precision.reduce != precision.param
+        else None,  # None: that of the gradients
         cast_forward_inputs=False,  # autocast does it
     )
     if cpu_offload:

@@ -23,7 +23,7 @@ from trainer.objectives import Batch, Objective
 _ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
 }
-_CUTTABLE = ("blocks", "embed", "run", "head", "embedding_parts", "head_parts")
+_CUTTABLE = ("blocks", "embed", "run", "project", "embedding_parts", "head_parts")
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def measure(
         for block in model.blocks:
             x, cost = _costed(lambda x=x, block=block: model.run([block], x, batch), [block])  # type: ignore[misc]
             blocks.append(cost)
-        outputs, head = _costed(lambda: model.head(x, batch), _modules(model, model.head_parts))
+        outputs, head = _costed(lambda: model.project(x, batch), _modules(model, model.head_parts))
         tracked = list(objective.loss(outputs, batch)), list(objective.evaluate(outputs, batch))
         return Measured(embedding, blocks, head, hidden, _empty(outputs), tracked)
 
@@ -201,4 +201,4 @@ class Stage(nn.Module):
                 x = model.embed(batch)
             assert x is not None
             x = model.run(self.blocks, x, batch)
-            return model.head(x, batch) if self.heads else x
+            return model.project(x, batch) if self.heads else x
