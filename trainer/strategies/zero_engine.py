@@ -70,10 +70,19 @@ def cpu_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
             (folder / "lock").unlink(missing_ok=True)  # own is left behind by one that is killed, and then waited for
             CPUAdamBuilder().load(verbose=False)
         keys = ("params", "lr", "betas", "eps", "weight_decay")
-        return DeepSpeedCPUAdam([{key: group[key] for key in keys} for group in optimizer.param_groups])
+        adam = DeepSpeedCPUAdam([{key: group[key] for key in keys} for group in optimizer.param_groups])
     except Exception as error:  # no compiler, no ninja, another CPU
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         log.info(
-            "strategy.offload_optimizer: DeepSpeed's CPUAdam cannot be built here, torch's AdamW steps: %s", reason
+            "strategy.offload_optimizer: DeepSpeed's CPUAdam cannot be built here, torch's steps instead: %s", reason
         )
         return optimizer
+
+    def elsewhere(*_: Any) -> None:
+        """It multiplies powers of betas on from step to step, in fp32; in a resumed run it would begin with exact ones,
+        and differ in the last bits. A step of nothing at a far count makes it compute them anew every time."""
+        betas, nothing = adam.param_groups[0]["betas"], [torch.zeros(1) for _ in range(4)]
+        adam.ds_opt_adam.adam_update(adam.opt_id, 2**40, 0.0, *betas, 1.0, 0.0, True, *nothing)
+
+    adam.register_step_pre_hook(elsewhere)
+    return adam
