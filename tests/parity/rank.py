@@ -18,11 +18,11 @@ from trainer import topology
 
 def main(out: Path, which: str, named: str = "") -> None:
     ranks = topology.join(timeout_s=120)
-    reference, found = cells.reference(), {}
+    found = {}
 
     def errors(cell: Cell, precision: str, variant: tuple[int, str], spoil: Any = None) -> dict[str, float]:
         curve = cells.trained(cell, ranks, precision, *variant, spoil)
-        return curve.away_from(reference) if ranks.is_main else {}
+        return curve.away_from(cells.reference(cell.layers)) if ranks.is_main else {}
 
     if which == "planted":
         for cell in [cell for cell in cells.rounded_cells() if cell.processes == ranks.world_size]:

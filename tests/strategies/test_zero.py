@@ -36,7 +36,7 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Run:
     [
         (2, ZERO3),
         slow(2, ("strategy=zero", "strategy.stage=0")),
-        slow(2, ("strategy=zero", "strategy.stage=1", "optimizer=lion", "optimizer.lr=0.0005")),
+        slow(2, ("strategy=zero", "strategy.stage=1", "optimizer=lion", "precision.reduce=bf16")),
         slow(3, ZERO2),
         slow(3, (*ZERO3, "train.activation_checkpointing=selective")),
         slow(2, (*ZERO2, *OFFLOAD)),
@@ -78,6 +78,7 @@ def test_into_and_from_others_in_mid_run(single: Run, tmp_path: Path) -> None:
     [
         (("strategy.stage=0", *OFFLOAD), "strategy.offload_optimizer=true: .* nearest: strategy.stage=1"),
         (("strategy.offload_parameters=true",), "strategy.offload_parameters=true: .* nearest: strategy.stage=3"),
+        (("strategy.stage=3", "train.compile=true"), "train.compile=true: .* nearest: strategy.stage=2"),
         (("optimizer=muon",), "optimizer=muon: needs whole matrices, .* nearest: strategy=fsdp"),
         (("precision=fp16",), "precision.compute=fp16: .* nearest: precision=bf16"),
         (("precision=fp8",), "precision.compute=fp8: .* nearest: precision=bf16"),

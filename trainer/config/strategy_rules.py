@@ -119,6 +119,9 @@ def _zero(strategy: Zero, has: Mapping[str, Any]) -> Iterator[str]:
             f"optimizer=muon: needs whole matrices, and DeepSpeed's stage {strategy.stage} steps on one flat piece of "
             "all parameters; nearest: strategy=fsdp"
         )
+    if strategy.stage == 3 and getattr(has.get("train"), "compile", False):
+        what = "the compiler cannot look through DeepSpeed's gathering of parameters inside of layers"
+        yield f"train.compile=true: not with strategy.stage=3: {what}; nearest: strategy.stage=2"
     precision = has.get("precision")
     if isinstance(precision, Precision):
         if precision.compute in ("fp16", "fp8"):

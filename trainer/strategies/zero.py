@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,16 +22,7 @@ from trainer.objectives import Batch, Sums
 from trainer.strategies.base import OptimizerFactory, Update
 from trainer.strategies.layers import prepare
 from trainer.strategies.single import Single, to_device
-from trainer.strategies.zero_engine import cpu_optimizer, deepspeed_config, import_deepspeed
-
-
-class Piece(NamedTuple):
-    """What this process keeps of a parameter: elements `offset` to `offset + size` of it lie at `start` in the flat
-    tensors of its group, those of weights and of optimizer state."""
-
-    start: int
-    size: int
-    offset: int
+from trainer.strategies.zero_engine import cpu_optimizer, deepspeed_config, flat_tensors, import_deepspeed, piece
 
 
 class Zero(Single):
@@ -90,20 +81,14 @@ class Zero(Single):
 
         model.forward = autocast
         optimizer = cpu_optimizer(self.optimizer) if self.config.offload_optimizer else self.optimizer
-        json = self.files["deepspeed.json"]
+        config = self.files["deepspeed.json"]
         self.engine, *_ = self.deepspeed.initialize(
-            model=model, optimizer=optimizer, config=json, dist_init_required=False
+            model=model, optimizer=optimizer, config=config, dist_init_required=False
         )
-        zero = self.engine.optimizer
         if self.config.stage == 0:
-            self.optimizer, self.flat = zero, {parameter: parameter for parameter in self.parameters}
-            return self.engine
-        self.optimizer = zero.optimizer
-        if self.config.stage == 3:
-            groups, flats = zero.fp16_groups, zero.fp32_partitioned_groups_flat
+            self.optimizer, self.flat = self.engine.optimizer, {parameter: parameter for parameter in self.parameters}
         else:
-            groups, flats = zero.bit16_groups, zero.single_partition_of_fp32_groups
-        self.flat = {parameter: flat for group, flat in zip(groups, flats, strict=True) for parameter in group}
+            self.optimizer, self.flat = self.engine.optimizer.optimizer, flat_tensors(self.engine)
         return self.engine
 
     def loss_of(self, model: nn.Module, batch: Batch) -> Sums:
@@ -177,24 +162,10 @@ class Zero(Single):
         groups._release_process_group_references()  # a sweep's next run has groups of its own
         comm.cdb = None
 
-    def _piece(self, parameter: Any) -> Piece:
-        if self.config.stage == 0:
-            return Piece(0, parameter.numel(), 0)
-        if self.config.stage == 3:
-            zero = self.engine.optimizer
-            _, start, size = zero.grad_position[zero.get_param_id(parameter)]
-            offset = self.topology.dp_rank * size  # the last pieces are padded
-            return Piece(start, max(0, min(size, parameter.ds_numel - offset)), offset)
-        mapping = parameter._hp_mapping
-        if mapping is None:
-            return Piece(0, 0, 0)
-        here = mapping.hp_fragment_address
-        return Piece(here.start, here.numel, mapping.lp_fragment_address.start)
-
     @torch.no_grad()
     def _gather(self, parameter: Tensor, flat: Tensor) -> Tensor:
         """All of what `flat` holds of a parameter, on every process."""
-        start, size, offset = self._piece(parameter)
+        start, size, offset = piece(self.engine, parameter)
         shape = getattr(parameter, "ds_shape", parameter.shape)
         whole = torch.zeros(shape.numel(), dtype=flat.dtype, device=self.topology.device)
         whole[offset : offset + size] = flat.view(-1)[start : start + size]
@@ -204,7 +175,7 @@ class Zero(Single):
 
     def _scatter(self, parameter: Tensor, flat: Tensor, whole: Tensor) -> None:
         """The other way round."""
-        start, size, offset = self._piece(parameter)
+        start, size, offset = piece(self.engine, parameter)
         flat.view(-1)[start : start + size].copy_(whole.flatten()[offset : offset + size])
 
     def _weight(self, tensor: Tensor) -> Tensor:

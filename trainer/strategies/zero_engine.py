@@ -1,4 +1,5 @@
-"""DeepSpeed made ready: imported without its noise, configured from our keys, with an optimizer for offloaded state."""
+"""What has to be known of DeepSpeed's inside (0.19): its noise, its JSON, its optimizer for offloaded state, and where
+its engine keeps the pieces of a parameter."""
 
 from __future__ import annotations
 
@@ -6,9 +7,10 @@ import logging
 import os
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor, nn
 from filelock import FileLock
 
 from trainer.config import strategy as schema
@@ -32,11 +34,44 @@ def deepspeed_config(config: schema.Zero, precision: Precision, clip_norm: float
         "train_micro_batch_size_per_gpu": 1,  # the loop's affair: DeepSpeed is told which micro-batch is the last
         "gradient_accumulation_steps": 1,
         "gradient_clipping": clip_norm,
-        "communication_data_type": {"fp32": "fp32", "bf16": "bfp16"}[precision.reduce],
+        "communication_data_type": precision.reduce,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": zero,
     }
+
+
+class Piece(NamedTuple):
+    """What this process keeps of a parameter: elements `offset` to `offset + size` of it lie at `start` in the flat
+    tensors of its group, those of weights and of optimizer state."""
+
+    start: int
+    size: int
+    offset: int
+
+
+def flat_tensors(engine: Any) -> dict[nn.Parameter, Tensor]:
+    """In which flat tensor the optimizer steps on a parameter; stages 1 to 3. It holds this process's pieces."""
+    zero = engine.optimizer
+    if engine.zero_optimization_stage() == 3:
+        groups, flats = zero.fp16_groups, zero.fp32_partitioned_groups_flat
+    else:
+        groups, flats = zero.bit16_groups, zero.single_partition_of_fp32_groups
+    return {parameter: flat for group, flat in zip(groups, flats, strict=True) for parameter in group}
+
+
+def piece(engine: Any, parameter: Any) -> Piece:
+    """Of a parameter that is trained."""
+    if engine.zero_optimization_stage() == 0:
+        return Piece(0, parameter.numel(), 0)
+    if engine.zero_optimization_stage() == 3:
+        _, start, size = engine.optimizer.grad_position[engine.optimizer.get_param_id(parameter)]
+        offset = engine.get_data_parallel_rank() * size
+        return Piece(start, max(0, min(size, parameter.ds_numel - offset)), offset)  # the last ones are padded
+    if (mapping := parameter._hp_mapping) is None:
+        return Piece(0, 0, 0)
+    here = mapping.hp_fragment_address
+    return Piece(here.start, here.numel, mapping.lp_fragment_address.start)
 
 
 def import_deepspeed(device: torch.device) -> Any:
