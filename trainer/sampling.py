@@ -13,6 +13,7 @@ from trainer.build import model_factory
 from trainer.checkpoint.load import newest, read
 from trainer.config import Config
 from trainer.config.check import check
+from trainer.config.compose import completed
 from trainer.data import tokenizer as tokenizers
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError
@@ -32,7 +33,7 @@ def load_run(folder: Path, plugins: Sequence[str] = ()) -> tuple[Config, nn.Modu
         raise ConfigError(f"{folder}: is no run's folder (config.yaml: {str(error).splitlines()[0]})") from None
     if isinstance(raw, dict) and isinstance(raw.get("run"), dict):
         raw["run"]["plugins"] = list(plugins)
-    config = check(raw)
+    config = check(completed(raw) if isinstance(raw, dict) else raw)
     found, _ = newest(folder / CHECKPOINTS, set_aside=False)
     if found is None:
         raise ConfigError(f"{folder}: has no checkpoint yet")

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from trainer.config import reference
-from trainer.config.check import keys
-from trainer.config.compose import load, options
+from trainer.config.check import check, keys
+from trainer.config.compose import completed, load, options
 from trainer.config.interval import Interval
 from trainer.config.schema import OPTIONS, SECTIONS
 from trainer.errors import ConfigError
@@ -125,6 +125,14 @@ def test_a_users_model_and_config_folder(tmp_path, monkeypatch: pytest.MonkeyPat
     assert config.model.depth == 3
     with pytest.raises(ConfigError, match=r"model.depth=x: should be a valid integer"):
         load(["model=mine", "run.plugins=[my_package]", "model.depth=x"], config_dir=str(tmp_path / "conf"))
+
+
+def test_a_config_of_an_earlier_version_is_completed() -> None:
+    config = load(["strategy=fsdp", "data=webdataset", "data.shards=x.tar", "model.layers=3"])
+    old = config.resolved()
+    del old["strategy"]["cpu_offload"], old["precision"]["reduce"], old["model"]["fused_norm"]
+    assert check(completed(old)) == config
+    assert completed({"model": {"name": "gone"}, "run": None}) == {"model": {"name": "gone"}, "run": None}
 
 
 def test_every_key_has_help_and_is_in_it() -> None:

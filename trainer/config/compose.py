@@ -81,6 +81,21 @@ def _quoted(text: str, parser: OverridesParser) -> str | None:
     return quoted
 
 
+def completed(raw: dict[str, Any]) -> dict[str, Any]:
+    """The values that a run of an earlier version was resolved to, with the defaults of keys that are new since."""
+    chosen = [
+        f"{group}={raw[group].get('name')}"
+        for group in OPTIONS
+        if isinstance(raw.get(group), dict) and raw[group].get("name") in OPTIONS[group]
+    ]
+    defaults, _ = compose([*chosen, "experiment=none"])
+    return raw | {
+        section: {**values, **raw[section]}
+        for section, values in defaults.items()
+        if isinstance(values, dict) and isinstance(raw.get(section), dict)
+    }
+
+
 def raw_values(config: DictConfig) -> dict[str, Any]:
     """A composed config as plain values, interpolations resolved. Raises OmegaConfBaseException."""
     values = OmegaConf.to_container(config, resolve=True)
