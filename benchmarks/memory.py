@@ -24,6 +24,10 @@ STRATEGIES = {
     "ddp": ["strategy=ddp"],
     "fsdp": ["strategy=fsdp"],
     "hsdp, 2 x 2": ["strategy=hsdp", "strategy.shard_size=2"],
+    "zero 3": ["strategy=zero", "strategy.stage=3"],
+    "pipeline": ["strategy=pipeline"],
+    "pipeline 2 x fsdp 2": ["strategy=pipeline", "strategy.stages=2", "strategy.data_parallel=fsdp"],
+    "tensor 2 x fsdp 2": ["strategy=fsdp", "strategy.tensor_parallel=2"],
 }
 COMMON = [
     "experiment=smoke", "train.steps=4", "train.log_every=1", "train.global_batch=4", "data.sequence_length=32",

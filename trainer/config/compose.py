@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from trainer.config.check import check, did_you_mean
-from trainer.config.schema import OPTIONS, Config
+from trainer.config.schema import OPTIONS, SECTIONS, Config
 from trainer.errors import ConfigError
 
 
@@ -83,17 +83,13 @@ def _quoted(text: str, parser: OverridesParser) -> str | None:
 
 def completed(raw: dict[str, Any]) -> dict[str, Any]:
     """The values that a run of an earlier version was resolved to, with the defaults of keys that are new since."""
-    chosen = [
-        f"{group}={raw[group].get('name')}"
-        for group in OPTIONS
-        if isinstance(raw.get(group), dict) and raw[group].get("name") in OPTIONS[group]
-    ]
-    defaults, _ = compose([*chosen, "experiment=none"])
-    return raw | {
-        section: {**values, **raw[section]}
-        for section, values in defaults.items()
-        if isinstance(values, dict) and isinstance(raw.get(section), dict)
+    sections = {name: values for name, values in raw.items() if isinstance(values, dict)}
+    chosen = {
+        group: values["name"] for group, values in sections.items() if values.get("name") in OPTIONS.get(group, ())
     }
+    defaults, _ = compose(["experiment=none", *(f"{group}={name}" for group, name in chosen.items())])
+    known = sections.keys() & {*SECTIONS, *chosen}
+    return raw | {name: {**defaults[name], **sections[name]} for name in known}
 
 
 def raw_values(config: DictConfig) -> dict[str, Any]:

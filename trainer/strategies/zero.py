@@ -85,10 +85,8 @@ class Zero(Single):
         self.engine, *_ = self.deepspeed.initialize(
             model=model, optimizer=optimizer, config=config, dist_init_required=False
         )
-        if self.config.stage == 0:
-            self.optimizer, self.flat = self.engine.optimizer, {parameter: parameter for parameter in self.parameters}
-        else:
-            self.optimizer, self.flat = self.engine.optimizer.optimizer, flat_tensors(self.engine)
+        self.flat = flat_tensors(self.engine, self.parameters)
+        self.optimizer = self.engine.optimizer.optimizer if self.config.stage else self.engine.optimizer
         return self.engine
 
     def loss_of(self, model: nn.Module, batch: Batch) -> Sums:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+import torch.distributed as dist
 from filelock import FileLock
+from torch import Tensor, nn
 
 from trainer.config import strategy as schema
 from trainer.errors import ConfigError
@@ -50,8 +51,11 @@ class Piece(NamedTuple):
     offset: int
 
 
-def flat_tensors(engine: Any) -> dict[nn.Parameter, Tensor]:
-    """In which flat tensor the optimizer steps on a parameter; stages 1 to 3. It holds this process's pieces."""
+def flat_tensors(engine: Any, parameters: list[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
+    """On which tensor the optimizer steps for a parameter: a flat one of this process's pieces of a whole group, or in
+    stage 0 the parameter itself."""
+    if engine.zero_optimization_stage() == 0:
+        return {parameter: parameter for parameter in parameters}
     zero = engine.optimizer
     if engine.zero_optimization_stage() == 3:
         groups, flats = zero.fp16_groups, zero.fp32_partitioned_groups_flat
@@ -66,7 +70,7 @@ def piece(engine: Any, parameter: Any) -> Piece:
         return Piece(0, parameter.numel(), 0)
     if engine.zero_optimization_stage() == 3:
         _, start, size = engine.optimizer.grad_position[engine.optimizer.get_param_id(parameter)]
-        offset = engine.get_data_parallel_rank() * size
+        offset = dist.get_rank() * size
         return Piece(start, max(0, min(size, parameter.ds_numel - offset)), offset)  # the last ones are padded
     if (mapping := parameter._hp_mapping) is None:
         return Piece(0, 0, 0)
