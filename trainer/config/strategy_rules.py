@@ -83,12 +83,18 @@ def _pipeline(strategy: Pipeline, has: Mapping[str, Any], world_size: int) -> It
         yield f"strategy.virtual_stages={parts}: with {name} a process {need}; nearest: {schedule.parts or 2}"
         return
     model, count = has.get("model"), layout.stages * parts
-    if isinstance(model, GPT) and model.layers < count and layout.stages > 1:
+    if isinstance(model, GPT) and model.layers < count and world_size > 1:
+        fewer = model.layers // parts
         yield (
             f"model.layers={model.layers}: cannot be cut into {layout.stages} processes x {parts} parts = {count}; "
-            f"nearest: model.layers={count}, or strategy.stages={max(1, model.layers // parts)}"
+            f"nearest: model.layers={count}, or strategy.{f'stages={fewer}' if fewer else 'schedule=1f1b'}"
         )
-    if strategy.micro_batches and layout.stages > 1:
+    together, copies = schedule.v_shaped or layout.stages == 1, world_size // layout.processes
+    if isinstance(model, GPT) and strategy.data_parallel == "fsdp" and copies > 1 and together:
+        what = f"the two ends of the model, whose embedding is tied, are on one process with {name}"
+        what += f" on {layout.stages} processes" if not schedule.v_shaped else ""
+        yield f"strategy.data_parallel=fsdp: {what}; nearest: strategy.data_parallel=ddp"
+    if strategy.micro_batches and world_size > 1:
         n = strategy.micro_batches
         allowed = allowed_micro_batches(strategy, layout.stages, 2 * n + 4 * count)
         if n not in allowed:

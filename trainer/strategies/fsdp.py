@@ -46,7 +46,8 @@ class FSDP(TensorParallel):
             gather=self.config.gather,
             cpu_offload=self.config.cpu_offload,
         )
-        materialise(model, torch.device("cpu") if self.config.cpu_offload else self.topology.device)
+        device = self.topology.device
+        materialise(model, torch.device("cpu") if self.config.cpu_offload else device, device)
         model_factory.fill(model)
         self.averaged_over = 1  # gradients are summed
         return model
@@ -109,9 +110,13 @@ def shard(
 
 
 @torch.no_grad()
-def materialise(model: nn.Module, device: torch.device) -> None:
-    """Memory for this rank's shards, still without values; buffers keep theirs."""
-    buffers = dict(model.named_buffers())
-    model.to_empty(device=device)
-    for name, buffer in model.named_buffers():
-        buffer.copy_(buffers[name])
+def materialise(model: nn.Module, held_on: torch.device, computed_on: torch.device) -> None:
+    """Memory for this rank's shards, still without values. Buffers keep theirs, where the model is computed."""
+    buffers = [
+        (module, name, buffer.to(computed_on))
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    model.to_empty(device=held_on)
+    for module, name, buffer in buffers:
+        setattr(module, name, buffer)

@@ -77,7 +77,7 @@ class Pipeline(TensorParallel):
                 )
             for stage in self.stages.values():
                 shard(stage, stage.blocks, self.copies, self.precision, reshard_after_forward=False)
-        materialise(model, device)
+        materialise(model, device, device)
         model_factory.fill(model)
         self.ends = self._group_of_ends() if tied and split_over else None
         self.schedules: dict[tuple[int, int], PipelineScheduleSingle | PipelineScheduleMulti] = {}
@@ -96,8 +96,8 @@ class Pipeline(TensorParallel):
         scale = self.scale_of(micro_batches)
         names = self.measured.tracked[0]
         sums = {name: torch.zeros((), dtype=torch.float64, device=self.topology.device) for name in names}
-        for batch in micro_batches:
-            self._pass(batch, scale, sums)
+        for batch, most in zip(micro_batches, self._most_rows(micro_batches), strict=True):
+            self._pass(batch, most, scale, sums)
         gradients = dict(self._gradients())
         if self.topology.dp_size > 1 and not self.sharded:
             self._add_up(list(gradients.values()), self.copies.get_group())
@@ -113,11 +113,19 @@ class Pipeline(TensorParallel):
             if parameter.grad is not None:
                 yield name, parameter.grad
 
-    def _pass(self, batch: Batch, scale: Tensor, sums: Sums) -> None:
+    def _most_rows(self, micro_batches: Sequence[Batch]) -> list[int]:
+        """How many sequences each has where it has most. What was left out of a batch makes it shorter on one copy, but
+        copies that gather parameters from each other must follow one order."""
+        rows = torch.tensor([_rows_of(batch) for batch in micro_batches])
+        if self.sharded:
+            dist.all_reduce(rows, dist.ReduceOp.MAX, group=self.topology.control)
+        return rows.tolist()
+
+    def _pass(self, batch: Batch, most: int, scale: Tensor, sums: Sums) -> None:
         """Forward and backward of one of the loop's micro-batches, which is cut into the pipeline's."""
-        rows = len(next(iter(batch.values())))
-        count = micro_batches(self.config, self.topology.layout.stages, rows)
-        size = max(1, -(-rows // count))
+        rows = _rows_of(batch)
+        count = micro_batches(self.config, self.topology.layout.stages, most)
+        size = max(1, -(-most // count))
         pieces = [to_device(_piece(batch, number * size, size), self.topology.device) for number in range(count)]
         for stage in self.stages.values():
             stage.batches = pieces
@@ -195,7 +203,7 @@ class Pipeline(TensorParallel):
         """One pass through the parts in their order; the batches of an evaluation follow each other in the pipeline."""
         if not self.parallel:
             return super().eval_step(batch)
-        rows, x, sums = len(next(iter(batch.values()))), None, Sums()
+        rows, x, sums = _rows_of(batch), None, Sums()
         filled = to_device(_piece(batch, 0, max(1, rows)), self.topology.device)
         self.model.eval()
         for part in range(len(self.parts)):
@@ -210,8 +218,9 @@ class Pipeline(TensorParallel):
             stage = self.stages[part]
             stage.batches, stage.number = [filled], 0
             x = stage(x) if part else stage()
-            if isinstance(stage, FSDPModule):
-                stage.reshard()
+            for module in stage.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
         self.model.train()
         if len(self.parts) - 1 in self.stages:
             there = {name: value[:rows] for name, value in filled.items()}
@@ -247,6 +256,10 @@ class Pipeline(TensorParallel):
         first, last = ranks[self.host(0)].flatten().tolist(), ranks[self.host(len(self.parts) - 1)].flatten().tolist()
         groups = {pair: dist.new_group(list(pair)) for pair in zip(first, last, strict=True)}
         return next((group for pair, group in groups.items() if self.topology.rank in pair), None)
+
+
+def _rows_of(batch: Batch) -> int:
+    return len(next(iter(batch.values())))
 
 
 def _piece(batch: Batch, first: int, size: int) -> Batch:

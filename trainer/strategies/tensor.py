@@ -73,14 +73,15 @@ def local(tensor: Tensor) -> Tensor:
 
 def spread_norm(gradients: Sequence[Tensor], device: torch.device, copies: int = 1) -> Tensor:
     """The norm of the gradients of all processes, each counted once: `copies` processes hold each of these, besides
-    those that a DTensor knows of. One sum, so that all processes get the same number to the last bit."""
+    those that a DTensor knows of. One sum, so that all processes get the same number to the last bit. Numbers of copies
+    stay on the host: a tensor of them would have the host wait for the device."""
     squares = torch.zeros((), dtype=torch.float64, device=device)
-    dtype = torch.float32
-    if gradients:
-        norms = torch.stack(torch._foreach_norm([local(gradient) for gradient in gradients])).double()
-        held_by = torch.tensor([copies * _copies(gradient) for gradient in gradients], dtype=torch.float64)
-        squares += (norms.square() / held_by.to(norms.device)).sum().to(device)
-        dtype = torch.promote_types(gradients[0].dtype, dtype)
+    dtype = torch.promote_types(gradients[0].dtype, torch.float32) if gradients else torch.float32
+    norms: dict[int, list[Tensor]] = {}  # by how many processes hold the gradient
+    for gradient, norm in zip(gradients, torch._foreach_norm(list(map(local, gradients)), 2, dtype), strict=True):
+        norms.setdefault(copies * _copies(gradient), []).append(norm)
+    for held_by, those in norms.items():
+        squares += torch.stack(those).double().square().sum().to(device) / held_by
     dist.all_reduce(squares)
     return squares.sqrt().to(dtype)
 
