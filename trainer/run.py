@@ -46,7 +46,8 @@ def run(config: Config, born: float) -> None:
             job = build(config, topology, inputs, folder, identity, born)
             try:
                 loop.train(job)
-                weights = dict(job.strategy.full_weights())
+                if _samples(config):
+                    weights = dict(job.strategy.full_weights())
                 job.journal.close("finished")
             except Interrupted as stop:
                 stopped = stop
@@ -103,10 +104,15 @@ def _explained(failure: BaseException, config: Config, folder: Path, topology: T
     return TrainingError(f"{first_line} {trace}"), False
 
 
+def _samples(config: Config) -> bool:
+    """Whether a finished run shows samples: only then are its weights brought together."""
+    return bool(config.sample.count and config.learns_text)
+
+
 def _show(config: Config, folder: Path, tokenizer: Tokenizer, weights: dict[str, Tensor]) -> None:
     """Samples and report of a finished run. Trouble here is told, and changes nothing about the run."""
     try:
-        if config.sample.count and config.learns_text:
+        if _samples(config):
             texts = sampling.sample(config, sampling.with_weights(config, tokenizer, weights), tokenizer)
             replace_file(folder / "samples.txt", ("\n\n---\n\n".join(texts) + "\n").encode())
             if config.track.console:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
+from functools import partial
 from itertools import combinations, pairwise
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from launch.cli import main
 from tests.parity.cells import Objective, factory, rows
 from trainer.config.compose import load
 from trainer.errors import ConfigError
 from trainer.models import ModelFactory
+from trainer.models.gpt import GPT
 from trainer.strategies.stages import Cost, Elsewhere, Measured, balance, cut, measure
 
 MODEL = [
@@ -72,6 +77,22 @@ def test_costs_are_those_of_the_model() -> None:
     weights = {id(parameter) for parameter in model.parameters()}
     distinct = {id(t): t.numel() * t.element_size() for t in kept if id(t) not in weights}
     assert found.blocks[0].activations == pytest.approx(sum(distinct.values()), rel=0.35)
+
+
+class Misplaced(GPT):
+    """A parameter that belongs to no part, and one that two blocks use."""
+
+    def __init__(self, *shape: Any):
+        super().__init__(*shape)
+        self.scale = nn.Parameter(torch.ones(16))
+        self.blocks[1].mlp_norm = self.blocks[0].mlp_norm
+
+
+def test_parameters_that_a_cut_would_part_are_refused() -> None:
+    config = load(MODEL)
+    build = partial(Misplaced, config.model, 50, 16)
+    with pytest.raises(ConfigError, match=r"Misplaced cannot be cut: scale, blocks.0.mlp_norm.weight, blocks.0.mlp_n"):
+        measure(replace(made(), build=build), Objective(), torch.enable_grad(), torch.device("cpu"))
 
 
 def test_names_stay() -> None:

@@ -18,8 +18,10 @@ from trainer.models import ModelFactory
 from trainer.models.gpt import GPT
 from trainer.optim.adamw import adamw
 from trainer.precision import Precision
+from trainer.strategies.fsdp import materialise
 from trainer.strategies.layers import in_fp8
 from trainer.strategies.single import Single, StepOptions
+from trainer.topology import ALONE
 
 OPTIONS = StepOptions(clip_norm=1.0, activation_checkpointing="none", compile=False)
 
@@ -74,6 +76,22 @@ def test_fp16_overflow_on_one_rank_is_everybodys() -> None:
     assert sorted(done.stdout.splitlines()) == expected
 
 
+@pytest.mark.slow
+def test_copies_of_a_pipeline_may_have_unequal_batches() -> None:
+    """Of 16 sequences a step one copy has 8 or 12: as if samples were left out. It is the same curve, and ends."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
+
+    def curve(of_first: int) -> list[float]:
+        words = [*command, "-m", "tests.strategies.unequal", str(of_first)]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr
+        return [float(number) for number in done.stdout.split()]
+
+    equal = curve(8)
+    assert len(equal) == 4
+    assert curve(12) == pytest.approx(equal, rel=1e-5)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_state_goes_on_exactly(precision: str) -> None:
     made = strategy(precision)
@@ -83,6 +101,22 @@ def test_state_goes_on_exactly(precision: str) -> None:
     other = strategy(precision)
     other.load_state(state)
     assert losses(other, 5) == expected
+
+
+def test_the_norm_of_short_gradients_is_not_rounded_to_their_type() -> None:
+    made = Single(schema.Single(name="single"), ALONE, Precision(ALONE.device), ragged.Objective(), OPTIONS)
+    gradients = [torch.full((100,), 0.25, dtype=torch.bfloat16) for _ in range(3)]
+    assert made.norm(gradients).item() == pytest.approx(0.25 * math.sqrt(300), rel=1e-6)
+
+
+def test_buffers_are_where_the_model_is_computed() -> None:
+    """Also if its parameters are elsewhere, in host memory."""
+    model = nn.BatchNorm1d(3)
+    model.running_mean += 2
+    materialise(model, torch.device("meta"), torch.device("cpu"))
+    assert model.weight.is_meta
+    assert model.running_mean.tolist() == [2, 2, 2]
+    assert set(model.state_dict()) == set(nn.BatchNorm1d(3).state_dict())
 
 
 class NoWaiting(TorchDispatchMode):

@@ -51,6 +51,8 @@ REFUSED = [
     (6, "strategy=hsdp strategy.shard_size=4"),
     (4, "strategy=pipeline strategy.stages=3"),
     (2, "strategy=pipeline model.layers=1"),
+    (2, "strategy=pipeline strategy.stages=1 strategy.schedule=zbv model.layers=1"),
+    (4, "strategy=pipeline strategy.stages=2 strategy.schedule=zbv strategy.data_parallel=fsdp"),
     (2, "strategy=pipeline strategy.schedule=zbv strategy.virtual_stages=3"),
     (2, "strategy=pipeline strategy.schedule=dualpipev strategy.micro_batches=2"),
     (4, "strategy=pipeline strategy.schedule=interleaved_1f1b strategy.micro_batches=9 model.layers=8"),

@@ -81,8 +81,9 @@ class Single:
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
     def norm(self, gradients: Sequence[Tensor]) -> Tensor:
-        """The global norm of the gradients of the whole model, of which these are here."""
-        return self.whole(torch.nn.utils.get_total_norm(gradients))
+        """The global norm of the gradients of the whole model, of which these are here; fp32 of gradients in bf16."""
+        norms = torch._foreach_norm(list(gradients), 2, wide(gradients[0]))
+        return self.whole(torch.linalg.vector_norm(torch.stack(norms)))
 
     def train_step(self, micro_batches: Sequence[Batch]) -> Sums:
         scale, sums = self.scale_of(micro_batches), Sums()

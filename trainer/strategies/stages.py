@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -65,6 +66,12 @@ def measure(
                 f"strategy=pipeline: the model {type(model).__name__} cannot be cut, it has no "
                 f"{', '.join(missing)} (see trainer.models.Cuttable); nearest: strategy=fsdp"
             )
+        if misplaced := _misplaced(model):
+            raise ConfigError(
+                f"strategy=pipeline: the model {type(model).__name__} cannot be cut: {', '.join(misplaced)} should be "
+                "in one of its blocks, or in its embedding_parts or head_parts (see trainer.models.Cuttable); nearest: "
+                "strategy=fsdp"
+            )
         batch = {name: fake.from_tensor(tensor).to(device) for name, tensor in factory.example().items()}
         x, embedding = _costed(lambda: model.embed(batch), _modules(model, model.embedding_parts))
         hidden = _empty(x)
@@ -75,6 +82,16 @@ def measure(
         outputs, head = _costed(lambda: model.project(x, batch), _modules(model, model.head_parts))
         tracked = list(objective.loss(outputs, batch)), list(objective.evaluate(outputs, batch))
         return Measured(embedding, blocks, head, hidden, _empty(outputs), tracked)
+
+
+def _misplaced(model: Cuttable) -> list[str]:
+    """Parameters that a cut would leave on processes that do not know of each other: of no part, or of several that are
+    not the two ends."""
+    ends = _modules(model, [*model.embedding_parts, *model.head_parts])
+    uses = Counter({id(parameter) for module in ends for parameter in module.parameters()})
+    for block in model.blocks:
+        uses.update({id(parameter) for parameter in block.parameters()})
+    return [name for name, parameter in cast(nn.Module, model).named_parameters() if uses[id(parameter)] != 1]
 
 
 def _costed(compute: Callable[[], Tensor], modules: Iterable[nn.Module]) -> tuple[Tensor, Cost]:

@@ -77,10 +77,11 @@ def spread_norm(gradients: Sequence[Tensor], device: torch.device, copies: int =
     stay on the host: a tensor of them would have the host wait for the device."""
     squares = torch.zeros((), dtype=torch.float64, device=device)
     dtype = torch.promote_types(gradients[0].dtype, torch.float32) if gradients else torch.float32
-    norms: dict[int, list[Tensor]] = {}  # by how many processes hold the gradient
-    for gradient, norm in zip(gradients, torch._foreach_norm(list(map(local, gradients)), 2, dtype), strict=True):
-        norms.setdefault(copies * _copies(gradient), []).append(norm)
-    for held_by, those in norms.items():
+    norms = torch._foreach_norm(list(map(local, gradients)), 2, dtype) if gradients else ()
+    by_copies: dict[int, list[Tensor]] = {}
+    for gradient, norm in zip(gradients, norms, strict=True):
+        by_copies.setdefault(copies * _copies(gradient), []).append(norm)
+    for held_by, those in by_copies.items():
         squares += torch.stack(those).double().square().sum().to(device) / held_by
     dist.all_reduce(squares)
     return squares.sqrt().to(dtype)

@@ -1,0 +1,43 @@
+"""One of four ranks of test_step.py: two copies of a pipeline, sharded over each other, one with fewer sequences.
+
+Prints, of each step, the loss a target and the gradient norm.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from tests.parity import cells
+from trainer import topology
+from trainer.build import plugin
+from trainer.config.compose import load
+from trainer.precision import Precision
+from trainer.strategies.single import StepOptions
+
+
+def main(of_first: int) -> None:
+    overrides = [
+        "strategy=pipeline", "strategy.stages=2", "strategy.data_parallel=fsdp", "strategy.virtual_stages=4",
+        "strategy.schedule=interleaved_zero_bubble", *(f"model.{value}" for value in cells.MODEL), "model.layers=8",
+    ]  # fmt: skip
+    joined = topology.join(timeout_s=60)
+    config = load(overrides, joined.world_size)
+    ranks = joined.used_as(config.layout(joined.world_size))
+    options = StepOptions(clip_norm=cells.CLIP, activation_checkpointing="none", compile=False)
+    strategy = plugin(config, "strategy")(config.strategy, ranks, Precision(ranks.device), cells.Objective(), options)
+    strategy.setup(cells.factory(config.model, torch.float32), cells.optimizer)
+    rows = slice(0, of_first) if ranks.dp_rank == 0 else slice(of_first, None)
+    for step in range(2):
+        sums = strategy.train_step([{name: value[rows] for name, value in cells.batch(step).items()}])
+        numbers = strategy.reduce({name: value.reshape(1) for name, value in sums.items()})
+        norm = float(strategy.update(cells.LR).grad_norm)
+        if ranks.is_main:
+            print(numbers["loss"][0] / numbers["count"][0], norm, flush=True)
+    strategy.close()
+    ranks.close()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
