@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import hashlib
 import itertools
 import json
@@ -56,8 +57,11 @@ class Topology:
     def mesh(self) -> DeviceMesh:
         """All processes as stages x copies x tensor: neighbours share the matrices of a layer, stages lie farthest
         apart."""
-        shape = (self.layout.stages, self.dp_size, self.layout.tensor)
-        return init_device_mesh(self.device.type, shape, mesh_dim_names=("stage", "data", "tensor"))
+        return self.mesh_of(stage=self.layout.stages, data=self.dp_size, tensor=self.layout.tensor)
+
+    def mesh_of(self, **sizes: int) -> DeviceMesh:
+        """All processes, in rows of these sizes. Its groups are made once, and are there until `close`."""
+        return _mesh(self.device.type, *sizes.items())
 
     def describe(self) -> dict[str, Any]:
         """What a checkpoint or report says of where a run ran."""
@@ -101,10 +105,17 @@ class Topology:
         """Leaves together: a rank that goes while another still sends would make it fail."""
         if self.control is not None:
             self.barrier()
+            _mesh.cache_clear()
             dist.destroy_process_group()
 
 
 ALONE = Topology(0, 1, 0, 1, torch.device("cpu"), 0, 1, None, None)  # a process that is no rank of a run
+
+
+@functools.cache
+def _mesh(device: str, *sizes: tuple[str, int]) -> DeviceMesh:
+    names, shape = zip(*sizes, strict=True)
+    return init_device_mesh(device, shape, mesh_dim_names=names)
 
 
 def _encoded(value: Any) -> torch.Tensor:

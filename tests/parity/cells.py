@@ -12,7 +12,6 @@ from functools import cache
 from itertools import product
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from trainer.build import plugin
@@ -184,7 +183,7 @@ def trained(
     spoil: Callable[[Single], None] | None = None,
 ) -> Curve:
     """The curve of the strategy under `precision`: fp64, fp32 or bf16. Weights are there on the main rank only."""
-    config, before = cell.config(), groups()
+    config = cell.config()
     ranks = ranks.used_as(config.layout(ranks.world_size))
     options = StepOptions(clip_norm=CLIP, activation_checkpointing=checkpointing, compile=False)
     compute = "bf16" if precision == "bf16" else "fp32"
@@ -204,10 +203,4 @@ def trained(
         norms.append(float(strategy.update(LR).grad_norm))
     weights = {name: tensor.clone() for name, tensor in strategy.full_weights()}
     strategy.close()
-    for group in [group for group in groups() if group not in before]:  # a run's last until its end, with their threads
-        dist.destroy_process_group(group)
     return Curve(losses, norms, weights)
-
-
-def groups() -> list[dist.ProcessGroup]:
-    return list(dist.distributed_c10d._world.pg_map)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from trainer.config import strategy as schema
@@ -71,8 +71,7 @@ class HSDP(FSDP):
     def copies(self, mesh: DeviceMesh) -> DeviceMesh:
         """Copies x shards of one."""
         size = self.config.shard_size or self.topology.local_size
-        shape = (self.topology.dp_size // size, size)
-        return init_device_mesh(self.topology.device.type, shape, mesh_dim_names=("replicate", "shard"))
+        return self.topology.mesh_of(replicate=self.topology.dp_size // size, shard=size)
 
 
 def shard(
