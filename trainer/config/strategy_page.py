@@ -33,7 +33,8 @@ COSTS = {
         "many nodes, a model that fits on one",
     ),
     "zero": Cost(
-        "P; stage 3: P / N", "P; stages 2, 3: P / N", "S / N; stage 0: S", "2 P; stage 3: 3 P",
+        "P; + P / N at stages 1, 2; 2 P / N at stage 3", "P; stages 2, 3: P / N", "S / N; stage 0: S",
+        "2 P; stage 3: 3 P",
         "DeepSpeed is what you know, or its optimizer on the CPU (offload_optimizer)",
     ),
     "pipeline": Cost(

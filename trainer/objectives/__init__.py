@@ -16,7 +16,7 @@ class Objective(Protocol):
         ...
 
     def loss(self, outputs: Tensor, batch: Batch) -> Sums:
-        """`loss` (a sum over targets, with its graph) and whatever else training should track."""
+        """`loss` (a sum over targets, with its graph) and `count`. Other sums are added up, but not recorded yet."""
         ...
 
     def evaluate(self, outputs: Tensor, batch: Batch) -> Sums:
