@@ -113,6 +113,7 @@ def test_only_what_is_to_come_may_change(mixture: tuple[str, ...], tmp_path: Pat
     assert {sequence[0][0] for sequence in late} == {"c.tar", "d.tar"}
 
 
+@pytest.mark.slow
 def test_other_texts_of_the_same_sizes_are_noticed(tmp_path: Path) -> None:
     write(tmp_path / "in", "a")
     overrides = (*BASE, f"data.shards={tmp_path}/in/a.tar", f"data.cache={tmp_path}/cache", "data.tokenizer=bytes")
@@ -131,7 +132,7 @@ def test_other_texts_of_the_same_sizes_are_noticed(tmp_path: Path) -> None:
     run.train()
 
 
-@pytest.fixture(params=["http", "s3"])
+@pytest.fixture(params=[pytest.param("http", marks=pytest.mark.slow), "s3"])
 def remote(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Where the shards of tmp_path/in can be had: by a web server that fails often, or from S3."""
     write(tmp_path / "in", "ab")

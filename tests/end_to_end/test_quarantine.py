@@ -79,6 +79,7 @@ def test_quarantine_goes_on_and_its_killed_twin_has_the_same_ledger(tmp_path: Pa
     assert_same_curve(resized, whole, 30)
 
 
+@pytest.mark.slow
 def test_documents_that_are_no_text(tmp_path: Path) -> None:
     overrides = shards(tmp_path / "in")
     with TarWriter(str(tmp_path / "in" / "d.tar")) as tar:

@@ -10,7 +10,7 @@ import pytest
 from tests.runs import Run, assert_same_bits, assert_same_curve
 
 STEPS = 30
-OPTIONS = (f"train.steps={STEPS}", "train.log_every=1", "train.clip_norm=0.5")
+OPTIONS = (f"train.steps={STEPS}", "train.log_every=1", "train.clip_norm=0.5", "model.layers=4")
 FSDP, HSDP = ("strategy=fsdp",), ("strategy=hsdp", "strategy.shard_size=2")
 
 
@@ -31,16 +31,32 @@ def test_fsdp_is_single_and_resumes_to_the_bit(single: Run, tmp_path: Path) -> N
     assert_same_bits(killed, whole)
 
 
-def test_from_one_strategy_into_another(single: Run, tmp_path: Path) -> None:
-    """Sharded by three, whole on two with accumulation and recomputation, sharded by two in two copies."""
-    run = Run(tmp_path / "run", 3, (*OPTIONS, *FSDP))
-    run.kill_at(13)
-    for procs, overrides, last in (
-        (2, ("strategy=ddp", "train.micro_batch=3", "train.activation_checkpointing=full"), 23),
-        (4, HSDP, None),
-    ):
-        life = replace(run, procs=procs, overrides=(*OPTIONS, *overrides))
-        life.kill_at(last) if last else life.train()
+PIPELINE, TENSOR = ("strategy=pipeline",), ("strategy=fsdp", "strategy.tensor_parallel=2")
+CHAINS = {
+    "fsdp 3, pipeline 2, ddp 2, hsdp 4": [
+        (3, FSDP),
+        (2, (*PIPELINE, "train.micro_batch=6")),
+        (2, ("strategy=ddp", "train.micro_batch=3", "train.activation_checkpointing=full")),
+        (4, HSDP),
+    ],
+    "zero 2, zbv 2, tensor 2 x 2, pipeline 2 x fsdp 2": [
+        (2, ("strategy=zero",)),
+        (2, (*PIPELINE, "strategy.schedule=zbv")),
+        (4, (*TENSOR, "strategy.sequence_parallel=true")),
+        (4, (*PIPELINE, "strategy.stages=2", "strategy.data_parallel=fsdp")),
+    ],
+}
+
+
+QUICK, OTHER = CHAINS
+
+
+@pytest.mark.parametrize("chain", [QUICK, pytest.param(OTHER, marks=pytest.mark.slow)])
+def test_from_one_strategy_into_another(chain: str, single: Run, tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    for life, (procs, overrides) in enumerate(CHAINS[chain]):
+        run = replace(run, procs=procs, overrides=(*OPTIONS, "checkpoint.every=5", *overrides))
+        run.kill_at(7 * (life + 1)) if life < 3 else run.train()
     assert_same_curve(run, single, STEPS)
 
 

@@ -21,10 +21,10 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Run:
     [
         (2, ()),
         (3, ()),
-        (4, ("train.micro_batch=2",)),
+        pytest.param(4, ("train.micro_batch=2",), marks=pytest.mark.slow),
         (1, ("train.micro_batch=6",)),
         (1, ("train.micro_batch=6", "train.activation_checkpointing=full")),
-        (1, ("train.micro_batch=6", "train.activation_checkpointing=selective")),
+        pytest.param(1, ("train.micro_batch=6", "train.activation_checkpointing=selective"), marks=pytest.mark.slow),
         (1, ("strategy=single", "data.workers=2")),
     ],
 )
@@ -46,6 +46,7 @@ def test_same_curve_with_dropout(tmp_path) -> None:
     assert_same_curve(together, alone, STEPS)
 
 
+@pytest.mark.slow
 def test_topology_changes_in_the_middle(single: Run, tmp_path) -> None:
     """Killed on 2 processes, continued on 3, finished on 1."""
     run = Run(tmp_path / "run", 2, (f"train.steps={STEPS}", "train.log_every=1"))
