@@ -26,6 +26,8 @@ MODELS = {"llama": LLAMA, "llama tied": (*LLAMA, "model.config.tie_word_embeddin
 STRATEGIES = {
     "fsdp": ("strategy=fsdp",),
     "ddp": ("strategy=ddp",),
+    "hsdp": ("strategy=hsdp",),
+    "zero": ("strategy=zero", "strategy.stage=3"),
     "pipeline": ("strategy=pipeline",),
     "tensor": (
         "strategy=fsdp", "strategy.tensor_parallel=2", "strategy.sequence_parallel=true", "strategy.loss_parallel=true"
