@@ -97,6 +97,7 @@ def test_order_is_known_beforehand(whole: Run, mixture: tuple[str, ...], tmp_pat
         assert "--steps" in done.stderr
 
 
+@pytest.mark.slow
 def test_only_what_is_to_come_may_change(mixture: tuple[str, ...], tmp_path: Path) -> None:
     run = Run(tmp_path / "run", 1, (*mixture, "train.steps=16"))
     run.train()

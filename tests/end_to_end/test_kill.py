@@ -29,7 +29,7 @@ def killed_and_undisturbed(folder: Path, procs: int, kills: int) -> tuple[Run, R
     return run, undisturbed
 
 
-@pytest.mark.parametrize("procs", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("procs", [3, *(pytest.param(procs, marks=pytest.mark.slow) for procs in (2, 4))])
 def test_killed_run_ends_the_same(procs: int, tmp_path: Path) -> None:
     assert_same_bits(*killed_and_undisturbed(tmp_path, procs, kills=1))
 

@@ -121,7 +121,8 @@ def test_what_was_left_out_stays_out_though_it_can_be_read_again(tmp_path: Path)
     assert run.status()["state"] == "finished"
 
 
-@pytest.mark.parametrize("field", ["txt", pytest.param("u16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("field", ["txt", "u16"])
 def test_a_shard_that_is_damaged_while_the_run_goes_on(tmp_path: Path, field: str) -> None:
     """Killed behind that and started again, it takes the shard as it was: the curve of the run that was not killed."""
     overrides = (*shards(tmp_path / "in", field), "data.on_error=quarantine")

@@ -20,7 +20,7 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Run:
     ("procs", "overrides"),
     [
         (2, ()),
-        (3, ()),
+        pytest.param(3, (), marks=pytest.mark.slow),
         pytest.param(4, ("train.micro_batch=2",), marks=pytest.mark.slow),
         (1, ("train.micro_batch=6",)),
         (1, ("train.micro_batch=6", "train.activation_checkpointing=full")),
