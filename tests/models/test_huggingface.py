@@ -104,10 +104,10 @@ def test_initial_values_are_those_of_transformers(architecture: str) -> None:
     torch.manual_seed(0)
     theirs = dict(getattr(transformers, architecture)(ours.config).named_parameters())
     for name, parameter in ours.named_parameters():
-        deviation = theirs[name].std().item()
-        assert parameter.std().item() == pytest.approx(deviation, rel=0.05), name
-        by_chance = 5 * deviation * (2 / parameter.numel()) ** 0.5
-        assert parameter.mean().item() == pytest.approx(theirs[name].mean().item(), abs=by_chance), name
+        deviation, by_chance = theirs[name].std().item(), 5 * parameter.numel() ** -0.5
+        assert parameter.std().item() == pytest.approx(deviation, rel=by_chance), name
+        mean = theirs[name].mean().item()
+        assert parameter.mean().item() == pytest.approx(mean, abs=by_chance * deviation * 2**0.5), name
 
 
 def test_what_its_parameters_are() -> None:
