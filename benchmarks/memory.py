@@ -1,4 +1,4 @@
-"""How much memory a process of each strategy takes: `python benchmarks/memory.py` writes memory.json, in 5 minutes.
+"""How much memory a process of each strategy takes: `python benchmarks/memory.py` writes memory.json, in 10 minutes.
 
 A GPT of 85M parameters (fp32: 341 MB; gradients and AdamW's state three times as much again) takes steps on 4
 processes. Peaks are the kernel's (VmHWM) up to the second step, less those of the same command with a model of 0.01M,
