@@ -44,10 +44,6 @@ class Precision:
         return cls(device, compute, config.param, config.reduce)
 
     @property
-    def param_dtype(self) -> torch.dtype:
-        return DTYPES[self.param]
-
-    @property
     def reduce_dtype(self) -> torch.dtype:
         return DTYPES[self.reduce]
 

@@ -14,6 +14,7 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
+from tests.strategies.ragged import EPSILON, LENGTH, LR, VOCABULARY, Objective, batch, optimizer
 from trainer.build import plugin
 from trainer.config import Config
 from trainer.config.compose import load
@@ -25,10 +26,7 @@ from trainer.precision import Precision
 from trainer.strategies.single import Single, StepOptions
 from trainer.topology import Topology
 
-VOCABULARY, LENGTH, SEQUENCES, STEPS, CLIP, LR = 50, 16, 16, 5, 0.1, 0.01
-# AdamW multiplies the rounding of a small gradient by up to LR / epsilon: with an epsilon of 1e-8 that alone would be
-# 5e-6 of a weight in fp32, more or less with the CPU.
-EPSILON = 1e-4
+SEQUENCES, STEPS, CLIP = 16, 5, 0.1
 MODEL = ["width=16", "heads=2", "dropout=0", "positions=learned", "activation=gelu", "bias=true"]
 
 
@@ -98,32 +96,6 @@ def rounded_cells() -> Iterator[Cell]:
             yield replace(cell, overrides=f"{cell.overrides} precision.reduce=bf16")
 
 
-class Objective:
-    """Causal LM without the text statistics."""
-
-    def count(self, batch: dict[str, Tensor]) -> int:
-        return int((batch["targets"] != IGNORE).sum())
-
-    def loss(self, outputs: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        targets = batch["targets"].flatten()
-        logits = outputs.flatten(0, 1)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        loss = nn.functional.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
-        return {"loss": loss, "count": (targets != IGNORE).sum()}
-
-    evaluate = loss
-
-
-def batch(step: int) -> dict[str, Tensor]:
-    """Sequence i keeps about i / SEQUENCES of its targets, the first one none."""
-    generator = torch.Generator().manual_seed(step)
-    tokens = torch.randint(0, VOCABULARY, (SEQUENCES, LENGTH + 1), generator=generator)
-    share = torch.arange(SEQUENCES)[:, None] / SEQUENCES
-    masked = torch.rand(SEQUENCES, LENGTH, generator=generator) >= share
-    targets = tokens[:, 1:].masked_fill(masked, IGNORE)
-    return {"inputs": tokens[:, :-1], "targets": targets, "draws": torch.arange(SEQUENCES)}
-
-
 def factory(shape: GPT.Config, dtype: torch.dtype) -> ModelFactory:
     return ModelFactory(
         lambda: of_type(GPT(shape, VOCABULARY, LENGTH), dtype), seed=5, example=lambda: rows(0, SEQUENCES)
@@ -131,11 +103,7 @@ def factory(shape: GPT.Config, dtype: torch.dtype) -> ModelFactory:
 
 
 def rows(first: int, every: int, step: int = 0) -> dict[str, Tensor]:
-    return {name: tensor[first::every] for name, tensor in batch(step).items()}
-
-
-def optimizer(module: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(module.parameters(), lr=LR, eps=EPSILON, fused=True)
+    return {name: tensor[first::every] for name, tensor in batch(step, SEQUENCES).items()}
 
 
 @dataclass
@@ -162,7 +130,7 @@ def reference(layers: int) -> Curve:
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, eps=EPSILON)
     losses, norms = [], []
     for step in range(STEPS):
-        data = batch(step)
+        data = batch(step, SEQUENCES)
         logits = model(data).flatten(0, 1)
         loss = nn.functional.cross_entropy(logits, data["targets"].flatten(), ignore_index=IGNORE)
         optimizer.zero_grad()

@@ -26,8 +26,12 @@ class Objective:
 
     def loss(self, outputs: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         targets = batch["targets"].flatten()
-        loss = nn.functional.cross_entropy(outputs.flatten(0, 1), targets, ignore_index=IGNORE, reduction="sum")
+        logits = outputs.flatten(0, 1)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        loss = nn.functional.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
         return {"loss": loss, "count": (targets != IGNORE).sum()}
+
+    evaluate = loss
 
 
 def factory(dtype: torch.dtype) -> ModelFactory:
@@ -42,11 +46,11 @@ def optimizer(module: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(module.parameters(), lr=LR, eps=EPSILON, fused=True)
 
 
-def batch(step: int) -> dict[str, Tensor]:
-    """Sequence i keeps about i / SEQUENCES of its targets, the first one none."""
+def batch(step: int, sequences: int = SEQUENCES) -> dict[str, Tensor]:
+    """Sequence i keeps about i / sequences of its targets, the first one none."""
     generator = torch.Generator().manual_seed(step)
-    tokens = torch.randint(0, VOCABULARY, (SEQUENCES, LENGTH + 1), generator=generator)
-    share = torch.arange(SEQUENCES)[:, None] / SEQUENCES
-    masked = torch.rand(SEQUENCES, LENGTH, generator=generator) >= share
+    tokens = torch.randint(0, VOCABULARY, (sequences, LENGTH + 1), generator=generator)
+    share = torch.arange(sequences)[:, None] / sequences
+    masked = torch.rand(sequences, LENGTH, generator=generator) >= share
     targets = tokens[:, 1:].masked_fill(masked, IGNORE)
-    return {"inputs": tokens[:, :-1], "targets": targets, "draws": torch.arange(SEQUENCES)}
+    return {"inputs": tokens[:, :-1], "targets": targets, "draws": torch.arange(sequences)}

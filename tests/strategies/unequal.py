@@ -10,6 +10,7 @@ import sys
 import torch
 
 from tests.parity import cells
+from tests.strategies import ragged
 from trainer import topology
 from trainer.build import plugin
 from trainer.config.compose import load
@@ -26,13 +27,13 @@ def main(of_first: int) -> None:
     config = load(overrides, joined.world_size)
     ranks = joined.used_as(config.layout(joined.world_size))
     options = StepOptions(clip_norm=cells.CLIP, activation_checkpointing="none", compile=False)
-    strategy = plugin(config, "strategy")(config.strategy, ranks, Precision(ranks.device), cells.Objective(), options)
-    strategy.setup(cells.factory(config.model, torch.float32), cells.optimizer)
+    strategy = plugin(config, "strategy")(config.strategy, ranks, Precision(ranks.device), ragged.Objective(), options)
+    strategy.setup(cells.factory(config.model, torch.float32), ragged.optimizer)
     rows = slice(0, of_first) if ranks.dp_rank == 0 else slice(of_first, None)
     for step in range(2):
-        sums = strategy.train_step([{name: value[rows] for name, value in cells.batch(step).items()}])
+        sums = strategy.train_step([{name: value[rows] for name, value in cells.rows(0, 1, step).items()}])
         numbers = strategy.reduce({name: value.reshape(1) for name, value in sums.items()})
-        norm = float(strategy.update(cells.LR).grad_norm)
+        norm = float(strategy.update(ragged.LR).grad_norm)
         if ranks.is_main:
             print(numbers["loss"][0] / numbers["count"][0], norm, flush=True)
     strategy.close()

@@ -6,6 +6,7 @@ Parameters keep the names that transformers gives them, so that exported weights
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
@@ -22,7 +23,7 @@ from trainer.models.gpt import document_mask
 from trainer.models.tensor_parallel import Whole
 
 
-class HuggingFace(nn.Module):
+class HuggingFace(nn.Module, ABC):
     """The modules of a model of transformers, under the names they have there, called layer by layer.
 
     A subclass knows one layout of models: where its parts are, and how a layer is called.
@@ -59,13 +60,13 @@ class HuggingFace(nn.Module):
     def blocks(self) -> nn.ModuleList:
         return cast(nn.ModuleList, self.get_submodule(self.layers))
 
+    @abstractmethod
     def embed(self, batch: dict[str, Tensor]) -> Tensor:
         """What goes into the first block, [B, T, width]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def run(self, blocks: Iterable[nn.Module], x: Tensor, batch: dict[str, Tensor]) -> Tensor:
         """`x` [B, T, width] behind these of the blocks."""
-        raise NotImplementedError
 
     def project(self, x: Tensor, batch: dict[str, Tensor]) -> Tensor:
         """Logits of what comes out of the last block."""

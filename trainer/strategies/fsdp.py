@@ -90,11 +90,10 @@ def shard(
     (`prepare`); splitting of matrices and gathering are outside of both.
     """
     options: dict[str, Any] = {"mesh": mesh}
+    rounded = precision.reduce != precision.param
     options["mp_policy"] = MixedPrecisionPolicy(
         param_dtype=precision.compute_dtype if gather == "compute" else None,
-        reduce_dtype=precision.reduce_dtype
-        if precision.reduce != precision.param
-        else None,  # None: that of the gradients
+        reduce_dtype=precision.reduce_dtype if rounded else None,  # None: that of the gradients
         cast_forward_inputs=False,  # autocast does it
     )
     if cpu_offload:
