@@ -1,4 +1,4 @@
-"""How much memory a process of each strategy takes: `python benchmarks/memory.py` writes memory.json, in 10 minutes.
+"""How much memory a process of each strategy takes: `python benchmarks/memory.py` writes memory.json, in 12 minutes.
 
 A GPT of 85M parameters (fp32: 341 MB; gradients and AdamW's state three times as much again) takes steps on 4
 processes. Peaks are the kernel's (VmHWM) up to the second step, less those of the same command with a model of 0.01M,
@@ -25,6 +25,7 @@ STRATEGIES = {
     "fsdp": ["strategy=fsdp"],
     "hsdp, 2 x 2": ["strategy=hsdp", "strategy.shard_size=2"],
     "zero 3": ["strategy=zero", "strategy.stage=3"],
+    "zero 3, buckets of 10 MiB": ["strategy=zero", "strategy.stage=3", "strategy.bucket_mb=10"],
     "pipeline": ["strategy=pipeline"],
     "pipeline 2 x fsdp 2": ["strategy=pipeline", "strategy.stages=2", "strategy.data_parallel=fsdp"],
     "tensor 2 x fsdp 2": ["strategy=fsdp", "strategy.tensor_parallel=2"],

@@ -51,11 +51,12 @@ class Precision:
     def compute_dtype(self) -> torch.dtype:
         return DTYPES["bf16" if self.compute == "fp8" else self.compute]
 
-    def autocast(self) -> AbstractContextManager[object]:
+    def autocast(self, cache: bool = True) -> AbstractContextManager[object]:
+        """`cache`: a weight is cast once, and its copy kept to the end of the context."""
         if self.compute == self.param == "fp32":
             return nullcontext()
         enabled = self.compute != self.param
-        return torch.autocast(self.device.type, dtype=self.compute_dtype, enabled=enabled)
+        return torch.autocast(self.device.type, dtype=self.compute_dtype, enabled=enabled, cache_enabled=cache)
 
     def scaler(self) -> LossScaler:
         return LossScaler(enabled=self.compute == "fp16")

@@ -7,10 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from tests.runs import Run, assert_same_bits, assert_same_curve
 from trainer.config.compose import load
 from trainer.errors import ConfigError
+from trainer.strategies.zero_engine import released_saved
 
 pytest.importorskip("deepspeed")
 
@@ -88,3 +92,24 @@ def test_into_and_from_others_in_mid_run(single: Run, tmp_path: Path) -> None:
 def test_refused(overrides: tuple[str, ...], problem: str) -> None:
     with pytest.raises(ConfigError, match=problem):
         load(["strategy=zero", *overrides], 2)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_what_autograd_saves_keeps_no_parameter_alive(bf16: bool) -> None:
+    """A parameter is let go behind its layer; gathered again, it lies at another place of another buffer."""
+    value, x = torch.randn(6, 4), torch.randn(2, 3, 4, requires_grad=True)
+    weight, bias = torch.nn.Parameter(value.clone()), torch.nn.Parameter(torch.randn(6))
+    weight.ds_tensor = "as DeepSpeed marks its own"  # type: ignore[attr-defined]
+    expected, x2 = value.clone().requires_grad_(), x.detach().clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16, cache_enabled=False):
+        with released_saved():
+            out = F.linear(x, weight, bias)
+        reference = F.linear(x2, expected, bias.detach())
+    gathered = StorageWeakRef(weight.untyped_storage())
+    weight.data = torch.empty(0)
+    assert gathered.expired()
+    weight.data = torch.cat([torch.zeros(7), value.flatten()])[7:].view(6, 4)
+    out.square().sum().backward()
+    reference.square().sum().backward()
+    for ours, theirs in ((x.grad, x2.grad), (weight.grad, expected.grad)):
+        assert torch.equal(ours, theirs)  # type: ignore[arg-type]

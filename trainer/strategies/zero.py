@@ -22,7 +22,14 @@ from trainer.objectives import Batch, Sums
 from trainer.strategies.base import OptimizerFactory, Update
 from trainer.strategies.layers import prepare
 from trainer.strategies.single import Single, to_device
-from trainer.strategies.zero_engine import cpu_optimizer, deepspeed_config, flat_tensors, import_deepspeed, piece
+from trainer.strategies.zero_engine import (
+    cpu_optimizer,
+    deepspeed_config,
+    flat_tensors,
+    import_deepspeed,
+    piece,
+    released_saved,
+)
 
 
 class Zero(Single):
@@ -39,7 +46,6 @@ class Zero(Single):
             self.own_group = True
         self.deepspeed.init_distributed(dist_init_required=False, verbose=False)
         self.mesh = self.topology.mesh()["data"] if self.parallel else None
-        self.files = {"deepspeed.json": deepspeed_config(self.config, self.precision, self.options.clip_norm)}
         super().setup(model_factory, optimizer_factory)
 
     def build(self, model_factory: ModelFactory) -> nn.Module:
@@ -76,12 +82,14 @@ class Zero(Single):
         forward = model.forward
 
         def autocast(*arguments: Any) -> Any:  # inside of the engine, which switches off what it is called in
-            with self.precision.autocast():
+            with self.precision.autocast(cache=self.config.stage < 3):
                 return forward(*arguments)
 
         model.forward = autocast
         optimizer = cpu_optimizer(self.optimizer) if self.config.offload_optimizer else self.optimizer
-        config = self.files["deepspeed.json"]
+        largest = max(map(_elements, getattr(model, "blocks", [model])))
+        config = deepspeed_config(self.config, self.precision, self.options.clip_norm, largest)
+        self.files = {"deepspeed.json": config}
         self.engine, *_ = self.deepspeed.initialize(
             model=model, optimizer=optimizer, config=config, dist_init_required=False
         )
@@ -91,7 +99,8 @@ class Zero(Single):
 
     def loss_of(self, model: nn.Module, batch: Batch) -> Sums:
         batch = to_device(batch, self.topology.device)
-        return self.objective.loss(model(batch), batch)
+        with released_saved() if self.config.stage == 3 else nullcontext():
+            return self.objective.loss(model(batch), batch)
 
     def sync(self, last: bool) -> AbstractContextManager[object]:
         self.engine.set_gradient_accumulation_boundary(last)
@@ -112,7 +121,7 @@ class Zero(Single):
 
     def state(self) -> dict[str, Tensor]:
         """Shards in dimension 0, in host memory. Parameters are put together one at a time."""
-        self._materialise()
+        self._settle()
         tensors = self.model.state_dict(keep_vars=True)
         state = {f"model/{name}": self._shard(self._weight(tensor)) for name, tensor in tensors.items()}
         for name, parameter in self.model.named_parameters():
@@ -125,7 +134,7 @@ class Zero(Single):
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        self._materialise()
+        self._settle()
         tensors = self.model.state_dict(keep_vars=True)
         for path, tensor in state.items():
             what, _, name = path.partition("/")
@@ -143,6 +152,7 @@ class Zero(Single):
                 values[kind] = type(values[kind])(whole.item())
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
+        self.engine.empty_partition_cache()
         for name, tensor in self.model.state_dict(keep_vars=True).items():
             weight = self._weight(tensor)
             if self.topology.is_main:
@@ -201,6 +211,11 @@ class Zero(Single):
         sizes: dict[str, Any] = {"shape": whole.shape, "stride": whole.stride()}
         return DTensor.from_local(part, self.mesh, [Shard(0)], run_check=False, **sizes).to("cpu")
 
+    def _settle(self) -> None:
+        """There is optimizer state, and no parameter is on its way here as it was prefetched."""
+        self._materialise()
+        self.engine.empty_partition_cache()
+
     def _materialise(self) -> None:
         """As `Single`, for flat parameters: DeepSpeed shows them to the optimizer only while it steps, and has buffers
         of its own for their gradients."""
@@ -224,6 +239,10 @@ class Zero(Single):
         for values in self.optimizer.state.values():
             for kind, value in values.items():
                 values[kind] = value.zero_() if isinstance(value, Tensor) else type(value)()
+
+
+def _elements(layer: nn.Module) -> int:
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in layer.parameters())
 
 
 def _is_flat(value: Any) -> bool:

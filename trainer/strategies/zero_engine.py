@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,12 +23,16 @@ log = logging.getLogger("onecurve")
 INSTALL = "pip install torch setuptools, then DS_BUILD_OPS=0 pip install --no-build-isolation 'onecurve[deepspeed]'"
 
 
-def deepspeed_config(config: schema.Zero, precision: Precision, clip_norm: float) -> dict[str, Any]:
-    """DeepSpeed's JSON, all of it made from our config. It counts buckets in elements of 4 bytes."""
+def deepspeed_config(config: schema.Zero, precision: Precision, clip_norm: float, layer: int) -> dict[str, Any]:
+    """DeepSpeed's JSON, all of it made from our config. It counts buckets in elements of 4 bytes; `layer`: elements of
+    the model's largest layer."""
     bucket = config.bucket_mb * 2**20 // 4
     zero: dict[str, Any] = {"stage": config.stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
     if config.stage == 3:
-        zero |= {"stage3_prefetch_bucket_size": bucket, "memory_efficient_linear": False}  # which casts by itself
+        # The layer at work and the next one are gathered, no more: as little as overlap asks for.
+        zero |= {"stage3_prefetch_bucket_size": layer, "stage3_max_live_parameters": 2 * layer}
+        zero |= {"stage3_max_reuse_distance": 0}
+        zero |= {"memory_efficient_linear": False}  # `released_saved` is for every layer, and leaves casts to autocast
     host = {"device": "cpu", "pin_memory": precision.device.type == "cuda"}
     zero |= {"offload_optimizer": host} if config.offload_optimizer else {}
     zero |= {"offload_param": host} if config.offload_parameters else {}
@@ -76,6 +81,41 @@ def piece(engine: Any, parameter: Any) -> Piece:
         return Piece(0, 0, 0)
     here = mapping.hp_fragment_address
     return Piece(here.start, here.numel, mapping.lp_fragment_address.start)
+
+
+class _OfParameter(NamedTuple):
+    """Instead of a tensor that autograd saves: how it is made of a parameter."""
+
+    parameter: nn.Parameter
+    dtype: torch.dtype
+    layout: tuple[torch.Size, tuple[int, ...], int]  # size, stride, offset
+
+
+def released_saved() -> AbstractContextManager[object]:
+    """For forward passes of stage 3: what autograd saves for backward keeps no gathered parameter alive.
+
+    DeepSpeed lets go of a parameter behind its layer and gathers it again for backward. But what a layer saves is a
+    view of it (a linear layer's transposed weight) or of autocast's copy of it: all of them would be there at once.
+    """
+
+    def pack(tensor: Tensor) -> Tensor | _OfParameter:
+        base = tensor if tensor._base is None else tensor._base
+        node: Any = base.grad_fn
+        cast = type(node).__name__ == "ToCopyBackward0"
+        parameter: Any = getattr(node.next_functions[0][0], "variable", None) if cast else base
+        if parameter is tensor or not hasattr(parameter, "ds_tensor"):
+            return tensor
+        offset = int(tensor.storage_offset() - base.storage_offset())  # gathered again, it may lie elsewhere
+        return _OfParameter(parameter, base.dtype, (tensor.size(), tensor.stride(), offset))
+
+    def unpack(saved: Tensor | _OfParameter) -> Tensor:
+        if isinstance(saved, Tensor):
+            return saved
+        value = saved.parameter.detach().to(saved.dtype)
+        size, stride, offset = saved.layout
+        return value.as_strided(size, stride, value.storage_offset() + offset)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 def import_deepspeed(device: torch.device) -> Any:
