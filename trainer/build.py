@@ -19,6 +19,7 @@ from trainer import __version__
 from trainer.checkpoint.save import Saver
 from trainer.config import Config, schema
 from trainer.config.check import import_plugin
+from trainer.data.stream import Stream
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError
 from trainer.extras import without_apex, without_torchao
@@ -34,6 +35,7 @@ from trainer.optim.lion import lion
 from trainer.optim.muon import muon
 from trainer.optim.schedule import constant, linear, warmup_cosine, wsd
 from trainer.precision import DTYPES, Precision
+from trainer.resilience.agreement import AgreedStream
 from trainer.resilience.interruption import Requests
 from trainer.resilience.quarantine import Quarantine
 from trainer.resilience.timeledger import TimeLedger
@@ -134,6 +136,11 @@ def build_journal(config: Config, topology: Topology, folder: Path) -> Journal:
     return Journal(topology, info, Trackers(JsonLines(folder), others), config.data.ledger)
 
 
+def build_stream(stream: Stream, topology: Topology) -> Stream | AgreedStream:
+    alike = topology.layout.processes == 1 or not stream.share.tolerant
+    return stream if alike else AgreedStream(stream, topology)
+
+
 def build_quarantine(config: Config, topology: Topology, folder: RunFolder) -> Quarantine:
     budget = config.data.error_budget if config.data.on_error == "quarantine" else None
     return Quarantine(folder.path, topology, budget, resumed=folder.found is not None)
@@ -152,7 +159,7 @@ def build(
         topology=topology,
         strategy=strategy,
         schedule=plugin(config, "schedule")(config.schedule, config.optimizer.lr, config.train.steps),
-        stream=inputs.stream,
+        stream=build_stream(inputs.stream, topology),
         validation=inputs.validation,
         saver=Saver(folder.path / CHECKPOINTS, topology, checkpoint.keep, checkpoint.asynchronous),
         requests=Requests(folder.path, watch_files=topology.is_main),

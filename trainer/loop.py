@@ -19,6 +19,7 @@ from trainer.errors import Interrupted, TrainingError
 from trainer.folder import Identity, RunFolder
 from trainer.objectives import Sums
 from trainer.optim.schedule import Schedule
+from trainer.resilience.agreement import AgreedStream
 from trainer.resilience.interruption import SAVE, STOP, Requests
 from trainer.resilience.quarantine import Quarantine
 from trainer.resilience.timeledger import TimeLedger
@@ -46,7 +47,7 @@ class Job:
     topology: Topology
     strategy: Strategy
     schedule: Schedule
-    stream: Stream
+    stream: Stream | AgreedStream
     validation: Iterable[Batch] | None
     saver: Saver
     requests: Requests

@@ -44,15 +44,19 @@ class Topology:
         return self.rank == 0
 
     @property
+    def dp_ranks(self) -> list[int]:
+        """`dp_rank` of every process."""
+        return [rank // self.layout.tensor % self.dp_size for rank in range(self.world_size)]
+
+    @property
     def speaks(self) -> bool:
         """Whether this process tells of its data, for all that take the same: the first of them."""
         return self.rank == self.dp_rank * self.layout.tensor
 
     def used_as(self, layout: Layout) -> Topology:
         """The same processes in another layout."""
-        dp_size = self.world_size // layout.processes
-        dp_rank = self.rank // layout.tensor % dp_size
-        return replace(self, dp_rank=dp_rank, dp_size=dp_size, layout=layout)
+        there = replace(self, dp_size=self.world_size // layout.processes, layout=layout)
+        return replace(there, dp_rank=there.dp_ranks[self.rank])
 
     def mesh(self) -> DeviceMesh:
         """All processes as stages x copies x tensor: neighbours share the matrices of a layer, stages lie farthest

@@ -1,0 +1,52 @@
+"""A copy of the model, spread over processes, trains on one batch: what one of them cannot read, none of them uses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, replace
+
+from trainer.data.faults import Fault
+from trainer.data.stream import Slot, StepData, Stream
+from trainer.topology import Topology
+
+
+class AgreedStream:
+    """A tolerant `Stream` of pipeline or tensor parallel, where each process reads for itself. One small collective a
+    step; a step on which they differ is made again without what any of them left out."""
+
+    def __init__(self, stream: Stream, topology: Topology):
+        self._stream, self._topology = stream, topology
+        self._left_out: frozenset[Slot] = frozenset()
+
+    @property
+    def faults(self) -> list[Fault]:
+        return self._stream.faults
+
+    def seek(self, done: int, left_out: Iterable[Slot] = ()) -> None:
+        self._left_out = frozenset(left_out)
+        self._stream.seek(done, self._left_out)
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def __iter__(self) -> AgreedStream:
+        return self
+
+    def __next__(self) -> StepData:
+        data, known = next(self._stream), dict[Slot, Fault]()
+        while True:
+            own = [[*slot, asdict(fault)] for slot, fault in data.faults]
+            told = [[(Slot(*slot), Fault(**fault)) for *slot, fault in part] for part in self._topology.gather(own)]
+            copies = self._topology.dp_size
+            new = {slot: fault for part in told for slot, fault in part}
+            settled = all(  # of every copy, so that all processes go on together
+                {slot for slot, _ in told[rank]} == {slot for slot in new if slot.number % copies == copy}
+                for rank, copy in enumerate(self._topology.dp_ranks)
+            )
+            mine = {slot: fault for slot, fault in new.items() if slot.number % copies == self._topology.dp_rank}
+            known |= mine
+            if settled:
+                return replace(data, faults=sorted(known.items()))
+            if mine:
+                self._stream.seek(data.step - 1, self._left_out | known.keys())
+                data = next(self._stream)
