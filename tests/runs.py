@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from trainer.checkpoint.format import SafeReader, verify
-from trainer.checkpoint.load import Found, candidates, read
+from trainer.checkpoint.format import verify
+from trainer.checkpoint.load import Found, read_all
+from trainer.checkpoint.retention import candidates
 
 # Small enough for seconds, with everything in it: two layers, accumulation possible, all topologies up to 4 divide.
 # The learning rate is one at which the model's gradient is a tame function of its weights: at 0.01 a relative change of
@@ -130,13 +130,7 @@ class Run:
     def weights(self) -> dict[str, torch.Tensor]:
         """Every tensor of the newest checkpoint: model, optimizer."""
         path = candidates(self.folder / "checkpoints")[-1]
-        stored = SafeReader(path).read_metadata().state_dict_metadata
-        tensors = {}
-        for name, item in stored.items():
-            assert isinstance(item, TensorStorageMetadata)
-            tensors[name] = torch.empty(item.size, dtype=item.properties.dtype)
-        read(Found(path, verify(path)), tensors)
-        return tensors
+        return read_all(Found(path, verify(path)))
 
 
 def descendants(pid: int) -> list[int]:

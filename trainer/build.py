@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from trainer import __version__
+from trainer.checkpoint.retention import Retention
 from trainer.checkpoint.save import Saver
 from trainer.config import Config, schema
 from trainer.config.check import import_plugin
@@ -161,7 +162,13 @@ def build(
         schedule=plugin(config, "schedule")(config.schedule, config.optimizer.lr, config.train.steps),
         stream=build_stream(inputs.stream, topology),
         validation=inputs.validation,
-        saver=Saver(folder.path / CHECKPOINTS, topology, checkpoint.keep, checkpoint.asynchronous),
+        saver=Saver(
+            folder.path / CHECKPOINTS,
+            topology,
+            Retention(checkpoint.keep, checkpoint.keep_every, checkpoint.keep_best),
+            asynchronous=checkpoint.asynchronous,
+            overrun=checkpoint.overrun,
+        ),
         requests=Requests(folder.path, watch_files=topology.is_main),
         journal=build_journal(config, topology, folder.path),
         quarantine=build_quarantine(config, topology, folder),

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from trainer.checkpoint.load import newest_everywhere
+from trainer.checkpoint.load import newest_for
 from trainer.config import Config
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError, OnecurveError, TrainingError
@@ -48,7 +48,7 @@ class RunFolder:
             blind = [rank for rank, sees in enumerate(topology.gather((self.path / "logs").is_dir())) if not sees]
             if blind:
                 raise ConfigError(f"run.dir={self.path}: ranks {blind} do not see it; all nodes must share its storage")
-            self.found, self.events = newest_everywhere(self.path / CHECKPOINTS, topology)
+            self.found, self.events = newest_for(self.path / CHECKPOINTS, topology, config.checkpoint.verify == "full")
             if self.found:
                 self.events += _continues(self.found.manifest, identity(self.found.manifest["step"]), config, self.path)
             problem = self._begin(config, born) if topology.is_main else None

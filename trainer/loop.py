@@ -132,10 +132,10 @@ def restore(job: Job) -> Progress:
     for event in job.folder.events:
         job.journal.event(**event)
     if found:
-        state = job.strategy.state()
+        state = dict(job.strategy.state())
         if found.manifest["config"]["optimizer"]["name"] != job.config.optimizer.name:  # another one begins anew
             state = {name: tensor for name, tensor in state.items() if not name.startswith("optimizer/")}
-        read(found, state, job.topology)
+        read(found, state)
         job.strategy.load_state(state)
         job.saver.last_step = progress.step
     for event in job.quarantine.opened(job.stream.faults):

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import random
 from pathlib import Path
 
 import pytest
 import torch
 
-from trainer import topology
-from trainer.checkpoint.format import Damaged, SafeReader, folder_name, verify
-from trainer.checkpoint.load import candidates, newest, read
+from trainer.checkpoint.format import Damaged, folder_name, verify
+from trainer.checkpoint.load import newest, read
+from trainer.checkpoint.retention import Retention, candidates
 from trainer.checkpoint.save import Saver
 from trainer.errors import TrainingError
+from trainer.topology import ALONE
 
 
 def tensors(value: float) -> dict[str, torch.Tensor]:
@@ -24,7 +24,7 @@ def tensors(value: float) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def saver(tmp_path: Path) -> Saver:
-    return Saver(tmp_path, topology.join(timeout_s=60), keep=2, asynchronous=False)
+    return Saver(tmp_path, ALONE, Retention(keep=2), asynchronous=False, pauses=())
 
 
 def save(saver: Saver, *steps: int) -> list[str]:
@@ -49,7 +49,7 @@ def test_saves_and_restores(saver: Saver) -> None:
 
 
 def test_what_is_saved_is_what_was(tmp_path: Path) -> None:
-    saver = Saver(tmp_path, topology.join(timeout_s=60), keep=2, asynchronous=True)
+    saver = Saver(tmp_path, ALONE, Retention())
     state = tensors(1)
     saver.save(1, state, {})
     state["model/a"].zero_()  # training goes on at once
@@ -60,7 +60,7 @@ def test_what_is_saved_is_what_was(tmp_path: Path) -> None:
 
 def test_keeps_the_newest(saver: Saver) -> None:
     save(saver, 1, 2, 3, 4)
-    assert sorted(path.name for path in saver.folder.iterdir()) == [folder_name(3), folder_name(4)]
+    assert sorted(path.name for path in saver.folder.iterdir()) == [".writer", folder_name(3), folder_name(4)]
 
 
 def test_a_step_is_saved_once(saver: Saver) -> None:
@@ -73,21 +73,27 @@ def damage_cases() -> dict:
         data[int(where * (len(data) - 1))] ^= 1 << random.Random(where).randrange(8)
         path.write_bytes(data)
 
+    def zero(path: Path) -> None:
+        data = path.read_bytes()
+        path.write_bytes(data[:4096] + bytes(4096) + data[8192:])
+
     return {
-        "a flipped bit in the tensors": lambda folder: flip(folder / "__0_0.distcp", 0.7),
-        "a flipped bit in the index": lambda folder: flip(folder / ".metadata", 0.3),
+        "a flipped bit in the tensors": lambda folder: flip(folder / "rank-00000.safetensors", 0.7),
+        "a flipped bit in the index": lambda folder: flip(folder / "index.json", 0.3),
         "a flipped bit in the manifest": lambda folder: flip(folder / "manifest.json", 0.5),
-        "a truncated file": lambda folder: os.truncate(folder / "__0_0.distcp", 1000),
-        "a missing file": lambda folder: (folder / "__0_0.distcp").unlink(),
+        "a zeroed page": lambda folder: zero(folder / "rank-00000.safetensors"),
+        "a truncated file": lambda folder: os.truncate(folder / "rank-00000.safetensors", 1000),
+        "a missing file": lambda folder: (folder / "rank-00000.safetensors").unlink(),
         "no manifest": lambda folder: (folder / "manifest.json").unlink(),
         "an empty manifest": lambda folder: (folder / "manifest.json").write_text(""),
         "a manifest of nothing": lambda folder: (folder / "manifest.json").write_text("[1]"),
-        "a file of another step": lambda folder: (folder / "__0_0.distcp").write_bytes(
-            (folder.parent / folder_name(1) / "__0_0.distcp").read_bytes()
+        "a longer file": lambda folder: os.truncate(folder / "rank-00000.safetensors", 100_000),
+        "a file of another step": lambda folder: (folder / "rank-00000.safetensors").write_bytes(
+            (folder.parent / folder_name(1) / "rank-00000.safetensors").read_bytes()
         ),
         "a link to elsewhere": lambda folder: (
-            (folder / "__0_0.distcp").rename(folder.parent / "elsewhere"),
-            (folder / "__0_0.distcp").symlink_to(folder.parent / "elsewhere"),
+            (folder / "rank-00000.safetensors").rename(folder.parent / "elsewhere"),
+            (folder / "rank-00000.safetensors").symlink_to(folder.parent / "elsewhere"),
         ),
     }
 
@@ -141,36 +147,9 @@ def test_a_failed_save_leaves_the_good_one(saver: Saver, monkeypatch: pytest.Mon
     assert event["kind"] == "checkpoint_failed"
     assert "No space left" in event["reason"]
     assert saver.problem == event["reason"]  # a run must not end as if it were saved
-    assert [path.name for path in saver.folder.iterdir()] == [folder_name(1)]
+    assert sorted(path.name for path in saver.folder.iterdir()) == [".writer", folder_name(1)]
     assert save(saver, 3) == ["checkpoint"]
     assert restored(saver.folder) == 3
-
-
-class Evil:
-    def __init__(self, canary: Path):
-        self.canary = canary
-
-    def __reduce__(self) -> tuple:
-        return (os.system, (f"touch {self.canary}",))
-
-
-def test_a_pickle_is_not_executed(saver: Saver, tmp_path: Path) -> None:
-    """Even under a manifest that matches: an index may name only what tensors are made of."""
-    save(saver, 1)
-    folder = saver.folder / folder_name(1)
-    canary = tmp_path / "canary"
-    (folder / ".metadata").write_bytes(pickle.dumps(Evil(canary)))
-    with pytest.raises(Damaged, match="system"):
-        SafeReader(folder).read_metadata()
-    assert not canary.exists()
-
-
-def test_paths_stay_inside(saver: Saver) -> None:
-    save(saver, 1)
-    folder = saver.folder / folder_name(1)
-    (folder / ".metadata").write_bytes((folder / ".metadata").read_bytes().replace(b"__0_0.distcp", b"../_0.distcp"))
-    with pytest.raises(Damaged, match="leads out"):
-        SafeReader(folder).read_metadata()
 
 
 def test_names_and_shapes_are_checked(saver: Saver) -> None:
@@ -186,5 +165,5 @@ def test_names_and_shapes_are_checked(saver: Saver) -> None:
 def test_manifest_is_plain_json(saver: Saver) -> None:
     save(saver, 1)
     manifest = json.loads((saver.folder / folder_name(1) / "manifest.json").read_text())
-    assert set(manifest["files"]) == {"__0_0.distcp", ".metadata"}
+    assert set(manifest["files"]) == {"rank-00000.safetensors", "index.json"}
     assert candidates(saver.folder) == [saver.folder / folder_name(1)]

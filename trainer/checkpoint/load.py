@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
-import re
-import shutil
-import warnings
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch.distributed.checkpoint as dcp
+import torch
 from torch import Tensor
 
-from trainer.checkpoint.format import Damaged, SafeReader, verify
+from trainer.checkpoint.format import (
+    CHUNK,
+    Damaged,
+    Place,
+    check_contents,
+    check_sizes,
+    open_file,
+    read_index,
+    read_manifest,
+)
+from trainer.checkpoint.pieces import DTYPES, Box, State, pieces, shape_of
+from trainer.checkpoint.retention import candidates, clear_leftovers
 from trainer.errors import PeerLost, TrainingError
-from trainer.topology import Topology
+from trainer.topology import ALONE, Topology
+
+OPTIONAL = ("scaler/", "optimizer/ema")  # begins anew where a checkpoint has none: it may be switched on between lives
 
 
 @dataclass(frozen=True)
@@ -23,82 +37,161 @@ class Found:
     manifest: dict[str, Any]
 
 
-def candidates(folder: Path) -> list[Path]:
-    """The folders that have a checkpoint's name, in rising order of steps. Only `verify` says whether they are one."""
-    named = [(re.fullmatch(r"step-(\d{8,})", path.name), path) for path in folder.glob("step-*") if path.is_dir()]
-    return [path for _, path in sorted((int(match[1]), path) for match, path in named if match)]
-
-
-def newest(folder: Path, set_aside: bool = True) -> tuple[Found | None, list[dict[str, Any]]]:
+def newest(
+    folder: Path, topology: Topology = ALONE, *, contents: bool = True, set_aside: bool = True
+) -> tuple[Found | None, list[dict[str, Any]]]:
     """The newest whole checkpoint, and an event for each damaged one that was set aside on the way to it.
 
-    Raises TrainingError where there are checkpoints but none is whole (a run never silently starts from scratch), or
-    where one cannot be read for now: that is no damage, and nothing is changed.
+    All ranks call it; each reads its share of the files. `contents`: compare checksums, not only sizes.
+    Raises TrainingError (on other ranks than the main one PeerLost) where there are checkpoints but none is whole: a
+    run never silently starts from scratch; or where one cannot be read for now: that is no damage, nothing is changed.
     """
     events: list[dict[str, Any]] = []
-    damaged = any(folder.glob(".damaged-*"))
-    for path in reversed(candidates(folder)):
-        try:
-            return Found(path, verify(path)), events
-        except Damaged as damage:
-            damaged = True
-            if set_aside:
-                aside = _free_name(path.with_name(f".damaged-{path.name}"))
-                path.rename(aside)
-                event = {"checkpoint": path.name, "reason": str(damage), "kept_as": aside.name}
-                events.append({"kind": "checkpoint_damaged", **event})
-        except OSError as error:
-            raise TrainingError(f"{path}: cannot be read: {error}") from error
+    names = _agreed(topology, lambda: [path.name for path in candidates(folder)])
+    damaged = _agreed(topology, lambda: any(folder.glob(".damaged-*")))
+    for path in (folder / name for name in reversed(names)):
+        manifest, reason = _checked(path, topology, contents)
+        if reason is None:
+            return Found(path, manifest), events
+        damaged = True
+        if set_aside:
+            event = {"checkpoint": path.name, "reason": reason}
+            event["kept_as"] = _agreed(topology, lambda path=path: _set_aside(path))  # type: ignore[misc]
+            events.append({"kind": "checkpoint_damaged", **event})
     if damaged:
-        raise TrainingError(f"{folder}: no checkpoint is whole any more; run.fresh=true starts over")
+        problem = f"{folder}: no checkpoint is whole any more; run.fresh=true starts over"
+        raise (TrainingError if topology.is_main else PeerLost)(problem)
     return None, events
 
 
-def newest_everywhere(folder: Path, topology: Topology) -> tuple[Found | None, list[dict[str, Any]]]:
-    """`newest`, decided by the main rank for all. It also clears what interrupted saves left."""
-    answer: dict[str, Any] = {}
-    if topology.is_main:
-        for left in (*folder.glob(".attempt-*"), *folder.glob(".trash-*")):
-            shutil.rmtree(left, ignore_errors=True)
-        try:
-            found, events = newest(folder)
-            answer = {
-                "path": found and str(found.path),
-                "manifest": found and found.manifest,
-                "events": events,
-            }
-        except (TrainingError, OSError) as error:
-            answer = {"error": str(error)}
-    answer = topology.broadcast(answer)
-    if "error" in answer:
-        raise (TrainingError if topology.is_main else PeerLost)(answer["error"])
-    found = Found(Path(answer["path"]), answer["manifest"]) if answer["path"] else None
-    return found, answer["events"]
+def newest_for(folder: Path, topology: Topology, contents: bool) -> tuple[Found | None, list[dict[str, Any]]]:
+    """`newest`, for a run that will save there: it also clears what interrupted saves left."""
+    _agreed(topology, lambda: clear_leftovers(folder))
+    return newest(folder, topology, contents=contents)
 
 
-def read(found: Found, tensors: dict[str, Tensor], topology: Topology | None = None) -> None:
-    """Fills `tensors` in place, each from the value of the same name. Raises TrainingError if one is not there.
+def read(found: Found, state: State) -> None:
+    """Fills what this process holds of `state` in place, from the values of the same names, in whatever pieces they
+    were saved. Only what is needed is read, a few MB at a time.
 
-    Loss-scaler state is left as it is where the checkpoint has none (precision may change between lives).
+    Raises TrainingError if one is not there, or in another shape. What may be switched on between lives is left as it
+    is where the checkpoint has none.
     """
-    reader = SafeReader(found.path)
     try:
-        stored = reader.sizes()
+        stored = read_index(found.path, found.manifest)
     except Damaged as damage:
         raise TrainingError(f"{found.path}: {damage}") from None
-    wanted = {name: tensor for name, tensor in tensors.items() if name in stored or not name.startswith("scaler/")}
-    missing = sorted(set(wanted) - set(stored))
-    wrong = [name for name in wanted if name in stored and stored[name] != wanted[name].shape]
-    if missing or wrong:
-        raise TrainingError(f"{found.path}: does not hold {(missing + wrong)[0]} in this shape")
-    group = topology.saving if topology else None
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        dcp.load(wanted, storage_reader=reader, process_group=group, no_dist=group is None)
+    some = {name: held for name, held in state.items() if prod(shape_of(held))}  # of an empty tensor nothing is saved
+    wanted = {name: held for name, held in some.items() if name in stored or not name.startswith(OPTIONAL)}
+    wrong = [name for name, held in wanted.items() if name not in stored or stored[name].shape != shape_of(held)]
+    if wrong:
+        raise TrainingError(f"{found.path}: does not hold {sorted(wrong)[0]} in this shape")
+    orders: defaultdict[str, list[tuple[Place, str, Box, Tensor]]] = defaultdict(list)
+    for name, held in wanted.items():
+        for box, tensor in pieces(held):
+            for place in stored[name].places:
+                if both := place.box.meet(box):
+                    orders[place.file].append((place, stored[name].dtype, both, both.within(box, tensor)))
+    with ExitStack() as files, torch.no_grad():
+        for name, its in orders.items():
+            file = files.enter_context(open_file(found.path / name))
+            for place, dtype, box, tensor in sorted(its, key=lambda order: order[0].at):
+                try:
+                    _fill(file, place, dtype, box, tensor)
+                except (OSError, EOFError) as error:
+                    raise TrainingError(f"{found.path / name}: cannot be read: {error}") from error
 
 
-def _free_name(path: Path) -> Path:
-    number = 1
-    while (candidate := path.with_name(f"{path.name}-{number}")).exists():
-        number += 1
-    return candidate
+def read_all(found: Found, prefix: str = "") -> dict[str, Tensor]:
+    """Every tensor whose name begins so, whole, by the name behind it."""
+    stored = read_index(found.path, found.manifest)
+    names = [name for name in stored if name.startswith(prefix)]
+    tensors = {name: torch.empty(stored[name].shape, dtype=DTYPES[stored[name].dtype]) for name in names}
+    read(found, tensors)
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+
+def _fill(file: Any, place: Place, dtype: str, box: Box, tensor: Tensor) -> None:
+    """`tensor` takes the block `box` of the piece at `place`: rows (of dimension 0) that lie behind each other."""
+    if not box.size:
+        tensor.copy_(_values(file, place.at, dtype, 1).view(()))
+        return
+    row = place.box.numel // place.box.size[0]
+    step = max(1, CHUNK // (row * DTYPES[dtype].itemsize))
+    first = box.offset[0] - place.box.offset[0]
+    inner, outer = Box(box.offset[1:], box.size[1:]), Box(place.box.offset[1:], place.box.size[1:])
+    for done in range(0, box.size[0], step):
+        rows = min(step, box.size[0] - done)
+        values = _values(file, place.at + (first + done) * row * DTYPES[dtype].itemsize, dtype, rows * row)
+        values = values.view(rows, *place.box.size[1:])
+        tensor[done : done + rows].copy_(Box((0, *inner.offset), (rows, *inner.size)).within(
+            Box((0, *outer.offset), (rows, *outer.size)), values
+        ))  # fmt: skip
+
+
+def _values(file: Any, at: int, dtype: str, count: int) -> Tensor:
+    data, filled = bytearray(count * DTYPES[dtype].itemsize), 0
+    file.seek(at)
+    while filled < len(data):
+        if not (got := file.readinto(memoryview(data)[filled:])):
+            raise EOFError("it ends too early")
+        filled += got
+    return torch.frombuffer(data, dtype=DTYPES[dtype])
+
+
+def _checked(path: Path, topology: Topology, contents: bool) -> tuple[dict[str, Any], str | None]:
+    """Its manifest, and what is wrong with it, the same on all ranks."""
+
+    def looked() -> list[Any]:
+        try:
+            manifest = read_manifest(path)
+            check_sizes(path, manifest)
+            read_index(path, manifest) if not contents else None
+            return [manifest, None]
+        except Damaged as damage:
+            return [None, str(damage)]
+
+    manifest, reason = _agreed(topology, looked)
+    if reason is not None or not contents:
+        return manifest, reason
+
+    def hashed() -> str | None:
+        try:
+            check_contents(path, manifest, list(manifest["files"])[topology.rank :: topology.world_size])
+            if topology.is_main:
+                read_index(path, manifest)
+        except Damaged as damage:
+            return str(damage)
+        return None
+
+    parts = topology.gather(_attempt(hashed))
+    for _, error in parts:
+        if error is not None:
+            raise TrainingError(f"{path}: {error}")
+    return manifest, next((reason for reason, _ in parts if reason), None)
+
+
+def _agreed(topology: Topology, make: Callable[[], Any]) -> Any:
+    """What `make` gives the main rank, on all of them; its OSError or TrainingError too."""
+    value, error = topology.broadcast(_attempt(make) if topology.is_main else None)
+    if error is not None:
+        raise (TrainingError if topology.is_main else PeerLost)(error)
+    return value
+
+
+def _attempt(make: Callable[[], Any]) -> list[Any]:
+    try:
+        return [make(), None]
+    except OSError as error:
+        return [None, f"{error.filename or 'a checkpoint'}: cannot be read: {error.strerror}"]
+    except TrainingError as error:
+        return [None, str(error)]
+
+
+def _set_aside(path: Path) -> str:
+    """Keeps a damaged checkpoint under another name, which does not count; gives the name."""
+    aside, number = path.with_name(f".damaged-{path.name}"), 1
+    while aside.exists():
+        aside, number = path.with_name(f".damaged-{path.name}-{number}"), number + 1
+    path.rename(aside)
+    return aside.name

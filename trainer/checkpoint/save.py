@@ -1,7 +1,9 @@
 """Saving: copy to host memory on the step, then write, check, publish and clean up in the background.
 
-The order of publishing: files written and synced, hashed by the rank that wrote them, manifest written and synced last,
-folder renamed to a name that never existed, parent synced. What happens before the rename leaves nothing that counts.
+The order of publishing: files written, hashed on the way and synced; what was written compared with what was planned,
+and weights that several processes hold with each other; index and manifest written and synced, the manifest last; the
+folder renamed to a name that never existed, its parent synced. What happens before the rename leaves nothing that
+counts, and nobody is told of a checkpoint before all of it is done.
 """
 
 from __future__ import annotations
@@ -9,116 +11,204 @@ from __future__ import annotations
 import shutil
 import time
 import uuid
-import warnings
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch.distributed.checkpoint as dcp
+import torch
+import xxhash
 from torch import Tensor
 
-from trainer.checkpoint.format import INDEX, VERSION, folder_name, write_manifest
-from trainer.checkpoint.load import candidates
-from trainer.files import sha256, sync_folder
+from trainer.checkpoint.format import INDEX, VERSION, folder_name, tensor_file, write_file, write_index, write_manifest
+from trainer.checkpoint.pieces import DTYPES, State
+from trainer.checkpoint.plan import Held, Plan, fingerprint, held_by
+from trainer.checkpoint.retention import Retention
+from trainer.files import replace_file, sync_folder
 from trainer.topology import Topology
+
+WRITER = ".writer"  # says which life of the run may publish here: an older one that still writes may not
+PAUSES_S = (1.0, 5.0)  # before a save that failed is tried again
+OVERDUE_S = 60.0  # after all tries have failed, the next save comes after this time at the latest
+Event = dict[str, Any]
 
 
 class Saver:
     """One save in flight at most. Collectives run on a process group of their own (on the loop's they deadlock)."""
 
-    def __init__(self, folder: Path, topology: Topology, keep: int, asynchronous: bool):
-        self.folder, self.topology, self.keep, self.asynchronous = folder, topology, keep, asynchronous
-        self.attempt = topology.broadcast(uuid.uuid4().hex[:8])
+    def __init__(
+        self,
+        folder: Path,
+        topology: Topology,
+        retention: Retention,
+        *,
+        asynchronous: bool = True,
+        overrun: str = "wait",
+        pauses: Sequence[float] = PAUSES_S,
+    ):
+        """`overrun`: what a save does that comes before the last one is written: "wait" for it, or "skip"."""
+        self.folder, self.topology, self.retention = folder, topology, retention
+        self.asynchronous, self.overrun, self.pauses = asynchronous, overrun, pauses
+        self.life = topology.broadcast(uuid.uuid4().hex[:8])
+        if topology.is_main:
+            replace_file(folder / WRITER, self.life.encode())
         self.last_step = -1
         self.problem: str | None = None  # why the newest save that ended is not there
+        self._failed_at = 0.0
+        self._plan: Plan | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._job: Future[dict[str, Any]] | None = None
+        self._job: Future[Event] | None = None
 
-    def save(self, step: int, tensors: dict[str, Tensor], about: dict[str, Any]) -> list[dict[str, Any]]:
-        """Starts saving `tensors` as of now; `about` is JSON for the manifest.
+    @property
+    def overdue(self) -> bool:
+        """The last save failed, a while ago."""
+        return self.problem is not None and time.monotonic() > self._failed_at + OVERDUE_S
 
-        Waits for the save before it; gives what became of that one, as `poll`.
+    def save(self, step: int, state: State, about: dict[str, Any]) -> list[Event]:
+        """Starts saving `state` as of now; `about` is JSON for the manifest. All ranks call it.
+
+        Gives what became of the save before, as `poll`; raises TrainingError for a state that cannot be saved.
         """
         if step == self.last_step:
             return []
+        if self.overrun == "skip" and any(self.topology.gather(self._job is not None and not self._job.done())):
+            return [{"kind": "checkpoint_skipped", "step": step, "reason": "the last one is still being written"}]
         events = self.wait()
         self.last_step = step
-        copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-        self._job = self._thread.submit(self._write, step, copies, about)
+        prints = self._copy(state)
+        self._job = self._thread.submit(self._write, step, about, prints)
         return events if self.asynchronous else events + self.wait()
 
-    def poll(self) -> list[dict[str, Any]]:
+    def poll(self) -> list[Event]:
         """What became of the save in flight, once, when it is done: an event, `checkpoint` or `checkpoint_failed`."""
         return self.wait() if self._job is not None and self._job.done() else []
 
-    def wait(self) -> list[dict[str, Any]]:
+    def wait(self) -> list[Event]:
         """As `poll`, but waits for it."""
         if self._job is None:
             return []
         job, self._job = self._job, None
         event = job.result()
-        self.problem = event.get("reason")
+        self.problem, self._failed_at = event.get("reason"), time.monotonic()
         return [event]
 
     def close(self) -> None:
         self._thread.shutdown()
 
-    def _write(self, step: int, tensors: dict[str, Tensor], about: dict[str, Any]) -> dict[str, Any]:
+    def _copy(self, state: State) -> dict[str, str]:
+        """Copies what this process writes into host memory, as it will lie in the file; gives fingerprints of weights
+        that others hold too, by who they are."""
+        held = dict(held_by(state))
+        if self._plan is None:
+            everything = [[Held.read(row) for row in rows] for rows in self.topology.gather(list(held))]
+            self._plan = Plan.of(everything)
+            self._tensors = self._plan.tensors({})  # a state that cannot be saved is found here
+            self._agreements = self._plan.agreements(self.topology.rank)
+            size, pinned = self._plan.size(self.topology.rank), self.topology.device.type == "cuda"
+            self._buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+            self._copies = {piece: _view(self._buffer, piece, at) for piece, at in self._plan.files[self.topology.rank]}
+        if self._copies:
+            torch._foreach_copy_(
+                list(self._copies.values()), [held[piece] for piece in self._copies], non_blocking=True
+            )
+        prints = {}
+        for who, pieces in self._agreements.items():
+            sums = fingerprint([held[piece] for piece in pieces])
+            prints[who] = xxhash.xxh3_64_hexdigest(repr(sums).encode())
+        if self.topology.device.type == "cuda":
+            torch.cuda.synchronize(self.topology.device)
+        return prints
+
+    def _write(self, step: int, about: dict[str, Any], prints: dict[str, str]) -> Event:
         started = time.monotonic()
-        attempt = self.folder / f".attempt-{folder_name(step)}-{self.attempt}"
-        files, error = {}, None
-        try:
-            self._write_tensors(attempt, tensors)
-            files = self._hash_own(attempt)
-        except BaseException as failure:  # whatever it is, the other ranks wait for our word
-            error = f"rank {self.topology.rank}: {_first_line(failure)}"
-        parts = self.topology.gather_all({"files": files, "error": error}, self.topology.saving)
-        error = next((part["error"] for part in parts if part["error"]), None)
-        if error is None and self.topology.is_main:
-            everything = {name: value for part in parts for name, value in part["files"].items()}
-            manifest = {"version": VERSION, "step": step, **about, "files": everything}
-            error = self._publish(attempt, step, manifest)
-        if error is not None and self.topology.is_main:
-            shutil.rmtree(attempt, ignore_errors=True)
-        error = self.topology.gather_all(error, self.topology.saving)[0]
-        seconds = round(time.monotonic() - started, 3)
+        for number, pause in enumerate((0.0, *self.pauses)):
+            time.sleep(pause)
+            size, error = self._try(step, about, prints, number)
+            if error is None:
+                break
+        event = {"step": step, "seconds": round(time.monotonic() - started, 3), "tries": number + 1}
         if error is not None:
-            return {"kind": "checkpoint_failed", "step": step, "reason": error, "seconds": seconds}
-        size = sum(value["bytes"] for part in parts for value in part["files"].values())
-        return {"kind": "checkpoint", "step": step, "seconds": seconds, "bytes": size}
+            return {"kind": "checkpoint_failed", **event, "reason": error}
+        return {"kind": "checkpoint", **event, "bytes": size}
 
-    def _write_tensors(self, attempt: Path, tensors: dict[str, Tensor]) -> None:
-        # One writing thread: with more, torch may acknowledge what was not written (pytorch#191391).
-        writer = dcp.FileSystemWriter(attempt, single_file_per_rank=True, sync_files=True, thread_count=1)
-        alone = self.topology.saving is None
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")
-            dcp.save(dict(tensors), storage_writer=writer, process_group=self.topology.saving, no_dist=alone)
-
-    def _hash_own(self, attempt: Path) -> dict[str, Any]:
-        paths = list(attempt.glob(f"__{self.topology.rank}_*"))
-        if self.topology.is_main:
-            paths.append(attempt / INDEX)
-        return {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths}
-
-    def _publish(self, attempt: Path, step: int, manifest: dict[str, Any]) -> str | None:
+    def _try(self, step: int, about: dict[str, Any], prints: dict[str, str], number: int) -> tuple[int, str | None]:
+        """Gives the checkpoint's size and, on all ranks alike, why it is not there."""
+        attempt = self.folder / f".attempt-{folder_name(step)}-{self.life}-{number}"
+        word = {"save": f"{folder_name(step)}-{self.life}-{number}"}
+        own: dict[str, Any] = {"file": None, "error": None, "prints": prints}
         try:
-            write_manifest(attempt, manifest)
-            attempt.rename(self.folder / folder_name(step))
-            sync_folder(self.folder)
-        except OSError as failure:
-            return _first_line(failure)
-        with suppress(OSError):  # an old one that stays is no failure of the new one
-            self._retain()
-        return None
+            own["file"] = self._write_own(attempt, word)
+        except BaseException as failure:  # whatever it is, the other ranks wait for our word
+            own["error"] = f"rank {self.topology.rank}: {_first_line(failure)}"
+        parts = self.topology.gather_all(own, self.topology.saving)
+        error = next((part["error"] for part in parts if part["error"]), None) or _disagreement(parts)
+        if error is None and self.topology.is_main:
+            try:
+                self._publish(attempt, step, about, word, [part["file"] for part in parts])
+            except BaseException as failure:
+                error = _first_line(failure)
+        if self.topology.is_main:
+            if error is not None:
+                shutil.rmtree(attempt, ignore_errors=True)
+            else:
+                with suppress(OSError):  # an old one that stays is no failure of the new one
+                    self.retention.apply(self.folder, f"{self.life}-{step}")
+        error = self.topology.gather_all(error, self.topology.saving)[0]
+        return sum(part["file"]["bytes"] for part in parts if part["file"]), error
 
-    def _retain(self) -> None:
-        """Deletes all but the newest `keep`, each by a rename first, so that none is ever half there."""
-        for path in candidates(self.folder)[: -self.keep]:
-            trash = path.with_name(f".trash-{path.name}-{self.attempt}")
-            path.rename(trash)
-            shutil.rmtree(trash, ignore_errors=True)
+    def _write_own(self, attempt: Path, word: dict[str, str]) -> dict[str, Any] | None:
+        assert self._plan is not None
+        rank, size = self.topology.rank, len(self._buffer)
+        attempt.mkdir(exist_ok=True)
+        if not size:
+            return None
+        if (free := shutil.disk_usage(attempt).free) < size:
+            raise OSError(f"no space left: {size:,} bytes are to be written, {free:,} are free")
+        return write_file(attempt / tensor_file(rank), [self._plan.header(rank, word), self._buffer.numpy().data])
+
+    def _publish(
+        self,
+        attempt: Path,
+        step: int,
+        about: dict[str, Any],
+        word: dict[str, str],
+        written: list[dict[str, Any] | None],
+    ) -> None:
+        """Raises OSError; RuntimeError where what was written is not what was planned."""
+        assert self._plan is not None
+        files = {tensor_file(rank): file for rank, file in enumerate(written) if file}
+        sizes = {name: file["bytes"] for name, file in files.items()}
+        planned = {
+            tensor_file(rank): len(self._plan.header(rank, word)) + self._plan.size(rank)
+            for rank, its in enumerate(self._plan.files)
+            if its
+        }
+        if sizes != planned:
+            raise RuntimeError(f"planned were {planned}, written {sizes}")
+        files[INDEX] = write_index(attempt / INDEX, list(sizes), self._plan.tensors(word))
+        write_manifest(attempt, {"version": VERSION, "step": step, **word, **about, "files": files})
+        if (self.folder / WRITER).read_text() != self.life:
+            raise RuntimeError("another process trains in this folder by now, and saves there")
+        final = self.folder / folder_name(step)
+        if final.exists():
+            raise FileExistsError(f"{final} is there already")
+        attempt.rename(final)
+        sync_folder(self.folder)
+
+
+def _view(buffer: Tensor, piece: Held, at: int) -> Tensor:
+    return buffer[at : at + piece.nbytes].view(DTYPES[piece.dtype]).view(piece.box.size)
+
+
+def _disagreement(parts: Sequence[dict[str, Any]]) -> str | None:
+    """Copies of the same weights that differ: one of them is wrong, and none should be saved."""
+    seen: dict[str, str] = {}
+    for part in parts:
+        for who, print_ in part["prints"].items():
+            if seen.setdefault(who, print_) != print_:
+                return f"ranks {who} hold other values of weights that should be the same"
+    return None
 
 
 def _first_line(error: BaseException) -> str:

@@ -61,7 +61,19 @@ class Checkpoint(Section):
         description="How often to save: `100` (steps), `30min`, `2e9tok`. The end is always saved. 0: only there."
     )
     keep: Int = Field(ge=2, description="How many of the newest checkpoints are kept.")
+    keep_every: Count | None = Field(description="Checkpoints whose step is a multiple of this are kept for good.")
+    keep_best: str | None = Field(
+        description="A number of the evaluation, such as `loss`: of the checkpoints at whose step it was measured, the "
+        "one with the lowest is kept, too."
+    )
     asynchronous: bool = Field(description="Write in the background; the step waits only for the copy to host memory.")
+    overrun: Literal["wait", "skip"] = Field(
+        description="What a save does when the one before is still being written: wait for it, or skip this one."
+    )
+    verify: Literal["full", "sizes"] = Field(
+        description="What a resume checks before it uses a checkpoint: full (the checksum of every byte, each process "
+        "its share of the files) or sizes (that all files are there, of their sizes)."
+    )
 
 
 class Wandb(Section):

@@ -7,11 +7,12 @@ the loop says no less than `train_step` and `update`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from trainer.checkpoint.pieces import Fragment
 from trainer.models import ModelFactory
 from trainer.objectives import Batch, Objective, Sums
 
@@ -48,12 +49,12 @@ class Strategy(Protocol):
         """Adds up vectors of one length over all data-parallel ranks: the one collective of metrics and votes."""
         ...
 
-    def state(self) -> dict[str, Tensor]:
-        """The canonical form: `model/<name>`, `optimizer/<kind>/<name>`, `scaler/<kind>` -> tensors."""
+    def state(self) -> Mapping[str, Tensor | Fragment]:
+        """The canonical form: `model/<name>`, `optimizer/<kind>/<name>`, `scaler/<kind>` -> what this process holds."""
         ...
 
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Takes over what `state` gave, here or elsewhere."""
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Takes over what `state` gave, filled with other values."""
         ...
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from trainer.checkpoint.pieces import Fragment
 from trainer.config import strategy as schema
 from trainer.models import ModelFactory
 from trainer.objectives import Batch, Objective, Sums
@@ -154,7 +155,7 @@ class Single:
         stacked = torch.stack([sums[name].to(self.topology.device, torch.float64) for name in names])
         return dict(zip(names, self.total(stacked).tolist(), strict=True))
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self) -> Mapping[str, Tensor | Fragment]:
         return {name: plain(tensor) for name, tensor in self._tensors().items()}
 
     def _tensors(self) -> dict[str, Tensor]:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from trainer.checkpoint.pieces import Fragment, values
 from trainer.config import strategy as schema
 from trainer.models import ModelFactory, without_values
 from trainer.objectives import Batch, Sums
@@ -45,7 +45,6 @@ class Zero(Single):
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
             self.own_group = True
         self.deepspeed.init_distributed(dist_init_required=False, verbose=False)
-        self.mesh = self.topology.mesh()["data"] if self.parallel else None
         super().setup(model_factory, optimizer_factory)
 
     def build(self, model_factory: ModelFactory) -> nn.Module:
@@ -119,44 +118,39 @@ class Zero(Single):
         norm = torch.as_tensor(self.engine.get_global_grad_norm() if norm is None else norm, dtype=torch.float32)
         return Update(norm, torch.zeros_like(norm, dtype=torch.bool))
 
-    def state(self) -> dict[str, Tensor]:
-        """Shards in dimension 0, in host memory. Parameters are put together one at a time."""
+    def state(self) -> dict[str, Tensor | Fragment]:
+        """What lies here, as it lies here: nothing is sent, nothing copied but counts of steps."""
         self._settle()
         tensors = self.model.state_dict(keep_vars=True)
-        state = {f"model/{name}": self._shard(self._weight(tensor)) for name, tensor in tensors.items()}
+        state: dict[str, Tensor | Fragment] = {
+            f"model/{name}": self._weight(tensor) for name, tensor in tensors.items()
+        }
         for name, parameter in self.model.named_parameters():
             for kind, value in self._optimizer_state(parameter).items():
-                if _is_flat(value):
-                    state[f"optimizer/{kind}/{name}"] = self._shard(self._gather(parameter, value))
-                else:  # a count of steps
-                    state[f"optimizer/{kind}/{name}"] = torch.as_tensor(value, dtype=torch.float32).cpu().clone()
+                state[f"optimizer/{kind}/{name}"] = self._piece(parameter, value)
         return state
 
     @torch.no_grad()
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        self._settle()
-        tensors = self.model.state_dict(keep_vars=True)
-        for path, tensor in state.items():
+    def load_state(self, state: Mapping[str, Tensor | Fragment]) -> None:
+        own = self.state()
+        for path, given in state.items():
+            values(own[path]).copy_(values(given))
             what, _, name = path.partition("/")
-            whole = self.whole(tensor.to(self.topology.device))
-            if what == "model":
-                self._take_weight(tensors[name], whole)
-                continue
             kind, _, name = name.partition("/")
-            values = self._optimizer_state(tensors[name])
-            if _is_flat(values[kind]):
-                self._scatter(tensors[name], values[kind], whole)
-            elif isinstance(values[kind], Tensor):
-                values[kind].copy_(whole)
-            else:
-                values[kind] = type(values[kind])(whole.item())
+            if what == "optimizer":
+                its = self._optimizer_state(self.model.get_parameter(name))
+                if not isinstance(its[kind], Tensor):  # of a count of steps `own` is a copy
+                    its[kind] = type(its[kind])(values(given).item())
+        if self.config.stage:
+            self.engine.optimizer.refresh_fp32_params()  # on which the optimizer steps
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         self.engine.empty_partition_cache()
         for name, tensor in self.model.state_dict(keep_vars=True).items():
-            weight = self._weight(tensor)
-            if self.topology.is_main:
-                yield name, weight.cpu()
+            with self.deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_tensor")):
+                weight = tensor.detach().cpu().clone() if self.topology.is_main else None
+            if weight is not None:
+                yield name, weight
 
     def close(self) -> None:
         from deepspeed.comm import comm
@@ -170,46 +164,25 @@ class Zero(Single):
         groups._release_process_group_references()  # a sweep's next run has groups of its own
         comm.cdb = None
 
-    @torch.no_grad()
-    def _gather(self, parameter: Tensor, flat: Tensor) -> Tensor:
-        """All of what `flat` holds of a parameter, on every process."""
-        start, size, offset = piece(self.engine, parameter)
-        shape = getattr(parameter, "ds_shape", parameter.shape)
-        whole = torch.zeros(shape.numel(), dtype=flat.dtype, device=self.topology.device)
-        whole[offset : offset + size] = flat.view(-1)[start : start + size]
-        if self.config.stage and self.parallel:
-            dist.all_reduce(whole)  # each element is zero on all processes but one
-        return whole.view(shape)
-
-    def _scatter(self, parameter: Tensor, flat: Tensor, whole: Tensor) -> None:
-        """The other way round."""
-        start, size, offset = piece(self.engine, parameter)
-        flat.view(-1)[start : start + size].copy_(whole.flatten()[offset : offset + size])
-
-    def _weight(self, tensor: Tensor) -> Tensor:
-        """A parameter or buffer, whole."""
+    def _weight(self, tensor: Any) -> Tensor | Fragment:
+        """What this process has of a parameter or buffer."""
         if not hasattr(tensor, "ds_tensor"):
             return tensor.detach()
-        with self.deepspeed.zero.GatheredParameters([tensor]):
-            return tensor.detach().clone()
+        part = tensor.ds_tensor.detach()
+        start = dist.get_rank() * part.numel()
+        return Fragment(part[: max(0, tensor.ds_numel - start)], tensor.ds_shape, start)  # the last ones are padded
 
-    def _take_weight(self, tensor: Any, whole: Tensor) -> None:
-        """Both what is computed with and what the optimizer steps on."""
-        with self.deepspeed.zero.GatheredParameters([tensor], modifier_rank=0, enabled=hasattr(tensor, "ds_tensor")):
-            tensor.copy_(whole)
-        if tensor in self.flat and self.config.stage:
-            self._scatter(tensor, self.flat[tensor], whole)
+    def _piece(self, parameter: Any, value: Any) -> Tensor | Fragment:
+        """The same of the optimizer's state."""
+        if not isinstance(value, Tensor):  # a count of steps
+            return torch.tensor(float(value))
+        if not (value.dim() and self.config.stage):
+            return value
+        start, size, offset = piece(self.engine, parameter)
+        return Fragment(value.view(-1)[start : start + size], getattr(parameter, "ds_shape", parameter.shape), offset)
 
     def _optimizer_state(self, parameter: Any) -> dict[str, Any]:
         return self.optimizer.state.get(self.flat[parameter], {}) if parameter in self.flat else {}
-
-    def _shard(self, whole: Tensor) -> Tensor:
-        """This process's part in dimension 0, in host memory."""
-        if self.mesh is None or not whole.dim():
-            return whole
-        part = distribute_tensor(whole, self.mesh, [Shard(0)], src_data_rank=None).to_local().clone()
-        sizes: dict[str, Any] = {"shape": whole.shape, "stride": whole.stride()}
-        return DTensor.from_local(part, self.mesh, [Shard(0)], run_check=False, **sizes).to("cpu")
 
     def _settle(self) -> None:
         """There is optimizer state, and no parameter is on its way here as it was prefetched."""
@@ -236,15 +209,10 @@ class Zero(Single):
             flat.grad = gradient
         for group, (parameters, rate) in zip(groups, shown, strict=True):
             group.update(params=parameters, lr=rate)
-        for values in self.optimizer.state.values():
-            for kind, value in values.items():
-                values[kind] = value.zero_() if isinstance(value, Tensor) else type(value)()
+        for its in self.optimizer.state.values():
+            for kind, value in its.items():
+                its[kind] = value.zero_() if isinstance(value, Tensor) else type(value)()
 
 
 def _elements(layer: nn.Module) -> int:
     return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in layer.parameters())
-
-
-def _is_flat(value: Any) -> bool:
-    """Whether it is a state of each element; else it is one of all."""
-    return isinstance(value, Tensor) and value.dim() > 0

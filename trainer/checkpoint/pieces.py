@@ -1,0 +1,114 @@
+"""The canonical form of a run's state: names -> tensors, of which a process may hold all, a block or a flat stretch.
+
+Every strategy says what it holds in this form; so what one has saved any other can read, each process what it needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+"""What can be saved, by the names that the safetensors format has."""
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class Fragment(NamedTuple):
+    """Elements `start` to `start + len(values)` of a tensor of `shape`, flattened: how DeepSpeed deals out a parameter.
+    `values` is 1-D, and filled in place when it is loaded."""
+
+    values: Tensor
+    shape: torch.Size
+    start: int
+
+
+State = Mapping[str, "Tensor | Fragment"]
+
+
+class Box(NamedTuple):
+    """A block of a tensor: the indices `offset[i]` to `offset[i] + size[i]` of each dimension i."""
+
+    offset: tuple[int, ...]
+    size: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return prod(self.size)
+
+    def meet(self, other: Box) -> Box | None:
+        """What two blocks of one tensor have in common, if anything."""
+        first = tuple(map(max, self.offset, other.offset))
+        ends = [min(a + n, b + m) for a, n, b, m in zip(*self, *other, strict=True)]
+        size = tuple(end - start for start, end in zip(first, ends, strict=True))
+        return Box(first, size) if all(n > 0 for n in size) else None
+
+    def within(self, outer: Box, tensor: Tensor) -> Tensor:
+        """The view of this block in `tensor`, which holds the block `outer`."""
+        for dim, (start, first, size) in enumerate(zip(self.offset, outer.offset, self.size, strict=True)):
+            tensor = tensor.narrow(dim, start - first, size)
+        return tensor
+
+
+def values(held: Tensor | Fragment) -> Tensor:
+    """What is here of it."""
+    return held.values if isinstance(held, Fragment) else held
+
+
+def shape_of(held: Tensor | Fragment) -> tuple[int, ...]:
+    """Of the whole tensor."""
+    return tuple(held.shape)
+
+
+def dtype_of(held: Tensor | Fragment) -> torch.dtype:
+    return values(held).dtype
+
+
+def pieces(held: Tensor | Fragment) -> list[tuple[Box, Tensor]]:
+    """The blocks that this process holds, as views of its memory; none where its share is empty."""
+    if isinstance(held, Fragment):
+        start, found = 0, []
+        for box in _stretch(tuple(held.shape), held.start, held.start + len(held.values)):
+            found.append((box, held.values[start : start + box.numel].view(box.size)))
+            start += box.numel
+        return found
+    if isinstance(held, DTensor):
+        local = held.to_local()
+        size, offset = compute_local_shape_and_global_offset(held.shape, held.device_mesh, held.placements)
+        box = Box(tuple(offset), tuple(size))
+    else:
+        local, box = held, Box((0,) * held.dim(), tuple(held.shape))
+    return [(box, local)] if box.numel else []
+
+
+def _stretch(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
+    """The elements from `start` to `stop` of a flattened tensor as blocks: in order, each of consecutive elements."""
+    if start == stop:
+        return
+    if not shape:
+        yield Box((), ())
+        return
+    row, rest = prod(shape[1:]), tuple(shape[1:])
+    (first, a), (last, b) = divmod(start, row), divmod(stop, row)
+    if first == last:
+        yield from _in_row(first, rest, a, b)
+        return
+    if a:
+        yield from _in_row(first, rest, a, row)
+        first += 1
+    if last > first:
+        yield Box((first, *(0 for _ in rest)), (last - first, *rest))
+    yield from _in_row(last, rest, 0, b)
+
+
+def _in_row(row: int, shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
+    for box in _stretch(shape, start, stop):
+        yield Box((row, *box.offset), (1, *box.size))

@@ -1,0 +1,74 @@
+"""Which checkpoints stay."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainer.checkpoint.format import Damaged, check_sizes, read_manifest
+from trainer.errors import TrainingError
+
+TRASH = ".trash-"
+
+
+def candidates(folder: Path) -> list[Path]:
+    """The folders that have a checkpoint's name, in rising order of steps. Only `verify` says whether they are one."""
+    named = [(re.fullmatch(r"step-(\d{8,})", path.name), path) for path in folder.glob("step-*") if path.is_dir()]
+    return [path for _, path in sorted((int(match[1]), path) for match, path in named if match)]
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+@dataclass(frozen=True)
+class Retention:
+    """The newest `keep` stay; those whose step is a multiple of `every`; and the one with the lowest `best`, a number
+    of the evaluation at its step."""
+
+    keep: int = 2
+    every: int | None = None
+    best: str | None = None
+
+    def superfluous(self, folder: Path) -> list[Path]:
+        """In rising order of steps. None where the newest is not all there: then the older ones are needed."""
+        found = candidates(folder)
+        if not found or _evaluation(found[-1]) is None:
+            return []
+        stay = set(found[-self.keep :])
+        if self.every:
+            stay |= {path for path in found if step_of(path) % self.every == 0}
+        if self.best:
+            scores = {path: score[self.best] for path in found if self.best in (score := _evaluation(path) or {})}
+            stay |= {min(reversed(scores), key=scores.__getitem__)} if scores else set()
+        return [path for path in found if path not in stay]
+
+    def apply(self, folder: Path, word: str) -> None:
+        """Deletes them, each by a rename first, so that none is ever half there. `word` is not in use in the folder."""
+        for path in self.superfluous(folder):
+            remove(path, word)
+
+
+def remove(path: Path, word: str) -> None:
+    """Raises OSError where it cannot be renamed; what is left of it after that does not count."""
+    trash = path.with_name(f"{TRASH}{path.name}-{word}")
+    path.rename(trash)
+    shutil.rmtree(trash, ignore_errors=True)
+
+
+def clear_leftovers(folder: Path) -> None:
+    """What interrupted saves and deletions left."""
+    for left in (*folder.glob(".attempt-*"), *folder.glob(f"{TRASH}*")):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _evaluation(path: Path) -> dict[str, float] | None:
+    """What was measured at its step; None if it is not all there."""
+    with suppress(Damaged, TrainingError, OSError):
+        manifest = read_manifest(path)
+        check_sizes(path, manifest)
+        return manifest.get("evaluation") or {}
+    return None
