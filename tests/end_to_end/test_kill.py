@@ -25,7 +25,7 @@ def killed_and_undisturbed(folder: Path, procs: int, kills: int) -> tuple[Run, R
         run.kill_at(step)
     run.kill_in_checkpoint(20)
     run.train()
-    assert not list((run.folder / "checkpoints").glob(".*"))  # nothing is left of the save that was killed
+    assert not list((run.folder / "checkpoints").glob(".attempt*"))  # nothing is left of the save that was killed
     return run, undisturbed
 
 

@@ -33,7 +33,7 @@ def main() -> None:
         sizes = [len(batch["draws"]) for batch in data.micro_batches]
         steps.append([data.step, sizes, data.entries, [[slot.number, fault.key] for slot, fault in data.faults]])
     stream.close()
-    print(json.dumps([ranks.rank, ranks.dp_rank, steps]), flush=True)
+    print(json.dumps([ranks.rank, ranks.dp_rank, steps]) + "\n", end="", flush=True)  # at once: one pipe for all
     ranks.close()
 
 

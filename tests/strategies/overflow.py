@@ -52,7 +52,8 @@ def main() -> None:
             for key, tensor in strategy.state().items()
             if not key.startswith("scaler/")
         )
-        print(name, taken, skipped, same, strategy.scaler.scale / scale, strategy.scaler.growth_tracker, flush=True)
+        told = (name, taken, skipped, same, strategy.scaler.scale / scale, strategy.scaler.growth_tracker)
+        print(" ".join(map(str, told)) + "\n", end="", flush=True)  # at once: both ranks write to one pipe
     ranks.close()
 
 
