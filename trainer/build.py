@@ -32,6 +32,7 @@ from trainer.models import ModelFactory, huggingface, of_type
 from trainer.models.gpt import GPT
 from trainer.objectives.causal_lm import CausalLM
 from trainer.optim.adamw import adamw, missing
+from trainer.optim.ema import track_average
 from trainer.optim.lion import lion
 from trainer.optim.muon import muon
 from trainer.optim.schedule import constant, linear, warmup_cosine, wsd
@@ -117,8 +118,13 @@ def build_strategy(config: Config, topology: Topology, inputs: Inputs) -> Strate
     if precision.compute == "fp8":
         build = factory.build
         factory = replace(factory, build=lambda: in_fp8(build()))
-    strategy.setup(factory, partial(plugin(config, "optimizer"), config.optimizer))
+    strategy.setup(factory, partial(build_optimizer, config))
     return strategy
+
+
+def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
+    optimizer = plugin(config, "optimizer")(config.optimizer, model)
+    return track_average(optimizer, config.optimizer.ema) if config.optimizer.ema else optimizer
 
 
 def build_journal(config: Config, topology: Topology, folder: Path) -> Journal:

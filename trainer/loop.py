@@ -9,8 +9,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from trainer.checkpoint.load import read
+from trainer.checkpoint.plan import fingerprint
 from trainer.checkpoint.save import Saver
 from trainer.config import Config
 from trainer.config.interval import Interval
@@ -71,6 +73,7 @@ class Unread:
     steps: list[StepData] = field(default_factory=list)
     sums: list[Sums] = field(default_factory=list)
     updates: list[Update] = field(default_factory=list)
+    fingerprints: list[Tensor] = field(default_factory=list)
     data_wait: float = 0.0
     since: float = field(default_factory=time.monotonic)
     pace: float = VOTE_SECONDS  # seconds a step took when the numbers were last read
@@ -88,6 +91,8 @@ def train(job: Job) -> Progress:
         unread.data_wait += clock.switch("productive")
         unread.sums.append(strategy.train_step(data.micro_batches))
         unread.updates.append(strategy.update(job.schedule(data.step)))
+        if config.track.fingerprint:
+            unread.fingerprints.append(fingerprint(strategy.state()))
         unread.steps.append(data)
         progress.step = data.step
         for event in job.saver.poll():
@@ -111,7 +116,7 @@ def train(job: Job) -> Progress:
         now = readings(progress, votes["elapsed"])
         stop = votes["stop"] > 0 and not last
         if stop or save_now or votes["save"] > 0 or saving.due(saved_at, now):
-            save(job, progress)
+            save(job, progress, rows[-1].get("eval"))
         saved_at, unread = now, Unread(pace=rows[-1]["step_s"])
         if stop:
             finish_saving(job)
@@ -153,10 +158,12 @@ def read_numbers(
     """
     n, main = len(unread.steps), job.topology.is_main
     sums = {f"sum/{name}": torch.stack([part[name] for part in unread.sums]) for name in unread.sums[0]}
-    own = {"stop": job.requests.stop(), "save": job.requests.save(), "elapsed": elapsed if main else 0.0}
+    save = job.requests.save() or (main and job.saver.overdue)
+    own = {"stop": job.requests.stop(), "save": save, "elapsed": elapsed if main else 0.0}
     own["pace"] = unread.pace / job.topology.world_size
     votes = {f"vote/{name}": torch.full((n,), float(value), dtype=torch.float64) for name, value in own.items()}
-    numbers = job.strategy.reduce({**sums, **votes})
+    prints = {"fingerprint": torch.stack(unread.fingerprints)} if unread.fingerprints else {}
+    numbers = job.strategy.reduce({**sums, **votes, **prints})
     norms = torch.stack([update.grad_norm for update in unread.updates]).tolist()
     skipped = torch.stack([update.skipped for update in unread.updates]).tolist()
 
@@ -172,6 +179,7 @@ def read_numbers(
             "tokens": progress.tokens, "samples": progress.samples, "step_s": round(step_s, 6),
             "data_wait_s": round(unread.data_wait / n, 6), "tokens_per_s": round(count / step_s, 1),
             "skipped": bool(skipped[i]), **_memory(job.topology.device),
+            **{name: f"{int(values[i]):x}" for name, values in numbers.items() if name in prints},
         })  # fmt: skip
         if not (math.isfinite(loss) and (math.isfinite(norms[i]) or skipped[i])):
             job.journal.rows(rows, unread.steps[: i + 1])
@@ -192,14 +200,15 @@ def evaluate(job: Job) -> dict[str, float]:
     return job.strategy.objective.summary({name: value[0] for name, value in sums.items()})
 
 
-def save(job: Job, progress: Progress) -> None:
-    """Saves as of now. A save that fails is reported and does not end the run."""
+def save(job: Job, progress: Progress, evaluation: dict[str, float] | None) -> None:
+    """Saves as of now. A save that fails is reported and does not end the run. `evaluation`: what was measured now."""
     job.clock.switch("checkpoint")
     about = {
         "progress": asdict(progress),
         "identity": job.identity(progress.step),
         "config": job.config.resolved(),
         "topology": job.topology.describe(),
+        "evaluation": evaluation,
     }
     for event in job.saver.save(progress.step, job.strategy.state(), about):
         job.journal.event(**event)

@@ -98,11 +98,17 @@ class Plan:
         return found
 
 
-def fingerprint(tensors: Sequence[Tensor]) -> list[int]:
-    """Of each the sum of its bits, read as integers: computed where it lies, so that only sums have to be fetched."""
+def fingerprints(tensors: Sequence[Tensor]) -> Tensor:
+    """Of each the sum of its bits, read as integers: int64 [n], where the tensors lie: only sums are fetched."""
     whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     sums = [tensor.contiguous().view(whole[tensor.element_size()]).sum(dtype=torch.int64) for tensor in tensors]
-    return torch.stack(sums).tolist() if sums else []
+    return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.int64)
+
+
+def fingerprint(state: State) -> Tensor:
+    """Of the weights that lie here: a whole number below 2^40 as a float64 scalar, of which many can be added up."""
+    weights = [tensor for piece, tensor in held_by(state) if piece.name.startswith("model/")]
+    return fingerprints(weights).sum().remainder(1 << 40).double()
 
 
 def _laid_out(its: Sequence[Held]) -> list[tuple[Held, int]]:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from trainer.checkpoint.format import INDEX, VERSION, folder_name, tensor_file, write_file, write_index, write_manifest
 from trainer.checkpoint.pieces import DTYPES, State
-from trainer.checkpoint.plan import Held, Plan, fingerprint, held_by
+from trainer.checkpoint.plan import Held, Plan, fingerprints, held_by
 from trainer.checkpoint.retention import Retention
 from trainer.files import replace_file, sync_folder
 from trainer.topology import Topology
@@ -114,7 +114,7 @@ class Saver:
             )
         prints = {}
         for who, pieces in self._agreements.items():
-            sums = fingerprint([held[piece] for piece in pieces])
+            sums = fingerprints([held[piece] for piece in pieces]).tolist()
             prints[who] = xxhash.xxh3_64_hexdigest(repr(sums).encode())
         if self.topology.device.type == "cuda":
             torch.cuda.synchronize(self.topology.device)

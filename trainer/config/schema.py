@@ -86,6 +86,10 @@ class Wandb(Section):
 class Track(Section):
     console: bool = Field(description="Show progress on the terminal.")
     report: bool = Field(description="Write `report.html` at the end of the run.")
+    fingerprint: bool = Field(
+        description="Record with each step a checksum of all weights behind it: where two runs on the same processes "
+        "part, `onecurve checkpoint diff` says at which step. Costs a pass over the weights a step."
+    )
     wandb: Wandb = Field(description="Weights & Biases.")
 
 
@@ -243,6 +247,10 @@ class Optimizer(Plugin):
     lr: Float = Field(gt=0, description="Peak learning rate.")
     weight_decay: Float = Field(ge=0, description="Decoupled weight decay (times the learning rate).")
     no_decay: list[Literal["bias", "norm", "embedding"]] = Field(description="Kinds of parameters left without decay.")
+    ema: Share | None = Field(
+        description="Decay (such as 0.999) of a moving average of the weights, kept with the optimizer's state in fp32 "
+        "and exported by `onecurve export --ema`. null: none. It may be switched on or off between lives."
+    )
 
 
 class AdamW(Optimizer):

@@ -164,4 +164,5 @@ def cpu_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         adam.ds_opt_adam.adam_update(adam.opt_id, 2**40, 0.0, *betas, 1.0, 0.0, True, *nothing)
 
     adam.register_step_pre_hook(elsewhere)
+    adam._optimizer_step_post_hooks = optimizer._optimizer_step_post_hooks  # that of a moving average
     return adam

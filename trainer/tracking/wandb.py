@@ -21,6 +21,8 @@ from trainer.tracking.jsonl import write_json
 Say = Callable[[str], None]
 Mode = Literal["auto", "offline", "online", "disabled"]
 
+ALERTS = {"checkpoint_failed": "a checkpoint could not be saved", "checkpoint_damaged": "a checkpoint is damaged"}
+UNNAMED = {"eval", "fingerprint"}  # an evaluation has names of its own; a fingerprint is no number to draw
 NAMES = {
     "step": "progress/step",
     "tokens": "progress/tokens",
@@ -94,7 +96,9 @@ class WandB:
             self.run.log(named(row))
 
     def event(self, event: Row) -> None:
-        """Nothing: events are in events.jsonl, evaluations in their rows."""
+        """Alerts of what somebody should look at; the others are in events.jsonl, evaluations in their rows."""
+        if self.run and (title := ALERTS.get(event["kind"])):
+            self.run.alert(f"{title} at step {event.get('step')}", str(event.get("reason", "")), level="WARN")
 
     def close(self, status: Row) -> None:
         """Ends the W&B run and says how to upload what is on this disk alone."""
@@ -114,7 +118,7 @@ def named(row: Row) -> dict[str, Any]:
     >>> named({"step": 3, "loss": 1.5, "eval": {"loss": 2.0}})
     {'progress/step': 3, 'train/loss': 1.5, 'val/loss': 2.0}
     """
-    values = {NAMES.get(name, f"train/{name}"): value for name, value in row.items() if name != "eval"}
+    values = {NAMES.get(name, f"train/{name}"): value for name, value in row.items() if name not in UNNAMED}
     values |= {f"val/{name}": value for name, value in (row.get("eval") or {}).items()}
     if row.get("step_s"):
         values["perf/data_wait_frac"] = row["data_wait_s"] / row["step_s"]
