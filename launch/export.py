@@ -1,33 +1,78 @@
-"""`onecurve export RUN_DIR`: the newest checkpoint's weights as one safetensors file."""
+"""`onecurve export RUN_DIR`: a checkpoint's weights, for transformers where it knows the model, else as one file."""
 
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+LARGEST = "5GB"
+
 
 def add_commands(commands: Any) -> None:
-    parser = commands.add_parser("export", help="the newest checkpoint's weights as safetensors")
+    parser = commands.add_parser(
+        "export", help="a checkpoint's weights: a folder that transformers loads, or a safetensors file"
+    )
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    parser.add_argument("--out", type=Path, help="file to write (default: RUN_DIR/model.safetensors)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder to write (default: RUN_DIR/export), or a file that ends in .safetensors: the weights alone, under "
+        "the names they have here. Where transformers has no such model it is a file always (default: "
+        "RUN_DIR/model.safetensors)",
+    )
+    parser.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], help="convert to it (default: as trained)")
+    parser.add_argument("--ema", action="store_true", help="the moving average of the weights (optimizer.ema)")
+    parser.add_argument(
+        "--shard-size",
+        type=size,
+        metavar="SIZE",
+        help=f"largest file in the folder, such as 500MB (default: {LARGEST})",
+    )
     parser.add_argument("--plugins", nargs="*", default=[], help="packages of yours that the run's classes come from")
     parser.set_defaults(func=export)
 
 
+def size(text: str) -> int:
+    """`500MB`, `2GB`: a number of bytes."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]B)", text.strip(), re.IGNORECASE)
+    if match is None or not (count := int(float(match[1]) * UNITS[match[2].upper()])):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 500MB or 2GB")
+    return count
+
+
 def export(arguments: argparse.Namespace) -> int:
-    import safetensors.torch
-
     from trainer.errors import ConfigError
-    from trainer.files import replace_file
-    from trainer.sampling import load_run
+    from trainer.export import Weights, checkpoint, numbers, to_transformers
+    from trainer.models.family import NoFamily, family_of
+    from trainer.models.weight_files import write_file
+    from trainer.precision import DTYPES
+    from trainer.sampling import open_run
 
-    config, model, _ = load_run(arguments.run_dir, arguments.plugins)
-    out = arguments.out or arguments.run_dir / "model.safetensors"
-    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    folder, family, why = arguments.run_dir, None, "--out names one file"
+    config, tokenizer = open_run(folder, arguments.plugins)
+    found = checkpoint(folder, arguments.step)
+    if arguments.out is None or arguments.out.suffix != ".safetensors":
+        try:
+            family = family_of(config, tokenizer)
+        except NoFamily as reason:
+            why = str(reason)
+    tensors = Weights(found, arguments.ema, DTYPES.get(arguments.dtype)).tensors(family)
+    out = arguments.out or folder / ("export" if family else "model.safetensors")
     try:
-        replace_file(out, safetensors.torch.save(weights, metadata={"run": config.run.name, "format": "pt"}))
+        if family:
+            out.mkdir(parents=True, exist_ok=True)
+            to_transformers(out, tensors, family, arguments.shard_size or size(LARGEST), folder)
+        elif arguments.shard_size:
+            raise ConfigError(f"--shard-size: this export is one file: {why}")
+        else:
+            out = out / "model.safetensors" if out.is_dir() else out
+            write_file(out, tensors, {"run": config.run.name})
     except OSError as error:
         raise ConfigError(f"--out {out}: cannot be written: {error.strerror}") from error
-    print(f"{out}: {len(weights)} tensors, {sum(tensor.numel() for tensor in weights.values()):,} numbers")
+    print(f"{out}: {len(tensors)} tensors, {numbers(tensors):,} numbers, of step {found.manifest['step']}")
+    print(f"transformers.AutoModelForCausalLM.from_pretrained('{out}')" if family else f"no config.json: {why}")
     return 0

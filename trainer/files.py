@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 import os
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 
 
-def replace_file(path: Path, content: bytes | memoryview) -> None:
-    """Puts a file of this content at `path`, whole or not at all, even if several processes do so at once."""
+def replace_file(path: Path, content: bytes | memoryview | Iterable[bytes | memoryview]) -> None:
+    """Puts a file of this content, whole or in parts, at `path`: all of it or nothing, even if several processes do so
+    at once."""
     beside = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
         with open(beside, "xb") as file:
-            file.write(content)
+            for part in [content] if isinstance(content, (bytes, bytearray, memoryview)) else content:
+                file.write(part)
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)

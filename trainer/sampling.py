@@ -21,8 +21,8 @@ from trainer.folder import CHECKPOINTS
 from trainer.randomness import key
 
 
-def load_run(folder: Path, plugins: Sequence[str] = ()) -> tuple[Config, nn.Module, Tokenizer]:
-    """The config, newest model (on the CPU) and tokenizer of a run's folder, which is only read.
+def open_run(folder: Path, plugins: Sequence[str] = ()) -> tuple[Config, Tokenizer]:
+    """The config and tokenizer of a run's folder, which is only read.
 
     Code is imported from no package but those in `plugins`, whatever the folder says. Raises ConfigError if the folder
     holds no run that can be read.
@@ -34,11 +34,16 @@ def load_run(folder: Path, plugins: Sequence[str] = ()) -> tuple[Config, nn.Modu
     if isinstance(raw, dict) and isinstance(raw.get("run"), dict):
         raw["run"]["plugins"] = list(plugins)
     config = check(completed(raw) if isinstance(raw, dict) else raw)
+    own = folder / "tokenizer.json"
+    return config, tokenizers.load(str(own) if own.exists() else "bytes")
+
+
+def load_run(folder: Path, plugins: Sequence[str] = ()) -> tuple[Config, nn.Module, Tokenizer]:
+    """As `open_run`, with the newest model (on the CPU). Raises ConfigError if there is none yet, too."""
+    config, tokenizer = open_run(folder, plugins)
     found, _ = newest(folder / CHECKPOINTS, set_aside=False)
     if found is None:
         raise ConfigError(f"{folder}: has no checkpoint yet")
-    own = folder / "tokenizer.json"
-    tokenizer = tokenizers.load(str(own) if own.exists() else "bytes")
     model = model_factory(config, tokenizer)()
     read(found, {f"model/{name}": tensor for name, tensor in model.state_dict().items()})
     return config, model, tokenizer

@@ -11,15 +11,11 @@ from torch import nn
 from tests.runs import Run
 from trainer.config.schema import GPT as GPTConfig
 from trainer.models import initialise
+from trainer.models.family import gpt2_name, to_gpt2
 from trainer.models.gpt import GPT
 from trainer.sampling import load_run
 
 transformers = pytest.importorskip("transformers")
-
-OURS_TO_THEIRS = {
-    "attention_norm": "ln_1", "mlp_norm": "ln_2", "attention.query_key_value": "attn.c_attn",
-    "attention.output": "attn.c_proj",    "mlp.input": "mlp.c_fc", "mlp.output": "mlp.c_proj",
-}  # fmt: skip
 
 
 def gpt2_of(model: GPT, vocab_size: int) -> nn.Module:
@@ -35,19 +31,7 @@ def gpt2_of(model: GPT, vocab_size: int) -> nn.Module:
         attn_pdrop=0.0,
     )
     theirs = transformers.GPT2LMHeadModel(config)
-    weights = {}
-    for name, value in model.state_dict().items():
-        if name.startswith("blocks."):
-            _, layer, rest = name.split(".", 2)
-            module, _, leaf = rest.rpartition(".")
-            if module.endswith("query_key_value"):  # ours is head by head, theirs all queries, all keys, all values
-                value = value.unflatten(0, (model.config.heads, 3, -1)).transpose(0, 1).flatten(0, 2)
-            # GPT-2's Conv1D keeps its matrices transposed.
-            weights[f"transformer.h.{layer}.{OURS_TO_THEIRS[module]}.{leaf}"] = value.T if value.ndim == 2 else value
-        else:
-            outer = {"token_embedding": "wte", "position_embedding": "wpe", "norm": "ln_f"}
-            module, _, leaf = name.rpartition(".")
-            weights[f"transformer.{outer[module]}.{leaf}"] = value
+    weights = {gpt2_name(name): to_gpt2(name, value, model.config.heads) for name, value in model.state_dict().items()}
     weights["lm_head.weight"] = weights["transformer.wte.weight"]
     missing, unexpected = theirs.load_state_dict(weights, strict=False)
     assert not unexpected

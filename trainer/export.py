@@ -1,0 +1,106 @@
+"""A run's weights, for others: from a checkpoint, tensor by tensor, without a model being made of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from trainer.checkpoint.format import Damaged, Stored, folder_name, read_index, verify
+from trainer.checkpoint.load import Found, newest, read
+from trainer.checkpoint.pieces import DTYPES
+from trainer.checkpoint.retention import candidates, step_of
+from trainer.errors import ConfigError
+from trainer.files import replace_file
+from trainer.folder import CHECKPOINTS
+from trainer.models.family import Family
+from trainer.models.weight_files import Later, write_folder
+
+EMA, EMA_WEIGHT = "optimizer/ema/", "optimizer/ema_weight/"
+
+
+def checkpoint(folder: Path, step: int | None) -> Found:
+    """The newest one of a run's folder, or that of `step`. Raises ConfigError if it is not there, or not whole."""
+    if step is None:
+        found, _ = newest(folder / CHECKPOINTS, set_aside=False)
+        if found is None:
+            raise ConfigError(f"{folder}: has no checkpoint yet")
+        return found
+    path = folder / CHECKPOINTS / folder_name(step)
+    if not path.is_dir():
+        there = ", ".join(str(step_of(path)) for path in candidates(folder / CHECKPOINTS))
+        raise ConfigError(f"--step {step}: {folder} has no checkpoint of it; there are: {there or 'none'}")
+    try:
+        return Found(path, verify(path))
+    except (Damaged, OSError) as error:
+        raise ConfigError(f"--step {step}: {path} is not whole: {error}") from None
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The parameters in a checkpoint, or their averages (`ema`), converted to `dtype` if one is given."""
+
+    found: Found
+    ema: bool = False
+    dtype: torch.dtype | None = None
+
+    def tensors(self, family: Family | None = None) -> dict[str, Later]:
+        """By name, none of them read yet; as transformers has them if a family is given."""
+        stored = read_index(self.found.path, self.found.manifest)
+        names = [name.removeprefix("model/") for name in stored if name.startswith("model/")]
+        if self.ema and not any(f"{EMA}{name}" in stored for name in names):
+            raise ConfigError(
+                f"--ema: {self.found.path} holds no averaged weights; they are kept where optimizer.ema is set"
+            )
+        return dict(self._tensor(name, stored, family or Family(None)) for name in names)
+
+    def _tensor(self, name: str, stored: dict[str, Stored], family: Family) -> tuple[str, Later]:
+        averaged = self.ema and f"{EMA}{name}" in stored  # a buffer has none
+        source = f"{EMA}{name}" if averaged else f"model/{name}"
+        held = torch.empty(stored[source].shape, dtype=DTYPES[stored[source].dtype], device="meta")
+        dtype = self.dtype if self.dtype and held.is_floating_point() else held.dtype
+
+        def make() -> Tensor:
+            value = self._read(source, stored)
+            value = value / self._ema_weight(name, stored) if averaged else value
+            return family.theirs(name, value).to(dtype).contiguous()
+
+        return family.name(name), Later(dtype, tuple(family.theirs(name, held).shape), make)
+
+    def _ema_weight(self, name: str, stored: dict[str, Stored]) -> Tensor:
+        """What an average has of the weights so far: it began as 0."""
+        source = f"{EMA_WEIGHT}{name}"
+        weight = self._read(source, stored) if source in stored else torch.zeros(())
+        if not 0 < weight.item() <= 1:
+            raise ConfigError(f"--ema: {self.found.path} does not tell how far the average of {name} has come")
+        return weight
+
+    def _read(self, name: str, stored: dict[str, Stored]) -> Tensor:
+        value = torch.empty(stored[name].shape, dtype=DTYPES[stored[name].dtype])
+        read(self.found, {name: value})
+        return value
+
+
+def to_transformers(folder: Path, tensors: dict[str, Later], family: Family, largest: int, run: Path) -> None:
+    """A folder that `from_pretrained` of transformers loads, with the tokenizer of the run's folder."""
+    family.config.dtype = next(tensor.dtype for tensor in tensors.values())
+    for name, content in _beside(family, run):
+        replace_file(folder / name, content)
+    write_folder(folder, tensors, largest, {})
+
+
+def _beside(family: Family, run: Path) -> Iterator[tuple[str, bytes]]:
+    yield "config.json", family.config.to_json_string().encode()
+    if (run / "tokenizer.json").exists():
+        yield "tokenizer.json", (run / "tokenizer.json").read_bytes()
+        # As it is: by the kind of the model transformers would take one of its own making for it.
+        yield "tokenizer_config.json", json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}).encode()
+
+
+def numbers(tensors: dict[str, Later]) -> int:
+    return sum(prod(tensor.shape) for tensor in tensors.values())
