@@ -1,0 +1,90 @@
+"""What the arguments of `onecurve checkpoint` name: runs, checkpoints."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trainer.errors import ConfigError, TrainingError
+
+if TYPE_CHECKING:
+    from trainer.checkpoint.load import Found
+
+
+def checkpoints(run_dir: Path) -> Path:
+    from trainer.folder import CHECKPOINTS
+
+    return run_dir / CHECKPOINTS
+
+
+def step_in(path: Path) -> int:
+    """Also of one that was set aside, `.damaged-step-00000100-1`."""
+    found = re.search(r"step-(\d+)", path.name)
+    return int(found[1]) if found else -1
+
+
+def saved(run_dir: Path, argument: str = "RUN_DIR", aside: bool = False) -> list[Path]:
+    """All with a checkpoint's name in rising order of steps, also those set `aside`; at least one.
+
+    Raises ConfigError; OSError.
+    """
+    from trainer.checkpoint.retention import candidates
+
+    folder = checkpoints(run_dir)
+    if not folder.is_dir():
+        why = "has no checkpoints/ in it: name the folder of a run" if run_dir.is_dir() else "no such folder"
+        raise ConfigError(f"{argument} {run_dir}: {why}")
+    damaged = sorted(path for path in folder.iterdir() if path.name.startswith(".damaged-step-"))
+    if paths := [*candidates(folder), *damaged] if aside else candidates(folder):
+        return sorted(paths, key=step_in)
+    why = " but damaged ones that were set aside: see `ls`" if damaged else " yet: train until one is saved"
+    raise ConfigError(f"{argument} {run_dir}: has no checkpoint{why}")
+
+
+def of_step(paths: Sequence[Path], step: int, argument: str) -> Path:
+    if found := [path for path in paths if step_in(path) == step]:
+        return found[0]
+    there = ", ".join(str(step_in(path)) for path in paths)
+    raise ConfigError(f"{argument}{step}: no checkpoint of this step; there are {there}")
+
+
+def named(argument: str, given: str) -> Found:
+    """The checkpoint that `given` names, verified. Raises ConfigError."""
+    from trainer.checkpoint import format
+    from trainer.checkpoint.load import Found, newest
+
+    path, (run_dir, _, step) = Path(given), given.rpartition(":")
+    with readable(argument, given):
+        try:
+            if checkpoints(path).is_dir() and saved(path, argument):
+                found, _ = newest(checkpoints(path), set_aside=False)
+                assert found  # there are some, and where none is whole it raises
+                return found
+            if run_dir and step.isdecimal() and not path.exists():
+                path = of_step(saved(Path(run_dir), argument), int(step), f"{argument} {run_dir}:")
+            if path.is_dir():
+                return Found(path, format.verify(path))
+        except (format.Damaged, TrainingError) as error:
+            raise ConfigError(f"{argument} {given}: {error}; name another one, which is whole") from None
+    raise ConfigError(f"{argument} {given}: no such folder; name a checkpoint's, RUN_DIR or RUN_DIR:STEP")
+
+
+@contextmanager
+def readable(argument: str, given: object) -> Iterator[None]:
+    """What the storage refuses is a problem of the argument."""
+    try:
+        yield
+    except BrokenPipeError:  # of who reads what is printed
+        raise
+    except OSError as error:
+        what = f"{error.filename or 'a file'}: {error.strerror or error}"
+        raise ConfigError(f"{argument} {given}: {what}; see to its permissions and its storage") from error
+
+
+def shown(text: object) -> str:
+    """Names come from files: none may steer a terminal."""
+    return str(text) if str(text).isprintable() else json.dumps(str(text))

@@ -1,0 +1,106 @@
+"""`onecurve checkpoint prune RUN_DIR`: deletes checkpoints as a run would, by the same rules."""
+
+from __future__ import annotations
+
+import argparse
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
+
+from launch.checkpoint_names import checkpoints, readable, saved, shown
+from launch.sizes import size
+from trainer.errors import ConfigError, TrainingError
+
+if TYPE_CHECKING:
+    from trainer.checkpoint.retention import Retention
+
+
+def add_command(commands: Any) -> None:
+    about = """Deletes checkpoints as a run with these settings would, once the newest has been verified, and what
+    interrupted saves left. What is not given here is as the newest checkpoint's config says. Refused while a
+    run trains in the folder."""
+    parser = commands.add_parser(
+        "prune", help="delete checkpoints by the rules of `checkpoint.keep`", description=about
+    )
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    parser.add_argument("--keep", type=int, metavar="N", help="the newest N stay (checkpoint.keep)")
+    parser.add_argument("--every", type=int, metavar="N", help="multiples of N stay (checkpoint.keep_every); 0: none")
+    parser.add_argument("--best", metavar="METRIC", help="the one with the lowest METRIC stays (checkpoint.keep_best)")
+    parser.add_argument("--dry-run", action="store_true", help="only say what would go; also while the run trains")
+    parser.set_defaults(func=prune)
+
+
+def prune(arguments: argparse.Namespace) -> int:
+    """Deletes what is superfluous, or only says so."""
+    from trainer.checkpoint import format
+    from trainer.checkpoint.retention import clear_leftovers, remove
+    from trainer.checkpoint.tools import used
+
+    run_dir, dry = arguments.run_dir, arguments.dry_run
+    folder = checkpoints(run_dir)
+    with readable("RUN_DIR", run_dir), _nobody_trains(run_dir, dry):
+        paths = saved(run_dir)
+        try:
+            retention = _retention(arguments, format.read_manifest(paths[-1]))
+            format.verify(paths[-1])  # its sizes are not enough: what goes is needed if this one is not whole
+        except format.Damaged as damage:
+            raise TrainingError(f"{paths[-1]}: {damage}; the older ones are needed, nothing is deleted") from None
+        before, freed = used(folder), 0
+        superfluous = retention.superfluous(folder)
+        for path in superfluous:
+            freed += (its := used(path))
+            if not dry:
+                remove(path, f"prune-{uuid.uuid4().hex[:8]}")
+            print(f"{'would delete' if dry else 'deleted'} {path.name}  {size(its)}", flush=True)
+        if not dry:
+            clear_leftovers(folder)
+            freed = before - used(folder)
+    stay = len(paths) - len(superfluous)
+    print(f"{stay} of {len(paths)} stay ({_rules(retention)}); {'would free' if dry else 'freed'} {size(freed)}")
+    return 0
+
+
+@contextmanager
+def _nobody_trains(run_dir: Path, dry: bool) -> Iterator[None]:
+    """Holds the run's lock meanwhile, unless nothing is to be changed. Raises ConfigError where a run has it."""
+    if dry:
+        yield
+        return
+    try:
+        lock = FileLock(run_dir / ".lock", blocking=False).acquire()
+    except Timeout:
+        raise ConfigError(f"RUN_DIR {run_dir}: another process trains in this folder; stop it first") from None
+    with lock:
+        yield
+
+
+def _retention(arguments: argparse.Namespace, manifest: dict[str, Any]) -> Retention:
+    """What stays: as given, else as the run had it. Raises ConfigError."""
+    from trainer.checkpoint.retention import Retention
+    from trainer.checkpoint.tools import flat, look
+
+    config = flat(manifest.get("config"))
+    keep, every, best = (
+        config.get(f"checkpoint.{key}") if given is None else given
+        for key, given in (("keep", arguments.keep), ("keep_every", arguments.every), ("keep_best", arguments.best))
+    )
+    if type(keep) is not int or keep < 1:
+        raise ConfigError(f"--keep: must be a number of at least 1, not {keep}")
+    if every is not None and (type(every) is not int or every < 0):
+        raise ConfigError(f"--every: must be a number of steps, or 0 for none, not {every}")
+    if arguments.best:  # under a wrong name the best one would go
+        known = {name for path in saved(arguments.run_dir) if (it := look(path)) for name in it.evaluation}
+        if best not in known:
+            names = ", ".join(sorted(known)) or "nothing"
+            raise ConfigError(f"--best {best}: no checkpoint was evaluated by it; choose among: {names}")
+    return Retention(keep, every or None, best or None)
+
+
+def _rules(retention: Retention) -> str:
+    every = f", multiples of {retention.every}" if retention.every else ""
+    best = f", the lowest {shown(retention.best)}" if retention.best else ""
+    return f"the newest {retention.keep}{every}{best}"
