@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from trainer.checkpoint.load import read
-from trainer.checkpoint.plan import fingerprint
+from trainer.checkpoint.plan import fingerprint_of
 from trainer.checkpoint.save import Saver
 from trainer.config import Config
 from trainer.config.interval import Interval
@@ -92,7 +92,7 @@ def train(job: Job) -> Progress:
         unread.sums.append(strategy.train_step(data.micro_batches))
         unread.updates.append(strategy.update(job.schedule(data.step)))
         if config.track.fingerprint:
-            unread.fingerprints.append(fingerprint(strategy.state()))
+            unread.fingerprints.append(fingerprint_of(strategy.state()))
         unread.steps.append(data)
         progress.step = data.step
         for event in job.saver.poll():

@@ -118,7 +118,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
                 k: type(v) for k, v in stated.items()
             }:
                 raise Damaged(f"manifest.json: no file of a checkpoint: {name!r}")
-        int(manifest["step"]), manifest["files"][INDEX]
+        if folder.name.startswith("step-") and folder_name(int(manifest["step"])) != folder.name:
+            raise Damaged(f"it is of step {manifest['step']}")
+        manifest["files"][INDEX]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise Damaged(f"manifest.json: {error!r}") from None
     return manifest

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from trainer.checkpoint.format import (
     CHUNK,
     Damaged,
     Place,
+    Stored,
     check_contents,
     check_sizes,
     open_file,
@@ -36,6 +38,14 @@ class Found:
     path: Path
     manifest: dict[str, Any]
 
+    @cached_property
+    def index(self) -> dict[str, Stored]:
+        """Where each tensor lies. Raises TrainingError where it cannot be believed."""
+        try:
+            return read_index(self.path, self.manifest)
+        except Damaged as damage:
+            raise TrainingError(f"{self.path}: {damage}") from None
+
 
 def newest(
     folder: Path, topology: Topology = ALONE, *, contents: bool = True, set_aside: bool = True
@@ -48,7 +58,7 @@ def newest(
     """
     events: list[dict[str, Any]] = []
     names = _agreed(topology, lambda: [path.name for path in candidates(folder)])
-    damaged = _agreed(topology, lambda: any(folder.glob(".damaged-*")))
+    damaged = _agreed(topology, lambda: any(path.name.startswith(".damaged-") for path in folder.iterdir()))
     for path in (folder / name for name in reversed(names)):
         manifest, reason = _checked(path, topology, contents)
         if reason is None:
@@ -77,10 +87,7 @@ def read(found: Found, state: State) -> None:
     Raises TrainingError if one is not there, or in another shape. What may be switched on between lives is left as it
     is where the checkpoint has none.
     """
-    try:
-        stored = read_index(found.path, found.manifest)
-    except Damaged as damage:
-        raise TrainingError(f"{found.path}: {damage}") from None
+    stored = found.index
     some = {name: held for name, held in state.items() if prod(shape_of(held))}  # of an empty tensor nothing is saved
     wanted = {name: held for name, held in some.items() if name in stored or not name.startswith(OPTIONAL)}
     wrong = [name for name, held in wanted.items() if name not in stored or stored[name].shape != shape_of(held)]
@@ -104,7 +111,7 @@ def read(found: Found, state: State) -> None:
 
 def read_all(found: Found, prefix: str = "") -> dict[str, Tensor]:
     """Every tensor whose name begins so, whole, by the name behind it."""
-    stored = read_index(found.path, found.manifest)
+    stored = found.index
     names = [name for name in stored if name.startswith(prefix)]
     tensors = {name: torch.empty(stored[name].shape, dtype=DTYPES[stored[name].dtype]) for name in names}
     read(found, tensors)

@@ -14,6 +14,8 @@ from trainer.checkpoint.format import Place, Stored, header, tensor_file
 from trainer.checkpoint.pieces import DTYPES, NAMES, Box, State, dtype_of, pieces, shape_of
 from trainer.errors import TrainingError
 
+SMALL = 1 << 16  # bytes; the bits of smaller tensors are summed up together
+
 
 class Held(NamedTuple):
     """A piece of a tensor, as a process tells the others of it."""
@@ -89,7 +91,7 @@ class Plan:
                 stored.places.append(Place(tensor_file(rank), start + at, piece.box))
         return found
 
-    def agreements(self, rank: int) -> dict[str, list[Held]]:
+    def to_agree_on(self, rank: int) -> dict[str, list[Held]]:
         """What this process has to agree on with others, by who they are ("0,2"): weights, which show the rest too."""
         found: defaultdict[str, list[Held]] = defaultdict(list)
         for piece, ranks in self.shared.items():
@@ -98,17 +100,27 @@ class Plan:
         return found
 
 
-def fingerprints(tensors: Sequence[Tensor]) -> Tensor:
-    """Of each the sum of its bits, read as integers: int64 [n], where the tensors lie: only sums are fetched."""
-    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    sums = [tensor.contiguous().view(whole[tensor.element_size()]).sum(dtype=torch.int64) for tensor in tensors]
-    return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.int64)
+def fingerprint(tensors: Sequence[Tensor]) -> Tensor:
+    """The sum of all their bits, read as integers: an int64 scalar where the tensors lie; only it is ever fetched."""
+    small = [tensor.reshape(-1).view(torch.uint8) for tensor in tensors if tensor.nbytes < SMALL]
+    sums = [_words(tensor) for tensor in tensors if tensor.nbytes >= SMALL] + (
+        [_words(torch.cat(small))] if small else []
+    )
+    return torch.stack(sums).sum() if sums else torch.zeros((), dtype=torch.int64)
 
 
-def fingerprint(state: State) -> Tensor:
+def _words(tensor: Tensor) -> Tensor:
+    flat = tensor.reshape(-1).view(torch.uint8)
+    if flat.data_ptr() % 8:
+        flat = flat.clone()  # a view of words begins at one
+    end = flat.numel() // 8 * 8
+    return flat[:end].view(torch.int64).sum() + flat[end:].sum(dtype=torch.int64)
+
+
+def fingerprint_of(state: State) -> Tensor:
     """Of the weights that lie here: a whole number below 2^40 as a float64 scalar, of which many can be added up."""
     weights = [tensor for piece, tensor in held_by(state) if piece.name.startswith("model/")]
-    return fingerprints(weights).sum().remainder(1 << 40).double()
+    return fingerprint(weights).remainder(1 << 40).double()
 
 
 def _laid_out(its: Sequence[Held]) -> list[tuple[Held, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 from contextlib import suppress
@@ -16,8 +17,9 @@ TRASH = ".trash-"
 
 def candidates(folder: Path) -> list[Path]:
     """The folders that have a checkpoint's name, in rising order of steps. Only `verify` says whether they are one."""
-    named = [(re.fullmatch(r"step-(\d{8,})", path.name), path) for path in folder.glob("step-*") if path.is_dir()]
-    return [path for _, path in sorted((int(match[1]), path) for match, path in named if match)]
+    named = [(re.fullmatch(r"step-(\d{8,})", path.name), path) for path in folder.iterdir()]
+    found = sorted((int(match[1]), path) for match, path in named if match)
+    return [path for _, path in found if path.is_dir() and not path.is_symlink()]
 
 
 def step_of(path: Path) -> int:
@@ -42,8 +44,9 @@ class Retention:
         if self.every:
             stay |= {path for path in found if step_of(path) % self.every == 0}
         if self.best:
-            scores = {path: score[self.best] for path in found if self.best in (score := _evaluation(path) or {})}
-            stay |= {min(reversed(scores), key=scores.__getitem__)} if scores else set()
+            scores = {path: (_evaluation(path) or {}).get(self.best) for path in reversed(found)}
+            numbers = {path: n for path, n in scores.items() if isinstance(n, int | float) and math.isfinite(n)}
+            stay |= {min(numbers, key=numbers.__getitem__)} if numbers else set()
         return [path for path in found if path not in stay]
 
     def apply(self, folder: Path, word: str) -> None:

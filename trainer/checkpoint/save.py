@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from torch import Tensor
 
 from trainer.checkpoint.format import INDEX, VERSION, folder_name, tensor_file, write_file, write_index, write_manifest
-from trainer.checkpoint.pieces import DTYPES, State
-from trainer.checkpoint.plan import Held, Plan, fingerprints, held_by
+from trainer.checkpoint.pieces import DTYPES, State, pieces
+from trainer.checkpoint.plan import Held, Plan, fingerprint, held_by
 from trainer.checkpoint.retention import Retention
 from trainer.files import replace_file, sync_folder
 from trainer.topology import Topology
@@ -56,7 +55,7 @@ class Saver:
         self.last_step = -1
         self.problem: str | None = None  # why the newest save that ended is not there
         self._failed_at = 0.0
-        self._plan: Plan | None = None
+        self._layout: _Layout | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._job: Future[Event] | None = None
 
@@ -99,26 +98,9 @@ class Saver:
     def _copy(self, state: State) -> dict[str, str]:
         """Copies what this process writes into host memory, as it will lie in the file; gives fingerprints of weights
         that others hold too, by who they are."""
-        held = dict(held_by(state))
-        if self._plan is None:
-            everything = [[Held.read(row) for row in rows] for rows in self.topology.gather(list(held))]
-            self._plan = Plan.of(everything)
-            self._tensors = self._plan.tensors({})  # a state that cannot be saved is found here
-            self._agreements = self._plan.agreements(self.topology.rank)
-            size, pinned = self._plan.size(self.topology.rank), self.topology.device.type == "cuda"
-            self._buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
-            self._copies = {piece: _view(self._buffer, piece, at) for piece, at in self._plan.files[self.topology.rank]}
-        if self._copies:
-            torch._foreach_copy_(
-                list(self._copies.values()), [held[piece] for piece in self._copies], non_blocking=True
-            )
-        prints = {}
-        for who, pieces in self._agreements.items():
-            sums = fingerprints([held[piece] for piece in pieces]).tolist()
-            prints[who] = xxhash.xxh3_64_hexdigest(repr(sums).encode())
-        if self.topology.device.type == "cuda":
-            torch.cuda.synchronize(self.topology.device)
-        return prints
+        if self._layout is None:
+            self._layout = _Layout(state, self.topology)
+        return self._layout.copy(state)
 
     def _write(self, step: int, about: dict[str, Any], prints: dict[str, str]) -> Event:
         started = time.monotonic()
@@ -158,14 +140,14 @@ class Saver:
         return sum(part["file"]["bytes"] for part in parts if part["file"]), error
 
     def _write_own(self, attempt: Path, word: dict[str, str]) -> dict[str, Any] | None:
-        assert self._plan is not None
-        rank, size = self.topology.rank, len(self._buffer)
+        assert self._layout is not None
+        rank, buffer, size = self.topology.rank, self._layout.buffer, len(self._layout.buffer)
         attempt.mkdir(exist_ok=True)
         if not size:
             return None
         if (free := shutil.disk_usage(attempt).free) < size:
             raise OSError(f"no space left: {size:,} bytes are to be written, {free:,} are free")
-        return write_file(attempt / tensor_file(rank), [self._plan.header(rank, word), self._buffer.numpy().data])
+        return write_file(attempt / tensor_file(rank), [self._layout.plan.header(rank, word), buffer.numpy().data])
 
     def _publish(
         self,
@@ -176,17 +158,18 @@ class Saver:
         written: list[dict[str, Any] | None],
     ) -> None:
         """Raises OSError; RuntimeError where what was written is not what was planned."""
-        assert self._plan is not None
+        assert self._layout is not None
+        plan = self._layout.plan
         files = {tensor_file(rank): file for rank, file in enumerate(written) if file}
         sizes = {name: file["bytes"] for name, file in files.items()}
         planned = {
-            tensor_file(rank): len(self._plan.header(rank, word)) + self._plan.size(rank)
-            for rank, its in enumerate(self._plan.files)
+            tensor_file(rank): len(plan.header(rank, word)) + plan.size(rank)
+            for rank, its in enumerate(plan.files)
             if its
         }
         if sizes != planned:
             raise RuntimeError(f"planned were {planned}, written {sizes}")
-        files[INDEX] = write_index(attempt / INDEX, list(sizes), self._plan.tensors(word))
+        files[INDEX] = write_index(attempt / INDEX, list(sizes), plan.tensors(word))
         write_manifest(attempt, {"version": VERSION, "step": step, **word, **about, "files": files})
         if (self.folder / WRITER).read_text() != self.life:
             raise RuntimeError("another process trains in this folder by now, and saves there")
@@ -195,6 +178,38 @@ class Saver:
             raise FileExistsError(f"{final} is there already")
         attempt.rename(final)
         sync_folder(self.folder)
+
+
+class _Layout:
+    """What is copied where, the same at each save of a run; made at the first, together with the other processes.
+
+    `buffer`: uint8, host memory (pinned for a GPU), all that this process writes behind the header of its file.
+    """
+
+    def __init__(self, state: State, topology: Topology):
+        held, rank = held_by(state), topology.rank
+        self.names, self.device = list(state), topology.device
+        self.plan = Plan.of(
+            [[Held.read(row) for row in rows] for rows in topology.gather([piece for piece, _ in held])]
+        )
+        self.plan.tensors({})  # a state that cannot be saved is found here
+        self.buffer = torch.empty(self.plan.size(rank), dtype=torch.uint8, pin_memory=topology.device.type == "cuda")
+        number = {piece: i for i, (piece, _) in enumerate(held)}
+        self._from = [number[piece] for piece, _ in self.plan.files[rank]]
+        self._to = [_view(self.buffer, piece, at) for piece, at in self.plan.files[rank]]
+        self._shared = {who: [number[piece] for piece in its] for who, its in self.plan.to_agree_on(rank).items()}
+
+    def copy(self, state: State) -> dict[str, str]:
+        """Gives fingerprints."""
+        if list(state) != self.names:
+            raise RuntimeError("a run's state has the same names at every save")
+        held = [tensor.detach() for value in state.values() for _, tensor in pieces(value)]
+        if self._to:
+            torch._foreach_copy_(self._to, [held[i] for i in self._from], non_blocking=True)
+        prints = {who: fingerprint([held[i] for i in its]) for who, its in self._shared.items()}
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return {who: f"{int(print_):x}" for who, print_ in prints.items()}
 
 
 def _view(buffer: Tensor, piece: Held, at: int) -> Tensor:
