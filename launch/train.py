@@ -41,10 +41,11 @@ def train(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"-n {procs}: at least one process is needed")
     config = load(overrides, procs, arguments.config_dir)
     from trainer.folder import settle  # late: it imports torch, and the config's problems should show at once
+    from trainer.given import open_given
     from trainer.inputs import open_shards
     from trainer.topology import ALONE
 
-    open_shards(config, ALONE)
+    open_given(config, ALONE, open_shards(config, ALONE).tokenizer)
     folder = Path(config.run.dir).expanduser()
     if arguments.config_dir:
         overrides += ["--config-dir", arguments.config_dir]

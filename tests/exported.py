@@ -50,15 +50,21 @@ def shaken(config: Config, seed: int = 1) -> nn.Module:
     return model.eval()
 
 
-def saved(folder: Path, config: Config, models: dict[int, nn.Module], **more: torch.Tensor) -> Path:
-    """A run's folder with a checkpoint of each model, by step; `more` is beside the weights."""
+def saved(
+    folder: Path,
+    config: Config,
+    models: dict[int, nn.Module],
+    about: dict[str, Any] | None = None,
+    **more: torch.Tensor,
+) -> Path:
+    """A run's folder with a checkpoint of each model, by step; `about` is in its manifest, `more` beside weights."""
     checkpoints = folder / "checkpoints"
     checkpoints.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(config.resolved()))
     saver = Saver(checkpoints, ALONE, Retention(keep=9), asynchronous=False, pauses=())
     for step, model in models.items():
         state = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
-        saver.save(step, state | more, {})
+        saver.save(step, state | more, about or {})
     saver.close()
     return folder
 

@@ -28,7 +28,7 @@ from trainer.files import replace_file
 from trainer.folder import CHECKPOINTS, Identity, RunFolder
 from trainer.inputs import Inputs
 from trainer.loop import Job
-from trainer.models import ModelFactory, huggingface, of_type
+from trainer.models import Fill, ModelFactory, huggingface, of_type
 from trainer.models.gpt import GPT
 from trainer.objectives.causal_lm import CausalLM
 from trainer.optim.adamw import adamw, missing
@@ -71,15 +71,18 @@ def plugin(config: Config, group: str) -> Any:
 
 
 def model_factory(
-    config: Config, tokenizer: Tokenizer, example: Callable[[], dict[str, torch.Tensor]] | None = None
+    config: Config,
+    tokenizer: Tokenizer,
+    example: Callable[[], dict[str, torch.Tensor]] | None = None,
+    given: Fill | None = None,
 ) -> ModelFactory:
-    """What makes the model and gives it its initial weights."""
+    """What makes the model and gives it its initial weights: drawn ones, unless others are given."""
 
     def make() -> nn.Module:
         model = plugin(config, "model")(config.model, tokenizer.vocab_size, config.data.sequence_length)
         return model if config.precision.param == "fp32" else of_type(model, DTYPES[config.precision.param])
 
-    return ModelFactory(make, config.run.seed, example)
+    return ModelFactory(make, config.run.seed, example, given)
 
 
 def check_machine(config: Config, device: torch.device) -> None:
@@ -101,8 +104,8 @@ def check_machine(config: Config, device: torch.device) -> None:
         raise ConfigError(problems)
 
 
-def build_strategy(config: Config, topology: Topology, inputs: Inputs) -> Strategy:
-    """The strategy, set up: model on its device, optimizer made."""
+def build_strategy(config: Config, topology: Topology, inputs: Inputs, given: Fill | None = None) -> Strategy:
+    """The strategy, set up: model on its device, with its own initial values or those given, optimizer made."""
     tokenizer = inputs.tokenizer
     objective = plugin(config, "objective")(config.objective, tokenizer.token_bytes, tokenizer.token_chars)
     train = config.train
@@ -114,7 +117,7 @@ def build_strategy(config: Config, topology: Topology, inputs: Inputs) -> Strate
         objective,
         StepOptions(train.clip_norm, train.activation_checkpointing, train.compile),
     )
-    factory = model_factory(config, tokenizer, inputs.stream.share.example)
+    factory = model_factory(config, tokenizer, inputs.stream.share.example, given)
     if precision.compute == "fp8":
         build = factory.build
         factory = replace(factory, build=lambda: in_fp8(build()))
@@ -154,10 +157,17 @@ def build_quarantine(config: Config, topology: Topology, folder: RunFolder) -> Q
 
 
 def build(
-    config: Config, topology: Topology, inputs: Inputs, folder: RunFolder, identity: Identity, born: float
+    config: Config,
+    topology: Topology,
+    inputs: Inputs,
+    folder: RunFolder,
+    identity: Identity,
+    born: float,
+    given: Fill | None = None,
 ) -> Job:
-    """Everything the loop talks to."""
-    checkpoint, strategy = config.checkpoint, build_strategy(config, topology, inputs)
+    """Everything the loop talks to. `given`: weights that a run which has no checkpoint yet starts with."""
+    checkpoint = config.checkpoint
+    strategy = build_strategy(config, topology, inputs, given if folder.found is None else None)
     if topology.is_main:
         for name, content in getattr(strategy, "files", {}).items():  # what it made of the config, to be looked at
             replace_file(folder.path / name, json.dumps(content, indent=2).encode())

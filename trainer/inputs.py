@@ -42,8 +42,8 @@ WHEREABOUTS = {
     "error_budget", "ledger", "cache", "cache_gb", "mmap", "allow_pipe",
 }  # fmt: skip
 
-# Keys of the model section that say by what means it is computed, not what it is.
-MEANS = {"fused_norm"}
+# Keys of the model section that say by what means it is computed or where it is found, not what it is.
+MEANS = {"fused_norm", "weights"}
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,15 @@ class Found:
     held_out: Shards | None
     tokenizer: Tokenizer
 
-    def identity(self, config: Config, step: int) -> dict[str, Any]:
-        """What the run is, as far as its first `step` steps go: what no later life of it may change."""
+    def identity(self, config: Config, given: str | None, step: int) -> dict[str, Any]:
+        """What the run is, as far as its first `step` steps go: what no later life of it may change. `given`: the
+        fingerprint of the weights that it started with, if it did not draw them."""
         until = max(step, 1)
         ramp = sorted(config.train.batch_ramp.items())
         starts = [0, *(end for end, _ in ramp)]
         begun = {str(end): size for start, (end, size) in zip(starts, ramp, strict=False) if start < until}
         return {
-            "model": config.model.model_dump(mode="json", exclude=MEANS),
+            "model": config.model.model_dump(mode="json", exclude=MEANS) | ({"weights": given} if given else {}),
             "objective": config.objective.model_dump(mode="json"),
             "data": {
                 "order": ORDER,

@@ -21,6 +21,7 @@ from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError, Interrupted, OnecurveError, PeerLost, TrainingError
 from trainer.files import replace_file
 from trainer.folder import RunFolder, settle
+from trainer.given import open_given
 from trainer.inputs import open_inputs, open_shards
 from trainer.topology import Topology, join, world_size
 from trainer.tracking.report import write_report
@@ -36,14 +37,15 @@ def run(config: Config, born: float) -> None:
     topology = join(config.launch.timeout_s, config.layout(world_size()))
     check_machine(config, topology.device)
     found = open_shards(config, topology)
-    identity = partial(found.identity, config)
+    given = open_given(config, topology, found.tokenizer)
+    identity = partial(found.identity, config, given.fingerprint if given else None)
     folder = RunFolder(config, identity, topology, born)
     with folder, _log(folder.path, topology.rank):
         job, stopped, weights = None, None, {}
         try:
             inputs = open_inputs(config, topology, found)
             folder.keep(inputs.tokenizer, inputs.catalogue)
-            job = build(config, topology, inputs, folder, identity, born)
+            job = build(config, topology, inputs, folder, identity, born, given.fill if given else None)
             try:
                 loop.train(job)
                 if _samples(config):

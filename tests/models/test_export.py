@@ -140,8 +140,8 @@ def test_a_model_that_transformers_does_not_have(
     told = export(folder)
     assert (folder / "model.safetensors").exists()
     assert not (folder / "export").exists()
-    assert "no config.json: transformers has no such model: it would be its GPT-2, but for model.positions=ro" in told
-    assert "model.bias=false" in told
+    assert "no config.json: transformers has no such model; it is GPT-2 with model.positions=learned model.a" in told
+    assert "model.bias=true" in told
     assert "--shard-size: this export is one file: transf" in export(folder, "--shard-size", "1GB", expect=2)
 
 

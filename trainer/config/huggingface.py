@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 
-from trainer.config.schema import HuggingFace
+from trainer.config.schema import GPT, HuggingFace
 from trainer.errors import ConfigError
 
 _USELESS = {"add_cross_attention", "use_cache"}  # not for training on text alone
@@ -29,6 +29,13 @@ def architecture(model: HuggingFace) -> Any:
     if found is None:
         raise ConfigError(f"model.architecture={model.architecture}: no such class in transformers")
     return found
+
+
+def unlike_gpt2(model: GPT) -> str | None:
+    """The keys that would have to be set otherwise for it to be GPT-2."""
+    gpt2 = {"positions": "learned", "activation": "gelu", "bias": True}
+    other = {key: value for key, value in gpt2.items() if getattr(model, key) != value}
+    return " ".join(f"model.{key}={str(value).lower()}" for key, value in other.items()) or None
 
 
 def transformers_config(model: HuggingFace, sequence_length: int, **defaults: Any) -> Any:

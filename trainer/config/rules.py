@@ -94,6 +94,8 @@ def _weights(key: str, weights: Mapping[str, float], data: Data) -> Iterator[str
 
 
 def _gpt(model: GPT) -> Iterator[str]:
+    if model.weights is not None and (other := huggingface.unlike_gpt2(model)):
+        yield f"model.weights={model.weights}: transformers has no weights for it; it is GPT-2 with {other}"
     if model.fused_norm and not model.bias:
         yield "model.fused_norm=true: Apex's FusedLayerNorm has a bias; set model.bias=true, or model.fused_norm=false"
     if model.width % model.heads:

@@ -101,7 +101,19 @@ class Sample(Section):
     top_k: Count | None = Field(description="Draw only from the k likeliest tokens. null: from all.")
 
 
-class GPT(Plugin):
+class Pretrained(Plugin):
+    """A model that may start with weights of Hugging Face's."""
+
+    # With a default, unlike all others: sections of users' own models, and of earlier runs, do not have it.
+    weights: str | None = Field(
+        default=None,
+        description="Start with these weights: a folder as `save_pretrained` of transformers writes it, or a "
+        "`.safetensors` file, on every machine. A run that goes on has its own, and no longer needs them. null: draw "
+        "them.",
+    )
+
+
+class GPT(Pretrained):
     layers: Count = Field(description="Number of transformer blocks.")
     width: Count = Field(description="Width of the residual stream.")
     heads: Count = Field(description="Attention heads; they divide the width.")
@@ -119,7 +131,7 @@ class GPT(Plugin):
     )
 
 
-class HuggingFace(Plugin):
+class HuggingFace(Pretrained):
     """What models of transformers have in common."""
 
     architecture: str = Field(description="The class in transformers.")

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from torch.distributed.tensor.parallel import ParallelStyle
 
 
+Fill = Callable[[str, Tensor], None]  # fills the value of the parameter of that name
+
+
 class Model(Protocol):
     """What a model brings besides being an nn.Module."""
 
@@ -61,12 +64,16 @@ class TensorParallel(Model, Protocol):
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, seed: int) -> None:
-    """Every parameter by (seed, its name): the same weights in any order, on any rank, under any sharding."""
+def initialise(model: nn.Module, seed: int, given: Fill | None = None) -> None:
+    """Every parameter by (seed, its name): the same weights in any order, on any rank, under any sharding. Or by what
+    is `given`."""
     for name, parameter in model.named_parameters():
-        generator = torch.Generator().manual_seed(key(seed, "init", name))
         value = torch.empty(parameter.shape, dtype=torch.float32)
-        model.initialise(name, value, generator)  # type: ignore[operator]
+        if given is None:
+            generator = torch.Generator().manual_seed(key(seed, "init", name))
+            model.initialise(name, value, generator)  # type: ignore[operator]
+        else:
+            given(name, value)
         if isinstance(parameter, DTensor):  # every rank takes its part of what all of them have made
             parts = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
             parameter.to_local().copy_(parts.to_local())
@@ -89,14 +96,15 @@ def of_type(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 class ModelFactory:
     """A model in two steps, for those who shard it in between: `build` makes it, `fill` gives it its initial values.
     Called, it does both: the whole model, on the CPU. `example`: a batch [1, ...] of the run, on the CPU, of which only
-    shapes and types matter."""
+    shapes and types matter. `given` takes the place of the model's own initial values."""
 
     build: Callable[[], nn.Module]
     seed: int
     example: Callable[[], dict[str, Tensor]] | None = None
+    given: Fill | None = None
 
     def fill(self, model: nn.Module) -> None:
-        initialise(model, self.seed)
+        initialise(model, self.seed, self.given)
 
     def __call__(self) -> nn.Module:
         model = self.build()

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from trainer.config import Config, schema
-from trainer.config.huggingface import transformers_config
+from trainer.config.huggingface import transformers_config, unlike_gpt2
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError
 
@@ -44,10 +44,8 @@ def family_of(config: Config, tokenizer: Tokenizer) -> Family:
         return Family(_theirs(model, config, tokenizer))
     if not isinstance(model, schema.GPT):
         raise NoFamily(f"model {model.name} is none of transformers")
-    gpt2 = {"positions": "learned", "activation": "gelu", "bias": True}
-    given = model.model_dump(include=set(gpt2))
-    if other := [f"model.{key}={str(given[key]).lower()}" for key in gpt2 if given[key] != gpt2[key]]:
-        raise NoFamily(f"transformers has no such model: it would be its GPT-2, but for {', '.join(other)}")
+    if other := unlike_gpt2(model):
+        raise NoFamily(f"transformers has no such model; it is GPT-2 with {other}")
     keys: dict[str, Any] = {"n_embd": model.width, "n_layer": model.layers, "n_head": model.heads}
     keys |= {"embd_pdrop": model.dropout, "resid_pdrop": model.dropout, "attn_pdrop": 0.0}
     as_theirs = schema.GPT2(name="gpt2", architecture="GPT2LMHeadModel", config=keys)

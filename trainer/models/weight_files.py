@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from trainer.checkpoint.format import header
@@ -17,6 +20,8 @@ from trainer.checkpoint.pieces import NAMES, Box
 from trainer.files import replace_file, sync_folder
 
 ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+ENDS = 1 << 16  # bytes of numbers that a fingerprint takes
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,7 @@ def write_file(path: Path, tensors: Mapping[str, Later], about: Mapping[str, str
             at += tensor.bytes
         yield header(entries, {"format": "pt", **about})
         for tensor in tensors.values():
-            yield memoryview(tensor.make().reshape(-1).view(torch.uint8).numpy())
+            yield tensor.make().reshape(-1).view(torch.uint8).numpy().data
 
     replace_file(path, parts())
 
@@ -80,3 +85,71 @@ def _shards(tensors: Mapping[str, Later], largest: int) -> list[list[str]]:
         shards[-1].append(name)
         size += tensor.bytes
     return shards
+
+
+class Unusable(Exception):
+    """No weights that can be read; the text says why."""
+
+
+class Held(NamedTuple):
+    """Where a tensor is, and its shape."""
+
+    file: Path
+    shape: tuple[int, ...]
+
+
+def find(path: Path) -> dict[str, Held]:
+    """Every tensor in a safetensors file, or in a folder that transformers or `write_folder` wrote, by name. Only
+    headers are read. Raises Unusable."""
+    found: dict[str, Held] = {}
+    for file in files(path):
+        try:
+            with safe_open(file, "pt") as tensors:
+                found |= {name: Held(file, tuple(tensors.get_slice(name).get_shape())) for name in tensors.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise Unusable(f"{file.name} cannot be read: {error}") from None
+    return found
+
+
+def files(path: Path) -> list[Path]:
+    """The files of the weights. Raises Unusable."""
+    if path.is_file() and path.suffix not in PICKLES:
+        return [path]
+    if (path / ONE).is_file():
+        return [path / ONE]
+    if (path / INDEX).is_file():
+        return [path / name for name in _listed(path / INDEX)]
+    pickles = [path.name] if path.is_file() else sorted(p.name for p in path.glob("*") if p.suffix in PICKLES)
+    if pickles:
+        way = "read it in transformers and write it with save_pretrained, which makes safetensors"
+        raise Unusable(f"{pickles[0]} is a pickle, which can run any code when it is read; {way}")
+    if path.is_dir():
+        raise Unusable(f"the folder has neither {ONE} nor {INDEX}")
+    raise Unusable("no such file or folder; nothing is downloaded (`hf download NAME --local-dir FOLDER` does)")
+
+
+def _listed(index: Path) -> list[str]:
+    """The files that an index names. They lie beside it."""
+    try:
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise Unusable(f"{index.name} cannot be read: {error!r}") from None
+    for name in names:
+        if not isinstance(name, str) or name != Path(name).name or Path(name).suffix != ".safetensors":
+            raise Unusable(f"{index.name} names {name!r}, which is no safetensors file in this folder")
+    return names
+
+
+def fingerprint(paths: Sequence[Path]) -> str:
+    """Tells weights from others without reading all of them: by names, shapes and types, and by a little of the numbers
+    at both ends of each file. Where the files are does not matter."""
+    digest = hashlib.sha256()
+    for path in paths:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+            file.seek(0)
+            digest.update(size.to_bytes(8, "little") + file.read(8 + header + ENDS))
+            file.seek(max(0, size - ENDS))
+            digest.update(file.read(ENDS))
+    return digest.hexdigest()
