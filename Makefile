@@ -5,7 +5,7 @@ PROCS  ?= $(shell [ "$$(nvidia-smi -L 2>/dev/null | wc -l)" = 1 ] && echo 1 || e
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 
-.PHONY: install train test test-all lint format docs parity clean
+.PHONY: install train test test-all lint format docs parity anywhere clean
 
 install: $(VENV)/.dev
 
@@ -48,6 +48,10 @@ docs: $(VENV)/.dev
 # The parity matrix, written into README and docs/STRATEGIES.md: minutes.
 parity: $(VENV)/.dev
 	$(BIN)/python -m tests.parity.matrix
+
+# The any-to-any matrix of checkpoints, written into docs/CHECKPOINTS.md: a quarter of an hour.
+anywhere: $(VENV)/.dev
+	$(BIN)/python -m tests.anywhere.matrix
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

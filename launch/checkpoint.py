@@ -82,12 +82,16 @@ def verify(arguments: argparse.Namespace) -> int:
 def diff(arguments: argparse.Namespace) -> int:
     """Prints what differs. Exit code 1 if a tensor does."""
     from trainer.checkpoint import tools
+    from trainer.tracking.jsonl import read as read_rows
 
     a, b = named("A", arguments.A), named("B", arguments.B)
     print(f"A  {a.path}\nB  {b.path}")
     for name, *sides in tools.changes(a.manifest, b.manifest):
         before, after = (json.dumps(side[0]) if side else "(none)" for side in sides)
         print(f"{shown(name)}: {before} -> {after}")
+    metrics = [found.path.parents[1] / "metrics.jsonl" for found in (a, b)]
+    if metrics[0] != metrics[1] and (apart := tools.parted(*map(read_rows, metrics))):
+        print(f"the runs part at step {apart[0]}: the first difference is in {apart[1]}")
     with readable("A or B", f"{a.path}, {b.path}"):
         compared = tools.compare(a, b)
     for line in _told(compared):

@@ -366,3 +366,13 @@ def test_on_the_command_line(run: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert done.returncode == code, done.stderr
         assert text in done.stdout + done.stderr
+
+
+def test_diff_says_where_two_runs_part(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(tmp_path / "other", 50, tensors(50), about(50))
+    rows = [{"step": step, "loss": 3.0, "grad_norm": 1.0, "fingerprint": f"{step:x}"} for step in range(1, 6)]
+    for folder, spoilt in ((run, {}), (tmp_path / "other", {"fingerprint": "0"})):
+        lines = [json.dumps(row | (spoilt if row["step"] == 4 else {})) for row in rows]
+        (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert onecurve("diff", run, tmp_path / "other") == 0
+    assert "the runs part at step 4: the first difference is in fingerprint" in capsys.readouterr().out

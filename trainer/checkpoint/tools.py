@@ -18,9 +18,20 @@ from trainer.checkpoint.load import Found, read
 from trainer.checkpoint.pieces import DTYPES
 from trainer.errors import TrainingError
 
+RECORDED = ("loss", "grad_norm", "fingerprint")  # of a step's row in metrics.jsonl
 COMPARED = ("config", "identity", "topology", "progress")  # what two manifests are compared in
 BATCH = 256 << 20  # bytes of tensors that are read together: every `read` parses the whole index
 BLOCK = 1 << 22  # numbers that are compared at a time, in float64
+
+
+def parted(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> tuple[int, str] | None:
+    """The first step at which the rows of two runs' `metrics.jsonl` differ, and in what; None where they never do."""
+    theirs = {row["step"]: row for row in other}
+    for row in one:
+        for name in RECORDED:
+            if {name} <= row.keys() & theirs.get(row["step"], {}).keys() and row[name] != theirs[row["step"]][name]:
+                return row["step"], name
+    return None
 
 
 @dataclass(frozen=True)
