@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from trainer import __version__
-from trainer.checkpoint.retention import Retention
 from trainer.checkpoint.save import Saver
 from trainer.config import Config, schema
 from trainer.config.check import import_plugin
@@ -181,9 +180,10 @@ def build(
         saver=Saver(
             folder.path / CHECKPOINTS,
             topology,
-            Retention(checkpoint.keep, checkpoint.keep_every, checkpoint.keep_best),
+            folder.retention,
             asynchronous=checkpoint.asynchronous,
             overrun=checkpoint.overrun,
+            mirror=folder.mirror,
         ),
         requests=Requests(folder.path, watch_files=topology.is_main),
         journal=build_journal(config, topology, folder.path),

@@ -14,6 +14,8 @@ import yaml
 from filelock import FileLock, Timeout
 
 from trainer.checkpoint.load import newest_for
+from trainer.checkpoint.mirror import Mirror
+from trainer.checkpoint.retention import Retention
 from trainer.config import Config
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError, OnecurveError, TrainingError
@@ -40,6 +42,9 @@ class RunFolder:
         """
         self.path = Path(config.run.dir).expanduser().absolute()
         self.topology, self.steps = topology, config.train.steps
+        saves = config.checkpoint
+        self.retention = Retention(saves.keep, saves.keep_every, saves.keep_best)
+        self.mirror = Mirror(saves.mirror, topology, self.retention) if saves.mirror else None
         self._lock = FileLock(self.path / ".lock", blocking=False)
         problem = self._take(config) if topology.is_main else None
         if problem := topology.broadcast(problem):
@@ -48,7 +53,8 @@ class RunFolder:
             blind = [rank for rank, sees in enumerate(topology.gather((self.path / "logs").is_dir())) if not sees]
             if blind:
                 raise ConfigError(f"run.dir={self.path}: ranks {blind} do not see it; all nodes must share its storage")
-            self.found, self.events = newest_for(self.path / CHECKPOINTS, topology, config.checkpoint.verify == "full")
+            contents, checkpoints = config.checkpoint.verify == "full", self.path / CHECKPOINTS
+            self.found, self.events = newest_for(checkpoints, topology, contents, self.mirror)
             if self.found:
                 self.events += _continues(self.found.manifest, identity(self.found.manifest["step"]), config, self.path)
             problem = self._begin(config, born) if topology.is_main else None
@@ -102,8 +108,11 @@ class RunFolder:
     def _take(self, config: Config) -> str | None:
         """Makes the folder ours; gives the problem if it cannot be."""
         try:
-            if config.run.fresh and not restarted() and self.path.exists():
-                self._set_aside()
+            if config.run.fresh and not restarted():
+                if self.mirror and self.mirror.steps():
+                    return f"checkpoint.mirror={self.mirror.url}: holds a run; with run.fresh=true choose another"
+                if self.path.exists():
+                    self._set_aside()
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
             (self.path / FAILURE).unlink(missing_ok=True)
@@ -113,7 +122,7 @@ class RunFolder:
             return f"run.dir={self.path}: another process trains in this folder; stop it, or choose another run.name"
         except OSError as error:
             return _unwritable(config, error)
-        except ConfigError as error:
+        except (ConfigError, TrainingError) as error:
             return str(error)
         return None
 

@@ -25,9 +25,10 @@ from trainer.checkpoint.format import (
     read_index,
     read_manifest,
 )
+from trainer.checkpoint.mirror import Mirror
 from trainer.checkpoint.pieces import DTYPES, Box, State, pieces, shape_of
 from trainer.checkpoint.retention import candidates, clear_leftovers
-from trainer.errors import PeerLost, TrainingError
+from trainer.errors import OnecurveError, PeerLost, TrainingError
 from trainer.topology import ALONE, Topology
 
 OPTIONAL = ("scaler/", "optimizer/ema")  # begins anew where a checkpoint has none: it may be switched on between lives
@@ -56,28 +57,52 @@ def newest(
     Raises TrainingError (on other ranks than the main one PeerLost) where there are checkpoints but none is whole: a
     run never silently starts from scratch; or where one cannot be read for now: that is no damage, nothing is changed.
     """
+    found, events, damaged = _newest(folder, topology, contents, set_aside)
+    if found is None and damaged:
+        raise _none_whole(folder, topology)
+    return found, events
+
+
+def _none_whole(folder: Path, topology: Topology) -> OnecurveError:
+    problem = f"{folder}: no checkpoint is whole any more; run.fresh=true starts over"
+    return (TrainingError if topology.is_main else PeerLost)(problem)
+
+
+def _newest(
+    folder: Path, topology: Topology, contents: bool, set_aside: bool = True
+) -> tuple[Found | None, list[dict[str, Any]], bool]:
+    """Also whether one is damaged."""
     events: list[dict[str, Any]] = []
     names = _agreed(topology, lambda: [path.name for path in candidates(folder)])
     damaged = _agreed(topology, lambda: any(path.name.startswith(".damaged-") for path in folder.iterdir()))
     for path in (folder / name for name in reversed(names)):
         manifest, reason = _checked(path, topology, contents)
         if reason is None:
-            return Found(path, manifest), events
+            return Found(path, manifest), events, damaged
         damaged = True
         if set_aside:
             event = {"checkpoint": path.name, "reason": reason}
             event["kept_as"] = _agreed(topology, lambda path=path: _set_aside(path))  # type: ignore[misc]
             events.append({"kind": "checkpoint_damaged", **event})
-    if damaged:
-        problem = f"{folder}: no checkpoint is whole any more; run.fresh=true starts over"
-        raise (TrainingError if topology.is_main else PeerLost)(problem)
-    return None, events
+    return None, events, damaged
 
 
-def newest_for(folder: Path, topology: Topology, contents: bool) -> tuple[Found | None, list[dict[str, Any]]]:
-    """`newest`, for a run that will save there: it also clears what interrupted saves left."""
+def newest_for(
+    folder: Path, topology: Topology, contents: bool, mirror: Mirror | None = None
+) -> tuple[Found | None, list[dict[str, Any]]]:
+    """`newest`, for a run that will save there: it also clears what interrupted saves left, and fetches a newer one
+    from the mirror (as where the disk is new, or nothing on it is whole)."""
     _agreed(topology, lambda: clear_leftovers(folder))
-    return newest(folder, topology, contents=contents)
+    if mirror is None:
+        return newest(folder, topology, contents=contents)
+    found, events, damaged = _newest(folder, topology, contents)
+    if fetched := mirror.fetch(folder, found.manifest["step"] if found else -1):
+        events += fetched
+        found, more, damaged = _newest(folder, topology, contents)
+        events += more
+    if found is None and (damaged or fetched):
+        raise _none_whole(folder, topology)
+    return found, events
 
 
 def read(found: Found, state: State) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import re
 import shutil
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from trainer.checkpoint.format import Damaged, check_sizes, read_manifest
 from trainer.errors import TrainingError
@@ -40,14 +42,20 @@ class Retention:
         found = candidates(folder)
         if not found or _evaluation(found[-1]) is None:
             return []
-        stay = set(found[-self.keep :])
+        stay = self.stay({step_of(path): _evaluation(path) if self.best else None for path in found})
+        return [path for path in found if step_of(path) not in stay]
+
+    def stay(self, evaluations: Mapping[int, dict[str, Any] | None]) -> set[int]:
+        """Of these steps, with what was measured at each."""
+        steps = sorted(evaluations)
+        stay = set(steps[-self.keep :])
         if self.every:
-            stay |= {path for path in found if step_of(path) % self.every == 0}
+            stay |= {step for step in steps if step % self.every == 0}
         if self.best:
-            scores = {path: (_evaluation(path) or {}).get(self.best) for path in reversed(found)}
-            numbers = {path: n for path, n in scores.items() if isinstance(n, int | float) and math.isfinite(n)}
+            scores = {step: (evaluations[step] or {}).get(self.best) for step in reversed(steps)}
+            numbers = {step: n for step, n in scores.items() if isinstance(n, int | float) and math.isfinite(n)}
             stay |= {min(numbers, key=numbers.__getitem__)} if numbers else set()
-        return [path for path in found if path not in stay]
+        return stay
 
     def apply(self, folder: Path, word: str) -> None:
         """Deletes them, each by a rename first, so that none is ever half there. `word` is not in use in the folder."""
@@ -68,7 +76,7 @@ def clear_leftovers(folder: Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
-def _evaluation(path: Path) -> dict[str, float] | None:
+def _evaluation(path: Path) -> dict[str, Any] | None:
     """What was measured at its step; None if it is not all there."""
     with suppress(Damaged, TrainingError, OSError):
         manifest = read_manifest(path)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from trainer.checkpoint.format import INDEX, VERSION, folder_name, tensor_file, write_file, write_index, write_manifest
+from trainer.checkpoint.mirror import Mirror
 from trainer.checkpoint.pieces import DTYPES, State, pieces
 from trainer.checkpoint.plan import Held, Plan, fingerprint, held_by
 from trainer.checkpoint.retention import Retention
@@ -44,11 +45,13 @@ class Saver:
         *,
         asynchronous: bool = True,
         overrun: str = "wait",
+        mirror: Mirror | None = None,
         pauses: Sequence[float] = PAUSES_S,
     ):
-        """`overrun`: what a save does that comes before the last one is written: "wait" for it, or "skip"."""
+        """`overrun`: what a save does that comes before the last one is written: "wait" for it, or "skip". `mirror`:
+        where each checkpoint is copied to, once it is there."""
         self.folder, self.topology, self.retention = folder, topology, retention
-        self.asynchronous, self.overrun, self.pauses = asynchronous, overrun, pauses
+        self.asynchronous, self.overrun, self.mirror, self.pauses = asynchronous, overrun, mirror, pauses
         self.life = topology.broadcast(uuid.uuid4().hex[:8])
         if topology.is_main:
             replace_file(folder / WRITER, self.life.encode())
@@ -57,7 +60,7 @@ class Saver:
         self._failed_at = 0.0
         self._layout: _Layout | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._job: Future[Event] | None = None
+        self._job: Future[list[Event]] | None = None
 
     @property
     def overdue(self) -> bool:
@@ -80,7 +83,7 @@ class Saver:
         return events if self.asynchronous else events + self.wait()
 
     def poll(self) -> list[Event]:
-        """What became of the save in flight, once, when it is done: an event, `checkpoint` or `checkpoint_failed`."""
+        """What became of the save in flight, once, when it is done: first `checkpoint` or `checkpoint_failed`."""
         return self.wait() if self._job is not None and self._job.done() else []
 
     def wait(self) -> list[Event]:
@@ -88,9 +91,9 @@ class Saver:
         if self._job is None:
             return []
         job, self._job = self._job, None
-        event = job.result()
-        self.problem, self._failed_at = event.get("reason"), time.monotonic()
-        return [event]
+        events = job.result()
+        self.problem, self._failed_at = events[0].get("reason"), time.monotonic()
+        return events
 
     def close(self) -> None:
         self._thread.shutdown()
@@ -102,7 +105,7 @@ class Saver:
             self._layout = _Layout(state, self.topology)
         return self._layout.copy(state)
 
-    def _write(self, step: int, about: dict[str, Any], prints: dict[str, str]) -> Event:
+    def _write(self, step: int, about: dict[str, Any], prints: dict[str, str]) -> list[Event]:
         started = time.monotonic()
         for number, pause in enumerate((0.0, *self.pauses)):
             time.sleep(pause)
@@ -111,8 +114,16 @@ class Saver:
                 break
         event = {"step": step, "seconds": round(time.monotonic() - started, 3), "tries": number + 1}
         if error is not None:
-            return {"kind": "checkpoint_failed", **event, "reason": error}
-        return {"kind": "checkpoint", **event, "bytes": size}
+            return [{"kind": "checkpoint_failed", **event, "reason": error}]
+        events: list[Event] = [{"kind": "checkpoint", **event, "bytes": size}]
+        if self.mirror is not None:
+            started, problem = time.monotonic(), self.mirror.put(self.folder / folder_name(step), self.topology.saving)
+            copied = {"step": step, "seconds": round(time.monotonic() - started, 3), "to": self.mirror.url}
+            told = (
+                {"kind": "checkpoint_not_mirrored", "reason": problem} if problem else {"kind": "checkpoint_mirrored"}
+            )
+            events.append({**told, **copied})
+        return events
 
     def _try(self, step: int, about: dict[str, Any], prints: dict[str, str], number: int) -> tuple[int, str | None]:
         """Gives the checkpoint's size and, on all ranks alike, why it is not there."""

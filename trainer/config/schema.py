@@ -70,6 +70,10 @@ class Checkpoint(Section):
     overrun: Literal["wait", "skip"] = Field(
         description="What a save does when the one before is still being written: wait for it, or skip this one."
     )
+    mirror: Annotated[str, Field(pattern="^(s3a?|gs|az|abfss?|file)://.+")] | None = Field(
+        description="Where each checkpoint is also copied to in the background, such as `s3://bucket/run-7`: a run on "
+        "a new disk goes on from there. Its folder is the run's own. Credentials come from the environment."
+    )
     verify: Literal["full", "sizes"] = Field(
         description="What a resume checks before it uses a checkpoint: full (the checksum of every byte, each process "
         "its share of the files) or sizes (that all files are there, of their sizes)."

@@ -21,7 +21,11 @@ from trainer.tracking.jsonl import write_json
 Say = Callable[[str], None]
 Mode = Literal["auto", "offline", "online", "disabled"]
 
-ALERTS = {"checkpoint_failed": "a checkpoint could not be saved", "checkpoint_damaged": "a checkpoint is damaged"}
+ALERTS = {
+    "checkpoint_failed": "a checkpoint could not be saved",
+    "checkpoint_not_mirrored": "a checkpoint could not be copied",
+    "checkpoint_damaged": "a checkpoint is damaged",
+}
 UNNAMED = {"eval", "fingerprint"}  # an evaluation has names of its own; a fingerprint is no number to draw
 NAMES = {
     "step": "progress/step",

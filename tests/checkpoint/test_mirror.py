@@ -1,0 +1,151 @@
+"""Checkpoints in a bucket (moto's S3): whole or not there, and a new disk goes on from them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.checkpoint.test_pieces import Ranks
+from tests.data.servers import s3_server
+from tests.runs import Run
+from trainer.checkpoint.format import folder_name, verify
+from trainer.checkpoint.load import newest_for, read_all
+from trainer.checkpoint.mirror import Mirror
+from trainer.checkpoint.retention import Retention
+from trainer.checkpoint.save import Saver
+from trainer.errors import TrainingError
+from trainer.topology import ALONE
+
+pytest.importorskip("obstore")
+URL = "s3://shards/runs/one"
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    import boto3
+
+    with s3_server(monkeypatch):
+        client = boto3.client("s3")
+        yield client
+        for name in names(client):  # moto remembers what was in another server of this process
+            client.delete_object(Bucket="shards", Key=name)
+
+
+def names(s3: Any) -> list[str]:
+    return [item["Key"] for item in s3.list_objects_v2(Bucket="shards", Prefix="runs/").get("Contents", [])]
+
+
+def save(folder: Path, *steps: int, retention: Retention = Retention()) -> list[dict[str, Any]]:  # noqa: B008
+    folder.mkdir(exist_ok=True)
+    saver = Saver(folder, ALONE, retention, asynchronous=False, mirror=Mirror(URL, ALONE, retention), pauses=())
+    return [event for step in steps for event in saver.save(step, {"model/a": torch.full((9,), float(step))}, {})]
+
+
+def test_a_new_disk_goes_on_from_it(s3: Any, tmp_path: Path) -> None:
+    events = save(tmp_path / "old", 1, 2, 3, 4, retention=Retention(keep=2, every=4))
+    assert [event["kind"] for event in events] == ["checkpoint", "checkpoint_mirrored"] * 4
+    assert Mirror(URL, ALONE).steps() == [3, 4]  # the same are kept there
+    assert not [name for name in names(s3) if "step-00000001" in name]
+    (tmp_path / "new").mkdir()
+    found, events = newest_for(tmp_path / "new", ALONE, True, Mirror(URL, ALONE))
+    assert [event["kind"] for event in events] == ["checkpoint_fetched"]
+    assert found
+    assert read_all(found)["model/a"].tolist() == [4.0] * 9
+    assert newest_for(tmp_path / "new", ALONE, True, Mirror(URL, ALONE))[1] == []  # it has it now
+    (tmp_path / "new" / folder_name(4) / "index.json").write_text("{}")  # also where nothing on the disk is whole
+    assert [event["kind"] for event in newest_for(tmp_path / "new", ALONE, True, Mirror(URL, ALONE))[1]] == [
+        "checkpoint_damaged",
+        "checkpoint_fetched",
+    ]
+
+
+def test_only_what_is_whole_counts(s3: Any, tmp_path: Path) -> None:
+    save(tmp_path / "old", 1, 2)
+    (file,) = [name for name in names(s3) if "step-00000002" in name and name.endswith("rank-00000.safetensors")]
+    content = s3.get_object(Bucket="shards", Key=file)["Body"].read()
+    s3.put_object(Bucket="shards", Key=file, Body=content[:-1] + bytes([content[-1] ^ 1]))
+    (tmp_path / "new").mkdir()
+    found, events = newest_for(tmp_path / "new", ALONE, True, Mirror(URL, ALONE))
+    assert found
+    assert found.manifest["step"] == 1
+    assert [event["kind"] for event in events] == ["checkpoint_damaged", "checkpoint_fetched"]
+    s3.delete_object(Bucket="shards", Key="runs/one/step-00000002/manifest.json")  # as cut short before the end
+    assert Mirror(URL, ALONE).steps() == [1]
+
+
+def test_nobody_overwrites_what_counts(s3: Any, tmp_path: Path) -> None:
+    save(tmp_path / "one", 5)
+    before = {name: s3.get_object(Bucket="shards", Key=name)["Body"].read() for name in names(s3)}
+    events = save(tmp_path / "other", 5)
+    assert events[-1]["kind"] == "checkpoint_not_mirrored"
+    assert "another run has put a checkpoint of this step there" in events[-1]["reason"]
+    after = {name: s3.get_object(Bucket="shards", Key=name)["Body"].read() for name in names(s3)}
+    assert {name: after[name] for name in before} == before
+
+
+def test_without_the_bucket_training_goes_on_but_nothing_begins(
+    s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    saver = Saver(tmp_path, ALONE, Retention(), asynchronous=False, mirror=quick(Mirror(URL, ALONE)), pauses=())
+    kinds = [event["kind"] for event in saver.save(1, {"model/a": torch.zeros(9)}, {})]
+    assert kinds == ["checkpoint", "checkpoint_not_mirrored"]
+    assert verify(tmp_path / folder_name(1))
+    shutil.rmtree(tmp_path / folder_name(1))
+    with pytest.raises(TrainingError, match=r"checkpoint\.mirror=s3://shards/runs/one: cannot be read"):
+        newest_for(tmp_path, ALONE, True, quick(Mirror(URL, ALONE)))
+
+
+def quick(mirror: Mirror) -> Mirror:
+    from obstore.store import from_url
+
+    mirror._store = from_url(URL, client_options={"allow_http": True}, retry_config={"max_retries": 0})  # type: ignore
+    return mirror
+
+
+def test_ranks_share_the_work(s3: Any, tmp_path: Path) -> None:
+    ranks = Ranks(3)
+    (tmp_path / "old").mkdir()
+    (tmp_path / "new").mkdir()
+    state = {f"model/{i}": torch.full((50,), float(i)) for i in range(9)}
+
+    def save_one(rank: int) -> Any:
+        topology = ranks.topology(rank)
+        saver = Saver(tmp_path / "old", topology, Retention(), asynchronous=False, mirror=Mirror(URL, topology))
+        return [event["kind"] for event in saver.save(1, state, {})]
+
+    assert ranks.each(save_one) == [["checkpoint", "checkpoint_mirrored"]] * 3
+    assert len([name for name in names(s3) if "rank-" in name]) == 3
+
+    def fetch(rank: int) -> Any:
+        return newest_for(tmp_path / "new", ranks.topology(rank), True, Mirror(URL, ranks.topology(rank)))
+
+    for found, events in ranks.each(fetch):
+        assert events[0]["kind"] == "checkpoint_fetched"
+        assert read_all(found)["model/7"].tolist() == [7.0] * 50
+
+
+@pytest.mark.slow
+def test_a_run_moves_to_another_machine(s3: Any, tmp_path: Path) -> None:
+    """Its disk is lost; the same bits all the same."""
+    options = ("train.steps=20", "checkpoint.every=5", f"checkpoint.mirror={URL}", "train.log_every=1")
+    whole = Run(tmp_path / "whole", 2, (*options[:2], "train.log_every=1"))
+    whole.train()
+    moved = Run(tmp_path / "moved", 2, options)
+    moved.kill_at(12)
+    shutil.rmtree(moved.folder)
+    moved.train()
+    kinds = [event["kind"] for event in moved.rows("events.jsonl")]
+    assert "checkpoint_fetched" in kinds
+    rows, last = whole.metrics(), json.loads((moved.folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["loss"] == rows[-1]["loss"]
+    ours, theirs = moved.weights(), whole.weights()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    refused = Run(tmp_path / "moved", 1, (*options, "run.fresh=true")).train(expect=2)
+    assert "with run.fresh=true choose another" in refused
