@@ -1,4 +1,4 @@
-"""`onecurve plan [-n PROCS] [overrides]`: what a run would do, before it starts: its batches, how a pipeline cuts it.
+"""`onecurve plan [-n PROCS] [overrides]`: what a run would do, before it starts: batches, sizes, a pipeline's parts.
 
 The model is built without values: no GPU and no memory is needed, nor any data but the tokenizer.
 """
@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from launch.sizes import size
 from trainer.config import Config
 from trainer.config.compose import load
 from trainer.config.pipelines import micro_batches
 from trainer.config.strategy import Pipeline
+
+if TYPE_CHECKING:
+    from trainer.data.tokenizer import Tokenizer
+    from trainer.models import ModelFactory
 
 
 def add_commands(commands: Any) -> None:
@@ -44,22 +49,44 @@ def lines(config: Config, procs: int) -> Iterator[tuple[str, str]]:
     passes = f"{copies} x {share // micro} x train.micro_batch of {micro}"
     yield "batch", f"{train.global_batch} sequences = {passes}; {tokens:,} tokens"
     yield "steps", f"{train.steps:,}: {train.steps * tokens:,} tokens, if no batch is smaller"
-    if isinstance(config.strategy, Pipeline) and layout.stages > 1:
-        yield from _pipeline(config, config.strategy, layout.stages, micro)
-
-
-def _pipeline(config: Config, strategy: Pipeline, stages: int, micro: int) -> Iterator[tuple[str, str]]:
     import torch  # late: it takes seconds, and problems of the config should show at once
 
-    from trainer.build import model_factory, plugin
+    from trainer.build import model_factory
     from trainer.inputs import tokenizer_of
+
+    tokenizer, example = tokenizer_of(config), torch.zeros(1, config.data.sequence_length, dtype=torch.int64)
+    batch = {"inputs": example, "targets": example, "draws": example[0, :1]}
+    factory = model_factory(config, tokenizer, lambda: batch)
+    yield from _sizes(config, factory)
+    if isinstance(config.strategy, Pipeline) and layout.stages > 1:
+        yield from _pipeline(config, config.strategy, layout.stages, micro, factory, tokenizer)
+
+
+def _sizes(config: Config, factory: ModelFactory) -> Iterator[tuple[str, str]]:
+    from trainer.build import build_optimizer
+    from trainer.models import without_values
+    from trainer.optim.state import bytes_of
+
+    with without_values():
+        model = factory.build()
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    yield "model", f"{parameters:,} parameters"
+    saved, kept = bytes_of(model, build_optimizer(config, model)), config.checkpoint
+    more = "".join(f", and those of {key}" for key in ("keep_every", "keep_best") if getattr(kept, key))
+    disk = f"{kept.keep} are kept{more}, one more is written: {size(saved * (kept.keep + 1))} of disk"
+    yield "checkpoint", f"{size(saved)} every {kept.every}; {disk}"
+
+
+def _pipeline(
+    config: Config, strategy: Pipeline, stages: int, micro: int, factory: ModelFactory, tokenizer: Tokenizer
+) -> Iterator[tuple[str, str]]:
+    import torch
+
+    from trainer.build import plugin
     from trainer.precision import Precision
     from trainer.strategies.stages import balance, hosts, measure
 
-    tokenizer = tokenizer_of(config)
     objective = plugin(config, "objective")(config.objective, tokenizer.token_bytes, tokenizer.token_chars)
-    tokens = torch.zeros(1, config.data.sequence_length, dtype=torch.int64)
-    factory = model_factory(config, tokenizer, lambda: {"inputs": tokens, "targets": tokens, "draws": tokens[0, :1]})
     device = torch.device("cpu")
     compute = config.precision.compute if config.precision.compute in ("bf16", "fp16") else "fp32"
     measured = measure(factory, objective, Precision(device, compute).autocast(), device)

@@ -53,6 +53,10 @@ class Stored:
     shape: tuple[int, ...]
     places: list[Place]
 
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
 
 def folder_name(step: int) -> str:
     return f"step-{step:08d}"
