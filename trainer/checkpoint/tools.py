@@ -20,7 +20,7 @@ from trainer.errors import TrainingError
 
 RECORDED = ("loss", "grad_norm", "fingerprint")  # of a step's row in metrics.jsonl
 COMPARED = ("config", "identity", "topology", "progress")  # what two manifests are compared in
-BATCH = 256 << 20  # bytes of tensors that are read together: every `read` parses the whole index
+BATCH = 256 << 20  # bytes of tensors that are read together
 BLOCK = 1 << 22  # numbers that are compared at a time, in float64
 
 
