@@ -116,7 +116,7 @@ def train(job: Job) -> Progress:
         now = readings(progress, votes["elapsed"])
         stop = votes["stop"] > 0 and not last
         if stop or save_now or votes["save"] > 0 or saving.due(saved_at, now):
-            save(job, progress, rows[-1].get("eval"))
+            save(job, progress, rows[-1].get("eval"), must=stop or last)
         saved_at, unread = now, Unread(pace=rows[-1]["step_s"])
         if stop:
             finish_saving(job)
@@ -200,8 +200,9 @@ def evaluate(job: Job) -> dict[str, float]:
     return job.strategy.objective.summary({name: value[0] for name, value in sums.items()})
 
 
-def save(job: Job, progress: Progress, evaluation: dict[str, float] | None) -> None:
-    """Saves as of now. A save that fails is reported and does not end the run. `evaluation`: what was measured now."""
+def save(job: Job, progress: Progress, evaluation: dict[str, float] | None, must: bool) -> None:
+    """Saves as of now. A save that fails is reported and does not end the run. `evaluation`: what was measured now;
+    `must`: the run ends here."""
     job.clock.switch("checkpoint")
     about = {
         "progress": asdict(progress),
@@ -210,7 +211,7 @@ def save(job: Job, progress: Progress, evaluation: dict[str, float] | None) -> N
         "topology": job.topology.describe(),
         "evaluation": evaluation,
     }
-    for event in job.saver.save(progress.step, job.strategy.state(), about):
+    for event in job.saver.save(progress.step, job.strategy.state(), about, must):
         job.journal.event(**event)
     job.requests.done(SAVE)
     job.clock.switch("productive")

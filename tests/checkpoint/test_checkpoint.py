@@ -195,8 +195,9 @@ def test_an_overrun_is_waited_for_or_skipped(tmp_path: Path, monkeypatch: pytest
     assert saver.save(1, tensors(1), {}) == []
     (event,) = saver.save(2, tensors(2), {})
     assert event["kind"] == "checkpoint_skipped"
-    going.set()
-    assert [event["step"] for event in saver.wait()] == [1]
+    threading.Timer(0.2, going.set).start()
+    assert [event["step"] for event in saver.save(2, tensors(2), {}, must=True)] == [1]  # as at the run's end
+    assert [event["step"] for event in saver.wait()] == [2]
     left = [OSError(28, "No space left on device")]
     monkeypatch.setattr(module, "write_file", lambda *given: write(*given) if not left else raised(left.pop()))
     saver.save(3, tensors(3), {})

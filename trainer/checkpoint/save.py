@@ -67,14 +67,18 @@ class Saver:
         """The last save failed, a while ago."""
         return self.problem is not None and time.monotonic() > self._failed_at + OVERDUE_S
 
-    def save(self, step: int, state: State, about: dict[str, Any]) -> list[Event]:
-        """Starts saving `state` as of now; `about` is JSON for the manifest. All ranks call it.
+    def save(self, step: int, state: State, about: dict[str, Any], must: bool = False) -> list[Event]:
+        """Starts saving `state` as of now; `about` is JSON for the manifest. All ranks call it. `must`: is not skipped.
 
         Gives what became of the save before, as `poll`; raises TrainingError for a state that cannot be saved.
         """
         if step == self.last_step:
             return []
-        if self.overrun == "skip" and any(self.topology.gather(self._job is not None and not self._job.done())):
+        if (
+            self.overrun == "skip"
+            and not must
+            and any(self.topology.gather(self._job is not None and not self._job.done()))
+        ):
             return [{"kind": "checkpoint_skipped", "step": step, "reason": "the last one is still being written"}]
         events = self.wait()
         self.last_step = step
