@@ -48,10 +48,8 @@ CHAINS = {
 }
 
 
-QUICK, OTHER = CHAINS
-
-
-@pytest.mark.parametrize("chain", [QUICK, pytest.param(OTHER, marks=pytest.mark.slow)])
+@pytest.mark.slow  # tests/anywhere has a quick cut
+@pytest.mark.parametrize("chain", CHAINS)
 def test_from_one_strategy_into_another(chain: str, single: Run, tmp_path: Path) -> None:
     run = Run(tmp_path / "run")
     for life, (procs, overrides) in enumerate(CHAINS[chain]):

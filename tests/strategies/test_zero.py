@@ -38,7 +38,7 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Run:
 @pytest.mark.parametrize(
     ("procs", "overrides"),
     [
-        (2, ZERO3),
+        slow(2, ZERO3),  # tests/anywhere resumes it, too
         slow(2, ("strategy=zero", "strategy.stage=0")),
         slow(2, ("strategy=zero", "strategy.stage=1", "optimizer=lion", "precision.reduce=bf16")),
         slow(3, ZERO2),
