@@ -49,7 +49,10 @@ def test_killed_at_every_call(tmp_path: Path, size: int, victim: int | None) -> 
 
 @pytest.mark.parametrize(
     ("error", "lasting"),
-    [("ENOSPC", False), ("EIO", True), *(slow(*its) for its in (("ENOSPC", True), ("EIO", False), ("EROFS", True)))],
+    [
+        ("ENOSPC", False),
+        *(slow(*its) for its in (("ENOSPC", True), ("EIO", False), ("EIO", True), ("EROFS", True))),
+    ],
 )
 def test_failing_at_every_call(tmp_path: Path, error: str, lasting: bool) -> None:
     """Training goes on; no save is acknowledged that is not there; once there is space again, the next one is."""

@@ -14,7 +14,12 @@ from trainer.config.compose import load
 
 
 @pytest.mark.parametrize(
-    "overrides", [(), ("optimizer=muon", "optimizer.ema=0.9"), ("optimizer=lion", "precision=bf16")]
+    "overrides",
+    [
+        ("optimizer=muon", "optimizer.ema=0.9"),
+        pytest.param((), marks=pytest.mark.slow),
+        pytest.param(("optimizer=lion", "precision=bf16"), marks=pytest.mark.slow),
+    ],
 )
 def test_checkpoints_are_as_large_as_planned(tmp_path: Path, overrides: tuple[str, ...]) -> None:
     run = Run(tmp_path / "run", 1, ("train.steps=2", "checkpoint.every=0", *overrides))

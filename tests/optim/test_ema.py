@@ -74,6 +74,7 @@ def test_every_strategy_keeps_it_and_resumes_to_the_bit(
     assert_same_bits(killed, run)
 
 
+@pytest.mark.slow
 def test_it_may_be_switched_on_between_lives(single: Run, tmp_path: Path) -> None:
     run = Run(tmp_path / "run", 1, (*OPTIONS, "strategy=single", "optimizer.ema=null", "train.steps=6"))
     run.train()
