@@ -101,11 +101,12 @@ class Plan:
 
 
 def fingerprint(tensors: Sequence[Tensor]) -> Tensor:
-    """The sum of all their bits, read as integers: an int64 scalar where the tensors lie; only it is ever fetched."""
-    small = [tensor.reshape(-1).view(torch.uint8) for tensor in tensors if tensor.nbytes < SMALL]
-    sums = [_words(tensor) for tensor in tensors if tensor.nbytes >= SMALL] + (
-        [_words(torch.cat(small))] if small else []
-    )
+    """The sum of all their bits, read as integers: an int64 scalar where the tensors lie; only it is ever fetched. The
+    sums of two lists add up to that of both."""
+    few = [tensor.nbytes < SMALL and tensor.nbytes % 8 == 0 for tensor in tensors]
+    small = [tensor.reshape(-1).view(torch.uint8) for tensor, is_few in zip(tensors, few, strict=True) if is_few]
+    sums = [_words(tensor) for tensor, is_few in zip(tensors, few, strict=True) if not is_few]
+    sums += [_words(torch.cat(small))] if small else []
     return torch.stack(sums).sum() if sums else torch.zeros((), dtype=torch.int64)
 
 

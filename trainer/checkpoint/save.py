@@ -102,14 +102,14 @@ class Saver:
     def close(self) -> None:
         self._thread.shutdown()
 
-    def _copy(self, state: State) -> dict[str, str]:
+    def _copy(self, state: State) -> dict[str, int]:
         """Copies what this process writes into host memory, as it will lie in the file; gives fingerprints of weights
-        that others hold too, by who they are."""
+        that others write, by who holds them."""
         if self._layout is None:
             self._layout = _Layout(state, self.topology)
         return self._layout.copy(state)
 
-    def _write(self, step: int, about: dict[str, Any], prints: dict[str, str]) -> list[Event]:
+    def _write(self, step: int, about: dict[str, Any], prints: dict[str, int]) -> list[Event]:
         started = time.monotonic()
         for number, pause in enumerate((0.0, *self.pauses)):
             time.sleep(pause)
@@ -129,12 +129,14 @@ class Saver:
             events.append({**told, **copied})
         return events
 
-    def _try(self, step: int, about: dict[str, Any], prints: dict[str, str], number: int) -> tuple[int, str | None]:
+    def _try(self, step: int, about: dict[str, Any], prints: dict[str, int], number: int) -> tuple[int, str | None]:
         """Gives the checkpoint's size and, on all ranks alike, why it is not there."""
         attempt = self.folder / f".attempt-{folder_name(step)}-{self.life}-{number}"
         word = {"save": f"{folder_name(step)}-{self.life}-{number}"}
-        own: dict[str, Any] = {"file": None, "error": None, "prints": prints}
+        own: dict[str, Any] = {"file": None, "error": None, "prints": {}}
         try:
+            assert self._layout is not None
+            own["prints"] = self._layout.agreed(prints)
             own["file"] = self._write_own(attempt, word)
         except BaseException as failure:  # whatever it is, the other ranks wait for our word
             own["error"] = f"rank {self.topology.rank}: {_first_line(failure)}"
@@ -212,19 +214,26 @@ class _Layout:
         number = {piece: i for i, (piece, _) in enumerate(held)}
         self._from = [number[piece] for piece, _ in self.plan.files[rank]]
         self._to = [_view(self.buffer, piece, at) for piece, at in self.plan.files[rank]]
-        self._shared = {who: [number[piece] for piece in its] for who, its in self.plan.to_agree_on(rank).items()}
+        own, shared = {piece for piece, _ in self.plan.files[rank]}, self.plan.to_agree_on(rank)
+        self._others = {who: [number[piece] for piece in its if piece not in own] for who, its in shared.items()}
+        copied = {piece: view for (piece, _), view in zip(self.plan.files[rank], self._to, strict=True)}
+        self._own = {who: [copied[piece] for piece in its if piece in own] for who, its in shared.items()}
 
-    def copy(self, state: State) -> dict[str, str]:
-        """Gives fingerprints."""
+    def copy(self, state: State) -> dict[str, int]:
+        """Gives fingerprints of the weights that others hold, too, and write: by the next step they are others."""
         if list(state) != self.names:
             raise RuntimeError("a run's state has the same names at every save")
         held = [tensor.detach() for value in state.values() for _, tensor in pieces(value)]
         if self._to:
             torch._foreach_copy_(self._to, [held[i] for i in self._from], non_blocking=True)
-        prints = {who: fingerprint([held[i] for i in its]) for who, its in self._shared.items()}
+        prints = {who: fingerprint([held[i] for i in its]) for who, its in self._others.items()}
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return {who: f"{int(print_):x}" for who, print_ in prints.items()}
+        return {who: int(print_) for who, print_ in prints.items()}
+
+    def agreed(self, prints: dict[str, int]) -> dict[str, int]:
+        """Those of all weights that others hold, too: with what was copied. There is time for that now."""
+        return {who: (int(fingerprint(self._own[who])) + print_) % 2**64 for who, print_ in prints.items()}
 
 
 def _view(buffer: Tensor, piece: Held, at: int) -> Tensor:
@@ -233,7 +242,7 @@ def _view(buffer: Tensor, piece: Held, at: int) -> Tensor:
 
 def _disagreement(parts: Sequence[dict[str, Any]]) -> str | None:
     """Copies of the same weights that differ: one of them is wrong, and none should be saved."""
-    seen: dict[str, str] = {}
+    seen: dict[str, int] = {}
     for part in parts:
         for who, print_ in part["prints"].items():
             if seen.setdefault(who, print_) != print_:
