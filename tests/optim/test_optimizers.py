@@ -17,12 +17,12 @@ from trainer.optim.muon import muon, orthogonal
 
 ADAMW = schema.AdamW(
     name="adamw", implementation="auto", lr=0.01, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1,
-    no_decay=["bias", "norm"],
+    no_decay=["bias", "norm"], ema=None,
 )  # fmt: skip
-LION = schema.Lion(name="lion", lr=0.01, betas=(0.9, 0.99), weight_decay=0.5, no_decay=["bias", "norm"])
+LION = schema.Lion(name="lion", lr=0.01, betas=(0.9, 0.99), weight_decay=0.5, no_decay=["bias", "norm"], ema=None)
 MUON = schema.Muon(
     name="muon", lr=0.01, momentum=0.95, newton_schulz_steps=5, newton_schulz_dtype="fp32", adamw_modules=["lm_head"],
-    betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, no_decay=["bias", "norm"],
+    betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, no_decay=["bias", "norm"], ema=None,
 )  # fmt: skip
 MADE: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "adamw": lambda model: adamw(ADAMW, model),

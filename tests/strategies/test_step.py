@@ -197,7 +197,14 @@ def test_decay_by_kind() -> None:
 
     def undecayed(no_decay: list[str]) -> set[str]:
         config = schema.AdamW(
-            name="adamw", implementation="auto", lr=1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, no_decay=no_decay
+            name="adamw",
+            implementation="auto",
+            lr=1,
+            betas=(0.9, 0.95),
+            eps=1e-8,
+            weight_decay=0.1,
+            no_decay=no_decay,
+            ema=None,
         )
         plain = {
             id(p) for group in adamw(config, model).param_groups if not group["weight_decay"] for p in group["params"]
