@@ -51,3 +51,8 @@ class Interrupted(OnecurveError):
     """Asked to stop, saved: run the same command again to continue."""
 
     exit_code = 75
+
+
+def first_line(error: BaseException) -> str:
+    """Its kind and the first line of its text, for events and messages."""
+    return f"{type(error).__name__}: {error}".split("\n")[0][:300]

@@ -114,12 +114,18 @@ def written(text: str, mark: str, lines: Iterator[str]) -> str:
     return before + begin + "\n".join(lines) + "\n" + end + after
 
 
+def kept(found: Mapping[str, Any], path: Path) -> Any:
+    """Writes down what was found, to two digits; gives what is written."""
+    rounded = json.loads(json.dumps(found), parse_float=lambda text: float(f"{float(text):.2g}"))
+    path.write_text(json.dumps(rounded, indent=1) + "\n")
+    return rounded
+
+
 def main() -> None:
     found = everything()
     if problems := red(found):
         raise SystemExit("\n".join(problems))
-    rounded = json.loads(json.dumps(found), parse_float=lambda text: float(f"{float(text):.2g}"))
-    RESULT.write_text(json.dumps(rounded, indent=1) + "\n")
+    rounded = kept(found, RESULT)
     for file, lines in ((ROOT / "README.md", short_table(rounded)), (ROOT / "docs" / "STRATEGIES.md", table(rounded))):
         file.write_text(written(file.read_text(), "parity", lines))
 

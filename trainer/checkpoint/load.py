@@ -126,12 +126,12 @@ def read(found: Found, state: State) -> None:
                     orders[place.file].append((place, stored[name].dtype, both, both.within(box, tensor)))
     with ExitStack() as files, torch.no_grad():
         for name, its in orders.items():
-            file = files.enter_context(open_file(found.path / name))
-            for place, dtype, box, tensor in sorted(its, key=lambda order: order[0].at):
-                try:
+            try:
+                file = files.enter_context(open_file(found.path / name))
+                for place, dtype, box, tensor in sorted(its, key=lambda order: order[0].at):
                     _fill(file, place, dtype, box, tensor)
-                except (OSError, EOFError) as error:
-                    raise TrainingError(f"{found.path / name}: cannot be read: {error}") from error
+            except (OSError, EOFError, Damaged) as error:
+                raise TrainingError(f"{found.path / name}: cannot be read: {error}") from error
 
 
 def read_all(found: Found, prefix: str = "") -> dict[str, Tensor]:

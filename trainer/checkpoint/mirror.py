@@ -17,7 +17,7 @@ from typing import Any
 
 from trainer.checkpoint.format import CHUNK, INDEX, MANIFEST, Damaged, folder_name, tensor_file, verify
 from trainer.checkpoint.retention import Retention, step_of
-from trainer.errors import ConfigError, PeerLost, TrainingError
+from trainer.errors import ConfigError, PeerLost, TrainingError, first_line
 from trainer.files import sync_folder
 from trainer.topology import Topology
 
@@ -37,7 +37,7 @@ class Mirror:
         try:
             self._store: Any = from_url(url, client_options={"allow_http": True})  # type: ignore[call-overload]
         except Exception as error:
-            raise ConfigError(f"checkpoint.mirror={url}: {_first_line(error)}") from None
+            raise ConfigError(f"checkpoint.mirror={url}: {first_line(error)}") from None
 
     def steps(self) -> list[int]:
         """Those that count, in rising order. TrainingError where the bucket cannot be read."""
@@ -46,7 +46,7 @@ class Mirror:
             steps = [step_of(Path(name)) for name in map(str, found) if Path(name).name.startswith("step-")]
             return [step for step in sorted(steps) if self._manifest(step)]
         except Exception as error:
-            raise TrainingError(f"checkpoint.mirror={self.url}: cannot be read: {_first_line(error)}") from None
+            raise TrainingError(f"checkpoint.mirror={self.url}: cannot be read: {first_line(error)}") from None
 
     def put(self, folder: Path, group: Any) -> str | None:
         """Copies the whole checkpoint in `folder`; gives on all ranks alike why it is not there."""
@@ -151,9 +151,5 @@ def _error(work: Callable[[], None]) -> str | None:
     try:
         work()
     except Exception as error:
-        return _first_line(error)
+        return first_line(error)
     return None
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".split("\n")[0][:300]

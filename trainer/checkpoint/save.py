@@ -25,6 +25,7 @@ from trainer.checkpoint.mirror import Mirror
 from trainer.checkpoint.pieces import DTYPES, State, pieces
 from trainer.checkpoint.plan import Held, Plan, fingerprint, held_by
 from trainer.checkpoint.retention import Retention
+from trainer.errors import first_line
 from trainer.files import replace_file, sync_folder
 from trainer.topology import Topology
 
@@ -139,19 +140,19 @@ class Saver:
             own["prints"] = self._layout.agreed(prints)
             own["file"] = self._write_own(attempt, word)
         except BaseException as failure:  # whatever it is, the other ranks wait for our word
-            own["error"] = f"rank {self.topology.rank}: {_first_line(failure)}"
+            own["error"] = f"rank {self.topology.rank}: {first_line(failure)}"
         parts = self.topology.gather_all(own, self.topology.saving)
         error = next((part["error"] for part in parts if part["error"]), None) or _disagreement(parts)
         if error is None and self.topology.is_main:
             try:
                 self._publish(attempt, step, about, word, [part["file"] for part in parts])
             except BaseException as failure:
-                error = _first_line(failure)
+                error = first_line(failure)
         if self.topology.is_main:
             if error is not None:
                 shutil.rmtree(attempt, ignore_errors=True)
             else:
-                with suppress(OSError):  # an old one that stays is no failure of the new one
+                with suppress(Exception):  # an old one that stays is no failure of the new one, and the others wait
                     self.retention.apply(self.folder, f"{self.life}-{step}")
         error = self.topology.gather_all(error, self.topology.saving)[0]
         return sum(part["file"]["bytes"] for part in parts if part["file"]), error
@@ -248,7 +249,3 @@ def _disagreement(parts: Sequence[dict[str, Any]]) -> str | None:
             if seen.setdefault(who, print_) != print_:
                 return f"ranks {who} hold other values of weights that should be the same"
     return None
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".split("\n")[0][:300]
