@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import shlex
-import signal
 import sys
-import tempfile
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,8 +16,6 @@ from trainer.config import Config
 from trainer.config.compose import load
 from trainer.errors import ConfigError
 from trainer.tracking.jsonl import read_status
-
-ASKED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # a rank that died of these was asked to end: no restart
 
 
 def add_commands(commands: Any) -> None:
@@ -40,76 +34,43 @@ def train(arguments: argparse.Namespace) -> int:
     if procs < 1:
         raise ConfigError(f"-n {procs}: at least one process is needed")
     config = load(overrides, procs, arguments.config_dir)
-    from trainer.folder import settle  # late: it imports torch, and the config's problems should show at once
-    from trainer.given import open_given
-    from trainer.inputs import open_shards
-    from trainer.topology import ALONE
-
-    open_given(config, ALONE, open_shards(config, ALONE).tokenizer)
     folder = Path(config.run.dir).expanduser()
     if arguments.config_dir:
         overrides += ["--config-dir", arguments.config_dir]
-    restarts = config.launch.restarts
-    for restart in range(restarts + 1):
-        # A restart continues; it must not start over again.
-        code = _life([*overrides, "run.fresh=false"] if restart else overrides, procs, config)
-        if code >= 0 or -code in ASKED:
-            break
-        if restart < restarts:
-            counted = f"restart {restart + 1} of {restarts}"
-            print(f"\nonecurve: a process was killed (signal {-code}), {counted}", file=sys.stderr)
-    reason = f"a process ended with code {code}"
-    if code < 0:
-        reason, code = f"a process was killed (signal {-code})", 4
-        print(f"\nonecurve: {reason}", file=sys.stderr)
+
+    def fits(processes: int) -> bool:
+        with suppress(ConfigError):
+            return bool(load(arguments.overrides, processes, arguments.config_dir))
+        return False
+
+    from launch.supervisor import Supervisor  # late: torch, and the config's problems should show at once
+
+    launch = config.launch
+    with Supervisor(
+        folder,
+        overrides,
+        procs,
+        fits=fits,
+        min_procs=min(procs, launch.min_procs or procs),
+        restarts=launch.restarts,
+        grace_s=launch.grace_s,
+        grow_s=launch.grow_s,
+    ) as supervisor:
+        from trainer.folder import settle
+        from trainer.given import open_given
+        from trainer.inputs import open_shards
+        from trainer.topology import ALONE
+
+        open_given(config, ALONE, open_shards(config, ALONE).tokenizer)
+        code, reason = supervisor.run()
     if code == 0:
         _what_next(folder, procs, overrides)
     elif folder.is_dir():
         with suppress(Timeout, OSError), FileLock(folder / ".lock", blocking=False):  # unless somebody trains there
-            settle(folder, reason, code)
+            if read_status(folder).get("state") == "running" and reason:
+                print(f"\nonecurve: {reason}", file=sys.stderr)
+            settle(folder, reason or f"a process ended with code {code}", code)
     return code
-
-
-def _life(overrides: list[str], procs: int, config: Config) -> int:
-    """One start of all ranks under torch's elastic agent. Its exit code; minus the signal if a rank was killed."""
-    from torch.distributed.elastic.agent.server.api import SignalException  # type: ignore[attr-defined]
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // procs)))
-    with tempfile.TemporaryDirectory(prefix="onecurve-") as scratch:
-        ranks = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=procs,
-            run_id=Path(scratch).name,
-            rdzv_backend="c10d",
-            rdzv_endpoint=f"{scratch}/rendezvous",
-            rdzv_configs={"store_type": "file"},  # nothing listens on the network
-            max_restarts=0,
-            monitor_interval=0.1,
-            logs_specs=DefaultLogsSpecs(log_dir=scratch, redirects=dict.fromkeys(range(1, procs), Std.OUT)),
-            signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
-            shutdown_timeout=config.launch.grace_s,
-        )
-        started = time.time()
-        try:
-            elastic_launch(ranks, sys.executable)("-m", "trainer", *overrides)
-        except ChildFailedError as error:
-            return error.get_first_failure()[1].exitcode
-        except SignalException:
-            return _status_code(Path(config.run.dir).expanduser(), started)
-    return 0
-
-
-def _status_code(folder: Path, since: float) -> int:
-    """What the run's own status says, after the launcher itself was told to stop."""
-    if not (folder / "status.json").exists() or (folder / "status.json").stat().st_mtime < since:
-        return -signal.SIGTERM  # stopped before the run had begun
-    status = read_status(folder)
-    return int(status.get("exit_code") or 0) if status.get("state") != "running" else -signal.SIGTERM
 
 
 def _default_procs(config: Config) -> int:

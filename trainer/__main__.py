@@ -8,20 +8,24 @@ import time
 import traceback
 from collections.abc import Sequence
 
+from trainer.processes import die_with_parent
+
 BORN = time.monotonic()
 
 
 def main() -> None:
     """The entry of every rank. Exits with the code of the contract."""
-    sys.exit(guarded(sys.argv[1:]))
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun, killed, would leave us behind
+        die_with_parent()
+    sys.exit(guarded(sys.argv[1:], BORN))
 
 
-def guarded(arguments: Sequence[str]) -> int:
-    """Runs a command line; an expected end becomes one block of text and an exit code."""
+def guarded(arguments: Sequence[str], born: float) -> int:
+    """Runs a command line; an expected end becomes one block of text and an exit code. `born`: `time.monotonic()`."""
     from trainer.errors import OnecurveError
 
     try:
-        command(arguments)
+        command(arguments, born)
     except OnecurveError as error:
         tell(error)
         return error.exit_code
@@ -31,7 +35,7 @@ def guarded(arguments: Sequence[str]) -> int:
     return 0
 
 
-def command(arguments: Sequence[str]) -> None:
+def command(arguments: Sequence[str], born: float) -> None:
     """Plain overrides (and `--config-dir`) train; any other option is Hydra's command line."""
     from trainer.config.compose import load
     from trainer.topology import world_size
@@ -46,13 +50,9 @@ def command(arguments: Sequence[str]) -> None:
 
         hydra_command(arguments)
     else:
-        train(load(rest, world_size(), config_dir))
+        from trainer.run import run
 
-
-def train(config) -> None:  # type: ignore[no-untyped-def]  # the type would import what --help does not need
-    from trainer.run import run
-
-    run(config, BORN)
+        run(load(rest, world_size(), config_dir), born)
 
 
 def tell(error: Exception) -> None:

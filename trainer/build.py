@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from trainer import __version__
 from trainer.checkpoint.save import Saver
 from trainer.config import Config, schema
 from trainer.config.check import import_plugin
+from trainer.config.interval import Interval
 from trainer.data.stream import Stream
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError
@@ -37,8 +39,10 @@ from trainer.optim.muon import muon
 from trainer.optim.schedule import constant, linear, warmup_cosine, wsd
 from trainer.precision import DTYPES, Precision
 from trainer.resilience.agreement import AgreedStream
+from trainer.resilience.guard import Guard
 from trainer.resilience.interruption import Requests
 from trainer.resilience.quarantine import Quarantine
+from trainer.resilience.replicas import Replicas
 from trainer.resilience.timeledger import TimeLedger
 from trainer.strategies.base import Strategy
 from trainer.strategies.ddp import DDP
@@ -188,9 +192,12 @@ def build(
         requests=Requests(folder.path, watch_files=topology.is_main),
         journal=build_journal(config, topology, folder.path),
         quarantine=build_quarantine(config, topology, folder),
+        guard=Guard(config.guard, topology.device),
+        replicas=Replicas(topology),
         clock=TimeLedger(folder.path / "goodput.jsonl" if topology.is_main else None, born),
         folder=folder,
         identity=identity,
+        time_limit=Interval.parse(config.launch.time_limit or 0).amount or math.inf,
     )
 
 

@@ -9,6 +9,8 @@ class OnecurveError(Exception):
     """An end with a reason that a person can act on. `exit_code` is the process's."""
 
     exit_code = 4
+    retry = False
+    """Whether it may go better from the last checkpoint, with nothing changed."""
 
     def __init__(self, reason: str, exit_code: int | None = None):
         super().__init__(reason)
@@ -41,6 +43,12 @@ class TrainingError(OnecurveError):
     """Training cannot go on (non-finite loss, out of memory, ...). The text says what to change."""
 
     exit_code = 4
+
+
+class Crashed(TrainingError):
+    """What nobody foresaw: an exception, a lost process, a hang."""
+
+    retry = True
 
 
 class PeerLost(OnecurveError):

@@ -18,7 +18,7 @@ from trainer.checkpoint.mirror import Mirror
 from trainer.checkpoint.retention import Retention
 from trainer.config import Config
 from trainer.data.tokenizer import Tokenizer
-from trainer.errors import ConfigError, OnecurveError, TrainingError
+from trainer.errors import ConfigError, Interrupted, OnecurveError, TrainingError
 from trainer.files import replace_file
 from trainer.resilience.interruption import STOP
 from trainer.topology import Topology
@@ -86,12 +86,13 @@ class RunFolder:
         if problem := self.topology.broadcast(problem):
             raise ConfigError(problem)
 
-    def fail(self, rank: int, error: OnecurveError, lost_peer: bool) -> dict[str, Any]:
+    def fail(self, error: OnecurveError, lost_peer: bool, step: int) -> dict[str, Any]:
         """Tells of this rank's failure, unless another rank was first; gives what the run fails of.
 
         A rank that only lost a peer leaves the word to it for a moment.
         """
-        told = {"rank": rank, "reason": str(error), "exit_code": error.exit_code}
+        rank = self.topology.rank
+        told = {"rank": rank, "step": step, "reason": str(error), "exit_code": error.exit_code, "retry": error.retry}
         deadline = time.monotonic() + (PATIENCE_S if lost_peer else 0)
         while not (first := read_failure(self.path)) and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -155,7 +156,7 @@ def _unwritable(config: Config, error: OSError) -> str:
 
 
 def read_failure(folder: Path) -> dict[str, Any] | None:
-    """What the first rank that failed told: {"rank", "reason", "exit_code"}."""
+    """What the first rank that failed told: {"rank", "step", "reason", "exit_code", "retry"}."""
     try:
         return json.loads((folder / FAILURE).read_bytes())
     except (OSError, ValueError):
@@ -166,13 +167,20 @@ def settle(folder: Path, reason: str, exit_code: int) -> None:
     """For who started the ranks, once all have ended: a status must not say `running` any more."""
     status = read_status(folder)
     if status.get("state") == "running":
-        told = read_failure(folder) or {"reason": reason, "exit_code": exit_code}
-        write_status(folder, {**status, "state": "failed", "reason": told["reason"], "exit_code": told["exit_code"]})
+        state = "interrupted" if exit_code == Interrupted.exit_code else "failed"
+        write_status(folder, {**status, "state": state, "reason": reason, "exit_code": exit_code})
 
 
 def restarted() -> bool:
-    """Whether torchrun or Slurm started this command again by itself: that continues, also with run.fresh=true."""
-    return any(int(os.environ.get(name, "0")) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    """Whether a launcher started this command again by itself: that continues, also with run.fresh=true."""
+    counts = ("ONECURVE_RESTART", "TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+    return any(int(os.environ.get(name, "0")) > 0 for name in counts)
+
+
+def will_restart() -> bool:
+    """Whether who started this process starts it again should it crash. `onecurve train` may, and says so if not."""
+    left = [int(os.environ.get(f"TORCHELASTIC_{name}", "0")) for name in ("MAX_RESTARTS", "RESTART_COUNT")]
+    return "ONECURVE_STORE" in os.environ or left[0] > left[1]
 
 
 def _continues(then: dict[str, Any], identity: dict[str, Any], config: Config, path: Path) -> list[dict[str, Any]]:

@@ -11,19 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.checkpoint.load import read
+from trainer.checkpoint.load import Found, newest, read
 from trainer.checkpoint.plan import fingerprint_of
 from trainer.checkpoint.save import Saver
 from trainer.config import Config
 from trainer.config.interval import Interval
 from trainer.data.stream import Batch, StepData, Stream
 from trainer.errors import Interrupted, TrainingError
+from trainer.fault_points import point
 from trainer.folder import Identity, RunFolder
 from trainer.objectives import Sums
 from trainer.optim.schedule import Schedule
 from trainer.resilience.agreement import AgreedStream
+from trainer.resilience.guard import Guard, Rollback
 from trainer.resilience.interruption import SAVE, STOP, Requests
 from trainer.resilience.quarantine import Quarantine
+from trainer.resilience.replicas import Replicas
 from trainer.resilience.timeledger import TimeLedger
 from trainer.strategies.base import Strategy, Update
 from trainer.topology import Topology
@@ -55,9 +58,12 @@ class Job:
     requests: Requests
     journal: Journal
     quarantine: Quarantine
+    guard: Guard
+    replicas: Replicas
     clock: TimeLedger
     folder: RunFolder
     identity: Identity  # goes into each checkpoint's manifest
+    time_limit: float  # seconds; then the run stops as if it was asked to
 
     def close(self) -> None:
         """Ends threads and lets go of the process group."""
@@ -78,25 +84,46 @@ class Unread:
     since: float = field(default_factory=time.monotonic)
     pace: float = VOTE_SECONDS  # seconds a step took when the numbers were last read
 
+    def take(self, data: StepData, sums: Sums, update: Update) -> None:
+        self.steps.append(data)
+        self.sums.append(sums)
+        self.updates.append(update)
+
 
 def train(job: Job) -> Progress:
     """Trains to the last step. Raises Interrupted (saved), TrainingError or DataError."""
-    config, clock, strategy = job.config, job.clock, job.strategy
-    progress = restore(job)
+    progress = start(job)
+    while True:
+        try:
+            return go_on(job, progress)
+        except Rollback:
+            progress = go_back(job)
+
+
+def go_on(job: Job, progress: Progress) -> Progress:
+    """Trains from here to the last step. Raises Rollback where the last checkpoint is to be gone on from instead."""
+    config, clock, strategy, guard = job.config, job.clock, job.strategy, job.guard
     saving, saved_at = Interval.parse(config.checkpoint.every), readings(progress, 0.0)
     born, unread, read_every = time.monotonic(), Unread(), 1
     while progress.step < config.train.steps:
         clock.switch("data_wait")
+        point("data.next")
         data = next(job.stream)
         unread.data_wait += clock.switch("productive")
-        unread.sums.append(strategy.train_step(data.micro_batches))
-        unread.updates.append(strategy.update(job.schedule(data.step)))
+        point("step.weights", strategy.state)
+        sums = strategy.train_step(data.micro_batches)
+        point("step.after_backward")
+        loss = mean_loss(strategy, sums) if guard.watches_loss else None
+        update = strategy.update(job.schedule(data.step), guard.limit(loss))
+        guard.took(update.grad_norm, loss, update.skipped)
+        point("step.after_update")
+        unread.take(data, sums, update)
         if config.track.fingerprint:
             unread.fingerprints.append(fingerprint_of(strategy.state()))
-        unread.steps.append(data)
         progress.step = data.step
-        for event in job.saver.poll():
-            job.journal.event(**event)
+        job.journal.events(job.saver.poll())
+        if _every(config.guard.replicas_every, progress.step):
+            compare_replicas(job, progress.step)
 
         last = progress.step == config.train.steps
         evaluate_now = last or _every(config.eval.every, progress.step)
@@ -104,7 +131,8 @@ def train(job: Job) -> Progress:
         if not (evaluate_now or save_now or len(unread.steps) >= read_every):
             continue
 
-        votes, rows = read_numbers(job, unread, progress, time.monotonic() - born)
+        votes, rows, bad = read_numbers(job, unread, progress, time.monotonic() - born)
+        judge(job, rows, bad, unread.steps)
         read_every = min(config.train.log_every, max(1, int(VOTE_SECONDS / votes["pace"])))
         if evaluate_now and job.validation is not None:
             clock.switch("evaluation")
@@ -112,6 +140,7 @@ def train(job: Job) -> Progress:
             clock.switch("productive")
         for event in job.quarantine.steps(unread.steps):
             job.journal.event("quarantined", **event)
+        point("track.rows")
         job.journal.rows(rows, unread.steps)
         now = readings(progress, votes["elapsed"])
         stop = votes["stop"] > 0 and not last
@@ -129,43 +158,64 @@ def train(job: Job) -> Progress:
     return progress
 
 
-def restore(job: Job) -> Progress:
+def start(job: Job) -> Progress:
     """Takes up the checkpoint that was found, or starts at step 0."""
     found = job.folder.found
     progress = Progress(**found.manifest["progress"]) if found else Progress()
     job.journal.start(progress.step, resumed=found is not None)
-    for event in job.folder.events:
-        job.journal.event(**event)
+    job.journal.events(job.folder.events)
     if found:
-        state = dict(job.strategy.state())
-        if found.manifest["config"]["optimizer"]["name"] != job.config.optimizer.name:  # another one begins anew
-            state = {name: tensor for name, tensor in state.items() if not name.startswith("optimizer/")}
-        read(found, state)
-        job.strategy.load_state(state)
-        job.saver.last_step = progress.step
+        restore(job, found)
     for event in job.quarantine.opened(job.stream.faults):
         job.journal.event("quarantined", **event)
+    job.stream.seek(progress.step, job.quarantine.left_out)
+    point("start.restored")
+    return progress
+
+
+def go_back(job: Job) -> Progress:
+    """Takes up the newest checkpoint, in the middle of the run: what came after it is done again."""
+    job.clock.switch("startup")
+    found, events = newest(job.saver.folder, job.topology)
+    if found is None:
+        raise TrainingError(f"{job.saver.folder}: there is no checkpoint to go back to any more")
+    progress = Progress(**found.manifest["progress"])
+    job.journal.rewind(progress.step)
+    job.journal.events([*events, {"kind": "rollback"}])
+    restore(job, found)
     job.stream.seek(progress.step, job.quarantine.left_out)
     return progress
 
 
+def restore(job: Job, found: Found) -> None:
+    """Fills the strategy with what a checkpoint holds."""
+    state = dict(job.strategy.state())
+    if found.manifest["config"]["optimizer"]["name"] != job.config.optimizer.name:  # another one begins anew
+        state = {name: tensor for name, tensor in state.items() if not name.startswith("optimizer/")}
+    read(found, state)
+    job.strategy.load_state(state)
+    job.guard.load_state(found.manifest.get("guard", {}))
+    job.saver.goes_on_from(found.manifest["step"])
+
+
 def read_numbers(
     job: Job, unread: Unread, progress: Progress, elapsed: float
-) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Reads the device's numbers since the last reading: one row a step, and the ranks' votes. One collective.
-
-    Raises TrainingError on a loss or gradient that is not finite.
-    """
+) -> tuple[dict[str, float], list[dict[str, Any]], list[bool]]:
+    """Reads the device's numbers since the last reading: the ranks' votes, one row a step, and whether that was bad.
+    One collective."""
+    point("numbers.read")
     n, main = len(unread.steps), job.topology.is_main
     sums = {f"sum/{name}": torch.stack([part[name] for part in unread.sums]) for name in unread.sums[0]}
     save = job.requests.save() or (main and job.saver.overdue)
-    own = {"stop": job.requests.stop(), "save": save, "elapsed": elapsed if main else 0.0}
+    over = main and elapsed > job.time_limit
+    own = {"stop": job.requests.stop() or over, "save": save, "elapsed": elapsed if main else 0.0}
     own["pace"] = unread.pace / job.topology.world_size
     votes = {f"vote/{name}": torch.full((n,), float(value), dtype=torch.float64) for name, value in own.items()}
     prints = {"fingerprint": torch.stack(unread.fingerprints)} if unread.fingerprints else {}
     numbers = job.strategy.reduce({**sums, **votes, **prints})
     norms = torch.stack([update.grad_norm for update in unread.updates]).tolist()
     skipped = torch.stack([update.skipped for update in unread.updates]).tolist()
+    bad = torch.stack([update.bad for update in unread.updates]).tolist()
 
     step_s = (time.monotonic() - unread.since) / n
     rows = []
@@ -181,19 +231,47 @@ def read_numbers(
             "skipped": bool(skipped[i]), **_memory(job.topology.device),
             **{name: f"{int(values[i]):x}" for name, values in numbers.items() if name in prints},
         })  # fmt: skip
-        if not (math.isfinite(loss) and (math.isfinite(norms[i]) or skipped[i])):
-            job.journal.rows(rows, unread.steps[: i + 1])
-            raise TrainingError(
-                f"step {data.step}: loss {loss:.4g}, gradient norm {norms[i]:.4g}: not finite. Lower optimizer.lr "
-                f"(now {job.config.optimizer.lr:g}), lengthen schedule.warmup_steps, or try precision=fp32."
-            )
-    return {name: numbers[f"vote/{name}"][-1] for name in own}, rows
+        bad[i] |= not math.isfinite(loss)
+    return {name: numbers[f"vote/{name}"][-1] for name in own}, rows, bad
+
+
+def judge(job: Job, rows: list[dict[str, Any]], bad: list[bool], steps: list[StepData]) -> None:
+    """Says what follows bad steps. Raises Rollback, or TrainingError."""
+    if not any(bad):
+        return
+    job.journal.events(job.saver.wait())
+    for i, row in enumerate(rows):
+        if not bad[i]:
+            continue
+        try:
+            event = job.guard.judge(row, may_go_back=job.saver.newest is not None)
+        except TrainingError:
+            job.journal.rows(rows[: i + 1], steps[: i + 1])
+            raise
+        job.journal.event(**event)
+        if event["action"] == "rollback":
+            raise Rollback
+
+
+def compare_replicas(job: Job, step: int) -> None:
+    """Raises Rollback where a process has other weights than those it shares them with; or TrainingError."""
+    if odd := job.replicas.odd(job.strategy.state()):
+        job.journal.events(job.saver.wait())
+        job.journal.event(**job.guard.corrupted(step, odd, may_go_back=job.saver.newest is not None))
+        raise Rollback
+
+
+def mean_loss(strategy: Strategy, sums: Sums) -> float:
+    """Of the step, over all processes, before its update."""
+    total = strategy.reduce({name: sums[name].reshape(1) for name in ("loss", "count")})
+    return total["loss"][0] / max(1.0, total["count"][0])
 
 
 def evaluate(job: Job) -> dict[str, float]:
     """One pass over the validation split; the same numbers on every rank."""
     totals: Sums = {}
     for batch in job.validation or ():
+        point("eval.batch")
         for name, value in job.strategy.eval_step(batch).items():
             totals[name] = totals[name] + value if name in totals else value
     sums = job.strategy.reduce({name: value.reshape(1) for name, value in totals.items()})
@@ -210,9 +288,9 @@ def save(job: Job, progress: Progress, evaluation: dict[str, float] | None, must
         "config": job.config.resolved(),
         "topology": job.topology.describe(),
         "evaluation": evaluation,
+        "guard": job.guard.state(),
     }
-    for event in job.saver.save(progress.step, job.strategy.state(), about, must):
-        job.journal.event(**event)
+    job.journal.events(job.saver.save(progress.step, job.strategy.state(), about, must))
     job.requests.done(SAVE)
     job.clock.switch("productive")
 
@@ -220,8 +298,7 @@ def save(job: Job, progress: Progress, evaluation: dict[str, float] | None, must
 def finish_saving(job: Job) -> None:
     """Waits for the save in flight. Raises TrainingError if the run would end without it."""
     job.clock.switch("checkpoint")
-    for event in job.saver.wait():
-        job.journal.event(**event)
+    job.journal.events(job.saver.wait())
     if job.saver.problem is not None:
         raise TrainingError(f"the last checkpoint could not be saved: {job.saver.problem}")
 

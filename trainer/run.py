@@ -14,13 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trainer import loop, sampling
+from trainer import fault_points, loop, sampling
 from trainer.build import build, check_machine
 from trainer.config import Config
 from trainer.data.tokenizer import Tokenizer
-from trainer.errors import ConfigError, Interrupted, OnecurveError, PeerLost, TrainingError
+from trainer.errors import ConfigError, Crashed, Interrupted, OnecurveError, PeerLost, TrainingError
 from trainer.files import replace_file
-from trainer.folder import RunFolder, settle
+from trainer.folder import RunFolder, settle, will_restart
 from trainer.given import open_given
 from trainer.inputs import open_inputs, open_shards
 from trainer.topology import Topology, join, world_size
@@ -42,15 +42,18 @@ def run(config: Config, born: float) -> None:
     folder = RunFolder(config, identity, topology, born)
     with folder, _log(folder.path, topology.rank):
         job, stopped, weights = None, None, {}
+        fault_points.arm(config.debug.faults, folder.path, topology.rank)
         try:
             inputs = open_inputs(config, topology, found)
             folder.keep(inputs.tokenizer, inputs.catalogue)
             job = build(config, topology, inputs, folder, identity, born, given.fill if given else None)
+            fault_points.point("start.built")
             try:
                 loop.train(job)
                 if _samples(config):
                     weights = dict(job.strategy.full_weights())
                 job.journal.close("finished")
+                fault_points.point("end.finished")
             except Interrupted as stop:
                 stopped = stop
                 job.journal.close("interrupted", str(stop), stop.exit_code)
@@ -72,10 +75,13 @@ def _told(
 ) -> OnecurveError:
     """Tells of a failure once for all ranks; gives the error that this rank ends with."""
     error, lost_peer = _explained(failure, config, folder.path, topology)
-    first = folder.fail(topology.rank, error, lost_peer)
+    first = folder.fail(error, lost_peer, job.journal.step if job else 0)
     if topology.is_main:
         with suppress(Exception):  # the disk may be what failed
-            if job is not None:
+            if first["retry"] and will_restart():
+                if job is not None:
+                    job.journal.event("crashed", rank=first["rank"], reason=first["reason"])
+            elif job is not None:
                 job.journal.close("failed", first["reason"], first["exit_code"])
             else:
                 settle(folder.path, first["reason"], first["exit_code"])
@@ -102,8 +108,8 @@ def _explained(failure: BaseException, config: Config, folder: Path, topology: T
     trace = f"(traceback: {folder}/logs/rank-{topology.rank}.log)"
     lost_peer = isinstance(failure, dist.DistError) or "gloo" in str(failure) or "Connection closed" in str(failure)
     if topology.world_size > 1 and lost_peer:
-        return TrainingError(f"lost another process, or the way to it: {first_line} {trace}"), True
-    return TrainingError(f"{first_line} {trace}"), False
+        return Crashed(f"lost another process, or the way to it: {first_line} {trace}"), True
+    return Crashed(f"{first_line} {trace}"), False
 
 
 def _samples(config: Config) -> bool:

@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from trainer.config.strategy import WHOLE, Layout
 from trainer.errors import ConfigError
+from trainer.processes import remove_afterwards
 
 _JOINED = itertools.count()  # how often this process joined: once for each run of a sweep
 
@@ -154,24 +155,32 @@ def join(timeout_s: int, layout: Layout = WHOLE) -> Topology:
 
 
 def _store(size: int, local_size: int, timeout: datetime.timedelta) -> dist.Store | None:
-    """Under torchrun on one node a file, so that nothing listens on the network and no dead attempt's keys are read.
+    """On one node a file, so that nothing listens on the network and no dead attempt's keys are read: the one that
+    `onecurve train` gives, or under torchrun one of our own.
 
     Elsewhere None: torch's own store at MASTER_ADDR.
     """
-    run_id = os.environ.get("TORCHELASTIC_RUN_ID")
-    if run_id is None or local_size != size:
+    given, run_id = os.environ.get("ONECURVE_STORE"), os.environ.get("TORCHELASTIC_RUN_ID")
+    if given is None and (run_id is None or local_size != size):
         return None
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         os.environ.setdefault(name, "lo")
+    file = dist.FileStore(given or str(_file_of_torchrun()), size)
+    file.set_timeout(timeout)
+    return dist.PrefixStore(str(next(_JOINED)), file)
+
+
+def _file_of_torchrun() -> Path:
     # What all ranks of an attempt share and no other attempt ever has: the launcher, by its start time, and the count.
     launcher = os.getppid()
     started = Path(f"/proc/{launcher}/stat").read_text().rpartition(")")[2].split()[19]
-    attempt = [run_id, launcher, started, os.environ.get("TORCHELASTIC_RESTART_COUNT"), next(_JOINED)]
+    run_id, restart = (os.environ.get(f"TORCHELASTIC_{name}") for name in ("RUN_ID", "RESTART_COUNT"))
+    attempt = [run_id, launcher, started, restart]
     name = hashlib.sha256(repr(attempt).encode()).hexdigest()[:16]
     folder = Path(tempfile.gettempdir()) / f"onecurve-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.stat().st_uid != os.getuid():
         raise ConfigError(f"{folder}: belongs to somebody else; set TMPDIR to a folder of yours")
-    store = dist.FileStore(str(folder / name), size)
-    store.set_timeout(timeout)
-    return store
+    if os.environ.get("RANK") == "0":
+        remove_afterwards(folder / name)
+    return folder / name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -28,13 +29,10 @@ def wait_for(run: Run, step: int, process: subprocess.Popen[str]) -> None:
 
 
 def ranks(process: subprocess.Popen[str]) -> list[int]:
-    """The processes that train, by their command line."""
-    found = []
-    for pid in descendants(process.pid):
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-        if words[1:3] == [b"-m", b"trainer"]:
-            found.append(pid)
-    return found
+    """The processes that train, in the order of their ranks."""
+    names = {pid: Path(f"/proc/{pid}/comm").read_text() for pid in descendants(process.pid)}
+    found = {name: pid for pid, name in names.items() if re.fullmatch(r"onecurve-\d+\n", name)}
+    return [pid for _, pid in sorted(found.items())]
 
 
 def test_a_killed_rank_is_restarted_and_the_curve_does_not_change(tmp_path: Path) -> None:
@@ -46,7 +44,7 @@ def test_a_killed_rank_is_restarted_and_the_curve_does_not_change(tmp_path: Path
     os.kill(ranks(process)[1], signal.SIGKILL)
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 0, output
-    assert "a process was killed (signal 9), restart 1 of 3" in output
+    assert "rank 1 was killed (signal 9), restart 1 of 3" in output
     assert_same_bits(run, undisturbed)
 
 

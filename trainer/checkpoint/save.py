@@ -26,6 +26,7 @@ from trainer.checkpoint.pieces import DTYPES, State, pieces
 from trainer.checkpoint.plan import Held, Plan, fingerprint, held_by
 from trainer.checkpoint.retention import Retention
 from trainer.errors import first_line
+from trainer.fault_points import point
 from trainer.files import replace_file, sync_folder
 from trainer.topology import Topology
 
@@ -56,7 +57,8 @@ class Saver:
         self.life = topology.broadcast(uuid.uuid4().hex[:8])
         if topology.is_main:
             replace_file(folder / WRITER, self.life.encode())
-        self.last_step = -1
+        self.last_step = -1  # of which a save was begun
+        self.newest: int | None = None  # which is there
         self.problem: str | None = None  # why the newest save that ended is not there
         self._failed_at = 0.0
         self._layout: _Layout | None = None
@@ -83,6 +85,7 @@ class Saver:
             return [{"kind": "checkpoint_skipped", "step": step, "reason": "the last one is still being written"}]
         events = self.wait()
         self.last_step = step
+        point("checkpoint.before_copy")
         prints = self._copy(state)
         self._job = self._thread.submit(self._write, step, about, prints)
         return events if self.asynchronous else events + self.wait()
@@ -98,7 +101,13 @@ class Saver:
         job, self._job = self._job, None
         events = job.result()
         self.problem, self._failed_at = events[0].get("reason"), time.monotonic()
+        if self.problem is None:
+            self.newest = events[0]["step"]
         return events
+
+    def goes_on_from(self, step: int) -> None:
+        """The run's state is now that of this checkpoint."""
+        self.last_step = self.newest = step
 
     def close(self) -> None:
         self._thread.shutdown()
@@ -137,6 +146,7 @@ class Saver:
         own: dict[str, Any] = {"file": None, "error": None, "prints": {}}
         try:
             assert self._layout is not None
+            point("checkpoint.before_write")
             own["prints"] = self._layout.agreed(prints)
             own["file"] = self._write_own(attempt, word)
         except BaseException as failure:  # whatever it is, the other ranks wait for our word
@@ -153,6 +163,7 @@ class Saver:
                 shutil.rmtree(attempt, ignore_errors=True)
             else:
                 with suppress(Exception):  # an old one that stays is no failure of the new one, and the others wait
+                    point("checkpoint.before_prune")
                     self.retention.apply(self.folder, f"{self.life}-{step}")
         error = self.topology.gather_all(error, self.topology.saving)[0]
         return sum(part["file"]["bytes"] for part in parts if part["file"]), error
@@ -177,6 +188,7 @@ class Saver:
     ) -> None:
         """Raises OSError; RuntimeError where what was written is not what was planned."""
         assert self._layout is not None
+        point("checkpoint.before_manifest")
         plan = self._layout.plan
         files = {tensor_file(rank): file for rank, file in enumerate(written) if file}
         sizes = {name: file["bytes"] for name, file in files.items()}
@@ -194,8 +206,10 @@ class Saver:
         final = self.folder / folder_name(step)
         if final.exists():
             raise FileExistsError(f"{final} is there already")
+        point("checkpoint.before_rename")
         attempt.rename(final)
         sync_folder(self.folder)
+        point("checkpoint.after_rename")
 
 
 class _Layout:

@@ -46,7 +46,8 @@ def hydra_command(arguments: Sequence[str]) -> None:
 @hydra.main(version_base="1.3", config_path="pkg://trainer.conf", config_name="config")
 def _main(composed: DictConfig) -> None:
     """One job: of a sweep, or alone with options of Hydra's. A sweep's jobs get folders of their own."""
-    from trainer.__main__ import tell, train
+    from trainer.__main__ import BORN, tell
+    from trainer.run import run
 
     raw = raw_values(composed)
     hydra_config = HydraConfig.get()
@@ -56,7 +57,7 @@ def _main(composed: DictConfig) -> None:
         short = name if len(name) <= 150 else f"{name[:130]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
         raw["run"]["dir"] = str(Path(raw["run"]["dir"]) / short)
     try:
-        train(check(raw, world_size()))
+        run(check(raw, world_size()), BORN)
     except OnecurveError as error:  # Hydra would keep an exception and start the next job
         tell(error)
         sys.exit(error.exit_code)

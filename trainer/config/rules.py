@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from trainer.config import huggingface, strategy_rules
-from trainer.config.schema import GPT, CausalLM, Data, HuggingFace, Samples, Section, Train
+from trainer.config.interval import Interval
+from trainer.config.schema import GPT, CausalLM, Data, HuggingFace, Launch, Samples, Section, Train
 from trainer.config.strategy import Layout
 
 SMALLEST_SHARE = 2**-14  # of a source in a mixture: one sequence in a cycle (trainer.data.mixture.LONGEST_CYCLE)
@@ -35,8 +36,15 @@ def problems(sections: Mapping[str, Section], world_size: int) -> Iterator[str]:
                 for group, kind in built_in.items()
                 if isinstance(has.get(group), kind)
             )
+    if isinstance(launch := has.get("launch"), Launch):
+        yield from _launch(launch)
     if strategy:
         yield from strategy_rules.problems(has, world_size)
+
+
+def _launch(launch: Launch) -> Iterator[str]:
+    if launch.time_limit is not None and Interval.parse(launch.time_limit).unit != "seconds":
+        yield f"launch.time_limit={launch.time_limit}: should be a time, such as 3h or 90min"
 
 
 def _batch(train: Train, world_size: int, layout: Layout) -> Iterator[str]:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 from pydantic_core import PydanticCustomError
 
+from trainer.config.faults import Fault
 from trainer.config.interval import Interval
 
 MISSING = "???"  # Hydra's mark of a value that must be given
@@ -23,12 +24,18 @@ def _interval(text: str) -> str:
     return text
 
 
+def _fault(text: str) -> str:
+    Fault.parse(text)
+    return text
+
+
 Int = Annotated[int, BeforeValidator(_no_bool)]
 Count = Annotated[int, Field(ge=1), BeforeValidator(_no_bool)]
 Float = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_no_bool)]
 Share = Annotated[float, Field(ge=0, lt=1), BeforeValidator(_no_bool)]
 Positive = Annotated[float, Field(allow_inf_nan=False, gt=0), BeforeValidator(_no_bool)]
 IntervalText = Annotated[str, AfterValidator(_interval)]
+FaultText = Annotated[str, AfterValidator(_fault)]
 
 
 class Section(BaseModel):

@@ -24,7 +24,7 @@ from typing import Any, Generic, TypeVar, cast
 import torch
 import torch.multiprocessing
 
-from trainer.errors import ConfigError, TrainingError
+from trainer.errors import ConfigError, Crashed
 
 T = TypeVar("T")
 
@@ -43,7 +43,7 @@ def read_ahead(
     """`make(first)`, `make(first + 1)`, ... in order, made by `workers` threads at most `depth` items ahead.
 
     With `processes` every worker is a process: `make` and the items must be picklable, tensors come back through shared
-    memory. Raises ConfigError if `make` is not. A process that dies is a TrainingError in its item's place.
+    memory. Raises ConfigError if `make` is not. A process that dies is a Crashed in its item's place.
     """
     if depth < 1 or workers < 1:
         raise ValueError(f"depth and workers must be >= 1, not {depth} and {workers}")
@@ -189,7 +189,7 @@ class _Process:
             self._connection.send(number)
             item, error, trace = self._connection.recv()
         except (EOFError, OSError) as lost:
-            raise TrainingError(f"a data worker process {self._end()}") from lost
+            raise Crashed(f"a data worker process {self._end()}") from lost
         if error is not None:
             raise error from RuntimeError(f"in a data worker process:\n{trace}")
         return item

@@ -19,6 +19,7 @@ from trainer.data.loader import read_ahead
 from trainer.data.mixture import Mixture
 from trainer.data.order import Order, Walk, default_block
 from trainer.errors import DataError
+from trainer.fault_points import point
 from trainer.randomness import keys
 
 Batch = dict[str, torch.Tensor]
@@ -135,6 +136,7 @@ class Share:
             if slot in self.left_out:
                 continue
             try:
+                point("data.read")
                 rows[-1] = (draw, source.read(unit, draw))
             except DataError as error:
                 if not self.tolerant:

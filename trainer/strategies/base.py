@@ -6,6 +6,7 @@ the loop says no less than `train_step` and `update`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -23,7 +24,8 @@ class Update(NamedTuple):
     """Both stay on the device until somebody reads them."""
 
     grad_norm: Tensor  # global norm before clipping, float32 scalar
-    skipped: Tensor  # bool scalar: the step was left out (fp16 overflow)
+    skipped: Tensor  # bool scalar: the step was left out
+    bad: Tensor  # bool scalar: because the norm reached the limit, or is no number; else of fp16 overflow or no target
 
 
 class Strategy(Protocol):
@@ -37,8 +39,9 @@ class Strategy(Protocol):
         """Forward and backward of every micro-batch, no update. Gives this rank's sums, on the device."""
         ...
 
-    def update(self, lr: float) -> Update:
-        """Unscale, clip, step, zero."""
+    def update(self, lr: float, limit: Tensor | float = math.inf) -> Update:
+        """Unscale, clip, step, zero. A step whose gradient norm is not below `limit`, or that has no target on any
+        process, changes nothing."""
         ...
 
     def eval_step(self, batch: Batch) -> Sums:

@@ -18,6 +18,7 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle, get_schedule_class
 from torch.distributed.tensor import DTensor
 
+from trainer import fault_points
 from trainer.config import strategy as schema
 from trainer.config.pipelines import SCHEDULES, micro_batches
 from trainer.errors import ConfigError
@@ -135,6 +136,7 @@ class Pipeline(TensorParallel):
             there = min(size, max(0, rows - int(number) * size))
             piece = {name: value[:there] for name, value in pieces[int(number)].items()}
             part = self.objective.loss(self.outputs(outputs)[:there], piece)
+            fault_points.point("step.loss", [part["loss"]])
             self.add(sums, part)
             return part["loss"] * scale.to(wide(part["loss"]))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -11,10 +12,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from trainer import fault_points
 from trainer.checkpoint.pieces import Fragment
 from trainer.config import strategy as schema
 from trainer.models import ModelFactory
 from trainer.objectives import Batch, Objective, Sums
+from trainer.optim.conditional import step_unless
 from trainer.precision import Precision
 from trainer.strategies.base import OptimizerFactory, Update
 from trainer.strategies.layers import prepare
@@ -32,6 +35,7 @@ class StepOptions:
 
 class Single:
     config: schema.Plugin
+    targets: Tensor  # of the step, over all processes
 
     def __init__(
         self,
@@ -93,6 +97,7 @@ class Single:
             torch.manual_seed(int(batch["draws"][0]) if len(batch["draws"]) else 0)
             with self.sync(last=number == len(micro_batches)):
                 part = self.loss_of(self.wrapped, batch)
+                fault_points.point("step.loss", [part["loss"]])
                 self.backward(part["loss"] * scale.to(wide(part["loss"])), number == len(micro_batches))
             self.add(sums, part)
         return sums
@@ -105,8 +110,8 @@ class Single:
         """
         count = sum(self.objective.count(batch) for batch in micro_batches)
         counts = self.total(torch.full((), count, dtype=torch.float64, device=self.topology.device))
-        everywhere = counts / self.topology.layout.processes
-        return self.scaler.scale * self.averaged_over / everywhere.clamp(min=1)
+        self.targets = counts / self.topology.layout.processes
+        return self.scaler.scale * self.averaged_over / self.targets.clamp(min=1)
 
     def add(self, sums: Sums, part: Sums) -> None:
         """Adds the numbers of a micro-batch; on ranks whose sums do not count, zeros of their names."""
@@ -125,7 +130,7 @@ class Single:
         """What the objective is given of what the model gives."""
         return self.whole(outputs)
 
-    def update(self, lr: float) -> Update:
+    def update(self, lr: float, limit: Tensor | float = math.inf) -> Update:
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         self.scaler.unscale(gradients)
         norm = self.norm(gradients)
@@ -133,11 +138,16 @@ class Single:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.options.clip_norm, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        accepted = self.scaler.accepts(norm)
-        if accepted:
-            self.optimizer.step()
+        overflow = not self.scaler.accepts(norm)
+        bad, empty = self.judged(norm, limit)
+        skipped = bad | empty | overflow
+        step_unless(self.optimizer, skipped)
         self.optimizer.zero_grad(set_to_none=True)
-        return Update(norm, torch.full_like(norm, not accepted, dtype=torch.bool))
+        return Update(norm, skipped, bad & (not overflow))
+
+    def judged(self, norm: Tensor, limit: Tensor | float) -> tuple[Tensor, Tensor]:
+        """Whether the norm is too large or no number, and whether there was no target at all."""
+        return (norm < limit).logical_not(), (self.targets == 0).to(norm.device)
 
     @torch.no_grad()
     def eval_step(self, batch: Batch) -> Sums:

@@ -6,6 +6,7 @@ Its engine reduces, clips and steps. Everything else is ours: the loss's scale, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
@@ -27,6 +28,7 @@ from trainer.strategies.zero_engine import (
     deepspeed_config,
     flat_tensors,
     import_deepspeed,
+    judge_norm,
     piece,
     released_saved,
 )
@@ -37,6 +39,8 @@ class Zero(Single):
 
     config: schema.Zero
     own_group = False
+    measured: Tensor  # the gradient norm of the step
+    limit: Tensor | float
 
     def setup(self, model_factory: ModelFactory, optimizer_factory: OptimizerFactory) -> None:
         self.deepspeed = import_deepspeed(self.topology.device)
@@ -92,6 +96,8 @@ class Zero(Single):
         self.engine, *_ = self.deepspeed.initialize(
             model=model, optimizer=optimizer, config=config, dist_init_required=False
         )
+        if self.config.stage:
+            judge_norm(self.engine, self.config.stage, self.accepts)
         self.flat = flat_tensors(self.engine, self.parameters)
         self.optimizer = self.engine.optimizer.optimizer if self.config.stage else self.engine.optimizer
         return self.engine
@@ -108,15 +114,24 @@ class Zero(Single):
     def backward(self, loss: Tensor, last: bool) -> None:
         self.engine.backward(loss, scale_wrt_gas=False)
 
-    def update(self, lr: float) -> Update:
+    def update(self, lr: float, limit: Tensor | float = math.inf) -> Update:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        norm = None
-        if self.config.stage == 0:  # of which DeepSpeed gives none
-            norm = self.norm([parameter.grad for parameter in self.parameters if parameter.grad is not None])
-        self.engine.step()
-        norm = torch.as_tensor(self.engine.get_global_grad_norm() if norm is None else norm, dtype=torch.float32)
-        return Update(norm, torch.zeros_like(norm, dtype=torch.bool))
+        self.limit = limit
+        if self.config.stage:
+            self.engine.step()  # asks `accepts`
+        elif self.accepts(self.norm([parameter.grad for parameter in self.parameters if parameter.grad is not None])):
+            self.engine.step()
+        else:
+            self.engine.zero_grad()
+        bad, empty = self.judged(self.measured, limit)
+        return Update(self.measured, bad | empty, bad)
+
+    def accepts(self, norm: Tensor) -> bool:
+        """Whether the step with this gradient norm is to be done."""
+        self.measured = norm.detach().float()
+        bad, empty = self.judged(self.measured, self.limit)
+        return not bool(bad | empty)
 
     def state(self) -> dict[str, Tensor | Fragment]:
         """What lies here, as it lies here: nothing is sent, nothing copied but counts of steps."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -166,3 +167,22 @@ def cpu_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     adam.register_step_pre_hook(elsewhere)
     adam._optimizer_step_post_hooks = optimizer._optimizer_step_post_hooks  # that of a moving average
     return adam
+
+
+def judge_norm(engine: Any, stage: int, accepts: Callable[[Tensor], bool]) -> None:
+    """DeepSpeed leaves out a step whose gradient norm is infinite: from now on also one that `accepts` does not take,
+    which is asked once a step, on every process alike."""
+    optimizer = engine.optimizer
+    method = "_get_norm_groups" if stage == 3 else "scaled_global_norm"
+    measure = getattr(optimizer, method)
+
+    def judged() -> Any:
+        found = measure()
+        parts = torch.stack([torch.as_tensor(part) for part in (found if stage == 3 else [found])])
+        # It writes -1 where a part is no number.
+        norm = torch.linalg.vector_norm(torch.where(parts < 0, torch.inf, parts))
+        if accepts(norm):
+            return found
+        return [torch.full_like(norm, torch.inf)] if stage == 3 else torch.full_like(norm, torch.inf)
+
+    setattr(optimizer, method, judged)

@@ -23,7 +23,7 @@ class Trackers:
     through `say` and in the run's events, and left out from then on.
     """
 
-    def __init__(self, record: Tracker, others: Sequence[Tracker] = (), say: Say | None = None):
+    def __init__(self, record: JsonLines, others: Sequence[Tracker] = (), say: Say | None = None):
         self.record = record
         self.others = list(others)
         self.say = say or _stderr
@@ -31,6 +31,10 @@ class Trackers:
     def start(self, info: RunInfo) -> None:
         self.record.start(info)
         self._tell(lambda tracker: tracker.start(info))
+
+    def rewind(self, step: int) -> None:
+        """The steps after this one are about to come again. Only the record is cut: others take a step twice."""
+        self.record.rewind(step)
 
     def rows(self, rows: list[Row]) -> None:
         self.record.rows(rows)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from trainer.data import ledger
@@ -51,6 +51,18 @@ class Journal:
         self.trackers.start(RunInfo(**{**vars(self.info), "step": step}))
         self.started = True
         self.event("resume" if resumed else "start", processes=self.topology.world_size)
+
+    def rewind(self, step: int) -> None:
+        """In the middle of a life: goes on from `step`, as `start` does."""
+        self.step = step
+        if self.trackers:
+            if self.ledger is not None:
+                cut(self.ledger, step)
+            self.trackers.rewind(step)
+
+    def events(self, events: Iterable[Row]) -> None:
+        for event in events:
+            self.event(**event)
 
     def event(self, kind: str, **fields: Any) -> None:
         if not (self.trackers and self.started):

@@ -35,6 +35,12 @@ class JsonLines:
         self.metrics: BinaryIO = (self.folder / "metrics.jsonl").open("ab", buffering=0)
         self.events: BinaryIO = (self.folder / "events.jsonl").open("ab", buffering=0)
 
+    def rewind(self, step: int) -> None:
+        """Cuts the metrics back to an earlier step."""
+        self.metrics.close()
+        self.last = cut(self.folder / "metrics.jsonl", step)
+        self.metrics = (self.folder / "metrics.jsonl").open("ab", buffering=0)
+
     def rows(self, rows: list[Row]) -> None:
         """Appends the rows in one write, handed to the operating system at once.
 

@@ -1,0 +1,35 @@
+"""A step of an optimizer that is done or not, as a number on the device says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
+
+
+def step_unless(optimizer: torch.optim.Optimizer, refused: Tensor, on_device: bool | None = None) -> None:
+    """Steps unless `refused` (a bool scalar).
+
+    Optimizers whose kernels can leave their work undone (torch's fused ones, as for its GradScaler) decide on the GPU;
+    for the others this waits to know. `on_device`: which of the two; None: as fits.
+    """
+    fused: Any = optimizer
+    if on_device is None:
+        on_device = refused.device.type != "cpu"
+    hooks = optimizer._optimizer_step_post_hooks  # an average of weights would count a step that was not done
+    if not (on_device and optimizer.defaults.get("fused") and not hooks):
+        if not bool(refused):
+            optimizer.step()
+        return
+    example = optimizer.param_groups[0]["params"][0]
+    found = refused.float()
+    if isinstance(example, DTensor):
+        mesh = example.device_mesh
+        found = DTensor.from_local(found, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    fused.grad_scale, fused.found_inf = None, found
+    try:
+        optimizer.step()
+    finally:
+        del fused.grad_scale, fused.found_inf

@@ -1,0 +1,29 @@
+"""What this process owes to others: it ends with its parent."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent() -> None:
+    """The kernel (of Linux) kills this process when its parent ends, however that does."""
+    if sys.platform != "linux":
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(4)
+
+
+def remove_afterwards(path: Path) -> None:
+    """Removes a file once this process has ended, however it does."""
+    waiting = ["/bin/sh", "-c", 'trap "" INT TERM HUP USR1; read -r _; rm -f -- "$1"', "sh", str(path)]
+    # The pipe's other end is ours, and closed by the kernel.
+    subprocess.Popen(waiting, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)

@@ -1,0 +1,44 @@
+"""Silent corruption: weights that several processes hold must have the same bits on all of them.
+
+Dixit et al. 2021 ("Silent data corruptions at scale"): processors and memory that compute wrongly without any error.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+
+from trainer.checkpoint.pieces import State
+from trainer.checkpoint.plan import Held, Plan, fingerprint, held_by
+from trainer.topology import Topology
+
+
+class Replicas:
+    def __init__(self, topology: Topology):
+        self.topology = topology
+        self._pieces: dict[str, set[Held]] | None = None
+
+    def odd(self, state: State) -> list[int] | None:
+        """The ranks that hold other weights than those they share them with; None if there are none. All of a group
+        where it has no majority. All ranks call it, and hear the same."""
+        held = held_by(state)
+        if self._pieces is None:
+            rows = self.topology.gather([piece for piece, _ in held])
+            plan = Plan.of([[Held.read(row) for row in its] for its in rows])
+            self._pieces = {who: set(its) for who, its in plan.to_agree_on(self.topology.rank).items()}
+        own = {
+            who: int(fingerprint([tensor for piece, tensor in held if piece in its]))
+            for who, its in self._pieces.items()
+        }
+        groups: defaultdict[str, dict[int, int]] = defaultdict(dict)
+        for rank, prints in enumerate(self.topology.gather(own)):
+            for who, print_ in prints.items():
+                groups[who][rank] = print_
+        odd = {rank for prints in groups.values() for rank in _minority(prints)}
+        return sorted(odd) or None
+
+
+def _minority(prints: dict[int, int]) -> list[int]:
+    (most, count), *others = Counter(prints.values()).most_common()
+    if others and count * 2 <= len(prints):
+        return list(prints)
+    return [rank for rank, print_ in prints.items() if print_ != most]
