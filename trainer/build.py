@@ -44,6 +44,7 @@ from trainer.resilience.interruption import Requests
 from trainer.resilience.quarantine import Quarantine
 from trainer.resilience.replicas import Replicas
 from trainer.resilience.timeledger import TimeLedger
+from trainer.resilience.watchdog import Activity, Watchdog
 from trainer.strategies.base import Strategy
 from trainer.strategies.ddp import DDP
 from trainer.strategies.fsdp import FSDP, HSDP
@@ -159,6 +160,18 @@ def build_quarantine(config: Config, topology: Topology, folder: RunFolder) -> Q
     return Quarantine(folder.path, topology, budget, resumed=folder.found is not None)
 
 
+def build_watchdog(
+    config: Config, topology: Topology, folder: RunFolder, clock: TimeLedger, saver: Saver, journal: Journal
+) -> Watchdog:
+    def saving() -> tuple[str, float] | None:
+        begun = saver.begun
+        return None if begun is None else ("save", begun)
+
+    steps = Activity(lambda: (clock.kind, clock.since), clock.seconds, "MainThread")
+    saves = Activity(saving, lambda _: list(saver.took), "checkpoint")
+    return Watchdog(config.watchdog, topology, folder, saver.life, [steps, saves], lambda: journal.step)
+
+
 def build(
     config: Config,
     topology: Topology,
@@ -174,6 +187,16 @@ def build(
     if topology.is_main:
         for name, content in getattr(strategy, "files", {}).items():  # what it made of the config, to be looked at
             replace_file(folder.path / name, json.dumps(content, indent=2).encode())
+    clock = TimeLedger(folder.path / "goodput.jsonl" if topology.is_main else None, born)
+    saver = Saver(
+        folder.path / CHECKPOINTS,
+        topology,
+        folder.retention,
+        asynchronous=checkpoint.asynchronous,
+        overrun=checkpoint.overrun,
+        mirror=folder.mirror,
+    )
+    journal = build_journal(config, topology, folder.path)
     return Job(
         config=config,
         topology=topology,
@@ -181,20 +204,14 @@ def build(
         schedule=plugin(config, "schedule")(config.schedule, config.optimizer.lr, config.train.steps),
         stream=build_stream(inputs.stream, topology),
         validation=inputs.validation,
-        saver=Saver(
-            folder.path / CHECKPOINTS,
-            topology,
-            folder.retention,
-            asynchronous=checkpoint.asynchronous,
-            overrun=checkpoint.overrun,
-            mirror=folder.mirror,
-        ),
+        saver=saver,
         requests=Requests(folder.path, watch_files=topology.is_main),
-        journal=build_journal(config, topology, folder.path),
+        journal=journal,
         quarantine=build_quarantine(config, topology, folder),
         guard=Guard(config.guard, topology.device),
         replicas=Replicas(topology),
-        clock=TimeLedger(folder.path / "goodput.jsonl" if topology.is_main else None, born),
+        clock=clock,
+        watchdog=build_watchdog(config, topology, folder, clock, saver, journal),
         folder=folder,
         identity=identity,
         time_limit=Interval.parse(config.launch.time_limit or 0).amount or math.inf,

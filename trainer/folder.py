@@ -45,6 +45,7 @@ class RunFolder:
         saves = config.checkpoint
         self.retention = Retention(saves.keep, saves.keep_every, saves.keep_best)
         self.mirror = Mirror(saves.mirror, topology, self.retention) if saves.mirror else None
+        self.restarted: list[dict[str, Any]] = []  # why, as told on the main rank
         self._lock = FileLock(self.path / ".lock", blocking=False)
         problem = self._take(config) if topology.is_main else None
         if problem := topology.broadcast(problem):
@@ -55,6 +56,7 @@ class RunFolder:
                 raise ConfigError(f"run.dir={self.path}: ranks {blind} do not see it; all nodes must share its storage")
             contents, checkpoints = config.checkpoint.verify == "full", self.path / CHECKPOINTS
             self.found, self.events = newest_for(checkpoints, topology, contents, self.mirror)
+            self.events = self.restarted + self.events
             if self.found:
                 self.events += _continues(self.found.manifest, identity(self.found.manifest["step"]), config, self.path)
             problem = self._begin(config, born) if topology.is_main else None
@@ -86,12 +88,11 @@ class RunFolder:
         if problem := self.topology.broadcast(problem):
             raise ConfigError(problem)
 
-    def fail(self, error: OnecurveError, lost_peer: bool, step: int) -> dict[str, Any]:
-        """Tells of this rank's failure, unless another rank was first; gives what the run fails of.
+    def fail(self, rank: int, error: OnecurveError, lost_peer: bool, step: int) -> dict[str, Any]:
+        """Tells of a rank's failure, unless another rank was first; gives what the run fails of.
 
         A rank that only lost a peer leaves the word to it for a moment.
         """
-        rank = self.topology.rank
         told = {"rank": rank, "step": step, "reason": str(error), "exit_code": error.exit_code, "retry": error.retry}
         deadline = time.monotonic() + (PATIENCE_S if lost_peer else 0)
         while not (first := read_failure(self.path)) and time.monotonic() < deadline:
@@ -116,6 +117,8 @@ class RunFolder:
                     self._set_aside()
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
+            if (told := read_failure(self.path)) and told.get("retry"):  # whatever else ended it, somebody has seen to
+                self.restarted = [{"kind": "restart", "rank": told["rank"], "reason": told["reason"]}]
             (self.path / FAILURE).unlink(missing_ok=True)
             for name in (CHECKPOINTS, "logs"):
                 (self.path / name).mkdir(exist_ok=True)

@@ -28,6 +28,7 @@ from trainer.resilience.interruption import SAVE, STOP, Requests
 from trainer.resilience.quarantine import Quarantine
 from trainer.resilience.replicas import Replicas
 from trainer.resilience.timeledger import TimeLedger
+from trainer.resilience.watchdog import Watchdog
 from trainer.strategies.base import Strategy, Update
 from trainer.topology import Topology
 from trainer.tracking.journal import Journal
@@ -61,12 +62,14 @@ class Job:
     guard: Guard
     replicas: Replicas
     clock: TimeLedger
+    watchdog: Watchdog
     folder: RunFolder
     identity: Identity  # goes into each checkpoint's manifest
     time_limit: float  # seconds; then the run stops as if it was asked to
 
     def close(self) -> None:
         """Ends threads and lets go of the process group."""
+        self.watchdog.close()
         self.stream.close()
         self.saver.close()
         self.strategy.close()

@@ -23,6 +23,7 @@ from trainer.files import replace_file
 from trainer.folder import RunFolder, settle, will_restart
 from trainer.given import open_given
 from trainer.inputs import open_inputs, open_shards
+from trainer.resilience import interruption
 from trainer.topology import Topology, join, world_size
 from trainer.tracking.report import write_report
 
@@ -35,6 +36,7 @@ def run(config: Config, born: float) -> None:
     Raises OnecurveError: Interrupted (saved), ConfigError (nothing was started), DataError, TrainingError, PeerLost.
     """
     topology = join(config.launch.timeout_s, config.layout(world_size()))
+    interruption.listen()
     check_machine(config, topology.device)
     found = open_shards(config, topology)
     given = open_given(config, topology, found.tokenizer)
@@ -42,6 +44,8 @@ def run(config: Config, born: float) -> None:
     folder = RunFolder(config, identity, topology, born)
     with folder, _log(folder.path, topology.rank):
         job, stopped, weights = None, None, {}
+        if topology.is_main:
+            interruption.before_leaving_at_once(partial(settle, folder.path, interruption.TWICE, 4))
         fault_points.arm(config.debug.faults, folder.path, topology.rank)
         try:
             inputs = open_inputs(config, topology, found)
@@ -75,12 +79,11 @@ def _told(
 ) -> OnecurveError:
     """Tells of a failure once for all ranks; gives the error that this rank ends with."""
     error, lost_peer = _explained(failure, config, folder.path, topology)
-    first = folder.fail(error, lost_peer, job.journal.step if job else 0)
+    first = folder.fail(topology.rank, error, lost_peer, job.journal.step if job else 0)
     if topology.is_main:
         with suppress(Exception):  # the disk may be what failed
             if first["retry"] and will_restart():
-                if job is not None:
-                    job.journal.event("crashed", rank=first["rank"], reason=first["reason"])
+                pass  # the next life tells of it
             elif job is not None:
                 job.journal.close("failed", first["reason"], first["exit_code"])
             else:
@@ -94,8 +97,6 @@ def _explained(failure: BaseException, config: Config, folder: Path, topology: T
         return OnecurveError(str(failure), failure.exit_code), False
     if isinstance(failure, OnecurveError):
         return failure, False
-    if isinstance(failure, KeyboardInterrupt):
-        return TrainingError("interrupted a second time: what came after the last checkpoint is not saved"), False
     if isinstance(failure, (torch.OutOfMemoryError, MemoryError)):
         micro_batch = config.train.micro_batch or config.train.global_batch // topology.dp_size
         ways = ["train.activation_checkpointing=full"] if config.train.activation_checkpointing != "full" else []

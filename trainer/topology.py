@@ -144,6 +144,7 @@ def join(timeout_s: int, layout: Layout = WHOLE) -> Topology:
         torch.cuda.set_device(device)
     control = saving = None
     if size > 1:
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "1000")  # collectives on record, for when one hangs
         timeout = datetime.timedelta(seconds=timeout_s)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(

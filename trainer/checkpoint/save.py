@@ -11,6 +11,7 @@ from __future__ import annotations
 import shutil
 import time
 import uuid
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -62,6 +63,8 @@ class Saver:
         self.problem: str | None = None  # why the newest save that ended is not there
         self._failed_at = 0.0
         self._layout: _Layout | None = None
+        self.begun: float | None = None  # `time.monotonic()` of the save in flight
+        self.took: deque[float] = deque(maxlen=64)  # seconds of those before
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._job: Future[list[Event]] | None = None
 
@@ -87,6 +90,7 @@ class Saver:
         self.last_step = step
         point("checkpoint.before_copy")
         prints = self._copy(state)
+        self.begun = time.monotonic()
         self._job = self._thread.submit(self._write, step, about, prints)
         return events if self.asynchronous else events + self.wait()
 
@@ -121,6 +125,13 @@ class Saver:
 
     def _write(self, step: int, about: dict[str, Any], prints: dict[str, int]) -> list[Event]:
         started = time.monotonic()
+        try:
+            return self._attempts(step, about, prints, started)
+        finally:
+            self.begun = None
+            self.took.append(time.monotonic() - started)
+
+    def _attempts(self, step: int, about: dict[str, Any], prints: dict[str, int], started: float) -> list[Event]:
         for number, pause in enumerate((0.0, *self.pauses)):
             time.sleep(pause)
             size, error = self._try(step, about, prints, number)

@@ -5,11 +5,52 @@ A signal handler only sets a flag. The loop turns the flags of all ranks into on
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
 STOP, SAVE = "STOP", "SAVE"
+TWICE = "interrupted a second time: what came after the last checkpoint is not saved"
+_asked: set[int] = set()  # the signals that came
+_last_words: Callable[[], None] | None = None
+
+
+def listen() -> None:
+    """From now on signals are requests. A second Ctrl-C ends the process at once, whatever it is doing: checkpoints
+    bear that at any instant."""
+    _asked.clear()
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    # A thread: the main one may be in foreign code, where Python hears of no signal.
+    threading.Thread(target=_watch, args=(read,), name="interrupts", daemon=True).start()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, _note)
+
+
+def before_leaving_at_once(last_words: Callable[[], None]) -> None:
+    """What is done when a second Ctrl-C ends the process."""
+    global _last_words
+    _last_words = last_words
+
+
+def _note(number: int, _frame: FrameType | None) -> None:
+    _asked.add(number)
+
+
+def _watch(pipe: int) -> None:
+    interrupts = 0
+    while interrupts < 2:
+        interrupts += os.read(pipe, 64).count(signal.SIGINT)
+    os.write(2, f"\nonecurve: {TWICE}\n".encode())
+    with suppress(Exception):
+        if _last_words is not None:
+            _last_words()
+    os._exit(4)
 
 
 class Requests:
@@ -17,17 +58,9 @@ class Requests:
 
     def __init__(self, folder: Path, watch_files: bool):
         self.folder, self.watch_files = folder, watch_files
-        self.signal: str | None = None
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._note)
-
-    def _note(self, number: int, _frame: FrameType | None) -> None:
-        self.signal = signal.Signals(number).name
-        if number == signal.SIGINT:  # a second Ctrl-C leaves at once
-            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def stop(self) -> bool:
-        return self.signal is not None or (self.watch_files and (self.folder / STOP).exists())
+        return bool(_asked) or (self.watch_files and (self.folder / STOP).exists())
 
     def save(self) -> bool:
         return self.watch_files and (self.folder / SAVE).exists()

@@ -1,0 +1,121 @@
+"""Where a process is, in words: what one rank reports of a hang."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+_HOME = str(Path(__file__).parents[2]) + os.sep
+_FOREIGN = (f"{os.sep}site-packages{os.sep}", f"{os.sep}dist-packages{os.sep}", f"lib{os.sep}python3")
+_LOOK_S = 0.3  # how long a thread is watched to see whether it computes
+
+
+def report(thread_name: str) -> dict[str, Any]:
+    """Of the thread of that name: `where` it is, whether it `waits` for other processes and in which `collective`,
+    whether it is `busy`; and the last collective of this process, if torch kept record."""
+    thread = next((t for t in threading.enumerate() if t.name.startswith(thread_name)), threading.main_thread())
+    busy = _busy(thread)
+    frame = sys._current_frames().get(thread.ident or 0)
+    frames = list(_walk(frame))
+    inside = [_module(frame) for frame in frames]
+    collective = next(
+        (f.f_code.co_name for f, name in zip(frames, inside, strict=True) if name.startswith("torch/distributed")), None
+    )
+    backward = any(name.startswith("torch/autograd") for name in inside)
+    return {
+        "where": _where(frames),
+        "reader": _reader() if any("loader.py" in name for name in inside) else None,
+        "collective": collective and collective.strip("_"),
+        "waits": not busy and (collective is not None or backward or _in_native(frames)),
+        "backward": backward and collective is None,
+        "busy": busy,
+        "stack": traceback.format_stack(frame) if frame else [],
+        "threads": {t.name: _stack_of(t) for t in threading.enumerate() if t is not thread},
+        **_recorded(),
+    }
+
+
+def _walk(frame: FrameType | None) -> Any:
+    """From the innermost outwards."""
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _where(frames: list[FrameType]) -> str:
+    """The innermost place that is the project's or the user's own."""
+    own = [frame for frame in frames if not any(part in frame.f_code.co_filename for part in _FOREIGN)]
+    own = [frame for frame in own if not frame.f_code.co_filename.startswith("<")]
+    if not own:
+        return "nowhere that can be named"
+    code = own[0].f_code
+    return f"{code.co_filename.removeprefix(_HOME)} {code.co_name}() line {own[0].f_lineno}"
+
+
+def _module(frame: FrameType) -> str:
+    return frame.f_code.co_filename.rpartition(f"{os.sep}site-packages{os.sep}")[2].removeprefix(_HOME)
+
+
+def _in_native(frames: list[FrameType]) -> bool:
+    """Whether the innermost call went into torch: on GPUs the host waits there for what the device waits for."""
+    return bool(frames) and _module(frames[0]).startswith(("torch/", "trainer/strategies"))
+
+
+def _reader() -> str | None:
+    """What a thread that reads ahead is at, where it is in code of the project's or the user's own."""
+    for thread in threading.enumerate():
+        if thread.name.startswith("read-ahead"):
+            frames = list(_walk(sys._current_frames().get(thread.ident or 0)))
+            if frames and "loader.py" not in _where(frames):
+                return _where(frames)
+    return None
+
+
+def _busy(thread: threading.Thread) -> bool:
+    """Whether a thread computes, rather than sleeps or waits."""
+    before = _cpu_seconds(thread)
+    time.sleep(_LOOK_S)
+    after = _cpu_seconds(thread)
+    return before is not None and after is not None and after - before > _LOOK_S / 4
+
+
+def _cpu_seconds(thread: threading.Thread) -> float | None:
+    try:
+        fields = Path(f"/proc/self/task/{thread.native_id}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _stack_of(thread: threading.Thread) -> list[str]:
+    frame = sys._current_frames().get(thread.ident or 0)
+    return traceback.format_stack(frame) if frame else []
+
+
+def _recorded() -> dict[str, Any]:
+    """torch's flight recorder: the last collective, and how many each group has had."""
+    dump = getattr(getattr(torch._C, "_distributed_c10d", None), "_dump_fr_trace_json", None)
+    try:
+        entries = json.loads(dump())["entries"] if dump else []
+    except (RuntimeError, ValueError, KeyError):
+        entries = []
+    if not entries:
+        return {"last": None, "counts": {}, "flight_recorder": []}
+    counts: dict[str, int] = {}
+    for entry in entries:
+        counts[entry["process_group"][0]] = max(counts.get(entry["process_group"][0], 0), entry["collective_seq_id"])
+    newest = entries[-1]
+    last = {
+        "group": newest["process_group"][0], "number": newest["collective_seq_id"],
+        "name": newest["profiling_name"], "time": newest["time_created_ns"] / 1e9,
+    }  # fmt: skip
+    return {"last": last, "counts": counts, "flight_recorder": entries}

@@ -1,0 +1,60 @@
+"""Who hangs, in one sentence, from what the ranks report of where they are."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Report = Mapping[str, Any]
+
+
+def verdict(reports: Mapping[int, Report], silent: Mapping[int, str]) -> tuple[list[int], str]:
+    """The ranks that hold up the others, and the sentence. `silent`: what is known of those that did not report."""
+    culprits = sorted({*silent, *(rank for rank, told in reports.items() if not told["waits"])})
+    why = ""
+    if not culprits and len(reports) > 1:
+        culprits, why = _who_is_missing(reports)
+    if not culprits:
+        culprits = sorted(reports)
+    parts = [f"rank {rank} {silent[rank] if rank in silent else _at(reports[rank])}{why}" for rank in culprits]
+    waiting: dict[str, list[int]] = {}
+    for rank, told in sorted(reports.items()):
+        if rank not in culprits:
+            waiting.setdefault(_waits_in(told), []).append(rank)
+    parts += [f"{_ranks(ranks)} {'wait' if len(ranks) > 1 else 'waits'} {what}" for what, ranks in waiting.items()]
+    return culprits, "; ".join(parts)
+
+
+def _at(told: Report) -> str:
+    doing = f"has been in {told['where']} for {told['seconds']:.0f} s"
+    if told["reader"]:
+        doing += f", while its reader is in {told['reader']}"
+    return f"{doing} (step {told['step']}, {told['kind'].replace('_', ' ')})"
+
+
+def _waits_in(told: Report) -> str:
+    if told["collective"]:
+        return f"in {told['collective']} of step {told['step']}"
+    if told["backward"]:
+        return f"for the gradients of others in step {told['step']}"
+    return f"in {told['where']} (step {told['step']})"
+
+
+def _who_is_missing(reports: Mapping[int, Report]) -> tuple[list[int], str]:
+    """All wait. The first to wait is right; who has not come to the same collective is missed there."""
+    known = {rank: told["last"] for rank, told in reports.items() if told["last"]}
+    if known:
+        first = min(known.values(), key=lambda last: last["time"])
+        missing = [rank for rank, told in reports.items() if told["counts"].get(first["group"], 0) < first["number"]]
+        if missing and len(missing) < len(reports):
+            return sorted(missing), f", and left out {first['name'].partition(':')[2]} that others wait in"
+    places = Counter((told["step"], told["where"]) for told in reports.values())
+    (most, count), *others = places.most_common()
+    if others and count * 2 > len(reports):
+        return sorted(rank for rank, told in reports.items() if (told["step"], told["where"]) != most), ""
+    return [], ""
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"

@@ -1,0 +1,201 @@
+"""Hangs: what takes far longer than it ever did. All ranks tell where they are, one sentence says who holds up whom,
+and the run ends, to be restarted.
+
+A thread of each rank looks at what that rank does and since when. The ranks find each other through files in the run's
+folder: whoever notices first makes one, and all look for it.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import platform
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.config import schema
+from trainer.errors import Crashed
+from trainer.files import replace_file
+from trainer.folder import RunFolder
+from trainer.resilience.stacks import report
+from trainer.resilience.verdict import verdict
+from trainer.topology import Topology
+
+LEAST_S = 5.0
+LOOK_S = 0.5
+GATHER_S = 2.5  # what the others get to report, once one has noticed a hang
+STATES = {"T": "is stopped (SIGSTOP)", "D": "is stuck in the kernel (storage that does not answer?)", "Z": "is dead"}
+
+
+@dataclass(frozen=True)
+class Activity:
+    """Something that can hang. `now`: what it is and since when (`time.monotonic()`), None if nothing goes on.
+    `spells`: how long that took before. `thread`: the name of the thread that does it."""
+
+    now: Callable[[], tuple[str, float] | None]
+    spells: Callable[[str], Sequence[float]]
+    thread: str
+
+
+def budget(spells: Sequence[float], config: schema.Watchdog) -> float:
+    """Seconds that the next spell may take. The first of a life does not count: it compiles, connects, fills caches."""
+    known = sorted(spells[1:] if len(spells) > 8 else spells)
+    if not known:
+        return max(config.first_s, LEAST_S)
+    return max(LEAST_S, 3 * known[min(len(known) - 1, int(0.99 * len(known)))]) + config.grace_s
+
+
+class Watchdog:
+    """`life`: the same for all ranks of this start of the run, and no other. `step`: how many steps are done."""
+
+    def __init__(
+        self,
+        config: schema.Watchdog,
+        topology: Topology,
+        folder: RunFolder,
+        life: str,
+        activities: Sequence[Activity],
+        step: Callable[[], int],
+    ):
+        self.config, self.topology, self.folder, self.activities = config, topology, folder, activities
+        self.step = step
+        self.files = folder.path / "logs" / f"hang-{life}"
+        self._stop = threading.Event()
+        if not config.enabled:
+            return
+        # Written by a signal handler of C, which also works while Python's lock is held; read by others through /proc.
+        self._stacks = os.memfd_create("stacks") if hasattr(os, "memfd_create") else None
+        if self._stacks is not None:
+            faulthandler.register(signal.SIGUSR2, file=self._stacks, all_threads=True)
+        me = {"host": socket.gethostname(), "boot": _boot(), "pid": os.getpid(), "started": _started(os.getpid())}
+        me["stacks"] = self._stacks
+        self.peers: list[dict[str, Any]] = topology.gather(me)
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._stop.set()
+
+    def _watch(self) -> None:
+        looked, forgiven = time.monotonic(), dict.fromkeys(range(len(self.activities)), (0.0, 0.0))
+        while not self._stop.wait(LOOK_S):
+            now = time.monotonic()
+            asleep, looked = now - looked - LOOK_S, now
+            for number, activity in enumerate(self.activities):
+                if (current := activity.now()) is None:
+                    continue
+                kind, since = current
+                begun, lost = forgiven[number]
+                lost = lost if begun == since else 0.0
+                # This thread did not run either: the whole process was stopped, and goes on.
+                forgiven[number] = since, lost + (asleep if asleep > 1 else 0.0)
+                seconds, may = now - since - forgiven[number][1], budget(activity.spells(kind), self.config)
+                if seconds > may:
+                    self._alarm(number, seconds, may)
+            if (self.files / "alarm.json").exists():
+                self._end()
+                return
+
+    def _alarm(self, number: int, seconds: float, may: float) -> None:
+        self.files.mkdir(parents=True, exist_ok=True)
+        word = {"activity": number, "rank": self.topology.rank, "seconds": seconds, "budget": may}
+        mine = self.files / f"alarm-{self.topology.rank}"
+        mine.write_text(json.dumps(word))
+        with suppress(FileExistsError):
+            os.link(mine, self.files / "alarm.json")
+        mine.unlink()
+
+    def _end(self) -> None:
+        """Reports, waits for the others, lets one speak, ends this process."""
+        try:
+            self._report()
+            deadline = time.monotonic() + GATHER_S
+            while len(self._reported()) < self.topology.world_size and time.monotonic() < deadline:
+                time.sleep(0.05)
+            reported = self._reported()
+            if self.topology.rank == min(reported, default=self.topology.rank):
+                self._speak(reported)
+            else:
+                self._wait_for(self.files / "verdict.txt")
+        finally:
+            os._exit(4)
+
+    def _report(self) -> None:
+        alarm = json.loads((self.files / "alarm.json").read_text())
+        activity = self.activities[alarm["activity"]]
+        kind, since = activity.now() or ("nothing", time.monotonic())
+        told = {"kind": kind, "seconds": time.monotonic() - since, "step": self.step() + 1, **report(activity.thread)}
+        replace_file(self.files / f"rank-{self.topology.rank}.json", json.dumps(told, indent=1).encode())
+
+    def _reported(self) -> list[int]:
+        names = [path.stem.removeprefix("rank-") for path in self.files.glob("rank-*.json")]
+        return sorted(int(name) for name in names if name.isdigit())
+
+    def _speak(self, reported: list[int]) -> None:
+        reports = {rank: json.loads((self.files / f"rank-{rank}.json").read_text()) for rank in reported}
+        silent = {rank: self._look_at(rank) for rank in range(self.topology.world_size) if rank not in reports}
+        culprits, sentence = verdict(reports, silent)
+        alarm = json.loads((self.files / "alarm.json").read_text())
+        reason = f"hang: {sentence}. Stacks: {self.files}"
+        self.folder.fail(culprits[0], Crashed(reason), lost_peer=False, step=self.step())
+        allowed = f"after {alarm['seconds']:.1f} s, where {alarm['budget']:.1f} s were allowed"
+        print(f"\nonecurve: {reason} ({allowed})", file=sys.stderr, flush=True)
+        (self.files / "verdict.txt").write_text(sentence + "\n")
+        for rank in silent:
+            if self._near(rank):
+                with suppress(OSError):
+                    os.kill(self.peers[rank]["pid"], signal.SIGKILL)
+
+    def _look_at(self, rank: int) -> str:
+        """What can be seen from outside of a rank that says nothing."""
+        if not self._near(rank):
+            return f"does not answer (host {self.peers[rank]['host']})"
+        peer = self.peers[rank]
+        try:
+            state = Path(f"/proc/{peer['pid']}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            return "is dead"
+        if state in STATES:
+            return STATES[state]
+        with suppress(OSError):
+            os.kill(peer["pid"], signal.SIGUSR2)
+            time.sleep(0.3)
+            stacks = Path(f"/proc/{peer['pid']}/fd/{peer['stacks']}").read_text()
+            (self.files / f"rank-{rank}.txt").write_text(stacks)
+            place = next((line for line in stacks.split("Current thread")[-1].splitlines() if "File" in line), "")
+            return f"holds Python's lock in foreign code, at {place.strip()}" if place else "does not answer"
+        return "does not answer"
+
+    def _near(self, rank: int) -> bool:
+        mine, its = self.peers[self.topology.rank], self.peers[rank]
+        same_machine = (mine["host"], mine["boot"]) == (its["host"], its["boot"])
+        return same_machine and _started(its["pid"]) == its["started"]
+
+    @staticmethod
+    def _wait_for(path: Path) -> None:
+        deadline = time.monotonic() + 2 * GATHER_S
+        while not path.exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+
+
+def _started(pid: int) -> str | None:
+    """When a process began: with its number this is its name."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    return None
+
+
+def _boot() -> str:
+    """Of which machine the process numbers are."""
+    with suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text() + os.readlink("/proc/self/ns/pid")
+    return platform.node()
