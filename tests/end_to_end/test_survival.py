@@ -1,0 +1,189 @@
+"""What dies and how: restarts within a budget, fewer processes, nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.test_launch import launched, ranks, wait_for
+from tests.runs import Run, assert_same_bits, assert_same_curve, descendants
+
+STEPS = ("train.steps=40", "train.log_every=1", "model.dropout=0.1")
+FOR_EVER = ("train.steps=100000", "train.log_every=1", "eval.every=0", "data.ledger=false")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    run = Run(tmp_path_factory.mktemp("undisturbed") / "run", 2, STEPS)
+    run.train()
+    return run
+
+
+def restarts(run: Run) -> list[dict]:
+    return [event for event in run.rows("events.jsonl") if event["kind"] == "restart"]
+
+
+def test_crashes_are_survived_as_long_as_there_is_progress(tmp_path: Path, undisturbed: Run) -> None:
+    """Four faults with a budget of one restart: each new checkpoint fills it up."""
+    faults = "step.after_backward:raise:6:1,track.rows:kill:8:0,data.next:raise:9:0,checkpoint.before_rename:kill:3:0"
+    run = Run(tmp_path / "run", 2, (*STEPS, "launch.restarts=1", "checkpoint.every=4", f"debug.faults=[{faults}]"))
+    process = launched(run)
+    output = process.communicate(timeout=200)[0]
+    assert process.returncode == 0, output
+    assert len(restarts(run)) == 2  # of a killed rank nobody tells
+    assert output.count("restart 1 of 1") == 4
+    assert "rank 1 failed at step 5 (Provoked: provoked by debug.faults" in output
+    assert_same_bits(run, undisturbed)
+
+
+def test_a_crash_that_repeats_ends_the_run_with_its_cause(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run", 2, (*STEPS, "debug.faults=[step.after_backward:raise:7+:1]", "checkpoint.every=0"))
+    process = launched(run)
+    output = process.communicate(timeout=200)[0]
+    assert process.returncode == 4, output
+    assert output.count("restart 1 of 3") == 1
+    assert "restart 2 of 3" not in output
+    status = run.status()
+    assert (status["state"], status["exit_code"]) == ("failed", 4)
+    assert "the same failure twice at step 6" in status["reason"]
+    assert "provoked by debug.faults: step.after_backward:raise:7+:1" in status["reason"]
+
+
+@pytest.mark.parametrize("victim", ["supervisor", pytest.param("server", marks=pytest.mark.slow)])
+def test_nothing_is_left_behind(victim: str, tmp_path: Path) -> None:
+    before = leftovers()
+    run = Run(tmp_path / "run", 2, (*FOR_EVER, "data.workers=1", "data.processes=true"))
+    process = launched(run)
+    wait_for(run, 3, process)
+    family = [process.pid, *descendants(process.pid)]
+    assert len(family) > 4
+    assert not [line for pid in family for line in listening(pid) if not line.startswith(LOOPBACK)]
+    server = next(pid for pid in family if b"launch.forkserver" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    os.kill(process.pid if victim == "supervisor" else server, signal.SIGKILL)
+    if victim == "server":
+        assert "the processes were killed" in next(line for line in process.stdout if "restart" in line)
+        wait_for(run, run.last_step() + 2, process)
+        family.remove(process.pid)
+        process.terminate()
+        assert process.wait(timeout=60) == 75
+    deadline = time.monotonic() + 5
+    while (left := alive(family)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not left
+    process.communicate()
+    assert leftovers() - before == set()
+
+
+def test_torchrun_killed_leaves_nothing(tmp_path: Path) -> None:
+    before = leftovers()
+    run = Run(tmp_path / "run", 2, FOR_EVER)
+    process = run.start()
+    wait_for(run, 3, process)
+    family = [process.pid, *descendants(process.pid)]
+    os.kill(process.pid, signal.SIGKILL)
+    deadline = time.monotonic() + 5
+    while (left := alive(family)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not left
+    process.communicate()
+    assert {name for name in leftovers() - before if not Path(name).name.startswith("torchelastic_")} == set()
+
+
+def test_it_goes_on_with_fewer_and_grows_back(tmp_path: Path) -> None:
+    """Two of four processes die at every start; then they are well again."""
+    whole = Run(tmp_path / "whole", 1, STEPS)
+    whole.train()
+    run = Run(tmp_path / "run", 4, (*STEPS, "launch.min_procs=2", "launch.grow_s=6", "checkpoint.every=4"))
+    slow = "debug.faults=[step.after_update:delay@0.3:1+]"
+    process = launched(Run(run.folder, 4, (*run.overrides, slow)))
+    sizes: list[int] = []
+    sick = time.monotonic() + 25
+    while process.poll() is None:
+        found = ranks(process)
+        for pid in found:
+            if time.monotonic() < sick and slot(pid) in ("2", "3"):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    sizes = [event["processes"] for event in run.rows("events.jsonl") if event["kind"] in ("start", "resume")]
+    assert 2 in sizes, output
+    assert sizes[-1] == 4, output
+    assert "with 2 of 4 processes" in output
+    assert "trying 4 processes again" in output
+    assert_same_curve(run, whole, 40)
+
+
+@pytest.mark.parametrize("plain", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_second_interrupt_leaves_at_once(plain: bool, tmp_path: Path) -> None:
+    run = Run(tmp_path / "run", 1, (*FOR_EVER, "checkpoint.every=2", "debug.faults=[data.next:delay@1000:6:0]"))
+    process = run.start() if plain else launched(run)
+    wait_for(run, 5, process)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=10)[0]
+    assert process.returncode == 4, output
+    assert "interrupted a second time" in output
+    assert run.status()["state"] == "failed"
+    assert run.weights()  # the newest checkpoint is whole
+
+
+def test_a_time_limit_stops_it_as_asked(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run", 1, (*FOR_EVER, "launch.time_limit=3s"))
+    run.train(expect=75)
+    assert run.status()["state"] == "interrupted"
+    assert run.weights()
+
+
+LOOPBACK = ("0100007F:", "00000000000000000000000001000000:")
+
+
+def alive(family: list[int]) -> list[int]:
+    return [pid for pid in family if Path(f"/proc/{pid}").exists() and state(pid) != "Z"]
+
+
+def state(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "Z"
+
+
+def slot(pid: int) -> str | None:
+    """Of a rank, once it has become one."""
+    try:
+        text = subprocess.run(["cat", f"/proc/{pid}/comm"], capture_output=True, text=True).stdout
+    except OSError:
+        return None
+    return text.strip().removeprefix("onecurve-")
+
+
+def listening(pid: int) -> list[str]:
+    """Local addresses (hexadecimal) on which a process listens."""
+    sockets = set()
+    for link in Path(f"/proc/{pid}/fd").glob("*"):
+        try:
+            sockets.add(os.readlink(link))
+        except OSError:
+            continue
+    found = []
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in sockets:
+                found.append(fields[1])
+    return found
+
+
+def leftovers() -> set[str]:
+    """Temporary files and shared memory of anybody."""
+    folders = [Path(tempfile.gettempdir()), Path("/dev/shm"), Path(tempfile.gettempdir()) / f"onecurve-{os.getuid()}"]
+    return {str(path) for folder in folders if folder.is_dir() for path in folder.iterdir()}
