@@ -24,8 +24,9 @@ from trainer.randomness import key
 def open_run(folder: Path, plugins: Sequence[str] = ()) -> tuple[Config, Tokenizer]:
     """The config and tokenizer of a run's folder, which is only read.
 
-    Code is imported from no package but those in `plugins`, whatever the folder says. Raises ConfigError if the folder
-    holds no run that can be read.
+    It is the config for one process, `strategy=single`: here its model is whole, however it was spread. Code is
+    imported from no package but those in `plugins`, whatever the folder says. Raises ConfigError if the folder holds no
+    run that can be read.
     """
     try:
         raw = yaml.safe_load((folder / "config.yaml").read_text())
@@ -33,7 +34,7 @@ def open_run(folder: Path, plugins: Sequence[str] = ()) -> tuple[Config, Tokeniz
         raise ConfigError(f"{folder}: is no run's folder (config.yaml: {str(error).splitlines()[0]})") from None
     if isinstance(raw, dict) and isinstance(raw.get("run"), dict):
         raw["run"]["plugins"] = list(plugins)
-    config = check(completed(raw) if isinstance(raw, dict) else raw)
+    config = check(completed(raw | {"strategy": {"name": "single"}}) if isinstance(raw, dict) else raw)
     own = folder / "tokenizer.json"
     return config, tokenizers.load(str(own) if own.exists() else "bytes")
 

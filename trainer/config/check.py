@@ -70,7 +70,7 @@ def import_named(key: str, target: str, plugins: Sequence[str]) -> Any:
     module, _, attribute = target.partition(":")
     package = module.partition(".")[0]
     if package not in plugins:
-        way = f"add run.plugins=[{package}] (--plugins {package} to sample and export)"
+        way = f"add run.plugins=[{package}] (--plugins {package} to sample, replay and export)"
         raise ConfigError(f"{key}={target}: package '{package}' is not allowed; if you trust it, {way}")
     try:
         return getattr(importlib.import_module(module), attribute)

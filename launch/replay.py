@@ -1,0 +1,220 @@
+"""`onecurve replay RUN_DIR --step K`: a step of a run again, sample by sample, and which of them drives a spike."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launch.progress import Told, progress
+
+if TYPE_CHECKING:
+    from trainer.culprit import Culprit
+    from trainer.replay import Part, Replay, Sample
+
+PATIENCE_S = 10.0  # between two lines on how far it is, where stderr is no terminal
+STANDS_OUT = 3  # times the median: the gradient of a sample that is said to drive the step
+
+
+def add_commands(commands: Any) -> None:
+    parser = commands.add_parser(
+        "replay",
+        help="a recorded step again on one process: its samples, loss and gradient norm; --bisect finds who drives it",
+    )
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="is only read: the run may be going on")
+    parser.add_argument("--step", type=int, required=True, metavar="K", help="the step, from 1 on")
+    parser.add_argument(
+        "--bisect", action="store_true", help="find the sample (or the document in it) that drives the gradient norm"
+    )
+    parser.add_argument(
+        "--show", type=int, default=8, metavar="N", help="how many samples are listed, those of the highest loss first"
+    )
+    parser.add_argument(
+        "--checkpoint",
+        type=int,
+        metavar="STEP",
+        help="the one to begin with, 0: the initial weights (default: the nearest before the step)",
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object instead, with all samples in their order")
+    parser.add_argument("--plugins", nargs="*", default=[], help="packages of yours that the run's classes come from")
+    parser.set_defaults(func=replay)
+
+
+def replay(arguments: argparse.Namespace) -> int:
+    from trainer import culprit
+    from trainer.errors import ConfigError
+    from trainer.replay import rebuild
+    from trainer.tracking.jsonl import dumps
+
+    with _progress() as told:
+        found = rebuild(
+            arguments.run_dir, arguments.step, told, plugins=arguments.plugins, checkpoint=arguments.checkpoint
+        )
+        if arguments.bisect and not found.samples:
+            raise ConfigError(f"--bisect: no sample of step {arguments.step} could be read in the run")
+        parts = culprit.parts(found, told, gradients=arguments.bisect)
+        driver = culprit.culprit(found, parts) if arguments.bisect else None
+    if arguments.json:
+        print(dumps(_object(found, parts, driver)))
+        return 0
+    print(*_verdict(found), sep="\n")
+    if arguments.show > 0 and parts:
+        print(*_table(found, parts, arguments.show), sep="\n")
+    if driver:
+        print(*_driver(found, driver), sep="\n")
+    return 0
+
+
+@contextmanager
+def _progress() -> Iterator[Told]:
+    """On stderr; where that is no terminal a line at the start and then now and again."""
+    if sys.stderr.isatty():
+        with progress() as told:
+            yield told
+        return
+    said = 0.0
+
+    def tell(what: str, done: int, total: int) -> None:
+        nonlocal said
+        if done == 0 or time.monotonic() > said + PATIENCE_S:
+            said = time.monotonic()
+            print(what if done == 0 else f"{what}: {done} of {total}", file=sys.stderr, flush=True)
+
+    yield tell
+
+
+def _verdict(replay: Replay) -> Iterator[str]:
+    """Where it comes from, and how its numbers compare."""
+    from trainer.replay import LOSS, NORM
+
+    step, (there, here) = replay.data.step, replay.devices
+    origin = f"the checkpoint of step {replay.start}" if replay.start else "the initial weights"
+    again = step - 1 - replay.start
+    yield (
+        f"step {step} of {replay.config.run.name}: {len(replay.samples)} samples, {replay.targets:,} targets; from "
+        f"{origin}, {again} step{'s' * (again != 1)} done again"
+    )
+    apart = replay.numbers.apart(replay.recorded)
+    yield f"{'':15}{'recorded':>14}{'replayed':>14}{'apart':>10}"
+    for title, *values in zip(("loss", "gradient norm"), replay.recorded, replay.numbers, apart, strict=True):
+        yield f"{title:15}{values[0]:>14.7g}{values[1]:>14.7g}{values[2]:>10.1g}"
+    if replay.numbers.same(replay.recorded):
+        yield "the same as recorded"
+    else:
+        since = "" if replay.apart_since is None else f", from step {replay.apart_since} on"
+        where = f"recorded on {_printable(there)}, replayed on {here} in {replay.strategy.precision.compute}"
+        yield f"not as recorded{since} ({where}; within {LOSS:g} and {NORM:g} only fp32 is the same everywhere)"
+    ledger = {True: "the samples are those of ledger.jsonl", False: "other samples than those of ledger.jsonl"}
+    if replay.in_ledger is not None:
+        yield ledger[replay.in_ledger]
+
+
+def _table(replay: Replay, parts: Sequence[Part], count: int) -> Iterator[str]:
+    """The samples of the largest gradient, where it was measured, else of the highest loss."""
+    from trainer.culprit import size
+
+    width = shutil.get_terminal_size((120, 24)).columns
+    pairs = sorted(zip(replay.samples, parts, strict=True), key=lambda pair: (-size(pair[1]), -pair[1].loss))
+    names = [_name(replay, sample) for sample, _ in pairs[:count]]
+    column = max(map(len, ["sample", *names]))
+    title = "" if parts[0].grad_norm is None else f"{'norm':>10}"
+    yield f"\n{'number':>10}{'loss':>10}{title}  {'sample':{column}}  content"
+    for name, (sample, part) in zip(names, pairs, strict=False):
+        line = f"{sample.number:>10}{_figures(part)}  {name:{column}}  "
+        yield line + _printable(_content(replay, sample))[: max(24, width - len(line))]
+    if len(pairs) > count:
+        yield f"{'':10}  and {len(pairs) - count} more; --show {len(pairs)} lists all"
+
+
+def _figures(part: Part) -> str:
+    return f"{part.loss:>10.4f}" + ("" if part.grad_norm is None else f"{part.grad_norm:>10.4g}")
+
+
+def _driver(replay: Replay, culprit: Culprit) -> Iterator[str]:
+    from trainer.culprit import size
+
+    own, usual, norm = size(culprit.part), culprit.median, replay.numbers.grad_norm
+    stands_out, without = own >= STANDS_OUT * usual, culprit.without
+    first = culprit.documents[0].piece if culprit.documents else (culprit.sample.pieces or [culprit.sample.entry])[0]
+    name = f"{_printable(' '.join(_place(first)))}, in number {culprit.sample.number} of the run"
+    yield f"\nfound: {name}" if stands_out else f"\nnone stands out; the largest gradient: {name}"
+    if culprit.documents:
+        seen = "" if replay.config.data.document_mask else ", each of which sees those before it"
+        yield f"the documents packed there{seen}:"
+    for piece, part in culprit.documents:
+        yield f"{'':10}{_figures(part)}  {_printable(' '.join(_place(piece)))}"
+    yield f"its part of the gradient has norm {own:.4g}, the median of the samples is {usual:.4g}, the step {norm:.4g}"
+    if without is not None:
+        loss = replay.numbers.loss
+        yield f"without it the step has norm {without.grad_norm:.4g}, loss {without.loss:.4g} instead of {loss:.4g}"
+
+
+def _object(replay: Replay, parts: Sequence[Part], culprit: Culprit | None) -> dict[str, Any]:
+    """What `--json` prints."""
+
+    found = culprit and {
+        "number": culprit.sample.number,
+        "source": culprit.sample.source,
+        "sample": culprit.sample.entry,
+        **culprit.part._asdict(),
+        "median": culprit.median,
+        "documents": [{"piece": piece, **part._asdict()} for piece, part in culprit.documents],
+        "without": culprit.without and culprit.without._asdict(),
+    }
+    return {
+        "run": replay.config.run.name,
+        "step": replay.data.step,
+        "checkpoint": replay.start,
+        **replay.numbers._asdict(),
+        "recorded": replay.recorded._asdict(),
+        "apart": replay.numbers.apart(replay.recorded)._asdict(),
+        "same": replay.numbers.same(replay.recorded),
+        "apart_since": replay.apart_since,
+        "in_ledger": replay.in_ledger,
+        "samples": [
+            {
+                "number": sample.number,
+                "source": sample.source,
+                "sample": sample.entry,
+                **part._asdict(),
+                "content": _content(replay, sample),
+            }
+            for sample, part in zip(replay.samples, parts, strict=True)
+        ],
+        **({"bisect": found} if found else {}),
+    }
+
+
+def _name(replay: Replay, sample: Sample) -> str:
+    """`shard key [first:end]` of its first document, of a mixture behind the name of the source."""
+    first = sample.pieces[0] if sample.pieces else sample.entry
+    more = f" +{len(sample.pieces) - 1}" if len(sample.pieces) > 1 else ""
+    source = f"{sample.source}/" if replay.config.data.sources else ""
+    return _printable(f"{source}{' '.join(_place(first))}{more}")
+
+
+def _place(entry: Sequence[Any]) -> list[str]:
+    """[shard, key] or a piece, in words."""
+    shard, key, *tokens = entry
+    return [shard, key, *([f"[{tokens[0]}:{tokens[1]}]"] if tokens else [])]
+
+
+def _content(replay: Replay, sample: Sample) -> str:
+    """Its text, or what else the model is given."""
+    text = replay.text(sample)
+    if text is not None:
+        return text
+    fields = ((name, tensor[0]) for name, tensor in sample.row.items() if name != "draws")
+    return ", ".join(
+        f"{name} {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}" for name, tensor in fields
+    )
+
+
+def _printable(text: str) -> str:
+    """Without what would move the cursor: it is foreign text."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

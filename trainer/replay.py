@@ -1,0 +1,348 @@
+"""A step of a run, done again on one process: its samples, its loss and its gradient norm, against what was recorded.
+
+The run's folder is only read, so it may be going on meanwhile. Which samples come when follows from the config; the
+weights are those of the nearest checkpoint before the step, from where the steps between are done again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from trainer.build import build_strategy, check_machine
+from trainer.checkpoint.format import Damaged, verify
+from trainer.checkpoint.load import Found, read
+from trainer.checkpoint.retention import candidates, step_of
+from trainer.config import Config, schema
+from trainer.config.check import check
+from trainer.data.packing import Piece
+from trainer.data.samples import TOKENS
+from trainer.data.stream import Share, Slot, StepData
+from trainer.data.tokenizer import Tokenizer
+from trainer.errors import ConfigError
+from trainer.folder import CATALOGUE, CHECKPOINTS
+from trainer.given import open_given
+from trainer.inputs import DATASETS, Inputs, open_inputs, open_shards
+from trainer.objectives import Batch
+from trainer.resilience import quarantine
+from trainer.sampling import open_run
+from trainer.strategies.single import Single
+from trainer.topology import ALONE, Topology
+from trainer.tracking import jsonl
+
+Told = Callable[[str, int, int], None]  # a name, how much of it is done, and how much there is
+LOSS, NORM = 1e-5, 1e-4  # how far apart two fp32 curves of one run may be, relative
+MAY_CHANGE = ("train.clip_norm", "optimizer.", "precision.")  # between lives, and decide about a step's numbers
+
+
+class Numbers(NamedTuple):
+    """Of a step. Not finite where the run recorded null."""
+
+    loss: float
+    grad_norm: float
+
+    def apart(self, other: Numbers) -> Numbers:
+        """Relative differences."""
+        return Numbers(*map(_apart, self, other))
+
+    def same(self, other: Numbers) -> bool:
+        loss, norm = self.apart(other)
+        return loss <= LOSS and norm <= NORM
+
+
+class Part(NamedTuple):
+    """What a sample, or a document in it, is in the step."""
+
+    loss: float
+    """Mean over its targets."""
+    targets: int
+    grad_norm: float | None
+    """Of its part of the step's gradient: as large as there. None if it was not asked for."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A place in the step's global batch: a packed sequence or a decoded sample."""
+
+    number: int
+    """In the run, from 0 on."""
+    source: str
+    entry: Any
+    """As the ledger names it: [shard, key], or a list of pieces."""
+    row: Batch
+    """Tensors [1, ...]."""
+
+    @property
+    def pieces(self) -> list[Piece]:
+        """The documents in a packed sequence; none of a decoded sample."""
+        return self.entry if isinstance(self.entry[0], Piece) else []
+
+
+@dataclass
+class Replay:
+    """The run as it was before step `data.step`, on this process."""
+
+    config: Config
+    tokenizer: Tokenizer
+    strategy: Single
+    data: StepData
+    samples: list[Sample]
+    found: Found | None
+    """The checkpoint that was taken; None for the initial weights."""
+    recorded: Numbers
+    in_ledger: bool | None
+    """Whether the run's ledger names these samples; None if it keeps none."""
+    apart_since: int | None
+    """The first step on the way here that is not as recorded."""
+    devices: tuple[str, str]
+    """Of the run, and of this process."""
+    size: int
+    """Sequences of a forward pass."""
+
+    @property
+    def start(self) -> int:
+        """The step of the checkpoint."""
+        return self.found.manifest["step"] if self.found else 0
+
+    @cached_property
+    def numbers(self) -> Numbers:
+        """Loss and gradient norm of the step, as its run had them."""
+        return self._measured(self.data.micro_batches)
+
+    @cached_property
+    def targets(self) -> int:
+        return sum(map(self.strategy.objective.count, self.data.micro_batches))
+
+    def part(self, row: Batch, *, gradient: bool) -> Part:
+        """What the row is in the step."""
+        torch.manual_seed(int(row["draws"][0]))  # as the strategy's step does
+        with torch.set_grad_enabled(gradient):
+            sums = self.strategy.loss_of(self.strategy.wrapped, row)
+        norm, loss = None, float(sums["loss"].detach())
+        if gradient:
+            scale = self.strategy.scaler.scale / max(1, self.targets)
+            self.strategy.backward(sums["loss"] * scale, last=True)
+            norm = float(let_go(self.strategy))
+        return Part(loss / max(1, int(sums["count"])), int(sums["count"]), norm)
+
+    def of(self, rows: Sequence[Batch]) -> Numbers:
+        """A step of these rows alone."""
+        groups = [rows[i : i + self.size] for i in range(0, len(rows), self.size)]
+        batches = [{name: torch.cat([row[name] for row in group]) for name in group[0]} for group in groups]
+        return self._measured(batches)
+
+    def text(self, sample: Sample) -> str | None:
+        """What the model is given of it, None if that is no text."""
+        data = self.config.data
+        if not isinstance(data, schema.Text) and TOKENS not in data.fields:
+            return None
+        ids = sample.row["inputs"][0].tolist()
+        return self.tokenizer.decode(ids[: sum(piece.end_token - piece.first_token for piece in sample.pieces) or None])
+
+    def _measured(self, micro_batches: Sequence[Batch]) -> Numbers:
+        sums = self.strategy.train_step(micro_batches)
+        return Numbers(float(sums["loss"]) / max(1, int(sums["count"])), float(let_go(self.strategy)))
+
+
+def let_go(strategy: Single) -> torch.Tensor:
+    """The norm of the gradients that are there, which are then gone: a step without its update."""
+    gradients = [parameter.grad for parameter in strategy.parameters if parameter.grad is not None]
+    strategy.scaler.unscale(gradients)
+    norm = strategy.norm(gradients)
+    strategy.optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def rebuild(
+    folder: Path, step: int, told: Told, *, plugins: Sequence[str] = (), checkpoint: int | None = None
+) -> Replay:
+    """The run in `folder` as it was before `step`. `checkpoint`: the step of the one to begin with, 0 for the initial
+    weights; None for the nearest that is whole.
+
+    Code is imported from no package but those in `plugins`. Raises ConfigError where there is no such run, step or
+    checkpoint, or where its data is not what it was; DataError where a sample cannot be read.
+    """
+    config, tokenizer = open_run(folder, plugins)
+    rows = {row["step"]: row for row in jsonl.read(folder / "metrics.jsonl")}
+    if step not in rows:
+        there = f"has recorded steps {min(rows)} to {max(rows)}" if rows else "has recorded no step yet"
+        raise ConfigError(f"--step {step}: {folder} {there}")
+    config = _as_at(step, config, folder)
+    topology = replace(ALONE, device=torch.device("cuda", 0) if torch.cuda.is_available() else ALONE.device)
+    check_machine(config, topology.device)
+    inputs = _opened(config, topology, folder)
+    found = _nearest(folder, step, checkpoint)
+    strategy = _strategy(config, topology, inputs, found)
+
+    start = found.manifest["step"] if found else 0
+    if lost := next((before for before in range(start + 1, step) if before not in rows), None):
+        raise ConfigError(f"{folder / 'metrics.jsonl'}: lacks step {lost}, which would have to be done again")
+    processes, device = _environment(folder)
+    size = config.train.micro_batch or max(1, config.train.global_batch // processes)
+    share = replace(inputs.stream.share, micro_batch=size, ledger=True, tolerant=False, left_out=_left_out(folder))
+    apart_since = _on_the_way(strategy, share, rows, start, step, told)
+    data = share.step(step - 1)
+    samples = list(_samples(share, data, list(inputs.catalogue)))
+    return Replay(
+        config=config,
+        tokenizer=tokenizer,
+        strategy=strategy,
+        data=data,
+        samples=samples,
+        found=found,
+        recorded=_recorded(rows[step]),
+        in_ledger=_in_ledger(folder, step, samples),
+        apart_since=apart_since,
+        devices=(device, topology.device.type),
+        size=size,
+    )
+
+
+def _on_the_way(
+    strategy: Single, share: Share, rows: dict[int, dict[str, Any]], start: int, step: int, told: Told
+) -> int | None:
+    """Does the steps behind `start` and before `step`; gives the first of them that is not as recorded."""
+    origin = f"the checkpoint of step {start}" if start else "the initial weights"
+    what, count, apart_since = f"replaying steps {start + 1} to {step}, from {origin}", step - start, None
+    told(what, 0, count)
+    for done in range(start, step - 1):
+        sums, row = strategy.train_step(share.step(done).micro_batches), rows[done + 1]
+        norm = _without_update(strategy) if row["skipped"] else strategy.update(row["lr"]).grad_norm
+        numbers = Numbers(float(sums["loss"]) / max(1, int(sums["count"])), float(norm))
+        if apart_since is None and not numbers.same(_recorded(row)):
+            apart_since = done + 1
+        told(what, done + 1 - start, count)
+    told(what, count, count)
+    return apart_since
+
+
+def _samples(share: Share, data: StepData, names: Sequence[str]) -> Iterator[Sample]:
+    """Those of the step, in global order. `names`: of the sources."""
+    sources = {slot.number: names[slot.source] for slot in share.units(data.step - 1)}
+    batch = {name: torch.cat([part[name] for part in data.micro_batches]) for name in data.micro_batches[0]}
+    for i, (number, entry) in enumerate(data.entries):
+        yield Sample(number, sources[number], entry, {name: tensor[i : i + 1] for name, tensor in batch.items()})
+
+
+def _left_out(folder: Path) -> frozenset[Slot]:
+    """What the run could not read."""
+    rows = jsonl.read(folder / quarantine.NAME)
+    return frozenset(Slot(row["number"], row["source"], row["unit"]) for row in rows if row["number"] is not None)
+
+
+def _as_at(step: int, config: Config, folder: Path) -> Config:
+    """The config under which the step was done, as far as numbers follow from it, for this process. The learning rate
+    is recorded with each step."""
+    raw = config.resolved()
+    raw["run"] |= {"dir": str(folder.absolute()), "fresh": False}
+    raw["train"] |= {"compile": False}
+    raw["data"] |= {"validation": None}
+    if (own := folder / "tokenizer.json").exists() and config.data.name not in DATASETS:
+        raw["data"]["tokenizer"] = str(own)
+    for event in reversed(jsonl.read(folder / "events.jsonl")):
+        if event["kind"] != "config_changed" or event["step"] < step:
+            continue
+        if change := event["changes"].get("optimizer.name"):
+            raise ConfigError(
+                f"--step {step}: was done with optimizer={change[0]}, and since step {event['step']} the run has "
+                f"optimizer={change[1]}: only what came after that can be replayed"
+            )
+        for key, (before, _) in event["changes"].items():
+            section, _, name = key.partition(".")
+            if key.startswith(MAY_CHANGE) and name in raw[section] and before is not None:
+                raw[section][name] = before
+    return check(raw)
+
+
+def _opened(config: Config, topology: Topology, folder: Path) -> Inputs:
+    """The run's data. Raises ConfigError where it is gone, or not what it was at the run's birth."""
+    try:
+        inputs = open_inputs(config, topology, open_shards(config, topology))
+    except ConfigError as error:
+        where = f"{folder}: its data is looked for where its config.yaml says, relative paths from the current folder"
+        raise ConfigError([*error.problems, where], error.exit_code) from None
+    kept: dict[str, Any] = {}
+    with suppress(OSError, ValueError, KeyError, TypeError):  # lost: then it cannot be compared
+        before = json.loads((folder / CATALOGUE).read_bytes())
+        kept = {name: before[name]["fingerprint"] for name in inputs.catalogue}
+    problems = [
+        f"{'data.shards' if name == 'all' else f'data.sources.{name}.shards'}: not the texts or samples that the run "
+        f"began with; restore them ({folder / CATALOGUE} lists the shards)"
+        for name, fingerprint in kept.items()
+        if fingerprint != inputs.catalogue[name]["fingerprint"]
+    ]
+    if problems:
+        raise ConfigError(problems)
+    return inputs
+
+
+def _nearest(folder: Path, step: int, wanted: int | None) -> Found | None:
+    """The newest whole checkpoint before the step, or the one that is wanted; None for the initial weights."""
+    with suppress(FileNotFoundError):
+        paths = candidates(folder / CHECKPOINTS)
+        for path in [path for path in reversed(paths) if step_of(path) < step and wanted in (None, step_of(path))]:
+            try:
+                return Found(path, verify(path))
+            except (Damaged, OSError) as error:
+                if wanted is not None:
+                    raise ConfigError(f"--checkpoint {wanted}: {path} is not whole: {error}") from None
+    if wanted:
+        raise ConfigError(f"--checkpoint {wanted}: {folder} has none of that step, or it does not lie before {step}")
+    return None
+
+
+def _strategy(config: Config, topology: Topology, inputs: Inputs, found: Found | None) -> Single:
+    """One process with the weights and the optimizer's state of the checkpoint, or as the run was born."""
+    given = open_given(config, topology, inputs.tokenizer) if found is None else None
+    if given and not given.places:
+        raise ConfigError(f"model.weights={config.model.weights}: gone, and no checkpoint lies before the step")
+    strategy = build_strategy(config, topology, inputs, given.fill if given else None)
+    assert isinstance(strategy, Single)
+    if found:
+        state: dict[str, Any] = dict(strategy.state())
+        if found.manifest["config"]["optimizer"]["name"] != config.optimizer.name:  # another one began anew
+            state = {name: tensor for name, tensor in state.items() if not name.startswith("optimizer/")}
+        read(found, state)
+        strategy.load_state(state)
+    return strategy
+
+
+def _without_update(strategy: Single) -> torch.Tensor:
+    """A step that the run left out; fp16's scale takes note of it."""
+    norm = let_go(strategy)
+    strategy.scaler.accepts(norm)
+    return norm
+
+
+def _recorded(row: dict[str, Any]) -> Numbers:
+    return Numbers(*(math.nan if row[name] is None else row[name] for name in Numbers._fields))
+
+
+def _apart(here: float, there: float) -> float:
+    if not (math.isfinite(here) and math.isfinite(there)):
+        return math.inf if math.isfinite(here) or math.isfinite(there) else 0.0
+    return abs(here - there) / (abs(there) or 1.0)
+
+
+def _environment(folder: Path) -> tuple[int, str]:
+    """On how many processes and which device the run is, as far as its folder tells."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        told = json.loads((folder / "environment.json").read_bytes())
+        return max(1, int(told["processes"])), str(told["device"])
+    return 1, "an unknown device"
+
+
+def _in_ledger(folder: Path, step: int, samples: Sequence[Sample]) -> bool | None:
+    with suppress(OSError), open(folder / "ledger.jsonl") as file:
+        line = next((line for line in file if line.startswith(f'{{"step": {step},')), None)
+        if line and line.endswith("\n"):
+            return json.loads(line)["samples"] == json.loads(json.dumps([sample.entry for sample in samples]))
+    return None
