@@ -23,7 +23,7 @@ def die_with_parent() -> None:
 
 
 def remove_afterwards(path: Path) -> None:
-    """Removes a file once this process has ended, however it does."""
-    waiting = ["/bin/sh", "-c", 'trap "" INT TERM HUP USR1; read -r _; rm -f -- "$1"', "sh", str(path)]
+    """Removes a file or folder once this process has ended, however it does."""
+    waiting = ["/bin/sh", "-c", 'trap "" INT TERM HUP USR1; read -r _; rm -rf -- "$1"', "sh", str(path)]
     # The pipe's other end is ours, and closed by the kernel.
     subprocess.Popen(waiting, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -30,7 +31,10 @@ def wait_for(run: Run, step: int, process: subprocess.Popen[str]) -> None:
 
 def ranks(process: subprocess.Popen[str]) -> list[int]:
     """The processes that train, in the order of their ranks."""
-    names = {pid: Path(f"/proc/{pid}/comm").read_text() for pid in descendants(process.pid)}
+    names = {}
+    for pid in descendants(process.pid):
+        with contextlib.suppress(OSError):
+            names[pid] = Path(f"/proc/{pid}/comm").read_text()
     found = {name: pid for pid, name in names.items() if re.fullmatch(r"onecurve-\d+\n", name)}
     return [pid for _, pid in sorted(found.items())]
 
