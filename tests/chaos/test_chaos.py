@@ -1,0 +1,71 @@
+"""The chaos matrix: under every strategy, on 2, 3 and 4 processes, whatever happens, the same bits in the end."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.anywhere.cells import Cell, cells
+from tests.chaos.conftest import FAULTS
+from tests.chaos.storm import Forked, Storm
+from tests.runs import TINY, Run, assert_same_bits
+
+COMMON = (
+    *TINY, "train.clip_norm=0.5", "train.steps=200", "checkpoint.every=5", "train.log_every=2", "eval.every=40",
+    "model.layers=4", "model.dropout=0.1", "track.console=false", "track.wandb.mode=disabled",
+    "watchdog.grace_s=0", "watchdog.first_s=20", "launch.timeout_s=20",
+)  # fmt: skip
+SEED = int(os.environ.get("ONECURVE_SEED", "6"))
+
+
+def marked(cell: Cell) -> Any:
+    quick = (cell.name, cell.processes) == ("fsdp", 3)
+    return pytest.param(cell, 5 if quick else 15, id=cell.folder, marks=[] if quick else [pytest.mark.slow])
+
+
+@pytest.mark.parametrize(("cell", "faults"), [marked(cell) for cell in cells() if cell.processes > 1])
+def test_storm(cell: Cell, faults: int, tmp_path: Path, record_property: Any) -> None:
+    print(f"ONECURVE_SEED={SEED}")
+    undisturbed = Run(tmp_path / "undisturbed", cell.processes, cell.overrides, base=COMMON)
+    undisturbed.train()
+    storm = Storm(Run(tmp_path / cell.folder, cell.processes, cell.overrides, base=COMMON), SEED)
+    try:
+        storm.rage(faults)
+    finally:
+        print(*storm.told, sep="\n")
+    record_property(FAULTS, dict(storm.survived))
+    assert_same_bits(storm.run, undisturbed)
+    assert not list((storm.run.folder / "checkpoints").glob(".attempt*"))
+
+
+@pytest.mark.parametrize("instants", [8, pytest.param(100, marks=pytest.mark.slow)])
+def test_preempted_at_any_instant(instants: int, tmp_path: Path, record_property: Any) -> None:
+    """Start and end of a life included: each is to do eight steps more, and is told to stop somewhere on the way."""
+    draw, last = random.Random(SEED), 8 * instants
+    print(f"ONECURVE_SEED={SEED}")
+    constant = ("schedule=constant", "eval.every=8")
+    undisturbed = Run(tmp_path / "undisturbed", 2, (*constant, f"train.steps={last}"), base=COMMON)
+    undisturbed.train()
+    run = Run(tmp_path / "run", 2, constant, base=COMMON)
+    lives, told = Forked(run), []
+    try:
+        length = lives.live("train.steps=8").seconds
+        for number in range(1, instants + 1):
+            blow = draw.choice(("terminate all", "terminate one"))
+            steps = f"train.steps={8 * number}"
+            life = lives.live(steps, blow=blow, instant=draw.uniform(0.0, 1.1 * length), draw=draw)
+            told.append((blow, life.codes, life.after_blow))
+            assert set(life.codes.values()) <= {0, 75, -15, -9}, told
+            assert (life.after_blow or 0.0) < 30, told
+            if life.finished:
+                assert run.status()["state"] == "finished"
+        assert lives.live(f"train.steps={last}").finished
+    finally:
+        lives.close()
+        print(*told, sep="\n")
+    record_property(FAULTS, {"preemption": sum(life[2] is not None for life in told)})
+    assert_same_bits(run, undisturbed)
