@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,7 +38,7 @@ from trainer.precision import DTYPES, Precision
 from trainer.resilience.agreement import AgreedStream
 from trainer.resilience.interruption import Requests
 from trainer.resilience.quarantine import Quarantine
-from trainer.resilience.timeledger import TimeLedger
+from trainer.resilience.timeledger import GOODPUT, TimeLedger
 from trainer.strategies.base import Strategy
 from trainer.strategies.ddp import DDP
 from trainer.strategies.fsdp import FSDP, HSDP
@@ -51,6 +50,7 @@ from trainer.strategies.zero_engine import INSTALL
 from trainer.topology import Topology
 from trainer.tracking import JsonLines, RunInfo, Tracker, Trackers
 from trainer.tracking.console import Console
+from trainer.tracking.disk import Disk
 from trainer.tracking.journal import Journal
 from trainer.tracking.wandb import WandB
 
@@ -129,10 +129,10 @@ def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     return track_average(optimizer, config.optimizer.ema) if config.optimizer.ema else optimizer
 
 
-def build_journal(config: Config, topology: Topology, folder: Path) -> Journal:
+def build_journal(config: Config, topology: Topology, disk: Disk) -> Journal:
     info = RunInfo(
         name=config.run.name,
-        folder=folder,
+        folder=disk.folder,
         steps=config.train.steps,
         step=0,
         config=config.resolved(),
@@ -142,7 +142,7 @@ def build_journal(config: Config, topology: Topology, folder: Path) -> Journal:
         return Journal(topology, info, None, config.data.ledger)
     wandb = WandB(config.track.wandb.mode, config.track.wandb.project)
     others: list[Tracker] = [Console(), wandb] if config.track.console else [wandb]
-    return Journal(topology, info, Trackers(JsonLines(folder), others), config.data.ledger)
+    return Journal(topology, info, Trackers(JsonLines(disk.folder, disk), others), config.data.ledger)
 
 
 def build_stream(stream: Stream, topology: Topology) -> Stream | AgreedStream:
@@ -165,7 +165,7 @@ def build(
     given: Fill | None = None,
 ) -> Job:
     """Everything the loop talks to. `given`: weights that a run which has no checkpoint yet starts with."""
-    checkpoint = config.checkpoint
+    checkpoint, disk = config.checkpoint, Disk(folder.path)
     strategy = build_strategy(config, topology, inputs, given if folder.found is None else None)
     if topology.is_main:
         for name, content in getattr(strategy, "files", {}).items():  # what it made of the config, to be looked at
@@ -186,9 +186,9 @@ def build(
             mirror=folder.mirror,
         ),
         requests=Requests(folder.path, watch_files=topology.is_main),
-        journal=build_journal(config, topology, folder.path),
+        journal=build_journal(config, topology, disk),
         quarantine=build_quarantine(config, topology, folder),
-        clock=TimeLedger(folder.path / "goodput.jsonl" if topology.is_main else None, born),
+        clock=TimeLedger(disk.appended(GOODPUT) if topology.is_main else None, born),
         folder=folder,
         identity=identity,
     )

@@ -133,6 +133,7 @@ def restore(job: Job) -> Progress:
     """Takes up the checkpoint that was found, or starts at step 0."""
     found = job.folder.found
     progress = Progress(**found.manifest["progress"]) if found else Progress()
+    job.clock.restored(progress.step)
     job.journal.start(progress.step, resumed=found is not None)
     for event in job.folder.events:
         job.journal.event(**event)
@@ -222,6 +223,7 @@ def finish_saving(job: Job) -> None:
     job.clock.switch("checkpoint")
     for event in job.saver.wait():
         job.journal.event(**event)
+    job.clock.switch("finishing")
     if job.saver.problem is not None:
         raise TrainingError(f"the last checkpoint could not be saved: {job.saver.problem}")
 
