@@ -49,6 +49,7 @@ from trainer.strategies.zero import Zero
 from trainer.strategies.zero_engine import INSTALL
 from trainer.topology import Topology
 from trainer.tracking import JsonLines, RunInfo, Tracker, Trackers
+from trainer.tracking.aside import Aside
 from trainer.tracking.console import Console
 from trainer.tracking.disk import Disk
 from trainer.tracking.journal import Journal
@@ -140,7 +141,7 @@ def build_journal(config: Config, topology: Topology, disk: Disk) -> Journal:
     )
     if not topology.is_main:
         return Journal(topology, info, None, config.data.ledger)
-    wandb = WandB(config.track.wandb.mode, config.track.wandb.project)
+    wandb = Aside(WandB(config.track.wandb.mode, config.track.wandb.project))
     others: list[Tracker] = [Console(), wandb] if config.track.console else [wandb]
     return Journal(topology, info, Trackers(JsonLines(disk.folder, disk), others), config.data.ledger)
 

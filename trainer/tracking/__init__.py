@@ -83,7 +83,8 @@ class Trackers:
                 tell(tracker)
             except Exception as error:
                 self.others.remove(tracker)
-                name, reason = type(tracker).__name__, f"{type(error).__name__}: {error}"
+                name = getattr(tracker, "name", type(tracker).__name__)
+                reason = f"{type(error).__name__}: {error}"
                 self.record.event({"time": now(), "kind": "tracker_off", "tracker": name, "reason": reason})
                 self._say(f"{name} tracking is off from here on: {reason}")
 

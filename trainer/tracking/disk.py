@@ -46,8 +46,9 @@ class Disk:
         file.flush()
 
     def news(self) -> list[Row]:
-        """Events to be told of: that something cannot be written, or that all can be written again."""
-        stuck = next(((file.path.name, file.problem) for file in self._files if file.problem is not None), None)
+        """Events to be told of: that something cannot be written, or that all can be written again; which is tried."""
+        left = [(file.path.name, file.problem) for file in self._files if not file.flush() or file.problem]
+        stuck = next(((name, problem) for name, problem in left if problem is not None), None)
         now, since = time.monotonic(), self._since
         if stuck is not None and since is None:
             self._since = now
@@ -58,9 +59,9 @@ class Disk:
             return [event]
         return []
 
-    def settle(self, patience_s: float = PATIENCE_S) -> None:
+    def settle(self) -> None:
         """Waits until all is written. Raises TrainingError where that takes longer, and at once if it did so before."""
-        deadline = time.monotonic() + (0 if self._gave_up else patience_s)
+        deadline = time.monotonic() + (0 if self._gave_up else PATIENCE_S)
         while left := [file for file in self._files if not file.flush(now=True)]:
             if time.monotonic() >= deadline:
                 self._gave_up = True
@@ -118,7 +119,6 @@ class Appender:
         if self._after is not None and not self._after.flush(now):
             return not self._waiting
         if not self._waiting:
-            self.problem = None
             return True
         if self.problem is not None and not now and time.monotonic() < self._tried + RETRY_S:
             return False
@@ -137,6 +137,7 @@ class Appender:
         try:
             if self._file is not None:
                 os.fsync(self._file.fileno())
+                self.problem = None
         except OSError as error:
             self._fail(error)
 
