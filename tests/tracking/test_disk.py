@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
-import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from io import FileIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from unittest.mock import patch
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.runs import Run
 from tests.tracking.demo_run import info, row
@@ -263,7 +268,6 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
 file.append([{"step": 100}])
 assert file.problem is None
 """
-    assert resource.RLIMIT_FSIZE
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
     assert steps(tmp_path / "metrics.jsonl") == list(range(101))
 
@@ -272,8 +276,8 @@ def test_a_run_whose_disk_is_full_for_a_while_ends_as_if_it_had_not_been(
     tmp_path: Path, mount: Callable[[str], Mount]
 ) -> None:
     disk = mount("16m")
-    settings = ("train.steps=150", "checkpoint.every=0", "train.log_every=1")
-    calm, run = Run(tmp_path / "calm", overrides=settings), Run(disk.folder / "run", overrides=settings)
+    keys = ("train.steps=150", "checkpoint.every=0", "train.log_every=1")
+    calm, run = Run(tmp_path / "calm", overrides=keys), Run(disk.folder / "run", overrides=keys)
     calm.train()
     process = run.start()
     assert process.stdout is not None
@@ -297,3 +301,34 @@ def test_a_run_whose_disk_is_full_for_a_while_ends_as_if_it_had_not_been(
     assert sum("cannot be written: No space left" in text for text in said) == 1
     assert sum("can be written again" in text for text in said) == 1
     assert os.stat(run.folder / "goodput.jsonl").st_size > 0
+
+
+class Torn(FileIO):
+    """A file that takes so many bytes more, and then none."""
+
+    room = 0
+
+    def write(self, data: Any) -> int:
+        if Torn.room <= 0:
+            raise OSError(28, "No space left on device")
+        taken = super().write(data[: Torn.room])
+        Torn.room -= taken
+        return taken
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 400)), min_size=1, max_size=30))
+def test_wherever_a_line_is_torn_none_is_lost_twice_or_out_of_order(rounds: list[tuple[int, int]]) -> None:
+    """Each round brings some lines, and room for some bytes."""
+    with TemporaryDirectory() as folder, patch.object(disks, "RETRY_S", 0.0), patch.object(disks, "FileIO", Torn):
+        disk, step = Disk(Path(folder)), 0
+        file = disk.appended("metrics.jsonl")
+        for lines, room in rounds:
+            Torn.room = room
+            file.append([{"step": step + n, "text": "é" * n} for n in range(1, lines + 1)])
+            step += lines
+            there = steps(file.path) if file.path.exists() else []
+            assert there == list(range(1, len(there) + 1))
+        Torn.room = 1 << 20
+        assert file.flush(now=True)
+        assert steps(file.path) == list(range(1, step + 1))
