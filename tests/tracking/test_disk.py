@@ -332,3 +332,30 @@ def test_wherever_a_line_is_torn_none_is_lost_twice_or_out_of_order(rounds: list
         Torn.room = 1 << 20
         assert file.flush(now=True)
         assert steps(file.path) == list(range(1, step + 1))
+
+
+@pytest.mark.slow
+def test_a_run_whose_record_cannot_be_written_to_the_end_fails_and_says_what_is_missing(
+    tmp_path: Path, mount: Callable[[str], Mount]
+) -> None:
+    """Its checkpoints lie on another disk. The same command, once there is room, has nothing left to train."""
+    disk = mount("16m")
+    run = Run(disk.folder / "run", overrides=("train.steps=60", "checkpoint.every=0", "train.log_every=1"))
+    (tmp_path / "checkpoints").mkdir()
+    run.folder.mkdir()
+    (run.folder / "checkpoints").symlink_to(tmp_path / "checkpoints")
+    process = run.start()
+    assert process.stdout is not None
+    said = []
+    for text in iter(process.stdout.readline, ""):
+        said.append(text)
+        if text.startswith("step 20/"):
+            disk.fill()
+    assert process.wait() == 4, "".join(said)
+    assert "could not be written to the end (" in "".join(said)
+    assert "lines missing" in "".join(said)
+    last = run.last_step()
+    assert 15 < last < 60
+    disk.free()
+    run.train()
+    assert run.status()["state"] == "finished"
