@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from trainer.tracking.goodput import Goodput
 
 
 def add_commands(subparsers: Any) -> None:
@@ -37,5 +40,21 @@ def report(arguments: argparse.Namespace) -> int:
     console = Console(markup=False, highlight=False, emoji=False)
     console.print(f"{run.name}: {run.status['state']}", style="bold")
     console.print(table)
+    if run.time:
+        _tell_time(console, run.time)
     console.print(str(path), soft_wrap=True)
     return 0
+
+
+def _tell_time(console: Console, spent: Goodput) -> None:
+    """Where the time went."""
+    table = Table(show_header=False, box=None)
+    table.add_column(style="dim")
+    table.add_column(style="bold", justify="right")
+    table.add_column(justify="right")
+    table.add_column(style="dim")
+    for _, name, time, share in spent.table:
+        table.add_row(name, time, f"{share:.1%}", "▇" * round(share * 40))
+    console.print("\nwhere the time went", style="bold")
+    console.print(table)
+    console.print(f"{spent.sentence}\n", soft_wrap=True)

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,7 +54,9 @@ from trainer.strategies.zero import Zero
 from trainer.strategies.zero_engine import INSTALL
 from trainer.topology import Topology
 from trainer.tracking import JsonLines, RunInfo, Tracker, Trackers
+from trainer.tracking.aside import Aside
 from trainer.tracking.console import Console
+from trainer.tracking.disk import Disk
 from trainer.tracking.journal import Journal
 from trainer.tracking.wandb import WandB
 
@@ -134,10 +135,10 @@ def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     return track_average(optimizer, config.optimizer.ema) if config.optimizer.ema else optimizer
 
 
-def build_journal(config: Config, topology: Topology, folder: Path) -> Journal:
+def build_journal(config: Config, topology: Topology, disk: Disk) -> Journal:
     info = RunInfo(
         name=config.run.name,
-        folder=folder,
+        folder=disk.folder,
         steps=config.train.steps,
         step=0,
         config=config.resolved(),
@@ -145,9 +146,9 @@ def build_journal(config: Config, topology: Topology, folder: Path) -> Journal:
     )
     if not topology.is_main:
         return Journal(topology, info, None, config.data.ledger)
-    wandb = WandB(config.track.wandb.mode, config.track.wandb.project)
+    wandb = Aside(WandB(config.track.wandb.mode, config.track.wandb.project))
     others: list[Tracker] = [Console(), wandb] if config.track.console else [wandb]
-    return Journal(topology, info, Trackers(JsonLines(folder), others), config.data.ledger)
+    return Journal(topology, info, Trackers(JsonLines(disk.folder, disk), others), config.data.ledger)
 
 
 def build_stream(stream: Stream, topology: Topology) -> Stream | AgreedStream:
@@ -160,25 +161,15 @@ def build_quarantine(config: Config, topology: Topology, folder: RunFolder) -> Q
     return Quarantine(folder.path, topology, budget, resumed=folder.found is not None)
 
 
-def build_watchdog(
-    config: Config, topology: Topology, folder: RunFolder, clock: TimeLedger, saver: Saver, journal: Journal
-) -> Watchdog:
-    def saving() -> tuple[str, float] | None:
-        begun = saver.begun
-        return None if begun is None else ("save", begun)
-
-    steps = Activity(lambda: (clock.kind, clock.since), clock.seconds, "MainThread")
-    saves = Activity(saving, lambda _: list(saver.took), "checkpoint")
-    return Watchdog(config.watchdog, topology, folder, saver.life, [steps, saves], lambda: journal.step)
-
-
 def build(
     config: Config,
     topology: Topology,
     inputs: Inputs,
     folder: RunFolder,
     identity: Identity,
-    born: float,
+    disk: Disk,
+    clock: TimeLedger,
+    watchdog: Watchdog,
     given: Fill | None = None,
 ) -> Job:
     """Everything the loop talks to. `given`: weights that a run which has no checkpoint yet starts with."""
@@ -187,7 +178,6 @@ def build(
     if topology.is_main:
         for name, content in getattr(strategy, "files", {}).items():  # what it made of the config, to be looked at
             replace_file(folder.path / name, json.dumps(content, indent=2).encode())
-    clock = TimeLedger(folder.path / "goodput.jsonl" if topology.is_main else None, born)
     saver = Saver(
         folder.path / CHECKPOINTS,
         topology,
@@ -196,7 +186,7 @@ def build(
         overrun=checkpoint.overrun,
         mirror=folder.mirror,
     )
-    journal = build_journal(config, topology, folder.path)
+    watchdog.activities.append(Activity(saver.saving, lambda _: list(saver.took), "checkpoint"))
     return Job(
         config=config,
         topology=topology,
@@ -206,12 +196,11 @@ def build(
         validation=inputs.validation,
         saver=saver,
         requests=Requests(folder.path, watch_files=topology.is_main),
-        journal=journal,
+        journal=build_journal(config, topology, disk),
         quarantine=build_quarantine(config, topology, folder),
         guard=Guard(config.guard, topology.device),
         replicas=Replicas(topology),
         clock=clock,
-        watchdog=build_watchdog(config, topology, folder, clock, saver, journal),
         folder=folder,
         identity=identity,
         time_limit=Interval.parse(config.launch.time_limit or 0).amount or math.inf,

@@ -39,7 +39,7 @@ DATASETS: dict[str, Callable[[Path, str], Path]] = {"shakespeare": shakespeare.e
 # Keys of the data section that say where and how the data is read, not which data comes when.
 WHEREABOUTS = {
     "name", "shards", "sources", "reweight", "validation", "tokenizer", "workers", "processes", "on_error",
-    "error_budget", "ledger", "cache", "cache_gb", "mmap", "allow_pipe",
+    "error_budget", "ledger", "cache", "cache_gb", "patience_s", "mmap", "allow_pipe",
 }  # fmt: skip
 
 # Keys of the model section that say by what means it is computed or where it is found, not what it is.
@@ -204,7 +204,13 @@ class _Opening:
         """The shards that `key` names, for training or for validation, where they must be whole."""
         data = self.config.data
         paths = [str(base / part) if base else part for part in ([spec] if isinstance(spec, str) else spec)]
-        storage = Storage(self.cache, cache_bytes=int(data.cache_gb * 1e9), allow_pipe=data.allow_pipe, mmap=data.mmap)
+        storage = Storage(
+            self.cache,
+            cache_bytes=int(data.cache_gb * 1e9),
+            allow_pipe=data.allow_pipe,
+            mmap=data.mmap,
+            patience_s=data.patience_s,
+        )
         return Shards.open(
             paths,
             getattr(data, "field", None),

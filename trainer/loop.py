@@ -28,7 +28,6 @@ from trainer.resilience.interruption import SAVE, STOP, Requests
 from trainer.resilience.quarantine import Quarantine
 from trainer.resilience.replicas import Replicas
 from trainer.resilience.timeledger import TimeLedger
-from trainer.resilience.watchdog import Watchdog
 from trainer.strategies.base import Strategy, Update
 from trainer.topology import Topology
 from trainer.tracking.journal import Journal
@@ -62,14 +61,12 @@ class Job:
     guard: Guard
     replicas: Replicas
     clock: TimeLedger
-    watchdog: Watchdog
     folder: RunFolder
     identity: Identity  # goes into each checkpoint's manifest
     time_limit: float  # seconds; then the run stops as if it was asked to
 
     def close(self) -> None:
         """Ends threads and lets go of the process group."""
-        self.watchdog.close()
         self.stream.close()
         self.saver.close()
         self.strategy.close()
@@ -123,7 +120,7 @@ def go_on(job: Job, progress: Progress) -> Progress:
         unread.take(data, sums, update)
         if config.track.fingerprint:
             unread.fingerprints.append(fingerprint_of(strategy.state()))
-        progress.step = data.step
+        progress.step = clock.step = data.step
         job.journal.events(job.saver.poll())
         if _every(config.guard.replicas_every, progress.step):
             compare_replicas(job, progress.step)
@@ -165,6 +162,7 @@ def start(job: Job) -> Progress:
     """Takes up the checkpoint that was found, or starts at step 0."""
     found = job.folder.found
     progress = Progress(**found.manifest["progress"]) if found else Progress()
+    job.clock.restored(progress.step)
     job.journal.start(progress.step, resumed=found is not None)
     job.journal.events(job.folder.events)
     if found:
@@ -178,11 +176,11 @@ def start(job: Job) -> Progress:
 
 def go_back(job: Job) -> Progress:
     """Takes up the newest checkpoint, in the middle of the run: what came after it is done again."""
-    job.clock.switch("startup")
     found, events = newest(job.saver.folder, job.topology)
     if found is None:
         raise TrainingError(f"{job.saver.folder}: there is no checkpoint to go back to any more")
     progress = Progress(**found.manifest["progress"])
+    job.clock.restored(progress.step)
     job.journal.rewind(progress.step)
     job.journal.events([*events, {"kind": "rollback"}])
     restore(job, found)
@@ -302,6 +300,7 @@ def finish_saving(job: Job) -> None:
     """Waits for the save in flight. Raises TrainingError if the run would end without it."""
     job.clock.switch("checkpoint")
     job.journal.events(job.saver.wait())
+    job.clock.switch("finishing")
     if job.saver.problem is not None:
         raise TrainingError(f"the last checkpoint could not be saved: {job.saver.problem}")
 

@@ -24,7 +24,10 @@ from trainer.folder import RunFolder, settle, will_restart
 from trainer.given import open_given
 from trainer.inputs import open_inputs, open_shards
 from trainer.resilience import interruption
+from trainer.resilience.timeledger import GOODPUT, TimeLedger
+from trainer.resilience.watchdog import Watchdog
 from trainer.topology import Topology, join, world_size
+from trainer.tracking.disk import Disk
 from trainer.tracking.report import write_report
 
 log = logging.getLogger("onecurve")
@@ -47,10 +50,15 @@ def run(config: Config, born: float) -> None:
         if topology.is_main:
             interruption.before_leaving_at_once(partial(settle, folder.path, interruption.TWICE, 4))
         fault_points.arm(config.debug.faults, folder.path, topology.rank)
+        disk = Disk(folder.path)
+        clock = TimeLedger(disk.appended(GOODPUT) if topology.is_main else None, born)
+        watchdog = Watchdog(config.watchdog, topology, folder, clock)
         try:
             inputs = open_inputs(config, topology, found)
             folder.keep(inputs.tokenizer, inputs.catalogue)
-            job = build(config, topology, inputs, folder, identity, born, given.fill if given else None)
+            job = build(
+                config, topology, inputs, folder, identity, disk, clock, watchdog, given.fill if given else None
+            )
             fault_points.point("start.built")
             try:
                 loop.train(job)
@@ -65,6 +73,7 @@ def run(config: Config, born: float) -> None:
             log.error("%s", "".join(traceback.format_exception(failure)))
             raise _told(failure, config, topology, folder, job) from failure
         finally:
+            watchdog.close()
             if job is not None:
                 job.close()
         topology.close()

@@ -59,11 +59,9 @@ class Server:
         self._versions = count(1)
         self._lock = threading.Lock()
         self._sent: dict[str, np.ndarray] = {}
-        self._http = _Http(("127.0.0.1", 0), type("Handler", (_Handler,), {"server_of": self}))
-        self._http.server_of = self
+        self.start(port=0)
         self.host = f"127.0.0.1:{self._http.server_port}"
         self.url = f"http://{self.host}"
-        threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
     def put(self, name: str, content: bytes) -> str:
         """Makes it an object, of a version of its own; its URL."""
@@ -105,10 +103,23 @@ class Server:
                 self.faults.append(fault)
         return fault or Fault()
 
-    def close(self) -> None:
-        self.released.set()
+    def start(self, port: int | None = None) -> None:
+        """Also again, after `stop`."""
+        address = ("127.0.0.1", self._http.server_port if port is None else port)
+        self._http = _Http(address, type("Handler", (_Handler,), {"server_of": self}))
+        self._http.server_of = self
+        self.stopped = False
+        threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+
+    def stop(self) -> None:
+        """Nobody listens any more, and open connections break off."""
+        self.stopped = True
         self._http.shutdown()
         self._http.server_close()
+
+    def close(self) -> None:
+        self.released.set()
+        self.stop()
 
 
 class _Http(ThreadingHTTPServer):
@@ -137,7 +148,7 @@ class _Handler(BaseHTTPRequestHandler):
         start = int(asked[1]) if asked else 0
         end = min(int(asked[2]) + 1, size) if asked and asked[2] else size
         fault = server.choose(Request(self.command, self.path, start, end, dict(self.headers)))
-        if fault.status == 0:
+        if fault.status == 0 or server.stopped:
             self._break(fault)
             return
         if content is None or fault.status or (asked and start >= size):
@@ -150,6 +161,9 @@ class _Handler(BaseHTTPRequestHandler):
         stop = end if fault.after is None else min(end, start + fault.after)
         with suppress(ConnectionError):  # a reader that does not want more
             for at in range(start, stop, _PIECE):
+                if server.stopped:
+                    self.close_connection = True
+                    return
                 upto = min(at + _PIECE, stop)
                 server.released.wait(fault.slow_s * (upto - at) / (end - start)) if fault.slow_s else None
                 server.note_sent(name, at, upto)

@@ -99,11 +99,25 @@ class Trouble:
 
 
 def run(
-    spec: str, cache: Path, make: Any, *, ranks: int = 2, workers: int = 2, cache_bytes: int = 50 << 20, lives: int = 3
+    spec: str,
+    cache: Path,
+    make: Any,
+    *,
+    ranks: int = 2,
+    workers: int = 2,
+    cache_bytes: int = 50 << 20,
+    lives: int = 3,
+    storage: dict[str, Any] | None = None,
 ) -> list[tuple[int, list[Any], str]]:
     """(step, ledger entries in order, checksum of the batches' rows in order) of the first steps, in some lives."""
-    storage = Storage(cache, cache_bytes=cache_bytes, chunk_bytes=16 << 10, wait_s=0.005, timeout_s=0.4)
-    opened = Shards.open(spec, "txt", storage)
+    options = {
+        "cache_bytes": cache_bytes,
+        "chunk_bytes": 16 << 10,
+        "wait_s": 0.005,
+        "timeout_s": 0.4,
+        **(storage or {}),
+    }
+    opened = Shards.open(spec, "txt", Storage(cache, **options))
     steps = []
     for life in range(lives):
         streams = []

@@ -12,8 +12,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from trainer.tracking import JsonLines, write_status
 from trainer.tracking.base import Row, RunInfo
-from trainer.tracking.jsonl import JsonLines, write_status
+from trainer.tracking.disk import Disk
+from trainer.tracking.goodput import FILE
 
 TOKENS = 16 * 1024  # a step
 
@@ -94,6 +96,7 @@ def demo_run(folder: Path, steps: int = 2000, done: int | None = None, name: str
     train(saved + 1, last)
     state = "finished" if last == steps else "interrupted"
     reason = "" if last == steps else "SIGTERM; run the same command again to go on"
+    _spend_time(folder, saved, killed, last)
     status = {"state": state, "step": last, "steps": steps, "reason": reason}
     tell(last, state)
     record.close(status)
@@ -102,6 +105,26 @@ def demo_run(folder: Path, steps: int = 2000, done: int | None = None, name: str
     OmegaConf.save(config, folder / "config.yaml")
     (folder / "samples.txt").write_text(SAMPLE)
     return folder
+
+
+def _spend_time(folder: Path, saved: int, killed: int, last: int) -> None:
+    """The ledger of time of such a run, with lines of 20 steps."""
+    at, start, file = 0.0, datetime(2026, 3, 14, 9, 26, 40, tzinfo=timezone.utc), Disk(folder).appended(FILE)
+
+    def tell(life: str, step: int, seconds: Row, **more: Any) -> None:
+        nonlocal at
+        at += sum(seconds.values())
+        told = (start + timedelta(seconds=at)).isoformat()
+        file.append([{"time": told, "life": life, "step": step, **more, "seconds": seconds}])
+
+    for life, first, end in (("3f9c2e1a", 0, killed), ("b07d44f2", saved, last)):
+        tell(life, first, {"startup": 13.2}, restored=True)
+        for step in range(first + 1, end + 1):
+            if step % 20 == 0 or step == end:
+                tell(life, step, {"productive": 2.3, "data_wait": 0.11, "checkpoint": 0.03, "evaluation": 0.02})
+        at += 41.0
+    at -= 41.0
+    tell(life, last, {"finishing": 4.6})
 
 
 if __name__ == "__main__":

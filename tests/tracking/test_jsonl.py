@@ -13,7 +13,8 @@ import pytest
 
 from tests.tracking.demo_run import info, row
 from trainer.errors import ConfigError
-from trainer.tracking.jsonl import JsonLines, cut, read, write_json, write_status
+from trainer.tracking import JsonLines
+from trainer.tracking.jsonl import cut, read, write_json, write_status
 
 
 def write_lines(path: Path, steps: range) -> bytes:
@@ -110,7 +111,7 @@ import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from demo_run import info, row
-from trainer.tracking.jsonl import JsonLines
+from trainer.tracking import JsonLines
 record = JsonLines(Path(sys.argv[1]))
 record.start(info(Path(sys.argv[1])))
 record.rows([row(1), row(2)])

@@ -15,7 +15,8 @@ import pytest
 from launch.report import add_commands
 from tests.tracking.demo_run import SAMPLE, demo_run, info, row
 from trainer.errors import ConfigError
-from trainer.tracking.jsonl import JsonLines, write_json, write_status
+from trainer.tracking import JsonLines
+from trainer.tracking.jsonl import write_json, write_status
 from trainer.tracking.plot import Plot, Points, Series, decimate, label, smooth, ticks
 from trainer.tracking.report import write_report
 
@@ -86,6 +87,9 @@ def test_a_whole_run(tmp_path: Path) -> None:
     assert [line["name"] for line in loss["series"]] == ["training", "smoothed", "validation"]
     assert loss["series"][2]["x"] == list(range(100, 2001, 100))
     assert "nats/char, 2.1829 bits/byte" in page.of("span")
+    assert page.of("h2")[0] == "Where the time went"
+    assert page.of("td")[:3] == ["Productive", "03:50", "69.6 %"]
+    assert "The largest thief: down, 12.4%: have the run started again" in page.source
 
 
 def test_nothing_comes_from_outside(tmp_path: Path) -> None:
@@ -229,6 +233,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert shown.startswith("shakespeare: finished\n")
     assert str(tmp_path / "run" / "report.html") in shown.splitlines()
     assert re.search(r"Restarts +1 +10 checkpoints", shown)
+    assert re.search(r"Down +00:41 +\d\d\.\d%", shown)
+    assert "The largest thief: down" in shown
 
 
 @pytest.mark.parametrize("name", ["", "nowhere"])

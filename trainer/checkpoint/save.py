@@ -63,7 +63,7 @@ class Saver:
         self.problem: str | None = None  # why the newest save that ended is not there
         self._failed_at = 0.0
         self._layout: _Layout | None = None
-        self.begun: float | None = None  # `time.monotonic()` of the save in flight
+        self._begun: float | None = None  # `time.monotonic()` of the save in flight
         self.took: deque[float] = deque(maxlen=64)  # seconds of those before
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._job: Future[list[Event]] | None = None
@@ -90,7 +90,7 @@ class Saver:
         self.last_step = step
         point("checkpoint.before_copy")
         prints = self._copy(state)
-        self.begun = time.monotonic()
+        self._begun = time.monotonic()
         self._job = self._thread.submit(self._write, step, about, prints)
         return events if self.asynchronous else events + self.wait()
 
@@ -113,6 +113,11 @@ class Saver:
         """The run's state is now that of this checkpoint."""
         self.last_step = self.newest = step
 
+    def saving(self) -> tuple[str, float] | None:
+        """The save in flight, for who looks after hangs: its name and since when (`time.monotonic()`)."""
+        begun = self._begun
+        return None if begun is None else ("save", begun)
+
     def close(self) -> None:
         self._thread.shutdown()
 
@@ -128,7 +133,7 @@ class Saver:
         try:
             return self._attempts(step, about, prints, started)
         finally:
-            self.begun = None
+            self._begun = None
             self.took.append(time.monotonic() - started)
 
     def _attempts(self, step: int, about: dict[str, Any], prints: dict[str, int], started: float) -> list[Event]:

@@ -251,6 +251,11 @@ class Data(Plugin):
     cache_gb: Float = Field(
         ge=0, description="Most that copies of remote shards may take of `data.cache`, GB. 0: none."
     )
+    patience_s: Float = Field(
+        ge=0,
+        description="How long a server of shards may not answer during the run before that is an error, seconds. At "
+        "the start half a minute has to do; with several processes `launch.timeout_s` is a limit, too.",
+    )
     mmap: bool = Field(
         description="Map local shards into memory instead of reading them: fewer copies, but a shard that is cut short "
         "during the run kills the process."

@@ -136,8 +136,8 @@ class Shards:
         Raises ConfigError on all ranks, with all that is wrong; its exit code is DataError's if damage is all.
         """
         urls: list[str] = team.agreed(lambda: expand(spec, key, allow_pipe=storage.allow_pipe))
-        field = field and field.lower()
-        look = partial(_look, storage=storage, field=field, tolerant=tolerant, counts=Counts(storage))
+        field, hasty = field and field.lower(), replace(storage, patience_s=0)  # what is wrong now is to be told now
+        look = partial(_look, storage=hasty, field=field, tolerant=tolerant, counts=Counts(hasty))
         same = [name for name, _ in before] == list(map(file_name, urls))
         known: Sequence[Summary | None] = [summary for _, summary in before] if same else [None] * len(urls)
         found = team.share("indexes of shards", list(zip(urls, known, strict=True)), look)

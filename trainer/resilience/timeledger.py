@@ -1,43 +1,81 @@
-"""Where the time of a run went: `goodput.jsonl`, one line a reading, appended over all lives of the run.
+"""Where the time of a run went: `goodput.jsonl`, appended over all its lives; `tracking/goodput.py` sums it up.
 
-Each second belongs to exactly one kind: startup, productive, data_wait, checkpoint, evaluation.
+Each second of a life belongs to exactly one kind: startup, productive, data_wait, checkpoint, evaluation, finishing.
+Lines of a life tell what was spent since the one before, by a clock that cannot jump; `time` is the wall clock's.
 """
 
 from __future__ import annotations
 
-import json
+import atexit
 import time
+import uuid
 from collections import defaultdict, deque
 from datetime import datetime, timezone
-from pathlib import Path
+
+from trainer.tracking.disk import Appender
+
+GOODPUT = "goodput.jsonl"
+REMEMBERED = 256  # spells of each kind
 
 
 class TimeLedger:
-    def __init__(self, path: Path | None, born: float):
-        """`born` is the `time.monotonic()` at which the process started to be ours; no path: keep no file."""
-        self.path = path
-        self.kind, self.since = "startup", born
-        self._spells: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=256))
+    """Another thread may read `step` (the last that was done), `kind`, `since` (the `time.monotonic()` at which it
+    began) and `seconds`."""
+
+    _last: TimeLedger | None = None  # of this process: the next run of a sweep begins where it ended
+
+    def __init__(self, file: Appender | None, born: float):
+        """`born` is the `time.monotonic()` at which the process started to be ours; no file: keep none."""
+        if (last := TimeLedger._last) is not None:
+            atexit.unregister(last.close)
+            born = max(born, last._counted)
+        TimeLedger._last = self
+        atexit.register(self.close)  # with samples, report and whatever else comes behind the last step
+        self.kind, self.since, self.life = "startup", born, uuid.uuid4().hex[:8]
+        self._file, self.step = file, 0
+        self._counted: float = born
         self._unwritten: dict[str, float] = defaultdict(float)
+        self._spells: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=REMEMBERED))
+        if file is not None:
+            file.mend()
 
     def switch(self, kind: str) -> float:
         """From now on time is of `kind`. Gives the seconds since the last switch."""
         now = time.monotonic()
-        spent = now - self.since
-        self._unwritten[self.kind] += spent
-        self._spells[self.kind].append(spent)
-        self.since, self.kind = now, kind
-        return spent
+        spell = now - self.since
+        self._unwritten[self.kind] += now - self._counted
+        self._spells[self.kind].append(spell)
+        self.since = self._counted = now  # first: a reader may find the old kind to be young, never the new one old
+        self.kind = kind
+        return spell
 
     def seconds(self, kind: str) -> list[float]:
+        """How long the last spells of a kind took, the newest last."""
         return list(self._spells.get(kind, ()))
 
+    def restored(self, step: int) -> None:
+        """Writes down that from here on the run goes on from `step`: in a new life, or after a rollback in this one.
+
+        What was spent since the last line is start-up, or work that is done again.
+        """
+        if self.kind != "startup":
+            self.switch("startup")
+        self._write(step, restored=True)
+
     def write(self, step: int) -> None:
-        """Appends what was spent since the last reading."""
-        self.switch(self.kind)
-        if self.path is not None:
-            seconds = {kind: round(value, 4) for kind, value in self._unwritten.items()}
-            row = {"time": datetime.now(timezone.utc).isoformat(), "step": step, "seconds": seconds}
-            with open(self.path, "a") as file:
-                file.write(json.dumps(row) + "\n")
+        """Appends what was spent since the last line, in which the run came to `step`."""
+        self._write(step)
+
+    def close(self) -> None:
+        """Appends the last of this life, as far as it has come; again at the process's exit."""
+        self._write(self.step)
+
+    def _write(self, step: int, **more: bool) -> None:
+        now = time.monotonic()
+        self._unwritten[self.kind] += now - self._counted
+        self._counted, self.step = now, step
+        if self._file is not None:
+            seconds = {kind: round(value, 6) for kind, value in self._unwritten.items()}
+            told = datetime.now(timezone.utc).isoformat()
+            self._file.append([{"time": told, "life": self.life, "step": step, **more, "seconds": seconds}])
         self._unwritten.clear()

@@ -16,6 +16,8 @@ import socket
 import sys
 import threading
 import time
+import uuid
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ from trainer.errors import Crashed
 from trainer.files import replace_file
 from trainer.folder import RunFolder
 from trainer.resilience.stacks import report
+from trainer.resilience.timeledger import TimeLedger
 from trainer.resilience.verdict import verdict
 from trainer.topology import Topology
 
@@ -55,20 +58,12 @@ def budget(spells: Sequence[float], config: schema.Watchdog) -> float:
 
 
 class Watchdog:
-    """`life`: the same for all ranks of this start of the run, and no other. `step`: how many steps are done."""
+    """Looks after what the main thread does, by `clock`, and after the `activities` that are added."""
 
-    def __init__(
-        self,
-        config: schema.Watchdog,
-        topology: Topology,
-        folder: RunFolder,
-        life: str,
-        activities: Sequence[Activity],
-        step: Callable[[], int],
-    ):
-        self.config, self.topology, self.folder, self.activities = config, topology, folder, activities
-        self.step = step
-        self.files = folder.path / "logs" / f"hang-{life}"
+    def __init__(self, config: schema.Watchdog, topology: Topology, folder: RunFolder, clock: TimeLedger):
+        self.config, self.topology, self.folder, self.clock = config, topology, folder, clock
+        self.activities = [Activity(lambda: (clock.kind, clock.since), clock.seconds, "MainThread")]
+        self.files = folder.path / "logs" / f"hang-{topology.broadcast(uuid.uuid4().hex[:8])}"
         self._stop = threading.Event()
         if not config.enabled:
             return
@@ -86,7 +81,7 @@ class Watchdog:
         self._stop.set()
 
     def _watch(self) -> None:
-        looked, forgiven = time.monotonic(), dict.fromkeys(range(len(self.activities)), (0.0, 0.0))
+        looked, forgiven = time.monotonic(), defaultdict[int, tuple[float, float]](lambda: (0.0, 0.0))
         while not self._stop.wait(LOOK_S):
             now = time.monotonic()
             asleep, looked = now - looked - LOOK_S, now
@@ -133,7 +128,12 @@ class Watchdog:
         alarm = json.loads((self.files / "alarm.json").read_text())
         activity = self.activities[alarm["activity"]]
         kind, since = activity.now() or ("nothing", time.monotonic())
-        told = {"kind": kind, "seconds": time.monotonic() - since, "step": self.step() + 1, **report(activity.thread)}
+        told = {
+            "kind": kind,
+            "seconds": time.monotonic() - since,
+            "step": self.clock.step + 1,
+            **report(activity.thread),
+        }
         replace_file(self.files / f"rank-{self.topology.rank}.json", json.dumps(told, indent=1).encode())
 
     def _reported(self) -> list[int]:
@@ -146,7 +146,7 @@ class Watchdog:
         culprits, sentence = verdict(reports, silent)
         alarm = json.loads((self.files / "alarm.json").read_text())
         reason = f"hang: {sentence}. Stacks: {self.files}"
-        self.folder.fail(culprits[0], Crashed(reason), lost_peer=False, step=self.step())
+        self.folder.fail(culprits[0], Crashed(reason), lost_peer=False, step=self.clock.step)
         allowed = f"after {alarm['seconds']:.1f} s, where {alarm['budget']:.1f} s were allowed"
         print(f"\nonecurve: {reason} ({allowed})", file=sys.stderr, flush=True)
         (self.files / "verdict.txt").write_text(sentence + "\n")

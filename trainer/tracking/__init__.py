@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
 
+from trainer.errors import TrainingError
 from trainer.tracking.base import Row, RunInfo, Tracker
-from trainer.tracking.jsonl import JsonLines, write_status
+from trainer.tracking.jsonl import write_status
+from trainer.tracking.record import JsonLines
 
 __all__ = ["JsonLines", "Row", "RunInfo", "Tracker", "Trackers", "now", "write_status"]
 
@@ -19,12 +21,12 @@ Say = Callable[[str], None]
 class Trackers:
     """Tells every tracker.
 
-    Errors of `record`, the truth about the run, are raised. Any other tracker that fails is reported once,
-    through `say` and in the run's events, and left out from then on.
+    Errors of `record`, the truth about the run, are raised; that the disk does not take it is told once, through `say`
+    and in the run's events. Any other tracker that fails is reported likewise, and left out from then on.
     """
 
     def __init__(self, record: JsonLines, others: Sequence[Tracker] = (), say: Say | None = None):
-        self.record = record
+        self.record, self.disk = record, record.disk
         self.others = list(others)
         self.say = say or _stderr
 
@@ -39,16 +41,45 @@ class Trackers:
     def rows(self, rows: list[Row]) -> None:
         self.record.rows(rows)
         self._tell(lambda tracker: tracker.rows(rows))
+        self._news(rows[-1]["step"] if rows else None)
 
     def event(self, event: Row) -> None:
         """Hands the event on, with `time` filled in where it is missing."""
+        self._event(event)
+        self._news(event.get("step"))
+
+    def close(self, status: Row) -> None:
+        """Raises TrainingError if the disk does not take all that was recorded; the trackers then hear of a failure."""
+        try:
+            self.disk.settle()
+            self._news(status.get("step"))
+        except TrainingError as error:
+            status = {**status, "state": "failed", "reason": str(error)}
+            raise
+        finally:
+            self._tell(lambda tracker: tracker.close(status))
+            self.record.close(status)
+
+    def _event(self, event: Row) -> None:
         event = {"time": now(), **event}
         self.record.event(event)
         self._tell(lambda tracker: tracker.event(event))
 
-    def close(self, status: Row) -> None:
-        self._tell(lambda tracker: tracker.close(status))
-        self.record.close(status)
+    def _news(self, step: int | None) -> None:
+        """Tells of the disk, once when it fails and once when it takes everything again."""
+        for news in self.disk.news():
+            self._event({"kind": news["kind"], "step": step, **news})
+            if news["kind"] == "disk_failed":
+                self._say(
+                    f"{self.disk.folder / news['file']} cannot be written: {news['reason']}. Training goes on; what is "
+                    "recorded waits in memory until it can be: make room, or make it writable"
+                )
+            else:
+                self._say(f"{self.disk.folder} can be written again: nothing was lost")
+
+    def _say(self, text: str) -> None:
+        with suppress(OSError, ValueError):  # a closed terminal
+            self.say(text)
 
     def _tell(self, tell: Callable[[Tracker], None]) -> None:
         for tracker in list(self.others):
@@ -56,10 +87,10 @@ class Trackers:
                 tell(tracker)
             except Exception as error:
                 self.others.remove(tracker)
-                name, reason = type(tracker).__name__, f"{type(error).__name__}: {error}"
+                name = getattr(tracker, "name", type(tracker).__name__)
+                reason = f"{type(error).__name__}: {error}"
                 self.record.event({"time": now(), "kind": "tracker_off", "tracker": name, "reason": reason})
-                with suppress(OSError, ValueError):  # a closed terminal
-                    self.say(f"{name} tracking is off from here on: {reason}")
+                self._say(f"{name} tracking is off from here on: {reason}")
 
 
 def now() -> str:

@@ -5,7 +5,6 @@ Every rank has one. Only the main rank's reaches trackers and files; the others 
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -14,8 +13,9 @@ from trainer.data import ledger
 from trainer.data.stream import StepData
 from trainer.topology import Topology
 from trainer.tracking import Row, RunInfo, Trackers
-from trainer.tracking.jsonl import cut, write_status
+from trainer.tracking.jsonl import STATUS, encoded
 
+LEDGER = "ledger.jsonl"
 STATUS_SECONDS = 2.0  # how old the step in status.json may be, beyond the reading of the device's numbers
 
 
@@ -24,17 +24,16 @@ class Journal:
 
     def __init__(self, topology: Topology, info: RunInfo, trackers: Trackers | None, keep_ledger: bool):
         self.topology, self.info, self.trackers = topology, info, trackers
-        self.ledger = info.folder / "ledger.jsonl" if keep_ledger else None
+        self.keep_ledger = keep_ledger
         self.step, self.started, self.told = 0, False, 0.0
 
     def rows(self, rows: list[Row], steps: Sequence[StepData]) -> None:
         """One row a step; the ledger's line of a step is on disk before its row."""
-        if self.ledger is not None:
+        if self.keep_ledger:
             parts = self.topology.gather([[data.step, data.entries] for data in steps])
-            if self.topology.is_main:
-                with open(self.ledger, "a") as file:
-                    rows_of_steps = ledger.rows((step, entries) for part in parts for step, entries in part)
-                    file.writelines(json.dumps(row) + "\n" for row in rows_of_steps)
+            if self.trackers:
+                rows_of_steps = ledger.rows((step, entries) for part in parts for step, entries in part)
+                self.trackers.disk.appended(LEDGER).append(rows_of_steps)
         self.step = rows[-1]["step"]
         if self.trackers:
             self.trackers.rows(rows)
@@ -46,8 +45,8 @@ class Journal:
         self.step = step
         if not self.trackers:
             return
-        if self.ledger is not None:
-            cut(self.ledger, step)
+        if self.keep_ledger:
+            self.trackers.disk.appended(LEDGER).cut(step)
         self.trackers.start(RunInfo(**{**vars(self.info), "step": step}))
         self.started = True
         self.event("resume" if resumed else "start", processes=self.topology.world_size)
@@ -56,8 +55,8 @@ class Journal:
         """In the middle of a life: goes on from `step`, as `start` does."""
         self.step = step
         if self.trackers:
-            if self.ledger is not None:
-                cut(self.ledger, step)
+            if self.keep_ledger:
+                self.trackers.disk.appended(LEDGER).cut(step)
             self.trackers.rewind(step)
 
     def events(self, events: Iterable[Row]) -> None:
@@ -82,6 +81,7 @@ class Journal:
 
     def _status(self, state: str, **fields: Any) -> Row:
         status = {"state": state, "step": self.step, "steps": self.info.steps, "reason": None, **fields}
-        write_status(self.info.folder, status)
+        if self.trackers:
+            self.trackers.disk.replace(STATUS, encoded(status))
         self.told = time.monotonic()
         return status

@@ -1,4 +1,4 @@
-"""The run's own record: metrics.jsonl and events.jsonl, an object a line, and the small files beside them.
+"""JSON lines, an object a line, and the small files beside them.
 
 A number that is not finite is written as `null`: valid JSON, which pandas reads as NaN and jq as null.
 A line counts once its newline is there; what a killed process left behind it is dropped.
@@ -12,63 +12,13 @@ import mmap
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from trainer.errors import ConfigError
 from trainer.files import replace_file
-from trainer.tracking.base import Row, RunInfo
+from trainer.tracking.base import Row
 
-
-class JsonLines:
-    """The tracker that is the truth: its errors (a full disk) are the run's errors."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.last = 0  # the step of the newest row
-
-    def start(self, info: RunInfo) -> None:
-        """Cuts the metrics back to the restored step and opens both files for appending."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / "environment.json", info.environment)
-        self.last = cut(self.folder / "metrics.jsonl", info.step)
-        mend(self.folder / "events.jsonl")
-        self.metrics: BinaryIO = (self.folder / "metrics.jsonl").open("ab", buffering=0)
-        self.events: BinaryIO = (self.folder / "events.jsonl").open("ab", buffering=0)
-
-    def rewind(self, step: int) -> None:
-        """Cuts the metrics back to an earlier step."""
-        self.metrics.close()
-        self.last = cut(self.folder / "metrics.jsonl", step)
-        self.metrics = (self.folder / "metrics.jsonl").open("ab", buffering=0)
-
-    def rows(self, rows: list[Row]) -> None:
-        """Appends the rows in one write, handed to the operating system at once.
-
-        Raises:
-            ValueError: a step that does not rise; nothing of `rows` is written then.
-        """
-        last = self.last
-        for row in rows:
-            if row["step"] <= last:
-                raise ValueError(f"metrics.jsonl: step {row['step']} after step {last}: steps must rise")
-            last = row["step"]
-        _append(self.metrics, rows)
-        self.last = last
-
-    def event(self, event: Row) -> None:
-        """Appends the event. With a checkpoint the rows up to it are synced: no power cut loses them."""
-        _append(self.events, [event])
-        if event["kind"] == "checkpoint":
-            self._sync()
-
-    def close(self, status: Row) -> None:
-        self._sync()
-        self.metrics.close()
-        self.events.close()
-
-    def _sync(self) -> None:
-        os.fsync(self.metrics.fileno())
-        os.fsync(self.events.fileno())
+STATUS = "status.json"
 
 
 def dumps(value: Any) -> str:
@@ -119,18 +69,23 @@ def mend(path: Path) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file so that a reader sees the old text or the new one, never a part."""
-    replace_file(path, (json.dumps(json.loads(dumps(value)), indent=2) + "\n").encode())
+    replace_file(path, encoded(value))
+
+
+def encoded(value: Any) -> bytes:
+    """`value` as a JSON file for a person to read."""
+    return (json.dumps(json.loads(dumps(value)), indent=2) + "\n").encode()
 
 
 def write_status(folder: Path, status: Row) -> None:
     """Writes status.json: {"state": running, finished, interrupted or failed, "step", "steps", "reason"}."""
-    write_json(folder / "status.json", status)
+    write_json(folder / STATUS, status)
 
 
 def read_status(folder: Path) -> Row:
     """What `status.json` says; nothing where there is none."""
     try:
-        status = json.loads((folder / "status.json").read_bytes())
+        status = json.loads((folder / STATUS).read_bytes())
     except (OSError, ValueError):
         return {}
     return status if isinstance(status, dict) else {}
@@ -150,15 +105,12 @@ def _cut(path: Path, keep: Callable[[Row], bool]) -> Row | None:
                 break
             row, end = None, begin
         if end < size:
-            with memoryview(view) as whole, whole[:end] as kept:  # never in memory: a ledger is large
-                replace_file(path, kept)
+            try:
+                with memoryview(view) as whole, whole[:end] as kept:  # never in memory: a ledger is large
+                    replace_file(path, kept)
+            except OSError:  # no room for a copy
+                os.truncate(path, end)
     return row
-
-
-def _append(file: BinaryIO, rows: list[Row]) -> None:
-    data = memoryview("".join(dumps(row) + "\n" for row in rows).encode())
-    while data:  # one write, unless the disk is nearly full: the next one then says so
-        data = data[file.write(data) :]
 
 
 def _parse(line: bytes) -> Row | None:

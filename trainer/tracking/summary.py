@@ -13,6 +13,7 @@ import yaml
 from trainer.errors import ConfigError
 from trainer.tracking.base import Row
 from trainer.tracking.console import duration
+from trainer.tracking.goodput import Goodput, goodput
 from trainer.tracking.jsonl import read
 from trainer.tracking.plot import label
 
@@ -38,6 +39,7 @@ class Run:
     config: str
     environment: Row
     sample: str
+    time: Goodput | None
 
     @property
     def evaluations(self) -> dict[int, Row]:
@@ -65,6 +67,7 @@ def load(folder: Path) -> Run:
         config=config,
         environment=_json(folder / "environment.json"),
         sample=_text(folder / "samples.txt")[-SAMPLE_SHOWN:],
+        time=goodput(folder),
     )
 
 

@@ -25,6 +25,7 @@ ALERTS = {
     "checkpoint_failed": "a checkpoint could not be saved",
     "checkpoint_not_mirrored": "a checkpoint could not be copied",
     "checkpoint_damaged": "a checkpoint is damaged",
+    "disk_failed": "the run's folder cannot be written",
 }
 UNNAMED = {"eval", "fingerprint"}  # an evaluation has names of its own; a fingerprint is no number to draw
 NAMES = {
@@ -38,6 +39,9 @@ NAMES = {
     "mem_gib": "mem/peak_gib",
 }  # every other number of a row is under train/, of an evaluation under val/
 EXIT_CODES = {"finished": 0, "interrupted": 75}
+INIT_S = 30.0  # how long the server may take to answer at the start, before it goes on offline
+FINISH_S = 25.0  # and to take what is left at the end; the rest can be synced later
+SLACK_S = 5.0  # for W&B's own process to start or end
 
 
 class WandB:
@@ -52,11 +56,22 @@ class WandB:
         self.project = project or os.environ.get("WANDB_PROJECT") or "onecurve"
         self.say = say or (lambda text: print(text, file=sys.stderr, flush=True))
         self.run: Any = None
+        self.ended = False
+
+    @property
+    def wanted(self) -> str:
+        return os.environ.get("WANDB_MODE", "auto") if self.mode == "auto" else self.mode
+
+    def load(self) -> None:
+        if self.wanted != "disabled":
+            import wandb  # noqa: F401
 
     def start(self, info: RunInfo) -> None:
-        wanted = os.environ.get("WANDB_MODE", "auto") if self.mode == "auto" else self.mode
+        self.folder, wanted = info.folder, self.wanted
         if wanted == "disabled":
+            self.ended = True
             return
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # it waits for its server when the process ends
         import wandb
 
         quiet: dict[str, Any] = {
@@ -75,10 +90,10 @@ class WandB:
             disable_git=True,
             disable_job_creation=True,
             save_code=False,
-            init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT", 30)),  # seconds
-            finish_timeout=30,  # what is not uploaded by then can be synced later
+            init_timeout=_init_s(),
+            finish_timeout=FINISH_S,
+            finish_timeout_raises=True,
         )
-        self.folder = info.folder
         self.folder.mkdir(parents=True, exist_ok=True)
         arguments: dict[str, Any] = {
             "project": self.project,
@@ -106,14 +121,35 @@ class WandB:
 
     def close(self, status: Row) -> None:
         """Ends the W&B run and says how to upload what is on this disk alone."""
-        if not self.run:
+        if self.ended or not self.run:
             return
+        self.ended = True
         if status["state"] == "interrupted":
             self.run.mark_preempting()
-        self.run.finish(exit_code=EXIT_CODES.get(status["state"], 4))
-        if offline := sorted(self.folder.glob("wandb/offline-run-*")):
-            command = shlex.join(["wandb", "sync", *map(str, offline)])
-            self.say(f"W&B was offline; to upload this run:\n  {command}")
+        try:
+            self.run.finish(exit_code=EXIT_CODES.get(status["state"], 4))
+        except TimeoutError:
+            self.say(f"W&B did not take everything within {FINISH_S:.0f} s; {self.advice}")
+        else:
+            if self._offline():
+                self.say(f"W&B was offline; {self.advice}")
+
+    @property
+    def patience_s(self) -> float:
+        return SLACK_S + FINISH_S + (0 if self.run or self.ended else _init_s())
+
+    @property
+    def advice(self) -> str:
+        return f"to upload this run:\n  {shlex.join(['wandb', 'sync', *map(str, self._on_disk())])}"
+
+    def _offline(self) -> list[Path]:
+        """What was logged offline, in this life or before."""
+        return sorted(self.folder.glob("wandb/offline-run-*"))
+
+    def _on_disk(self) -> list[Path]:
+        """What may not be on the server: also of this life, whatever it is."""
+        own = [Path(self.run.settings.sync_dir)] if self.run else sorted(self.folder.glob("wandb/run-*"))
+        return list(dict.fromkeys([*self._offline(), *own]))
 
 
 def named(row: Row) -> dict[str, Any]:
@@ -152,3 +188,7 @@ def _has_credentials(wandb: Any) -> bool:
         return wandb.login(prompt=False, verify=False)
     except wandb.Error:  # malformed: the same as none
         return False
+
+
+def _init_s() -> float:
+    return float(os.environ.get("WANDB_INIT_TIMEOUT", INIT_S))

@@ -43,8 +43,9 @@ class Storage:
 
     `cache` is a folder; `cache_bytes` is what copies of remote bytes may take of it (0: only a few chunks, in memory).
     What `.tar.gz`, `pipe:` and servers without ranges need is kept there whole, beside that budget.
-    `retries` is how often in a row a remote read may fail, with growing waits from `wait_s` seconds on, before it is a
-    DataError; `timeout_s` is how long no byte may come. `connections` holds for all of a process's storages alike.
+    A remote read that failed `retries` times in a row, with growing waits from `wait_s` seconds on, and for at least
+    `patience_s`, is a DataError; `timeout_s` is how long no byte may come. `connections` holds for all of a process's
+    storages alike.
     `pipes` names what outputs of `pipe:` commands are shared by: under another name the commands run anew.
     """
 
@@ -53,6 +54,7 @@ class Storage:
     allow_pipe: bool = False
     mmap: bool = False
     retries: int = 10
+    patience_s: float = 0
     wait_s: float = 0.25
     timeout_s: float = 30
     chunk_bytes: int = 4 << 20

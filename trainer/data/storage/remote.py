@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from trainer.data.storage import cache, fetch
+from trainer.data.storage import cache, fetch, outage
 from trainer.data.storage.backends import GONE, Backend, Facts, Failed, NoRanges, backend
 from trainer.data.storage.urls import shown
 from trainer.errors import DataError
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 LONGEST_WAIT_S = 8.0
+TOLD_AFTER_S = 10.0  # of failures in a row
 PROGRESS = 64 << 10  # bytes that an attempt must have brought for the failures before it to be forgotten
 
 
@@ -26,16 +27,22 @@ class _Patience:
     """Waits between attempts: longer and longer, and not for ever."""
 
     def __init__(self, storage: Storage, url: str):
-        self._storage, self._name, self._failures = storage, shown(url), 0
+        self._storage, self._url, self._name = storage, url, shown(url)
+        self._failures, self._since = 0, 0.0
 
     def wait(self, error: Failed, at: int | None, brought: int = 0) -> None:
         """Before the next attempt; raises DataError instead if there shall be none."""
-        self._failures = 1 if brought >= PROGRESS else self._failures + 1
-        if error.final or self._failures > self._storage.retries:
+        if self._failures == 0 or brought >= PROGRESS:
+            self._failures, self._since = 0, time.monotonic()
+        self._failures += 1
+        waited, spent = time.monotonic() - self._since, self._failures > self._storage.retries
+        if error.final or (spent and waited >= self._storage.patience_s):
             place = self._name if at is None else f"{self._name}: byte {at}"
             often = "" if error.final else f" ({self._failures} attempts)"
             raise DataError(f"{place}: {error}{often}", shard=self._name, byte=at)
-        longest = min(LONGEST_WAIT_S, self._storage.wait_s * 2 ** (self._failures - 1))
+        if self._storage.patience_s and (spent or waited >= TOLD_AFTER_S):
+            outage.waiting(self._url, str(error), self._storage.patience_s)
+        longest = min(LONGEST_WAIT_S, self._storage.wait_s * 2 ** min(self._failures - 1, 30))
         time.sleep(longest * random.uniform(0.75, 1))  # many readers do not come back at once
 
 
@@ -43,9 +50,12 @@ def _persist(storage: Storage, url: str, attempt: Callable[[], T]) -> T:
     patience = _Patience(storage, url)
     while True:
         try:
-            return attempt()
+            result = attempt()
         except Failed as error:
             patience.wait(error, None)
+        else:
+            outage.answered(url)
+            return result
 
 
 def _facts(storage: Storage, url: str, source: Backend) -> tuple[Facts, bool]:
@@ -141,6 +151,7 @@ class RemoteBlob:
                 facts, body = self._source.stream(start + before, end)
                 self._check_unchanged(facts, start + before)
                 for piece in body:
+                    outage.answered(self.url)
                     content += piece
                     if len(content) > end - start:
                         raise self._damaged(end, "the server sent more than was asked for")
@@ -163,6 +174,7 @@ class RemoteBlob:
                 facts, body = self._source.stream(0, None)
                 self._check_unchanged(facts, had)
                 for piece in body:
+                    outage.answered(self.url)
                     at += len(piece)
                     if at > self.size:
                         raise self._damaged(self.size, "the server sends more than it said there is")
