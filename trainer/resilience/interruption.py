@@ -68,4 +68,5 @@ class Requests:
     def done(self, name: str) -> None:
         """Takes a request file away, once it was honoured."""
         if self.watch_files:
-            (self.folder / name).unlink(missing_ok=True)
+            with suppress(OSError):  # a folder that cannot be written for now
+                (self.folder / name).unlink(missing_ok=True)

@@ -26,6 +26,9 @@ ALERTS = {
     "checkpoint_not_mirrored": "a checkpoint could not be copied",
     "checkpoint_damaged": "a checkpoint is damaged",
     "disk_failed": "the run's folder cannot be written",
+    "restart": "the run was restarted",
+    "bad_step": "a step was bad",
+    "corrupted": "a process has wrong weights",
 }
 UNNAMED = {"eval", "fingerprint"}  # an evaluation has names of its own; a fingerprint is no number to draw
 NAMES = {
