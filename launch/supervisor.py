@@ -14,12 +14,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import IO, Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 PEERS_S = 3.0  # what the other ranks get to end by themselves, once one has told why it failed
@@ -32,7 +32,8 @@ LOST = -1  # instead of a rank, in a life's codes: all were killed together with
 class Ranks:
     """The processes of a run, forked by a server (launch/forkserver.py) that is as old as this object."""
 
-    def __init__(self, procs: int):
+    def __init__(self, procs: int, output: IO[bytes] | None = None):
+        """`procs`: at most. `output`: where all of them write, if not where this process does."""
         self.procs = procs
         environment = dict(os.environ)
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // procs)))
@@ -42,18 +43,22 @@ class Ranks:
                 [sys.executable, "-m", "launch.forkserver", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 env=environment,
+                stdout=output,
+                stderr=output,
             )
         self._unread = b""
 
-    def start(self, arguments: list[str], slots: list[int], restart: int) -> None:
-        """One rank on each slot: of GPUs, the one that has its number."""
+    def start(
+        self, arguments: list[str], slots: list[int], restart: int, environment: Mapping[str, str] | None = None
+    ) -> None:
+        """One rank on each slot: of GPUs, the one that has its number. `environment`: what ranks have besides."""
         size = str(len(slots))
         environments = [
             {
-                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size,
-                "ONECURVE_SLOT": str(slot), "ONECURVE_RESTART": str(restart), **_visible(slots, self.procs),
+                **(environment or {}), "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": size,
+                "LOCAL_WORLD_SIZE": size, "ONECURVE_RESTART": str(restart), **_visible(slots, self.procs),
             }
-            for rank, slot in enumerate(slots)
+            for rank in range(len(slots))
         ]  # fmt: skip
         self._send({"start": environments, "arguments": arguments})
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from tests import forks
 from trainer.checkpoint.format import verify
 from trainer.checkpoint.load import Found, read_all
 from trainer.checkpoint.retention import candidates
@@ -36,6 +37,7 @@ class Run:
     procs: int = 1
     overrides: tuple[str, ...] = ()
     plain: bool = False  # python -m trainer instead of torchrun
+    launcher: bool = False  # also `train` starts a launcher: imports and all
     env: dict[str, str] = field(default_factory=dict)
     base: tuple[str, ...] = TINY
 
@@ -57,7 +59,15 @@ class Run:
         )
 
     def train(self, expect: int = 0) -> str:
-        """Runs to its end; gives the output. Checks the exit code (torchrun turns every failure into 1)."""
+        """Runs to its end, by the fork server of this test process; gives the output. Checks the exit code."""
+        if self.env or self.launcher:
+            return self._train_by_torchrun(expect)
+        codes, output = forks.train([*self.base, f"run.dir={self.folder}", *self.overrides], self.procs)
+        assert set(codes) == {expect} or (self.procs > 1 and expect in codes), f"exit codes {codes}\n{output}"
+        return output
+
+    def _train_by_torchrun(self, expect: int) -> str:
+        """The same as a user of torchrun does it, which turns every failure into 1."""
         process = self.start()
         output, _ = process.communicate(timeout=300)
         if expect and self.procs > 1:
