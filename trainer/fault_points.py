@@ -102,9 +102,10 @@ def _spoil(fault: Fault, tensors: list[Tensor]) -> None:
 
 
 def _flipped(value: Tensor) -> Tensor:
-    """With one bit of its exponent turned."""
+    """With the lowest bit of its exponent's upper part set that was not: at least four times as large."""
     value = value.detach().cpu().clone().reshape(1)
-    value.view(torch.uint8)[-1] ^= 1
+    top = value.view(torch.uint8)[-1:]
+    top |= (top + 1) & ~top
     return value[0]
 
 

@@ -159,7 +159,8 @@ def test_two_runs_in_one_folder(tmp_path: Path) -> None:
 def test_diverging_training_stops_with_advice(tmp_path: Path) -> None:
     run = Run(tmp_path / "run", overrides=("train.steps=20", "optimizer.lr=1e30", "schedule.warmup_steps=0"))
     output = run.train(expect=4)
-    assert "not finite. Lower optimizer.lr (now 1e+30)" in output
+    assert "not finite" in output
+    assert "Lower optimizer.lr (now 1e+30)" in output
     assert run.status()["state"] == "failed"
     assert run.status()["exit_code"] == 4
 

@@ -93,7 +93,7 @@ class Guard:
         Raises TrainingError where the run shall end.
         """
         step, found = row["step"], f"loss {row['loss']:.4g}, gradient norm {row['grad_norm']:.4g}"
-        advice = "Lower optimizer.lr, lengthen schedule.warmup_steps, or try precision=fp32"
+        advice = f"Lower optimizer.lr (now {row['lr']:g}), lengthen schedule.warmup_steps, or try precision=fp32"
         kind = "not finite" if not math.isfinite(row["loss"] + row["grad_norm"]) else "a spike"
         event = {"kind": "bad_step", "step": step, "reason": f"{found}: {kind}"}
         if self.config.bad_step == "stop":
