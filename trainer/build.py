@@ -42,6 +42,7 @@ from trainer.resilience.guard import Guard
 from trainer.resilience.interruption import Requests
 from trainer.resilience.quarantine import Quarantine
 from trainer.resilience.replicas import Replicas
+from trainer.resilience.stragglers import RANKS, Stragglers
 from trainer.resilience.timeledger import TimeLedger
 from trainer.resilience.watchdog import Activity, Watchdog
 from trainer.strategies.base import Strategy
@@ -200,6 +201,7 @@ def build(
         quarantine=build_quarantine(config, topology, folder),
         guard=Guard(config.guard, topology.device),
         replicas=Replicas(topology),
+        stragglers=Stragglers(topology, disk.appended(RANKS) if topology.is_main else None),
         clock=clock,
         folder=folder,
         identity=identity,

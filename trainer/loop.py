@@ -27,6 +27,7 @@ from trainer.resilience.guard import Guard, Rollback
 from trainer.resilience.interruption import SAVE, STOP, Requests
 from trainer.resilience.quarantine import Quarantine
 from trainer.resilience.replicas import Replicas
+from trainer.resilience.stragglers import Stragglers
 from trainer.resilience.timeledger import TimeLedger
 from trainer.strategies.base import Strategy, Update
 from trainer.topology import Topology
@@ -60,6 +61,7 @@ class Job:
     quarantine: Quarantine
     guard: Guard
     replicas: Replicas
+    stragglers: Stragglers
     clock: TimeLedger
     folder: RunFolder
     identity: Identity  # goes into each checkpoint's manifest
@@ -133,6 +135,8 @@ def go_on(job: Job, progress: Progress) -> Progress:
 
         votes, rows, bad = read_numbers(job, unread, progress, time.monotonic() - born)
         judge(job, rows, bad, unread.steps)
+        job.stragglers.took(unread.data_wait, strategy.timer.read())
+        job.journal.events(job.stragglers.look(progress.step, votes["elapsed"]))
         read_every = min(config.train.log_every, max(1, int(VOTE_SECONDS / votes["pace"])))
         if evaluate_now and job.validation is not None:
             clock.switch("evaluation")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from trainer.checkpoint.pieces import Fragment
 from trainer.models import ModelFactory
 from trainer.objectives import Batch, Objective, Sums
+from trainer.strategies.timer import ForwardTimer
 
 OptimizerFactory = Callable[[nn.Module], torch.optim.Optimizer]
 
@@ -30,6 +31,7 @@ class Update(NamedTuple):
 
 class Strategy(Protocol):
     objective: Objective
+    timer: ForwardTimer
 
     def setup(self, model_factory: ModelFactory, optimizer_factory: OptimizerFactory) -> None:
         """Builds the model, parallelises it, then builds the optimizer on the final parameters."""

@@ -21,6 +21,7 @@ from trainer.optim.conditional import step_unless
 from trainer.precision import Precision
 from trainer.strategies.base import OptimizerFactory, Update
 from trainer.strategies.layers import prepare
+from trainer.strategies.timer import ForwardTimer
 from trainer.topology import Topology
 
 
@@ -49,6 +50,7 @@ class Single:
         self.config, self.parallel = config, topology.world_size > 1
         self.scaler = precision.scaler()
         self.averaged_over = topology.dp_size  # how many ranks' gradients are averaged; 1 if they are summed
+        self.timer = ForwardTimer(topology.device)
         self.tells = topology.speaks  # of all ranks that train on the same sequences, one's sums count
 
     def setup(self, model_factory: ModelFactory, optimizer_factory: OptimizerFactory) -> None:
@@ -96,7 +98,8 @@ class Single:
             # For models that draw from torch's generator: the same draws in every life of the run.
             torch.manual_seed(int(batch["draws"][0]) if len(batch["draws"]) else 0)
             with self.sync(last=number == len(micro_batches)):
-                part = self.loss_of(self.wrapped, batch)
+                with self.timer.running():
+                    part = self.loss_of(self.wrapped, batch)
                 fault_points.point("step.loss", [part["loss"]])
                 self.backward(part["loss"] * scale.to(wide(part["loss"])), number == len(micro_batches))
             self.add(sums, part)
