@@ -1,0 +1,110 @@
+"""What looking after a run costs a step: `python benchmarks/survival.py` writes survival.json, in 3 minutes.
+
+One process trains the main job's model in one run. Every 20 steps watchdog and guards (spikes of norms and losses by a
+window of 128 steps) are switched off or on; the times of neighbouring blocks are compared. A call of a fault point is
+timed by itself, times the calls of a step: they cannot be taken out of the program.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer import fault_points, loop, run
+from trainer.build import build
+from trainer.config.compose import load
+from trainer.data.stream import StepData
+from trainer.resilience.guard import Guard
+
+BLOCK, BLOCKS = 20, 41
+POINTS_A_STEP = 40  # six in the loop, one a micro-batch, one a sequence that is read (24), those of saves
+CONFIG = (
+    "experiment=shakespeare", "strategy=single", "train.global_batch=24", f"train.steps={BLOCK * BLOCKS}",
+    "checkpoint.every=0", "eval.every=0", "eval.steps=1", "sample.count=0", "track.report=false", "track.console=false",
+    "track.wandb.mode=disabled", "guard.norm_spike=1000", "guard.loss_spike=1000", "data.workers=1",
+)  # fmt: skip
+
+
+class Switching:
+    """The run's stream, which switches at each block and keeps the time of the last one."""
+
+    def __init__(self, stream: Any, job: loop.Job, watchdog: Any):
+        self.stream, self.job, self.watchdog = stream, job, watchdog
+        self.activities = list(watchdog.activities)
+        self.guards, self.steps, self.begun = job.guard.rolling, 0, (0.0, 0.0)
+        self.blocks: list[tuple[float, float]] = []  # seconds by the clock and of the processor; odd ones are guarded
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def __next__(self) -> StepData:
+        if self.steps % BLOCK == 0:
+            now = time.perf_counter(), time.process_time()
+            if self.steps:
+                self.blocks.append((now[0] - self.begun[0], now[1] - self.begun[1]))
+            guarded = len(self.blocks) % 2 == 1
+            self.job.guard.rolling = self.guards if guarded else {}
+            self.watchdog.activities[:] = self.activities if guarded else []
+            self.begun = time.perf_counter(), time.process_time()
+        self.steps += 1
+        return next(self.stream)
+
+
+def measure() -> dict[str, Any]:
+    found: list[Switching] = []
+
+    def built(*arguments: Any) -> loop.Job:
+        job, watchdog = build(*arguments), arguments[7]
+        job.stream = Switching(job.stream, job, watchdog)  # type: ignore[assignment]
+        found.append(job.stream)  # type: ignore[arg-type]
+        return job
+
+    run.build = built  # type: ignore[assignment]
+    with tempfile.TemporaryDirectory() as folder:
+        run.run(load([*CONFIG, f"run.dir={folder}/run"]), time.monotonic())
+    blocks = found[0].blocks[1:]  # the first one warms up
+    pairs = [(blocks[i], blocks[i + 1]) if i % 2 else (blocks[i + 1], blocks[i]) for i in range(len(blocks) - 1)]
+    step_s = statistics.median(off[0] for off, _ in pairs) / BLOCK
+    return {
+        "step_ms, off": round(1000 * step_s, 2),
+        "watchdog and guards, % of a step, by the clock": percent([on[0] / off[0] for off, on in pairs]),
+        "watchdog and guards, % of a step, of the processor": percent([on[1] / off[1] for off, on in pairs]),
+        "fault points, % of a step": round(100 * POINTS_A_STEP * call_s() / step_s, 4),
+        "guard alone, microseconds a step": round(1e6 * guard_s(), 1),
+    }
+
+
+def percent(ratios: list[float]) -> dict[str, float]:
+    """The median, and the error of a mean of so many."""
+    error = statistics.stdev(ratios) / len(ratios) ** 0.5
+    return {"median": round(100 * (statistics.median(ratios) - 1), 3), "standard error": round(100 * error, 3)}
+
+
+def call_s() -> float:
+    """Of a point where nothing is armed."""
+    begin = time.perf_counter()
+    for _ in range(1_000_000):
+        fault_points.point("step.after_update")
+    return (time.perf_counter() - begin) / 1_000_000
+
+
+def guard_s() -> float:
+    config = load(CONFIG).guard
+    guard, norm, no = Guard(config, torch.device("cpu")), torch.tensor(1.0), torch.tensor(False)
+    begin = time.perf_counter()
+    for _ in range(2000):
+        guard.limit(2.0)
+        guard.took(norm, 2.0, no)
+    return (time.perf_counter() - begin) / 2000
+
+
+if __name__ == "__main__":
+    result = measure()
+    Path(__file__).with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
