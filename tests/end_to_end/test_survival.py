@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -80,6 +81,21 @@ def test_nothing_is_left_behind(victim: str, tmp_path: Path, monkeypatch: pytest
     process.communicate()
     assert not [path for path in temporary.rglob("*") if "torchinductor" not in path.name]  # torch's cache of kernels
     assert not [path for path in set(Path("/dev/shm").iterdir()) - shared if "torch" in path.name]
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_it_likewise(tmp_path: Path, undisturbed: Run) -> None:
+    """A killed rank, a crash and a hang, each in a life of its own; the end is told by the status."""
+    faults = "step.after_update:kill:7:1,data.next:raise:9:0,step.after_backward:stop:13:1"
+    watched = ("watchdog.grace_s=0", "watchdog.first_s=60", "checkpoint.every=4", f"debug.faults=[{faults}]")
+    run = Run(tmp_path / "run", 2, (*STEPS, *watched))
+    command = run.command
+    command.insert(command.index("--standalone"), "--max-restarts=5")
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+    assert len([event for event in run.rows("events.jsonl") if event["kind"] == "resume"]) == 3
+    assert [event["rank"] for event in restarts(run)] == [0, 0, 1]  # of the first, rank 0 only lost the other
+    assert_same_bits(run, undisturbed)
 
 
 def test_torchrun_killed_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
