@@ -234,11 +234,11 @@ class Supervisor:
             return 4, "interrupted a second time: what came after the last checkpoint is not saved"
         if 75 in codes and not life.grow:
             return 75, "stopped as asked"
-        if life.asked:
-            return 75, "stopped as asked, before there was anything new to save"
         told = self._failure()
         if told and not told.get("retry"):
             return int(told["exit_code"]), str(told["reason"])
+        if life.asked:
+            return 75, "stopped as asked, before there was anything new to save"
         if not told and (final := sorted(codes & {2, 3})):  # refused before the folder was taken
             return final[0], ""
         return None
@@ -250,7 +250,8 @@ class Supervisor:
         for rank in life.first:
             self.strikes[slots[rank]] += 1
         if len(self._choose()) < len(slots):  # paid with a process
-            self.budget.used = 0
+            self.budget = Budget(self.budget.restarts, used=1)
+            return None
         told = self._failure()
         by_signal = any(life.codes.get(rank, 0) < 0 for rank in life.first)
         cause = (int(told["step"]), str(told["reason"])) if told and not by_signal else None

@@ -1,0 +1,31 @@
+"""The supervisor's judgement: who pays for a restart, and when there is none."""
+
+from __future__ import annotations
+
+from launch.supervisor import Budget
+
+
+def test_a_budget_is_filled_by_progress() -> None:
+    budget = Budget(2)
+    assert [budget.refused(False, None) for _ in range(2)] == [None, None]
+    assert budget.refused(True, None) is None
+    assert budget.refused(False, None) is None
+    assert budget.refused(False, None) == "no new checkpoint in 2 restarts"
+    assert Budget(0).refused(True, None) == "launch.restarts=0"
+
+
+def test_the_same_failure_twice_ends_it() -> None:
+    budget = Budget(9)
+    assert budget.refused(False, (7, "ValueError: x")) is None
+    assert budget.refused(False, (8, "ValueError: x")) is None
+    assert budget.refused(False, (8, "ValueError: y")) is None
+    assert budget.refused(False, (8, "ValueError: y")) == "the same failure twice at step 8"
+    assert budget.refused(True, (8, "ValueError: y")) is None  # a checkpoint lies between them
+
+
+def test_it_waits_longer_and_longer() -> None:
+    budget, pauses = Budget(9), []
+    for _ in range(8):
+        budget.refused(False, None)
+        pauses.append(budget.pause_s)
+    assert pauses == [0, 2, 4, 8, 16, 30, 30, 30]
