@@ -16,22 +16,21 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from importlib import import_module
 from typing import Any
 
 from trainer.processes import die_with_parent
 
-OURS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # of which the supervisor says what they mean
+OURS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)  # the supervisor's to understand
 LEFTOVERS_S = 3.0  # what children of a dead rank get to end by themselves: W&B's service writes what it has
 _PR_SET_NAME = 15
 
 
 def main() -> None:
     """`python -m launch.forkserver SOCKET_FD`. Returns in the ranks, too, and ends each as its own process."""
-    for number in OURS:
-        signal.signal(number, signal.SIG_IGN)
-
-    import trainer.run  # noqa: F401
-
+    signal.pthread_sigmask(signal.SIG_BLOCK, OURS)  # what is sent to a rank before it is one waits for it
+    import_module("torch._dynamo")  # which optimizers import
+    import_module("trainer.run")
     server = Server(socket.socket(fileno=int(sys.argv[1])))
     try:
         server.serve()
@@ -45,14 +44,13 @@ def main() -> None:
 class Forked(Exception):  # no error: leaves the server's loop in the child
     """This process is a rank from now on."""
 
-    def __init__(self, arguments: list[str], environment: dict[str, str]):
-        self.arguments, self.environment = arguments, environment
+    def __init__(self, arguments: list[str], environment: dict[str, str], parent: int):
+        self.arguments, self.environment, self.parent = arguments, environment, parent
 
     def become(self) -> None:
         os.setsid()  # what it starts is found by its group, and a terminal's Ctrl-C does not come here
-        die_with_parent()
-        for number in OURS:
-            signal.signal(number, signal.SIG_DFL)
+        die_with_parent(self.parent)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, OURS)
         os.environ.update(self.environment)
         rank = self.environment["RANK"]
         ctypes.CDLL(None).prctl(_PR_SET_NAME, f"onecurve-{rank}".encode(), 0, 0, 0)
@@ -80,6 +78,8 @@ class Server:
                 for order in self._orders() if commands in ready else ():
                     self._obey(order)
         except (EOFError, BrokenPipeError, ConnectionResetError):
+            for process in self.ranks:
+                os.kill(process, signal.SIGKILL)  # it may have no group of its own yet
             for group in [*self.ranks, *self.leftovers]:
                 _kill_group(group)
 
@@ -98,12 +98,13 @@ class Server:
         store = os.memfd_create("onecurve-store")  # goes with its last process; nothing listens, nothing is left behind
         for environment in order["start"]:
             sys.stdout.flush()
+            server = os.getpid()
             if not (process := os.fork()):
                 self.connection.close()
                 for descriptor in self.watched:
                     os.close(descriptor)
                 environment["ONECURVE_STORE"] = f"/proc/self/fd/{store}"
-                raise Forked(order["arguments"], environment)
+                raise Forked(order["arguments"], environment, server)
             self.ranks[process] = int(environment["RANK"])
             self.watched[os.pidfd_open(process)] = process
         os.close(store)

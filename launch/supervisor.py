@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import select
 import signal
 import socket
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -67,11 +69,10 @@ class Ranks:
 
     def ended(self, timeout: float) -> list[tuple[int, int]]:
         """(rank, exit code, or minus a signal) of those that ended. Raises EOFError once the server is gone."""
-        self._connection.settimeout(timeout)
+        if not select.select([self._connection], [], [], timeout)[0]:
+            return []
         try:
             received = self._connection.recv(1 << 16)
-        except TimeoutError:
-            return []
         except ConnectionResetError:
             received = b""
         if not received:
@@ -98,7 +99,8 @@ class Requests:
 
     def listen(self) -> None:
         for number in SIGNALS:
-            signal.signal(number, self._note)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+                signal.signal(number, self._note)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self.stop = True
@@ -158,7 +160,8 @@ class Supervisor:
         self.fits, self.min_procs, self.grace_s, self.grow_s = fits, min_procs, grace_s, grow_s
         self.budget, self.requests = Budget(restarts), Requests()
         self.strikes = dict.fromkeys(range(procs), 0)
-        self.restart, self.began = 0, 0.0
+        self.restart, self.life = 0, ""
+        self.born = time.monotonic()
         self.ranks = Ranks(procs)
 
     def __enter__(self) -> Supervisor:
@@ -196,8 +199,8 @@ class Supervisor:
     def _live(self, slots: list[int]) -> Life:
         """One life of the ranks, to the end of all of them."""
         ranks, life, alive = self.ranks, Life(), set(range(len(slots)))
-        self.began = time.time()
-        ranks.start(self.arguments, slots, self.restart)
+        self.life = uuid.uuid4().hex
+        ranks.start(self.arguments, slots, self.restart, {"ONECURVE_LIFE": self.life, "ONECURVE_BORN": str(self.born)})
         began, deadline, killed = time.monotonic(), float("inf"), False
         while alive:
             try:
@@ -232,14 +235,15 @@ class Supervisor:
             return 0, ""
         if self.requests.interrupts > 1:
             return 4, "interrupted a second time: what came after the last checkpoint is not saved"
-        if 75 in codes and not life.grow:
+        if 75 in codes and (life.asked or not life.grow):
             return 75, "stopped as asked"
         told = self._failure()
         if told and not told.get("retry"):
             return int(told["exit_code"]), str(told["reason"])
         if life.asked:
             return 75, "stopped as asked, before there was anything new to save"
-        if not told and (final := sorted(codes & {2, 3})):  # refused before the folder was taken
+        # Refused before the folder was taken. What was right at first is wrong now for a reason that may pass.
+        if not told and not self.restart and (final := sorted(codes & {2, 3})):
             return final[0], ""
         return None
 
@@ -247,14 +251,14 @@ class Supervisor:
         """Why there is no restart, if so."""
         if progressed:
             self.strikes = dict.fromkeys(self.strikes, 0)
-        for rank in life.first:
+        told = self._failure()
+        for rank in [told["rank"]] if told else life.first:
             self.strikes[slots[rank]] += 1
         if len(self._choose()) < len(slots):  # paid with a process
             self.budget = Budget(self.budget.restarts, used=1)
             return None
-        told = self._failure()
-        by_signal = any(life.codes.get(rank, 0) < 0 for rank in life.first)
-        cause = (int(told["step"]), str(told["reason"])) if told and not by_signal else None
+        # Names of folders and numbers differ from life to life.
+        cause = (int(told["step"]), re.sub(r"/\S+|\d+", "", told["reason"])) if told else None
         return self.budget.refused(progressed, cause)
 
     def _choose(self) -> list[int]:
@@ -275,12 +279,10 @@ class Supervisor:
 
     def _failure(self) -> dict[str, Any] | None:
         """What a rank of this life told."""
-        from trainer.folder import FAILURE, read_failure  # late: it imports torch, as the ranks do meanwhile
+        from trainer.folder import read_failure  # late: it imports torch, as the ranks do meanwhile
 
-        with suppress(OSError):
-            if (self.folder / FAILURE).stat().st_mtime >= self.began:
-                return read_failure(self.folder)
-        return None
+        told = read_failure(self.folder)
+        return told if told and told.get("life") == self.life else None
 
     def _newest(self) -> int:
         """The step of the newest checkpoint; -1 if there is none."""

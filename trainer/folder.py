@@ -64,6 +64,7 @@ class RunFolder:
                 raise ConfigError(problem)
         except BaseException as error:
             if isinstance(error, TrainingError):
+                self.fail(topology.rank, error, lost_peer=False, step=0)
                 with suppress(OSError):
                     settle(self.path, str(error), error.exit_code)
             self._lock.release()
@@ -94,6 +95,7 @@ class RunFolder:
         A rank that only lost a peer leaves the word to it for a moment.
         """
         told = {"rank": rank, "step": step, "reason": str(error), "exit_code": error.exit_code, "retry": error.retry}
+        told["life"] = os.environ.get("ONECURVE_LIFE")  # which start of the ranks it was
         deadline = time.monotonic() + (PATIENCE_S if lost_peer else 0)
         while not (first := read_failure(self.path)) and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -159,7 +161,7 @@ def _unwritable(config: Config, error: OSError) -> str:
 
 
 def read_failure(folder: Path) -> dict[str, Any] | None:
-    """What the first rank that failed told: {"rank", "step", "reason", "exit_code", "retry"}."""
+    """What the first rank that failed told: {"rank", "step", "reason", "exit_code", "retry", "life"}."""
     try:
         return json.loads((folder / FAILURE).read_bytes())
     except (OSError, ValueError):

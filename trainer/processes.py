@@ -12,11 +12,12 @@ from pathlib import Path
 _PR_SET_PDEATHSIG = 1
 
 
-def die_with_parent() -> None:
-    """The kernel (of Linux) kills this process when its parent ends, however that does."""
+def die_with_parent(parent: int | None = None) -> None:
+    """The kernel (of Linux) kills this process when its parent ends, however that does. `parent`: who that is, where it
+    may be gone already."""
     if sys.platform != "linux":
         return
-    parent = os.getppid()
+    parent = parent or os.getppid()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(4)

@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import json
 import os
+import stat
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -180,8 +181,9 @@ def _file_of_torchrun() -> Path:
     name = hashlib.sha256(repr(attempt).encode()).hexdigest()[:16]
     folder = Path(tempfile.gettempdir()) / f"onecurve-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.stat().st_uid != os.getuid():
-        raise ConfigError(f"{folder}: belongs to somebody else; set TMPDIR to a folder of yours")
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise ConfigError(f"{folder}: is not a folder of yours alone; set TMPDIR to one that is")
     if os.environ.get("RANK") == "0":
         remove_afterwards(folder / name)
     return folder / name
