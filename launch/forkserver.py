@@ -6,6 +6,7 @@ gone, however it went, so are this process and all ranks; when this process is, 
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import json
 import os
@@ -13,6 +14,7 @@ import select
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -38,7 +40,18 @@ def main() -> None:
         rank.become()
         from trainer.__main__ import guarded
 
-        sys.exit(guarded(rank.arguments, time.monotonic()))
+        code = guarded(rank.arguments, time.monotonic())
+        end(code)
+
+
+def end(code: int) -> None:
+    """Ends as multiprocessing's forks do: what was registered is run, but the interpreter not taken apart, in which
+    threads of libraries may be caught and abort."""
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 class Forked(Exception):  # no error: leaves the server's loop in the child

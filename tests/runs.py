@@ -60,7 +60,8 @@ class Run:
 
     def train(self, expect: int = 0) -> str:
         """Runs to its end, by the fork server of this test process; gives the output. Checks the exit code."""
-        if self.env or self.launcher:
+        of_users = any("plugins=" in part or part.startswith("--") for part in self.overrides)  # found in their folder
+        if self.env or self.launcher or of_users:
             return self._train_by_torchrun(expect)
         codes, output = forks.train([*self.base, f"run.dir={self.folder}", *self.overrides], self.procs)
         assert set(codes) == {expect} or (self.procs > 1 and expect in codes), f"exit codes {codes}\n{output}"

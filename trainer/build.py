@@ -205,6 +205,7 @@ def build(
         clock=clock,
         folder=folder,
         identity=identity,
+        born=float(os.environ.get("ONECURVE_BORN", clock.born)),
         time_limit=Interval.parse(config.launch.time_limit or 0).amount or math.inf,
     )
 

@@ -219,6 +219,7 @@ class _Opening:
             tolerant=self.tolerant and training,
             before=before,
             team=self.team,
+            patient=restarted(),  # it was right when the run was started by hand
         )
 
     def source(self, shards: Shards, tokenizer: Tokenizer, held_out: bool = False) -> Source:

@@ -65,10 +65,15 @@ class Job:
     clock: TimeLedger
     folder: RunFolder
     identity: Identity  # goes into each checkpoint's manifest
-    time_limit: float  # seconds; then the run stops as if it was asked to
+    born: float  # `time.monotonic()` of the start; of the launcher, where it restarts the run
+    time_limit: float  # seconds since then; then the run stops as if it was asked to
+    closed: bool = False
 
     def close(self) -> None:
-        """Ends threads and lets go of the process group."""
+        """Ends threads and lets go of the process group; once."""
+        if self.closed:
+            return
+        self.closed = True
         self.stream.close()
         self.saver.close()
         self.strategy.close()
@@ -105,8 +110,8 @@ def train(job: Job) -> Progress:
 def go_on(job: Job, progress: Progress) -> Progress:
     """Trains from here to the last step. Raises Rollback where the last checkpoint is to be gone on from instead."""
     config, clock, strategy, guard = job.config, job.clock, job.strategy, job.guard
-    saving, saved_at = Interval.parse(config.checkpoint.every), readings(progress, 0.0)
-    born, unread, read_every = time.monotonic(), Unread(), 1
+    saving, saved_at = Interval.parse(config.checkpoint.every), None
+    unread, read_every = Unread(), 1
     while progress.step < config.train.steps:
         clock.switch("data_wait")
         point("data.next")
@@ -133,7 +138,7 @@ def go_on(job: Job, progress: Progress) -> Progress:
         if not (evaluate_now or save_now or len(unread.steps) >= read_every):
             continue
 
-        votes, rows, bad = read_numbers(job, unread, progress, time.monotonic() - born)
+        votes, rows, bad = read_numbers(job, unread, progress, time.monotonic() - job.born)
         judge(job, rows, bad, unread.steps)
         job.stragglers.took(unread.data_wait, strategy.timer.read())
         job.journal.events(job.stragglers.look(progress.step, votes["elapsed"]))
@@ -148,7 +153,7 @@ def go_on(job: Job, progress: Progress) -> Progress:
         job.journal.rows(rows, unread.steps)
         now = readings(progress, votes["elapsed"])
         stop = votes["stop"] > 0 and not last
-        if stop or save_now or votes["save"] > 0 or saving.due(saved_at, now):
+        if stop or save_now or votes["save"] > 0 or saving.due(saved_at or now, now):
             save(job, progress, rows[-1].get("eval"), must=stop or last)
         saved_at, unread = now, Unread(pace=rows[-1]["step_s"])
         if stop:
@@ -217,10 +222,12 @@ def read_numbers(
     own["pace"] = unread.pace / job.topology.world_size
     votes = {f"vote/{name}": torch.full((n,), float(value), dtype=torch.float64) for name, value in own.items()}
     prints = {"fingerprint": torch.stack(unread.fingerprints)} if unread.fingerprints else {}
-    numbers = job.strategy.reduce({**sums, **votes, **prints})
+    judged = {name: torch.stack([getattr(update, name) for update in unread.updates]) for name in ("bad", "skipped")}
+    numbers = job.strategy.reduce({**sums, **votes, **prints, **judged})
     norms = torch.stack([update.grad_norm for update in unread.updates]).tolist()
-    skipped = torch.stack([update.skipped for update in unread.updates]).tolist()
-    bad = torch.stack([update.bad for update in unread.updates]).tolist()
+    skipped, bad = ([count > 0 for count in numbers[name]] for name in ("skipped", "bad"))
+    if parted := [count for count in numbers["skipped"] if 0 < count < job.topology.world_size]:
+        part_ways(job, progress.step, int(parted[0]))
 
     step_s = (time.monotonic() - unread.since) / n
     rows = []
@@ -244,7 +251,7 @@ def judge(job: Job, rows: list[dict[str, Any]], bad: list[bool], steps: list[Ste
     """Says what follows bad steps. Raises Rollback, or TrainingError."""
     if not any(bad):
         return
-    job.journal.events(job.saver.wait())
+    wait_for_save(job)
     for i, row in enumerate(rows):
         if not bad[i]:
             continue
@@ -258,10 +265,17 @@ def judge(job: Job, rows: list[dict[str, Any]], bad: list[bool], steps: list[Ste
             raise Rollback
 
 
+def part_ways(job: Job, step: int, count: int) -> None:
+    """Some processes have done an update that others have not: one of them computes wrongly. As `compare_replicas`."""
+    wait_for_save(job)
+    job.journal.event(**job.guard.corrupted(step, [], may_go_back=job.saver.newest is not None))
+    raise Rollback(f"{count} of {job.topology.world_size} processes left a step out")
+
+
 def compare_replicas(job: Job, step: int) -> None:
     """Raises Rollback where a process has other weights than those it shares them with; or TrainingError."""
     if odd := job.replicas.odd(job.strategy.state()):
-        job.journal.events(job.saver.wait())
+        wait_for_save(job)
         job.journal.event(**job.guard.corrupted(step, odd, may_go_back=job.saver.newest is not None))
         raise Rollback
 
@@ -295,7 +309,10 @@ def save(job: Job, progress: Progress, evaluation: dict[str, float] | None, must
         "evaluation": evaluation,
         "guard": job.guard.state(),
     }
-    job.journal.events(job.saver.save(progress.step, job.strategy.state(), about, must))
+    state = job.strategy.state()
+    with job.clock.watched_elsewhere():  # it may wait for the save before
+        events = job.saver.save(progress.step, state, about, must)
+    job.journal.events(events)
     job.requests.done(SAVE)
     job.clock.switch("productive")
 
@@ -303,10 +320,16 @@ def save(job: Job, progress: Progress, evaluation: dict[str, float] | None, must
 def finish_saving(job: Job) -> None:
     """Waits for the save in flight. Raises TrainingError if the run would end without it."""
     job.clock.switch("checkpoint")
-    job.journal.events(job.saver.wait())
+    wait_for_save(job)
     job.clock.switch("finishing")
     if job.saver.problem is not None:
         raise TrainingError(f"the last checkpoint could not be saved: {job.saver.problem}")
+
+
+def wait_for_save(job: Job) -> None:
+    with job.clock.watched_elsewhere():
+        events = job.saver.wait()
+    job.journal.events(events)
 
 
 def readings(progress: Progress, elapsed: float) -> dict[str, float]:

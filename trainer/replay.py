@@ -215,6 +215,7 @@ def _on_the_way(
     told(what, 0, count)
     for done in range(start, step - 1):
         sums, row = strategy.train_step(share.step(done).micro_batches), rows[done + 1]
+        strategy.timer.read()
         norm = _without_update(strategy) if row["skipped"] else strategy.update(row["lr"]).grad_norm
         numbers = Numbers(float(sums["loss"]) / max(1, int(sums["count"])), float(norm))
         if apart_since is None and not numbers.same(_recorded(row)):

@@ -69,6 +69,8 @@ def run(config: Config, born: float) -> None:
             except Interrupted as stop:
                 stopped = stop
                 job.journal.close("interrupted", str(stop), stop.exit_code)
+            job.close()
+            topology.close()
         except BaseException as failure:
             log.error("%s", "".join(traceback.format_exception(failure)))
             raise _told(failure, config, topology, folder, job) from failure
@@ -76,7 +78,6 @@ def run(config: Config, born: float) -> None:
             watchdog.close()
             if job is not None:
                 job.close()
-        topology.close()
         if stopped:
             raise stopped
         if topology.is_main:
@@ -88,7 +89,7 @@ def _told(
 ) -> OnecurveError:
     """Tells of a failure once for all ranks; gives the error that this rank ends with."""
     error, lost_peer = _explained(failure, config, folder.path, topology)
-    first = folder.fail(topology.rank, error, lost_peer, job.journal.step if job else 0)
+    first = folder.fail(topology.rank, error, lost_peer, job.clock.step if job else 0)
     if topology.is_main:
         with suppress(Exception):  # the disk may be what failed
             if first["retry"] and will_restart():

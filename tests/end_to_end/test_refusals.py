@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -160,7 +161,7 @@ def test_diverging_training_stops_with_advice(tmp_path: Path) -> None:
     run = Run(tmp_path / "run", overrides=("train.steps=20", "optimizer.lr=1e30", "schedule.warmup_steps=0"))
     output = run.train(expect=4)
     assert "not finite" in output
-    assert "Lower optimizer.lr (now 1e+30)" in output
+    assert re.search(r"Lower optimizer.lr \(now \d", output)
     assert run.status()["state"] == "failed"
     assert run.status()["exit_code"] == 4
 

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -57,8 +58,8 @@ def test_a_crash_that_repeats_ends_the_run_with_its_cause(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("victim", ["supervisor", pytest.param("server", marks=pytest.mark.slow)])
 def test_nothing_is_left_behind(victim: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TMPDIR", str(temporary := tmp_path / "tmp"))
-    temporary.mkdir()
+    temporary = Path(tempfile.mkdtemp())  # names of sockets must be short
+    monkeypatch.setenv("TMPDIR", str(temporary))
     shared = set(Path("/dev/shm").iterdir())
     run = Run(tmp_path / "run", 2, (*FOR_EVER, "data.workers=1", "data.processes=true"))
     process = launched(run)
@@ -99,8 +100,8 @@ def test_torchrun_restarts_it_likewise(tmp_path: Path, undisturbed: Run) -> None
 
 
 def test_torchrun_killed_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TMPDIR", str(temporary := tmp_path / "tmp"))
-    temporary.mkdir()
+    temporary = Path(tempfile.mkdtemp())  # names of sockets must be short
+    monkeypatch.setenv("TMPDIR", str(temporary))
     run = Run(tmp_path / "run", 2, FOR_EVER)
     process = run.start()
     wait_for(run, 3, process)

@@ -131,10 +131,18 @@ class Saver:
     def _write(self, step: int, about: dict[str, Any], prints: dict[str, int]) -> list[Event]:
         started = time.monotonic()
         try:
-            return self._attempts(step, about, prints, started)
+            events = self._attempts(step, about, prints, started)
         finally:
             self._begun = None
             self.took.append(time.monotonic() - started)
+        if self.mirror is not None and events[0]["kind"] == "checkpoint":
+            started, problem = time.monotonic(), self.mirror.put(self.folder / folder_name(step), self.topology.saving)
+            copied = {"step": step, "seconds": round(time.monotonic() - started, 3), "to": self.mirror.url}
+            told = (
+                {"kind": "checkpoint_not_mirrored", "reason": problem} if problem else {"kind": "checkpoint_mirrored"}
+            )
+            events.append({**told, **copied})
+        return events
 
     def _attempts(self, step: int, about: dict[str, Any], prints: dict[str, int], started: float) -> list[Event]:
         for number, pause in enumerate((0.0, *self.pauses)):
@@ -145,15 +153,7 @@ class Saver:
         event = {"step": step, "seconds": round(time.monotonic() - started, 3), "tries": number + 1}
         if error is not None:
             return [{"kind": "checkpoint_failed", **event, "reason": error}]
-        events: list[Event] = [{"kind": "checkpoint", **event, "bytes": size}]
-        if self.mirror is not None:
-            started, problem = time.monotonic(), self.mirror.put(self.folder / folder_name(step), self.topology.saving)
-            copied = {"step": step, "seconds": round(time.monotonic() - started, 3), "to": self.mirror.url}
-            told = (
-                {"kind": "checkpoint_not_mirrored", "reason": problem} if problem else {"kind": "checkpoint_mirrored"}
-            )
-            events.append({**told, **copied})
-        return events
+        return [{"kind": "checkpoint", **event, "bytes": size}]
 
     def _try(self, step: int, about: dict[str, Any], prints: dict[str, int], number: int) -> tuple[int, str | None]:
         """Gives the checkpoint's size and, on all ranks alike, why it is not there."""

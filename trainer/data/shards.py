@@ -125,6 +125,7 @@ class Shards:
         tolerant: bool = False,
         before: Sequence[tuple[str, Summary]] = (),
         team: Team = ALONE,
+        patient: bool = False,
     ) -> Shards:
         """The shards that `spec` means (see `expand`) to the first rank of `team`, indexed where they are not yet: each
         rank its part.
@@ -132,11 +133,12 @@ class Shards:
         `field`: a member that all samples must have. None: none, and the indexes of others are believed, so that a
         shard is not walked before it is read. `tolerant`: of a damaged shard what lies before the damage is used.
         `before`: file names and summaries of the shards in an earlier life of the run; if they are these shards, what
-        was damaged, repaired or counted by another since is taken as it was then.
+        was damaged, repaired or counted by another since is taken as it was then. `patient`: a server that does not
+        answer is waited for; else what is wrong now is told now.
         Raises ConfigError on all ranks, with all that is wrong; its exit code is DataError's if damage is all.
         """
         urls: list[str] = team.agreed(lambda: expand(spec, key, allow_pipe=storage.allow_pipe))
-        field, hasty = field and field.lower(), replace(storage, patience_s=0)  # what is wrong now is to be told now
+        field, hasty = field and field.lower(), replace(storage, patience_s=storage.patience_s * patient)
         look = partial(_look, storage=hasty, field=field, tolerant=tolerant, counts=Counts(hasty))
         same = [name for name, _ in before] == list(map(file_name, urls))
         known: Sequence[Summary | None] = [summary for _, summary in before] if same else [None] * len(urls)

@@ -9,21 +9,19 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
 
-def step_unless(optimizer: torch.optim.Optimizer, refused: Tensor, on_device: bool | None = None) -> None:
+def step_unless(optimizer: torch.optim.Optimizer, refused: Tensor) -> None:
     """Steps unless `refused` (a bool scalar).
 
-    Optimizers whose kernels can leave their work undone (torch's fused ones, as for its GradScaler) decide on the GPU;
-    for the others this waits to know. `on_device`: which of the two; None: as fits.
+    Optimizers whose kernels can leave their work undone (torch's fused ones, as for its GradScaler) decide on the
+    device; for the others this waits to know.
     """
     fused: Any = optimizer
-    if on_device is None:
-        on_device = refused.device.type != "cpu"
+    example = optimizer.param_groups[0]["params"][0]
     hooks = optimizer._optimizer_step_post_hooks  # an average of weights would count a step that was not done
-    if not (on_device and optimizer.defaults.get("fused") and not hooks):
+    if hooks or not optimizer.defaults.get("fused") or example.device.type != refused.device.type:
         if not bool(refused):
             optimizer.step()
         return
-    example = optimizer.param_groups[0]["params"][0]
     found = refused.float()
     if isinstance(example, DTensor):
         mesh = example.device_mesh

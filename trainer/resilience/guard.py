@@ -88,7 +88,7 @@ class Guard:
             self.rolling["loss"].took(torch.tensor(loss, device=self.device), fine)
 
     def judge(self, row: Row, may_go_back: bool) -> Row:
-        """What follows a bad step: the event that tells of it. `action` is "rollback" or "left out".
+        """What follows a bad step: the event that tells of it. `action` is "rollback", "left out" or "kept".
 
         Raises TrainingError where the run shall end.
         """
@@ -105,12 +105,14 @@ class Guard:
         if len(self.left_out) > self.config.limit:
             many = f"{len(self.left_out)} bad steps among the last {self.config.window}: {self.left_out}"
             raise TrainingError(f"step {step}: {found}: {kind}; {many}. {advice}, or raise guard.limit.")
-        return {**event, "action": "left out"}
+        # A loss that is not finite while its gradient is: the update was done, as any process could have done it.
+        return {**event, "action": "left out" if row["skipped"] else "kept"}
 
     def corrupted(self, step: int, odd: Sequence[int], may_go_back: bool) -> Row:
         """What follows where these ranks have weights of their own: the event. Raises TrainingError to end the run."""
         who = f"rank {odd[0]}: its weights differ" if len(odd) == 1 else f"ranks {list(odd)}: their weights differ"
-        reason = f"step {step}: {who} from those of the processes that hold the same; its memory or processor is faulty"
+        who = f"{who} from those of the processes that hold the same" if odd else "processes disagree on the gradient"
+        reason = f"step {step}: {who}; memory or processor of one is faulty"
         self.corruptions += 1
         if not may_go_back or self.corruptions > self.config.limit:
             raise TrainingError(f"{reason}; {self.corruptions} times in this life. Replace the hardware and go on.")

@@ -35,7 +35,8 @@ def report(thread_name: str) -> dict[str, Any]:
         "where": _where(frames),
         "reader": _reader() if any("loader.py" in name for name in inside) else None,
         "collective": collective and collective.strip("_"),
-        "waits": not busy and (collective is not None or backward or _in_native(frames)),
+        # CUDA's host spins while it waits for the device.
+        "waits": (not busy or torch.cuda.is_initialized()) and bool(collective or backward or _in_native(frames)),
         "backward": backward and collective is None,
         "busy": busy,
         "stack": traceback.format_stack(frame) if frame else [],
@@ -53,12 +54,17 @@ def _walk(frame: FrameType | None) -> Any:
 
 def _where(frames: list[FrameType]) -> str:
     """The innermost place that is the project's or the user's own."""
-    own = [frame for frame in frames if not any(part in frame.f_code.co_filename for part in _FOREIGN)]
-    own = [frame for frame in own if not frame.f_code.co_filename.startswith("<")]
+    own = [frame for frame in frames if _own(frame.f_code.co_filename)]
     if not own:
         return "nowhere that can be named"
     code = own[0].f_code
     return f"{code.co_filename.removeprefix(_HOME)} {code.co_name}() line {own[0].f_lineno}"
+
+
+def _own(file: str) -> bool:
+    if file.startswith((f"{_HOME}trainer{os.sep}", f"{_HOME}launch{os.sep}")):  # wherever it is installed
+        return True
+    return not file.startswith("<") and not any(part in file for part in _FOREIGN)
 
 
 def _module(frame: FrameType) -> str:

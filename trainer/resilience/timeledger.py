@@ -10,6 +10,8 @@ import atexit
 import time
 import uuid
 from collections import defaultdict, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime, timezone
 
 from trainer.tracking.disk import Appender
@@ -33,7 +35,9 @@ class TimeLedger:
         atexit.register(self.close)  # with samples, report and whatever else comes behind the last step
         self.kind, self.since, self.life = "startup", born, uuid.uuid4().hex[:8]
         self._file, self.step = file, 0
+        self.born: float = born
         self._counted: float = born
+        self.waits = False
         self._unwritten: dict[str, float] = defaultdict(float)
         self._spells: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=REMEMBERED))
         if file is not None:
@@ -52,6 +56,16 @@ class TimeLedger:
     def seconds(self, kind: str) -> list[float]:
         """How long the last spells of a kind took, the newest last."""
         return list(self._spells.get(kind, ()))
+
+    @contextmanager
+    def watched_elsewhere(self) -> Iterator[None]:
+        """While this lasts, what is waited for has a budget of its own, which somebody else looks after."""
+        self.waits = True
+        try:
+            yield
+        finally:
+            self.since = time.monotonic()  # a new spell: what was waited for is none of it
+            self.waits = False
 
     def restored(self, step: int) -> None:
         """Writes down that from here on the run goes on from `step`: in a new life, or after a rollback in this one.

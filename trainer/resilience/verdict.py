@@ -42,11 +42,16 @@ def _waits_in(told: Report) -> str:
 
 
 def _who_is_missing(reports: Mapping[int, Report]) -> tuple[list[int], str]:
-    """All wait. The first to wait is right; who has not come to the same collective is missed there."""
+    """All wait. Right are most of them, else the first to wait; who has not come to the same collective is missed."""
     known = {rank: told["last"] for rank, told in reports.items() if told["last"]}
     if known:
+        came = Counter((last["group"], last["number"]) for last in known.values())
+        usual, count = came.most_common(1)[0]
         first = min(known.values(), key=lambda last: last["time"])
-        missing = [rank for rank, told in reports.items() if told["counts"].get(first["group"], 0) < first["number"]]
+        if count * 2 > len(reports):
+            first = next(last for last in known.values() if (last["group"], last["number"]) == usual)
+        group, number = first["group"], first["number"]
+        missing = [rank for rank, told in reports.items() if told["counts"].get(group, number) < number]
         if missing and len(missing) < len(reports):
             return sorted(missing), f", and left out {first['name'].partition(':')[2]} that others wait in"
     places = Counter((told["step"], told["where"]) for told in reports.values())

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config import schema
+from trainer.data.storage import outage
 from trainer.errors import Crashed
 from trainer.files import replace_file
 from trainer.folder import RunFolder
@@ -62,8 +63,10 @@ class Watchdog:
 
     def __init__(self, config: schema.Watchdog, topology: Topology, folder: RunFolder, clock: TimeLedger):
         self.config, self.topology, self.folder, self.clock = config, topology, folder, clock
-        self.activities = [Activity(lambda: (clock.kind, clock.since), clock.seconds, "MainThread")]
+        steps = Activity(self._step, lambda kind: () if kind == "startup" else clock.seconds(kind), "MainThread")
+        self.activities = [steps]
         self.files = folder.path / "logs" / f"hang-{topology.broadcast(uuid.uuid4().hex[:8])}"
+        self._outage = self.files.with_name(f"{self.files.name}-waits-{topology.rank}")
         self._stop = threading.Event()
         if not config.enabled:
             return
@@ -79,10 +82,26 @@ class Watchdog:
 
     def close(self) -> None:
         self._stop.set()
+        self._outage.unlink(missing_ok=True)
+        if self.config.enabled and self._stacks is not None:
+            faulthandler.unregister(signal.SIGUSR2)
+            os.close(self._stacks)
+            self._stacks = None
+
+    def _step(self) -> tuple[str, float] | None:
+        return None if self.clock.waits else (self.clock.kind, self.clock.since)
 
     def _watch(self) -> None:
+        try:
+            self._look()
+        except OSError as error:  # no word can be left for the others: they will find this process gone
+            print(f"\nonecurve: the watchdog cannot use {self.files}: {error}", file=sys.stderr, flush=True)
+            os._exit(4)
+
+    def _look(self) -> None:
         looked, forgiven = time.monotonic(), defaultdict[int, tuple[float, float]](lambda: (0.0, 0.0))
         while not self._stop.wait(LOOK_S):
+            self._tell_of_outage()
             now = time.monotonic()
             asleep, looked = now - looked - LOOK_S, now
             for number, activity in enumerate(self.activities):
@@ -94,11 +113,21 @@ class Watchdog:
                 # This thread did not run either: the whole process was stopped, and goes on.
                 forgiven[number] = since, lost + (asleep if asleep > 1 else 0.0)
                 seconds, may = now - since - forgiven[number][1], budget(activity.spells(kind), self.config)
-                if seconds > may:
+                if seconds > may and self._waits_for_data():
+                    forgiven[number] = since, forgiven[number][1] + seconds
+                elif seconds > may:
                     self._alarm(number, seconds, may)
             if (self.files / "alarm.json").exists():
                 self._end()
                 return
+
+    def _tell_of_outage(self) -> None:
+        """While this rank waits for a data server (data.patience_s), all others are patient, too."""
+        if outage.is_on() != self._outage.exists():
+            self._outage.touch() if outage.is_on() else self._outage.unlink()
+
+    def _waits_for_data(self) -> bool:
+        return any(self.files.parent.glob(f"{self.files.name}-waits-*"))
 
     def _alarm(self, number: int, seconds: float, may: float) -> None:
         self.files.mkdir(parents=True, exist_ok=True)

@@ -24,6 +24,11 @@ def waiting(url: str, reason: str, patience_s: float) -> None:
     _tell(f"waiting for {server} ({reason}), up to {patience_s:g} s (data.patience_s)")
 
 
+def is_on() -> bool:
+    """Whether something is waited for."""
+    return bool(_waited_for)
+
+
 def answered(url: str) -> None:
     """Something came from where `url` is."""
     if not _waited_for:
