@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+import torch.distributed
 
 _HOME = str(Path(__file__).parents[2]) + os.sep
 _FOREIGN = (f"{os.sep}site-packages{os.sep}", f"{os.sep}dist-packages{os.sep}", f"lib{os.sep}python3")
@@ -116,7 +117,8 @@ def _recorded() -> dict[str, Any]:
         entries = []
     if not entries:
         return {"last": None, "counts": {}, "flight_recorder": []}
-    counts: dict[str, int] = {}
+    world = getattr(torch.distributed.distributed_c10d, "_world", None)  # who is in a group without having used it
+    counts: dict[str, int] = dict.fromkeys(getattr(world, "pg_names", {}).values(), 0)
     for entry in entries:
         counts[entry["process_group"][0]] = max(counts.get(entry["process_group"][0], 0), entry["collective_seq_id"])
     newest = entries[-1]
