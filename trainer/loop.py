@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.checkpoint.load import Found, newest, read
+from trainer.checkpoint.load import newest
 from trainer.checkpoint.plan import fingerprint_of
 from trainer.checkpoint.save import Saver
 from trainer.config import Config
@@ -26,6 +26,7 @@ from trainer.resilience.agreement import AgreedStream
 from trainer.resilience.guard import Guard, Rollback
 from trainer.resilience.interruption import SAVE, STOP, Requests
 from trainer.resilience.quarantine import Quarantine
+from trainer.resilience.recovery import compare_replicas, judge, part_ways, restore, wait_for_save
 from trainer.resilience.replicas import Replicas
 from trainer.resilience.stragglers import Stragglers
 from trainer.resilience.timeledger import TimeLedger
@@ -197,17 +198,6 @@ def go_back(job: Job) -> Progress:
     return progress
 
 
-def restore(job: Job, found: Found) -> None:
-    """Fills the strategy with what a checkpoint holds."""
-    state = dict(job.strategy.state())
-    if found.manifest["config"]["optimizer"]["name"] != job.config.optimizer.name:  # another one begins anew
-        state = {name: tensor for name, tensor in state.items() if not name.startswith("optimizer/")}
-    read(found, state)
-    job.strategy.load_state(state)
-    job.guard.load_state(found.manifest.get("guard", {}))
-    job.saver.goes_on_from(found.manifest["step"])
-
-
 def read_numbers(
     job: Job, unread: Unread, progress: Progress, elapsed: float
 ) -> tuple[dict[str, float], list[dict[str, Any]], list[bool]]:
@@ -245,39 +235,6 @@ def read_numbers(
         })  # fmt: skip
         bad[i] |= not math.isfinite(loss)
     return {name: numbers[f"vote/{name}"][-1] for name in own}, rows, bad
-
-
-def judge(job: Job, rows: list[dict[str, Any]], bad: list[bool], steps: list[StepData]) -> None:
-    """Says what follows bad steps. Raises Rollback, or TrainingError."""
-    if not any(bad):
-        return
-    wait_for_save(job)
-    for i, row in enumerate(rows):
-        if not bad[i]:
-            continue
-        try:
-            event = job.guard.judge(row, may_go_back=job.saver.newest is not None)
-        except TrainingError:
-            job.journal.rows(rows[: i + 1], steps[: i + 1])
-            raise
-        job.journal.event(**event)
-        if event["action"] == "rollback":
-            raise Rollback
-
-
-def part_ways(job: Job, step: int, count: int) -> None:
-    """Some processes have done an update that others have not: one of them computes wrongly. As `compare_replicas`."""
-    wait_for_save(job)
-    job.journal.event(**job.guard.corrupted(step, [], may_go_back=job.saver.newest is not None))
-    raise Rollback(f"{count} of {job.topology.world_size} processes left a step out")
-
-
-def compare_replicas(job: Job, step: int) -> None:
-    """Raises Rollback where a process has other weights than those it shares them with; or TrainingError."""
-    if odd := job.replicas.odd(job.strategy.state()):
-        wait_for_save(job)
-        job.journal.event(**job.guard.corrupted(step, odd, may_go_back=job.saver.newest is not None))
-        raise Rollback
 
 
 def mean_loss(strategy: Strategy, sums: Sums) -> float:
@@ -324,12 +281,6 @@ def finish_saving(job: Job) -> None:
     job.clock.switch("finishing")
     if job.saver.problem is not None:
         raise TrainingError(f"the last checkpoint could not be saved: {job.saver.problem}")
-
-
-def wait_for_save(job: Job) -> None:
-    with job.clock.watched_elsewhere():
-        events = job.saver.wait()
-    job.journal.events(events)
 
 
 def readings(progress: Progress, elapsed: float) -> dict[str, float]:

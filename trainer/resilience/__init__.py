@@ -1,1 +1,1 @@
-"""Resilience: being asked to stop, and where the time went."""
+"""What keeps a run alive and honest: requests, guards, the watchdog, quarantine, the ledger of time."""
