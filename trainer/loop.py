@@ -181,6 +181,8 @@ def start(job: Job) -> Progress:
         job.journal.event("quarantined", **event)
     job.stream.seek(progress.step, job.quarantine.left_out)
     point("start.restored")
+    if found is None and job.config.guard.bad_step == "rollback" and Interval.parse(job.config.checkpoint.every).amount:
+        save(job, progress, None, must=False)  # where a bad step before the first checkpoint goes back to
     return progress
 
 
