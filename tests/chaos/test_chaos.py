@@ -24,7 +24,7 @@ SEED = int(os.environ.get("ONECURVE_SEED", "6"))
 
 def marked(cell: Cell) -> Any:
     quick = (cell.name, cell.processes) == ("fsdp", 3)
-    return pytest.param(cell, 5 if quick else 15, id=cell.folder, marks=[] if quick else [pytest.mark.slow])
+    return pytest.param(cell, 4 if quick else 15, id=cell.folder, marks=[] if quick else [pytest.mark.slow])
 
 
 @pytest.mark.parametrize(("cell", "faults"), [marked(cell) for cell in cells() if cell.processes > 1])
