@@ -1,15 +1,18 @@
 """What looking after a run costs a step: `python benchmarks/survival.py` writes survival.json, in 3 minutes.
 
 One process trains the main job's model in one run. Every 20 steps watchdog and guards (spikes of norms and losses by a
-window of 128 steps) are switched off or on; the times of neighbouring blocks are compared. A call of a fault point is
-timed by itself, times the calls of a step: they cannot be taken out of the program.
+window of 128 steps) are switched off or on, and the times of neighbouring blocks compared: a bound as wide as the
+machine is noisy. Each part is timed by itself, too: the guards' work, the processor time of the watchdog's thread, and
+a call of a fault point times the calls of a step.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -36,7 +39,16 @@ class Switching:
 
     def __init__(self, stream: Any, job: loop.Job, watchdog: Any):
         self.stream, self.job, self.watchdog = stream, job, watchdog
-        self.activities = list(watchdog.activities)
+        self.activities, self.born, self.watchdog_share = list(watchdog.activities), time.perf_counter(), 0.0
+        self.loss_s, mean_loss = 0.0, loop.mean_loss
+
+        def timed(*arguments: Any) -> float:
+            begun = time.perf_counter()
+            loss = mean_loss(*arguments)
+            self.loss_s += time.perf_counter() - begun
+            return loss
+
+        loop.mean_loss = timed
         self.guards, self.steps, self.begun = job.guard.rolling, 0, (0.0, 0.0)
         self.blocks: list[tuple[float, float]] = []  # seconds by the clock and of the processor; odd ones are guarded
 
@@ -52,6 +64,7 @@ class Switching:
             self.job.guard.rolling = self.guards if guarded else {}
             self.watchdog.activities[:] = self.activities if guarded else []
             self.begun = time.perf_counter(), time.process_time()
+            self.watchdog_share = thread_seconds("watchdog") / (time.perf_counter() - self.born)
         self.steps += 1
         return next(self.stream)
 
@@ -71,13 +84,25 @@ def measure() -> dict[str, Any]:
     blocks = found[0].blocks[1:]  # the first one warms up
     pairs = [(blocks[i], blocks[i + 1]) if i % 2 else (blocks[i + 1], blocks[i]) for i in range(len(blocks) - 1)]
     step_s = statistics.median(off[0] for off, _ in pairs) / BLOCK
+    parts = {
+        "guards": 100 * (guard_s() + found[0].loss_s / found[0].steps * 2) / step_s,  # every other block has them
+        "watchdog": 100 * found[0].watchdog_share,
+        "fault points": 100 * POINTS_A_STEP * call_s() / step_s,
+    }
     return {
         "step_ms, off": round(1000 * step_s, 2),
+        "each part by itself, % of a step": {name: round(value, 4) for name, value in parts.items()},
+        "their sum, % of a step": round(sum(parts.values()), 3),
         "watchdog and guards, % of a step, by the clock": percent([on[0] / off[0] for off, on in pairs]),
         "watchdog and guards, % of a step, of the processor": percent([on[1] / off[1] for off, on in pairs]),
-        "fault points, % of a step": round(100 * POINTS_A_STEP * call_s() / step_s, 4),
-        "guard alone, microseconds a step": round(1e6 * guard_s(), 1),
     }
+
+
+def thread_seconds(name: str) -> float:
+    """Processor time of a thread so far."""
+    (thread,) = [thread for thread in threading.enumerate() if thread.name == name]
+    fields = Path(f"/proc/self/task/{thread.native_id}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def percent(ratios: list[float]) -> dict[str, float]:
