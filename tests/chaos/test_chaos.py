@@ -15,7 +15,7 @@ from tests.chaos.storm import Forked, Storm
 from tests.runs import TINY, Run, assert_same_bits
 
 COMMON = (
-    *TINY, "train.clip_norm=0.5", "train.steps=200", "checkpoint.every=5", "train.log_every=2", "eval.every=40",
+    *TINY, "train.clip_norm=0.5", "checkpoint.every=5", "train.log_every=2", "eval.every=40",
     "model.layers=4", "model.dropout=0.1", "track.console=false", "track.wandb.mode=disabled",
     "watchdog.grace_s=0", "watchdog.first_s=20", "launch.timeout_s=20",
 )  # fmt: skip
@@ -30,9 +30,10 @@ def marked(cell: Cell) -> Any:
 @pytest.mark.parametrize(("cell", "faults"), [marked(cell) for cell in cells() if cell.processes > 1])
 def test_storm(cell: Cell, faults: int, tmp_path: Path, record_property: Any) -> None:
     print(f"ONECURVE_SEED={SEED}")
-    undisturbed = Run(tmp_path / "undisturbed", cell.processes, cell.overrides, base=COMMON)
+    overrides = (*cell.overrides, f"train.steps={200 if faults > 10 else 80}")
+    undisturbed = Run(tmp_path / "undisturbed", cell.processes, overrides, base=COMMON)
     undisturbed.train()
-    storm = Storm(Run(tmp_path / cell.folder, cell.processes, cell.overrides, base=COMMON), SEED)
+    storm = Storm(Run(tmp_path / cell.folder, cell.processes, overrides, base=COMMON), SEED)
     try:
         storm.rage(faults)
     finally:
