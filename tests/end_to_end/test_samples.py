@@ -112,6 +112,7 @@ def overrides(tmp_path: Path) -> tuple[str, ...]:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_same_curve_on_any_processes_and_workers(overrides: tuple[str, ...], tmp_path: Path) -> None:
     one = Run(tmp_path / "one", 1, (*overrides, "track.report=true"))
     one.train()
