@@ -52,7 +52,7 @@ def run(config: Config, born: float) -> None:
         fault_points.arm(config.debug.faults, folder.path, topology.rank)
         disk = Disk(folder.path)
         clock = TimeLedger(disk.appended(GOODPUT) if topology.is_main else None, born)
-        watchdog = Watchdog(config.watchdog, topology, folder, clock)
+        watchdog = Watchdog(config.watchdog, topology, folder, clock, config.train.compile)
         try:
             inputs = open_inputs(config, topology, found)
             folder.keep(inputs.tokenizer, inputs.catalogue)

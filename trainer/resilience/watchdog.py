@@ -61,7 +61,12 @@ def budget(spells: Sequence[float], config: schema.Watchdog) -> float:
 class Watchdog:
     """Looks after what the main thread does, by `clock`, and after the `activities` that are added."""
 
-    def __init__(self, config: schema.Watchdog, topology: Topology, folder: RunFolder, clock: TimeLedger):
+    def __init__(
+        self, config: schema.Watchdog, topology: Topology, folder: RunFolder, clock: TimeLedger, compiles: bool = False
+    ):
+        """`compiles`: any step may meet a shape that is new to torch.compile, and take as long as the first one."""
+        if compiles:
+            config = config.model_copy(update={"grace_s": max(config.grace_s, config.first_s)})
         self.config, self.topology, self.folder, self.clock = config, topology, folder, clock
         steps = Activity(self._step, lambda kind: () if kind == "startup" else clock.seconds(kind), "MainThread")
         self.activities = [steps]
