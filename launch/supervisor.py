@@ -23,6 +23,8 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
+from trainer.errors import ConfigError
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 PEERS_S = 3.0  # what the other ranks get to end by themselves, once one has told why it failed
 TOGETHER_S = 0.05  # ranks that are killed within this time were killed together
@@ -36,6 +38,10 @@ class Ranks:
 
     def __init__(self, procs: int, output: IO[bytes] | None = None):
         """`procs`: at most. `output`: where all of them write, if not where this process does."""
+        if sys.platform != "linux":
+            raise ConfigError(
+                "onecurve train needs Linux; here: torchrun --standalone --nproc-per-node N -m trainer ..."
+            )
         self.procs = procs
         environment = dict(os.environ)
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // procs)))
