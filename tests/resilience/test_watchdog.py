@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from statistics import median
 
 import pytest
 
@@ -70,10 +71,13 @@ def test_a_hang_is_found_told_and_survived(kind: str, tmp_path: Path, undisturbe
 def test_no_false_alarm(tmp_path: Path) -> None:
     """5,000 steps, one of them ten times as slow."""
     steps = ("train.steps=5000", "checkpoint.every=1000", "eval.every=0", "data.ledger=false", "model.layers=1")
-    slow = "debug.faults=[step.after_backward:delay@0.5:2500:1]"
+    slow = "debug.faults=[step.after_backward:delay@1:2500:1]"  # a step takes 20 to 50 ms
     run = Run(tmp_path / "run", 2, (*steps, slow, "watchdog.grace_s=0", "watchdog.first_s=100"))
     run.train()
-    assert max(row["step_s"] for row in run.metrics()) > 10 * sorted(row["step_s"] for row in run.metrics())[2500]
+    steps = [row["step_s"] for row in run.metrics()]
+    usual = median(steps)
+    assert 10 * (max(steps) - usual) > 9 * usual  # ten are read together: one of them took ten times as long
+    assert list((run.folder / "logs" / "faults").iterdir())
     assert not list((run.folder / "logs").glob("hang*"))
 
 
