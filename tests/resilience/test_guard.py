@@ -147,6 +147,8 @@ def test_each_step_is_repeated_once() -> None:
     row = {"step": 7, "loss": math.nan, "grad_norm": 1.0, "lr": 0.1, "skipped": True}
     assert guard.judge(row, may_go_back=True)["action"] == "rollback"
     assert guard.judge(row, may_go_back=True)["action"] == "left out"
+    guard.passed(7)
+    assert guard.judge(row, may_go_back=True)["action"] == "rollback"  # an accident each time
     with pytest.raises(TrainingError, match="2 bad steps"):
         guard.judge({**row, "step": 8}, may_go_back=False)
     with pytest.raises(TrainingError, match="step 7"):

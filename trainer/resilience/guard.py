@@ -62,7 +62,7 @@ class Guard:
             for kind, sigmas in (("norm", config.norm_spike), ("loss", config.loss_spike))
             if sigmas is not None
         }
-        self.repeated: set[int] = set()  # steps that were bad, and that the run has gone back for
+        self.repeated: set[int] = set()  # steps that were bad the last time, and that the run has gone back for
         self.left_out: list[int] = []
         self.corruptions = 0
 
@@ -107,6 +107,10 @@ class Guard:
             raise TrainingError(f"step {step}: {found}: {kind}; {many}. {advice}, or raise guard.limit.")
         # A loss that is not finite while its gradient is: the update was done, as any process could have done it.
         return {**event, "action": "left out" if row["skipped"] else "kept"}
+
+    def passed(self, step: int) -> None:
+        """A step that was fine: if it was bad before, that was an accident, and its next one is another."""
+        self.repeated.discard(step)
 
     def corrupted(self, step: int, odd: Sequence[int], may_go_back: bool) -> Row:
         """What follows where these ranks have weights of their own: the event. Raises TrainingError to end the run."""

@@ -26,11 +26,11 @@ def restore(job: Job, found: Found) -> None:
 
 def judge(job: Job, rows: list[dict[str, Any]], bad: list[bool], steps: list[StepData]) -> None:
     """Says what follows bad steps. Raises Rollback, or TrainingError."""
-    if not any(bad):
-        return
-    wait_for_save(job)
+    if any(bad):
+        wait_for_save(job)
     for i, row in enumerate(rows):
         if not bad[i]:
+            job.guard.passed(row["step"])
             continue
         try:
             event = job.guard.judge(row, may_go_back=job.saver.newest is not None)
