@@ -28,7 +28,7 @@ ON_MAIN = (
     "checkpoint.after_rename",
     "checkpoint.before_prune",
 )
-LIFE_S = 90.0  # in which a life must end, whatever happens
+LIFE_S = 300.0  # in which a life must end, whatever happens
 
 
 @dataclass
