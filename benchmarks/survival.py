@@ -25,7 +25,7 @@ from trainer.config.compose import load
 from trainer.data.stream import StepData
 from trainer.resilience.guard import Guard
 
-BLOCK, BLOCKS = 20, 41
+BLOCK, BLOCKS = 20, 31
 POINTS_A_STEP = 40  # six in the loop, one a micro-batch, one a sequence that is read (24), those of saves
 CONFIG = (
     "experiment=shakespeare", "strategy=single", "train.global_batch=24", f"train.steps={BLOCK * BLOCKS}",
