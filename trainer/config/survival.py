@@ -1,0 +1,72 @@
+"""Keys of what keeps a run alive: guards, the watchdog, faults on purpose, the launcher."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from trainer.config.section import Count, FaultText, Float, Int, IntervalText, Plugin, Positive, Section
+
+
+class Guard(Section):
+    bad_step: Literal["rollback", "skip", "stop"] = Field(
+        description="What follows a step whose loss or gradient is not finite, or a spike; its update is never done. "
+        "rollback: go back to the checkpoint before it (with `checkpoint.every`, the state at birth is one) and repeat "
+        "the steps; one that is bad once more is its batch's fault and left out. skip: leave it out at once. stop: end "
+        "the run."
+    )
+    limit: Int = Field(
+        ge=0, description="How many of the last `guard.window` steps may be bad before the run ends with exit code 4."
+    )
+    norm_spike: Positive | None = Field(
+        description="A gradient norm that lies further above the median of the last `guard.window` steps than so many "
+        "standard deviations (estimated from the median deviation) is a spike, such as 10. null: none is."
+    )
+    loss_spike: Positive | None = Field(
+        description="The same for the loss. Costs a sum over all processes a step before the update. null: none is."
+    )
+    window: Int = Field(ge=8, description="Steps that spikes are judged by; a quarter of them must have been done.")
+    replicas_every: Int = Field(
+        ge=0,
+        description="Steps between two comparisons of weights that several processes hold, by fingerprint: where one "
+        "has others, the run goes back to the last checkpoint. 0: none.",
+    )
+
+
+class Watchdog(Section):
+    grace_s: Float = Field(
+        ge=0,
+        description="Seconds that a step, wait for data, save or evaluation may take beyond 5 s or three times what 99 "
+        "of 100 took so far, before it is a hang: all processes tell where they are, and the run ends to be restarted.",
+    )
+    first_s: Positive = Field(
+        description="The same for what was never timed before: the start, a first step (which compiles), a first save."
+    )
+    enabled: bool = Field(description="Look for hangs.")
+
+
+class Debug(Section):
+    faults: list[FaultText] = Field(
+        description="What goes wrong on purpose, to rehearse: `point:action:n:rank`, such as "
+        "`[step.after_backward:kill:3:1]`; docs/SURVIVAL.md lists points and actions."
+    )
+
+
+class Launch(Plugin):
+    procs: Count | None = Field(description="Processes that `onecurve train` starts. null: one a GPU, or one.")
+    min_procs: Count | None = Field(
+        description="`onecurve train` goes on with as few as these where a process fails again and again; the global "
+        "batch stays. null: with all or not at all."
+    )
+    grow_s: Positive = Field(description="Seconds after which a run that goes on with fewer tries all of them again.")
+    restarts: Int = Field(
+        ge=0,
+        description="How often `onecurve train` restarts from the newest checkpoint when a process was killed, crashed "
+        "or hung. Counted anew with each new checkpoint; the same failure twice at one step ends the run at once.",
+    )
+    grace_s: Count = Field(description="Seconds that processes get to save when `onecurve train` is told to stop.")
+    timeout_s: Count = Field(description="Seconds after which a collective that hangs is an error.")
+    time_limit: IntervalText | None = Field(
+        description="Wall time, such as `3h`, after which the run stops as if it was asked to: saved, exit code 75."
+    )
