@@ -5,7 +5,7 @@ PROCS  ?= $(shell [ "$$(nvidia-smi -L 2>/dev/null | wc -l)" = 1 ] && echo 1 || e
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 
-.PHONY: install train test test-all lint format docs parity anywhere clean
+.PHONY: install train test test-all test-slurm lint format docs parity anywhere clean
 
 install: $(VENV)/.dev
 
@@ -31,6 +31,10 @@ test: lint
 
 test-all: lint
 	$(BIN)/python -m pytest -n 2 --dist loadscope -m "slow or not slow"
+
+# A real Slurm of its own, on this machine: minutes. Part of test-all.
+test-slurm: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/slurm -m "slow or not slow"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

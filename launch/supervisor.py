@@ -16,13 +16,18 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any
+from typing import IO, Any, cast
 
+import yaml
+
+from trainer.config import Config
+from trainer.config.check import check
+from trainer.config.launch import Local
 from trainer.errors import ConfigError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
@@ -149,26 +154,17 @@ class Budget:
 
 
 class Supervisor:
-    def __init__(
-        self,
-        folder: Path,
-        arguments: list[str],
-        procs: int,
-        *,
-        fits: Callable[[int], bool],
-        min_procs: int,
-        restarts: int,
-        grace_s: float,
-        grow_s: float,
-    ):
-        """`arguments`: of `python -m trainer`. `fits`: whether the config is valid on so many processes."""
-        self.folder, self.arguments, self.procs = folder, arguments, procs
-        self.fits, self.min_procs, self.grace_s, self.grow_s = fits, min_procs, grace_s, grow_s
-        self.budget, self.requests = Budget(restarts), Requests()
+    def __init__(self, config: Config, procs: int):
+        self.config, self.launch, self.procs = config, cast(Local, config.launch), procs
+        self.folder, self.min_procs = Path(config.run.dir).expanduser(), min(procs, self.launch.min_procs or procs)
+        self.budget, self.requests = Budget(self.launch.restarts), Requests()
         self.strikes = dict.fromkeys(range(procs), 0)
         self.restart, self.life = 0, ""
         self.born = time.monotonic()
         self.ranks = Ranks(procs)
+        # Composed once: each life has the same config, whatever becomes of its files. Nothing of it is left behind.
+        self._composed = os.memfd_create("onecurve-config")
+        os.write(self._composed, yaml.safe_dump(config.resolved()).encode())
 
     def __enter__(self) -> Supervisor:
         return self
@@ -206,7 +202,8 @@ class Supervisor:
         """One life of the ranks, to the end of all of them."""
         ranks, life, alive = self.ranks, Life(), set(range(len(slots)))
         self.life = uuid.uuid4().hex
-        ranks.start(self.arguments, slots, self.restart, {"ONECURVE_LIFE": self.life, "ONECURVE_BORN": str(self.born)})
+        arguments = ["--config", f"/proc/{os.getpid()}/fd/{self._composed}"]
+        ranks.start(arguments, slots, self.restart, {"ONECURVE_LIFE": self.life, "ONECURVE_BORN": str(self.born)})
         began, deadline, killed = time.monotonic(), float("inf"), False
         while alive:
             try:
@@ -225,10 +222,14 @@ class Supervisor:
                 deadline = min(deadline, now + (PEERS_S if code > 0 else TOGETHER_S))
             if self.requests.stop and not life.asked:
                 ranks.signal(signal.SIGTERM)
-                life.asked, deadline = True, min(deadline, now + self.grace_s)
-            if len(slots) < self.procs and now > began + self.grow_s and not (life.grow or life.asked or life.first):
+                life.asked, deadline = True, min(deadline, now + self.launch.grace_s)
+            if (
+                len(slots) < self.procs
+                and now > began + self.launch.grow_s
+                and not (life.grow or life.asked or life.first)
+            ):
                 ranks.signal(signal.SIGTERM)
-                life.grow, deadline = True, min(deadline, now + self.grace_s)
+                life.grow, deadline = True, min(deadline, now + self.launch.grace_s)
             if alive and (now >= deadline or self.requests.interrupts > 1):
                 ranks.signal(signal.SIGKILL)
                 killed = True
@@ -271,9 +272,14 @@ class Supervisor:
         """The slots of the next life: all, or fewer where some had their strikes and the run may do without them."""
         good = [slot for slot, strikes in self.strikes.items() if strikes < STRIKES]
         for size in range(len(good), self.min_procs - 1, -1):
-            if self.fits(size):
+            if self._fits(size):
                 return good[:size]
         return list(self.strikes)
+
+    def _fits(self, procs: int) -> bool:
+        with suppress(ConfigError):
+            return bool(check(self.config.resolved(), procs))
+        return False
 
     def _what_failed(self, life: Life) -> str:
         if told := self._failure():

@@ -12,8 +12,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from trainer.config import Config
-from trainer.config.compose import load
+from trainer.config.compose import load_sized
+from trainer.config.launch import Local
 from trainer.errors import ConfigError
 from trainer.tracking.jsonl import read_status
 
@@ -28,34 +28,15 @@ def add_commands(commands: Any) -> None:
 
 def train(arguments: argparse.Namespace) -> int:
     """Exit code of the run: 0 finished, 2 config, 3 data, 4 failed, 75 interrupted."""
-    overrides, procs = list(arguments.overrides), arguments.procs
-    if procs is None:
-        procs = _default_procs(load(overrides, config_dir=arguments.config_dir))
-    if procs < 1:
-        raise ConfigError(f"-n {procs}: at least one process is needed")
-    config = load(overrides, procs, arguments.config_dir)
-    folder = Path(config.run.dir).expanduser()
-    if arguments.config_dir:
-        overrides += ["--config-dir", arguments.config_dir]
-
-    def fits(processes: int) -> bool:
-        with suppress(ConfigError):
-            return bool(load(arguments.overrides, processes, arguments.config_dir))
-        return False
-
+    if arguments.procs is not None and arguments.procs < 1:
+        raise ConfigError(f"-n {arguments.procs}: at least one process is needed")
+    config, procs = load_sized(arguments.overrides, arguments.procs, arguments.config_dir, otherwise=_gpus)
+    folder, launch = Path(config.run.dir).expanduser(), config.launch
+    if not isinstance(launch, Local):
+        raise ConfigError(f"launch={launch.name}: `onecurve train` starts processes here; for Slurm: `onecurve submit`")
     from launch.supervisor import Supervisor  # late: torch, and the config's problems should show at once
 
-    launch = config.launch
-    with Supervisor(
-        folder,
-        overrides,
-        procs,
-        fits=fits,
-        min_procs=min(procs, launch.min_procs or procs),
-        restarts=launch.restarts,
-        grace_s=launch.grace_s,
-        grow_s=launch.grow_s,
-    ) as supervisor:
+    with Supervisor(config, procs) as supervisor:
         from trainer.folder import settle
         from trainer.given import open_given
         from trainer.inputs import open_shards
@@ -64,7 +45,7 @@ def train(arguments: argparse.Namespace) -> int:
         open_given(config, ALONE, open_shards(config, ALONE).tokenizer)
         code, reason = supervisor.run()
     if code == 0:
-        _what_next(folder, procs, overrides)
+        _what_next(folder, procs, arguments)
     elif folder.is_dir():
         with suppress(Timeout, OSError), FileLock(folder / ".lock", blocking=False):  # unless somebody trains there
             if read_status(folder).get("state") == "running" and reason:
@@ -73,21 +54,20 @@ def train(arguments: argparse.Namespace) -> int:
     return code
 
 
-def _default_procs(config: Config) -> int:
-    if config.launch.procs:
-        return config.launch.procs
+def _gpus() -> int:
     import torch
 
     return max(1, torch.cuda.device_count())
 
 
-def _what_next(folder: Path, procs: int, overrides: list[str]) -> None:
+def _what_next(folder: Path, procs: int, arguments: argparse.Namespace) -> None:
     """The next commands to try, ready to paste."""
     program = Path(sys.argv[0])
     near = program.absolute().is_relative_to(Path.cwd())  # such as .venv/bin/onecurve: say it so that it can be pasted
     name = os.path.relpath(program) if near else "onecurve"
     longer = f"train.steps={2 * read_status(folder)['steps']}"
-    same = [part for part in overrides if not part.startswith(("train.steps=", "run.fresh="))]
+    own = ["--config-dir", arguments.config_dir] if arguments.config_dir else []
+    same = [part for part in [*own, *arguments.overrides] if not part.startswith(("train.steps=", "run.fresh="))]
     again = shlex.join([name, "train", "-n", str(procs), *same, longer])
     print(f"\nreport  {folder / 'report.html'}\n\nnext:")
     print(f"  {name} sample {folder} --prompt 'JULIET:'   # more text from the model")

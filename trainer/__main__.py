@@ -36,12 +36,21 @@ def guarded(arguments: Sequence[str], born: float) -> int:
 
 
 def command(arguments: Sequence[str], born: float) -> None:
-    """Plain overrides (and `--config-dir`) train; any other option is Hydra's command line."""
-    from trainer.config.compose import load
+    """Plain overrides (and `--config-dir`) train, as does `--config` with a config that a launcher has composed; any
+    other option is Hydra's command line."""
+    from trainer.config.compose import load, load_composed
     from trainer.topology import world_size
 
-    config_dir, rest = _config_dir(arguments)
-    if any(argument in ("--help", "-h") for argument in rest):
+    config_dir, rest = _taken(arguments, "--config-dir", "-cd")
+    composed, more = _taken(arguments, "--config")
+    if composed is not None:
+        from trainer.errors import ConfigError
+        from trainer.run import run
+
+        if more:
+            raise ConfigError(f"--config {composed}: is a whole config; leave out {' '.join(more)}")
+        run(load_composed(composed, world_size()), born)
+    elif any(argument in ("--help", "-h") for argument in rest):
         from trainer.config.reference import help_text
 
         print(help_text())
@@ -70,18 +79,18 @@ def tell(error: Exception) -> None:
         print(f"\nonecurve: {where}{error}", file=sys.stderr)
 
 
-def _config_dir(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
-    """Takes `--config-dir DIR` (also `-cd DIR`, `--config-dir=DIR`) out of the arguments."""
-    rest, folder, waiting = [], None, False
+def _taken(arguments: Sequence[str], *names: str) -> tuple[str | None, list[str]]:
+    """The value of an option (`--name VALUE`, `--name=VALUE`), and the arguments without it."""
+    rest, found, waiting = [], None, False
     for argument in arguments:
         name, equals, value = argument.partition("=")
         if waiting:
-            folder, waiting = argument, False
-        elif name in ("--config-dir", "-cd"):
-            folder, waiting = value or folder, not equals
+            found, waiting = argument, False
+        elif name in names:
+            found, waiting = value or found, not equals
         else:
             rest.append(argument)
-    return folder, rest
+    return found, rest
 
 
 if __name__ == "__main__":

@@ -116,7 +116,7 @@ class RunFolder:
                 if self.mirror and self.mirror.steps():
                     return f"checkpoint.mirror={self.mirror.url}: holds a run; with run.fresh=true choose another"
                 if self.path.exists():
-                    self._set_aside()
+                    set_aside(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
             if (told := read_failure(self.path)) and told.get("retry"):  # whatever else ended it, somebody has seen to
@@ -131,16 +131,6 @@ class RunFolder:
         except (ConfigError, TrainingError) as error:
             return str(error)
         return None
-
-    def _set_aside(self) -> None:
-        """Renames the old run, while nobody else trains in it."""
-        if not (self.path / "config.yaml").is_file() and any(self.path.iterdir()):
-            raise ConfigError(f"run.dir={self.path}: is no run's folder; run.fresh=true does not touch it")
-        with FileLock(self.path / ".lock", blocking=False):
-            number = 1
-            while (aside := self.path.with_name(f"{self.path.name}.old-{number}")).exists():
-                number += 1
-            self.path.rename(aside)
 
     def _begin(self, config: Config, born: float) -> str | None:
         """From here on the folder says that the run is running; gives the problem if it cannot."""
@@ -158,6 +148,17 @@ class RunFolder:
 
 def _unwritable(config: Config, error: OSError) -> str:
     return f"run.dir={config.run.dir}: cannot be written: {error.strerror}; choose another run.dir"
+
+
+def set_aside(path: Path) -> None:
+    """Renames the folder of an old run, while nobody else trains in it. Raises ConfigError, Timeout, OSError."""
+    if not (path / "config.yaml").is_file() and not (path / "slurm").is_dir() and any(path.iterdir()):
+        raise ConfigError(f"run.dir={path}: is no run's folder; run.fresh=true does not touch it")
+    with FileLock(path / ".lock", blocking=False):
+        number = 1
+        while (aside := path.with_name(f"{path.name}.old-{number}")).exists():
+            number += 1
+        path.rename(aside)
 
 
 def read_failure(folder: Path) -> dict[str, Any] | None:

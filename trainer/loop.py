@@ -162,7 +162,8 @@ def go_on(job: Job, progress: Progress) -> Progress:
         clock.write(progress.step)
         if stop:
             job.requests.done(STOP)
-            raise Interrupted(f"stopped at step {progress.step} as asked, saved: run the same command to continue")
+            asked = f"as asked{' by SIGUSR1' if votes['give_way'] > 0 else ''}"
+            raise Interrupted(f"stopped at step {progress.step} {asked}, saved: run the same command to continue")
     finish_saving(job)
     clock.write(progress.step)
     return progress
@@ -210,7 +211,12 @@ def read_numbers(
     sums = {f"sum/{name}": torch.stack([part[name] for part in unread.sums]) for name in unread.sums[0]}
     save = job.requests.save() or (main and job.saver.overdue)
     over = main and elapsed > job.time_limit
-    own = {"stop": job.requests.stop() or over, "save": save, "elapsed": elapsed if main else 0.0}
+    own = {
+        "stop": job.requests.stop() or over,
+        "give_way": job.requests.give_way(),
+        "save": save,
+        "elapsed": elapsed if main else 0.0,
+    }
     own["pace"] = unread.pace / job.topology.world_size
     votes = {f"vote/{name}": torch.full((n,), float(value), dtype=torch.float64) for name, value in own.items()}
     prints = {"fingerprint": torch.stack(unread.fingerprints)} if unread.fingerprints else {}

@@ -104,6 +104,8 @@ def _describe(section: str, schema: type[Section], error: ValidationError) -> li
         if item["type"] == "extra_forbidden":
             known = [f"{section}.{name}" for name, _ in keys(schema)]
             lines[key] = f"{key}: no such key{did_you_mean(key, known)}"
+        elif item["type"] == "secret":  # not shown
+            lines[key] = f"{key}: {item['msg']}"
         elif item["type"] == "missing":
             lines[key] = f"{key}: missing; this key has no default"
         else:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import hydra
+import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
@@ -16,14 +18,17 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from trainer.config.check import check, did_you_mean
+from trainer.config.check import check, checked, did_you_mean, option_schema
 from trainer.config.schema import OPTIONS, SECTIONS, Config
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, first_line
 
 
 def load(overrides: Sequence[str], world_size: int = 1, config_dir: str | None = None) -> Config:
     """The checked config of a command line. Raises ConfigError with every problem of it at once."""
-    raw, problems = compose(overrides, config_dir)
+    return _checked(*compose(overrides, config_dir), world_size)
+
+
+def _checked(raw: dict[str, Any], problems: list[str], world_size: int) -> Config:
     try:
         config = check(raw, world_size) if raw else None
     except ConfigError as error:
@@ -31,6 +36,35 @@ def load(overrides: Sequence[str], world_size: int = 1, config_dir: str | None =
     if problems or config is None:
         raise ConfigError(problems)
     return config
+
+
+def load_sized(
+    overrides: Sequence[str],
+    procs: int | None,
+    config_dir: str | None = None,
+    otherwise: Callable[[], int] = lambda: 1,
+) -> tuple[Config, int]:
+    """The checked config, and the number of processes that it is checked for: `procs`, or what its section `launch`
+    asks for, or what `otherwise` finds. Raises ConfigError with every problem at once."""
+    raw, problems = compose(overrides, config_dir)
+    try:
+        launch, run = raw["launch"], raw["run"]
+        schema = option_schema("launch", launch["name"], run["plugins"])
+        procs = procs or checked("launch", schema, launch).processes
+    except (ConfigError, LookupError, TypeError):
+        pass  # the check names it, with all else
+    procs = procs or otherwise()
+    return _checked(raw, problems, procs), procs
+
+
+def load_composed(path: str | os.PathLike[str], world_size: int) -> Config:
+    """The config in a file that holds all values of `Config.resolved()`, as a launcher writes it: whatever happens to
+    the YAML files meanwhile, each start of a run has the same. Raises ConfigError."""
+    try:
+        raw = yaml.safe_load(Path(path).read_bytes())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"--config {path}: cannot be read: {first_line(error)}") from None
+    return check(raw, world_size)
 
 
 def compose(overrides: Sequence[str], config_dir: str | None = None) -> tuple[dict[str, Any], list[str]]:

@@ -7,7 +7,8 @@ from typing import Any
 
 from trainer.config import huggingface, strategy_rules
 from trainer.config.interval import Interval
-from trainer.config.schema import GPT, CausalLM, Data, HuggingFace, Launch, Samples, Section, Train
+from trainer.config.launch import Launch, Slurm, slurm_seconds
+from trainer.config.schema import GPT, CausalLM, Data, HuggingFace, Samples, Section, Train
 from trainer.config.strategy import Layout
 
 SMALLEST_SHARE = 2**-14  # of a source in a mixture: one sequence in a cycle (trainer.data.mixture.LONGEST_CYCLE)
@@ -45,6 +46,19 @@ def problems(sections: Mapping[str, Section], world_size: int) -> Iterator[str]:
 def _launch(launch: Launch) -> Iterator[str]:
     if launch.time_limit is not None and Interval.parse(launch.time_limit).unit != "seconds":
         yield f"launch.time_limit={launch.time_limit}: should be a time, such as 3h or 90min"
+    if isinstance(launch, Slurm):
+        yield from _slurm(launch)
+
+
+def _slurm(launch: Slurm) -> Iterator[str]:
+    if launch.lead_s >= (limit := slurm_seconds(launch.time)):
+        yield f"launch.lead_s={launch.lead_s}: must be less than launch.time={launch.time}, which is {limit} s"
+    if launch.chain > 1 and launch.requeue:
+        way = "set launch.requeue=false, or launch.chain=1"
+        yield f"launch.chain={launch.chain}: a job that queues itself again needs no other behind it; {way}"
+    if bool(launch.container.runtime) != bool(launch.container.image):
+        missing = "image" if launch.container.runtime else "runtime"
+        yield f"launch.container.{missing}: missing; a container has both a runtime and an image"
 
 
 def _batch(train: Train, world_size: int, layout: Layout) -> Iterator[str]:

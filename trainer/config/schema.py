@@ -10,9 +10,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from trainer.config.launch import Local, Slurm
 from trainer.config.section import Count, Float, Int, IntervalText, Plugin, Positive, Section, Share
 from trainer.config.strategy import DDP, FSDP, HSDP, WHOLE, Layout, Pipeline, Precision, Single, Strategy, Zero
-from trainer.config.survival import Debug, Guard, Launch, Watchdog
+from trainer.config.survival import Debug, Guard, Watchdog
 
 
 class Run(Section):
@@ -351,7 +352,7 @@ OPTIONS: dict[str, dict[str, type[Plugin]]] = {
     "precision": dict.fromkeys(("auto", "fp32", "bf16", "fp16", "fp8"), Precision),
     "optimizer": {"adamw": AdamW, "lion": Lion, "muon": Muon},
     "schedule": {"warmup_cosine": WarmupCosine, "linear": Linear, "constant": Constant, "wsd": WSD},
-    "launch": {"local": Launch},
+    "launch": {"local": Local, "slurm": Slurm},
 }
 
 

@@ -1,4 +1,4 @@
-"""Keys of what keeps a run alive: guards, the watchdog, faults on purpose, the launcher."""
+"""Keys of what keeps a run alive: guards, the watchdog, faults on purpose."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from trainer.config.section import Count, FaultText, Float, Int, IntervalText, Plugin, Positive, Section
+from trainer.config.section import FaultText, Float, Int, Positive, Section
 
 
 class Guard(Section):
@@ -50,23 +50,4 @@ class Debug(Section):
     faults: list[FaultText] = Field(
         description="What goes wrong on purpose, to rehearse: `point:action:n:rank`, such as "
         "`[step.after_backward:kill:3:1]`; docs/SURVIVAL.md lists points and actions."
-    )
-
-
-class Launch(Plugin):
-    procs: Count | None = Field(description="Processes that `onecurve train` starts. null: one a GPU, or one.")
-    min_procs: Count | None = Field(
-        description="`onecurve train` goes on with as few as these where a process fails again and again; the global "
-        "batch stays. null: with all or not at all."
-    )
-    grow_s: Positive = Field(description="Seconds after which a run that goes on with fewer tries all of them again.")
-    restarts: Int = Field(
-        ge=0,
-        description="How often `onecurve train` restarts from the newest checkpoint when a process was killed, crashed "
-        "or hung. Counted anew with each new checkpoint; the same failure twice at one step ends the run at once.",
-    )
-    grace_s: Count = Field(description="Seconds that processes get to save when `onecurve train` is told to stop.")
-    timeout_s: Count = Field(description="Seconds after which a collective that hangs is an error.")
-    time_limit: IntervalText | None = Field(
-        description="Wall time, such as `3h`, after which the run stops as if it was asked to: saved, exit code 75."
     )

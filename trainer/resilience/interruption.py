@@ -62,6 +62,10 @@ class Requests:
     def stop(self) -> bool:
         return bool(_asked) or (self.watch_files and (self.folder / STOP).exists())
 
+    def give_way(self) -> bool:
+        """To stop for now: a batch system's signal, after which it is expected to queue again."""
+        return signal.SIGUSR1 in _asked
+
     def save(self) -> bool:
         return self.watch_files and (self.folder / SAVE).exists()
 

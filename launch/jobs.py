@@ -1,0 +1,147 @@
+"""`onecurve status|logs|cancel RUN_DIR`: of a run here, a job of Slurm, or a sweep's job array."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any
+
+from launch import slurm_queue
+from launch.submit import CANCELLED, jobs_of
+from trainer.errors import ConfigError
+from trainer.resilience.interruption import STOP
+from trainer.tracking.jsonl import plain, read, read_status
+
+POLL_S = 0.5
+
+
+def add_commands(commands: Any) -> None:
+    status = commands.add_parser("status", help="how far a run is, and its jobs of Slurm")
+    status.set_defaults(func=tell_status)
+    logs = commands.add_parser("logs", help="what a run wrote")
+    logs.add_argument("-f", "--follow", action="store_true", help="go on as it writes, until the run ends")
+    logs.add_argument("-n", "--lines", type=int, default=40, help="of the end (default: 40)")
+    logs.add_argument("--rank", type=int, help="the log of one process, instead of the job's or the main one's")
+    logs.set_defaults(func=tell_logs)
+    stop = commands.add_parser("cancel", help="save and stop; what is queued is taken from the queue")
+    stop.add_argument("--now", action="store_true", help="do not wait for it to save")
+    stop.set_defaults(func=cancel)
+    for parser in (status, logs, stop):
+        parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+
+
+def tell_status(arguments: argparse.Namespace) -> int:
+    folder = _run_folder(arguments.run_dir)
+    for run in runs_in(folder):
+        print(f"{run.relative_to(folder.parent)}: {summary(run)}")
+    states = slurm_queue.states(jobs_of(folder))
+    for job, (state, where) in states.items():
+        print(f"job {job}: {state} {where}".rstrip())
+    active = any(state in slurm_queue.ACTIVE for state, _ in states.values())
+    if jobs_of(folder) and not active and slurm_queue.is_here():
+        running = [run for run in runs_in(folder) if read_status(run).get("state") == "running"]
+        print(f"no job of it is queued or runs{'; it ended without a word' if running else ''}")
+        if running:
+            print(f"  sbatch {_newest_script(folder)}   # goes on from the newest checkpoint")
+    return 0
+
+
+def summary(run: Path) -> str:
+    """In one line: state, step, loss, what is left."""
+    status = read_status(run)
+    if not status:
+        return "has not begun"
+    told = f"{status['state']}, step {status['step']}/{status['steps']}"
+    with suppress(ConfigError, OSError, KeyError, IndexError, TypeError):
+        rows = read(run / "metrics.jsonl")[-20:]
+        row, left = rows[-1], status["steps"] - rows[-1]["step"]
+        told = f"{status['state']}, step {row['step']}/{status['steps']}, loss {row['loss']:.4f}"
+        if status["state"] == "running" and left:
+            pace = sum(row["step_s"] for row in rows) / len(rows)
+            told += f", {row['tokens_per_s']:,.0f} tok/s, about {_duration(left * pace)} left"
+    reason = status.get("reason")
+    return f"{told}{f' ({plain(reason)})' if reason else ''}"
+
+
+def tell_logs(arguments: argparse.Namespace) -> int:
+    folder = _run_folder(arguments.run_dir)
+    log = _log(folder, arguments.rank)
+    with log.open(errors="replace") as file:
+        print(f"==> {log} <==")
+        print(*deque(file, arguments.lines), sep="", end="", flush=True)
+        if arguments.follow:
+            for text in _grows(file, folder):
+                print(text, end="", flush=True)
+    return 0
+
+
+def cancel(arguments: argparse.Namespace) -> int:
+    folder = _run_folder(arguments.run_dir)
+    jobs = jobs_of(folder)
+    for run in runs_in(folder):
+        if jobs:
+            (run / CANCELLED).touch()  # not queued again
+        if read_status(run).get("state") == "running" and not arguments.now:
+            (run / STOP).touch()
+            print(f"{run}: is asked to save and stop")
+    slurm_queue.cancel(jobs, *([] if arguments.now else ["--state=PENDING"]))
+    if jobs:
+        print(f"{folder}: {'cancelled' if arguments.now else 'nothing of it is queued any more'}")
+    return 0
+
+
+def runs_in(folder: Path) -> list[Path]:
+    """The run in `folder`, or the runs of a sweep."""
+    if (folder / "sweep.json").is_file():
+        return sorted(child for child in folder.iterdir() if (child / "slurm").is_dir() or read_status(child))
+    return [folder]
+
+
+def _run_folder(folder: Path) -> Path:
+    folder = folder.expanduser().absolute()
+    if not read_status(folder) and not (folder / "slurm").is_dir() and not (folder / "sweep.json").is_file():
+        raise ConfigError(f"{folder}: is no run's folder: it has neither status.json nor a job")
+    return folder
+
+
+def _log(folder: Path, rank: int | None) -> Path:
+    if rank is not None:
+        pattern, what = f"logs/rank-{rank}.log", f"no log of rank {rank}"
+    elif jobs_of(folder):
+        pattern, what = "logs/slurm-*.log", "no log yet: its job has not started"
+    else:
+        pattern, what = "logs/rank-0.log", "no log yet"
+    found = sorted(folder.glob(pattern), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise ConfigError(f"{folder / pattern}: {what}")
+    return found[-1]
+
+
+def _grows(file: IO[str], folder: Path) -> Iterator[str]:
+    """What is written from now on, until the run has ended and no job of it is left."""
+    looked = time.monotonic()
+    while True:
+        if text := file.read():
+            yield text
+        elif time.monotonic() > looked + 5:
+            looked = time.monotonic()
+            states = slurm_queue.states(jobs_of(folder)).values()
+            queued = any(state in slurm_queue.ACTIVE for state, _ in states)
+            if not queued and read_status(folder).get("state") != "running":
+                return
+        else:
+            time.sleep(POLL_S)
+
+
+def _newest_script(folder: Path) -> Path:
+    numbers = [int(child.name) for child in (folder / "slurm").iterdir() if child.name.isdigit()]
+    return folder / "slurm" / str(max(numbers)) / "job.sbatch"
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min" if minutes else "a minute"

@@ -1,0 +1,57 @@
+"""Slurm's queue: submit, look, cancel. Works without its accounting."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from trainer.errors import ConfigError
+
+ACTIVE = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "RESIZING")
+TIMEOUT_S = 60
+
+
+def is_here() -> bool:
+    return shutil.which("sbatch") is not None
+
+
+def submit(script: Path) -> str:
+    """Its job id. Raises ConfigError with Slurm's reason."""
+    return _run("sbatch", "--parsable", str(script)).strip().partition(";")[0]
+
+
+def test_only(script: Path) -> str:
+    """What Slurm says when the script would start. Raises ConfigError where it refuses it."""
+    return _run("sbatch", "--test-only", str(script)).strip()
+
+
+def states(jobs: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Job (of an array: task) -> state, and why it waits or where it runs. What Slurm has forgotten is left out."""
+    if not jobs or not is_here():
+        return {}
+    found = {}
+    for line in _run("squeue", "--noheader", "--states=all", "--array", "--format=%i|%T|%R").splitlines():
+        name, state, where = line.split("|", 2)
+        if name.partition("_")[0] in jobs:
+            found[name] = (state, where)
+    return found
+
+
+def cancel(jobs: Sequence[str], *options: str) -> None:
+    if jobs:
+        _run("scancel", "--quiet", *options, *jobs)
+
+
+def _run(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        raise ConfigError(
+            f"{command[0]}: no answer in {TIMEOUT_S} s; is Slurm's controller up? `scontrol ping`"
+        ) from None
+    if done.returncode:
+        reason = done.stderr.strip() or f"exit code {done.returncode}"
+        raise ConfigError(f"{command[0]}: {reason.removeprefix(f'{command[0]}: error: ')}")
+    return done.stdout + (done.stderr if "--test-only" in command else "")

@@ -1,0 +1,170 @@
+"""`onecurve submit [--print-only] [overrides]`: writes the job of a run, or of a sweep, and gives it to Slurm.
+
+Beside the script lie the whole config, the overrides and the revision of the code: what is queued is what was checked,
+whatever changes meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from filelock import Timeout
+
+from launch import slurm_queue
+from launch.jobscript import Task, render
+from launch.revision import revision
+from trainer.config import Config
+from trainer.config.compose import load_sized
+from trainer.config.launch import Slurm
+from trainer.errors import ConfigError
+from trainer.files import replace_file
+
+JOBS, CANCELLED, FRUITLESS = "slurm/jobs", "slurm/cancelled", "slurm/fruitless"  # read by slurm/job.sh, too
+
+
+class Job(NamedTuple):
+    """What is submitted: one run, or those of a sweep. `folder`: the run's, or the one that the sweep's runs lie in."""
+
+    name: str
+    folder: Path
+    configs: list[Config]
+    overrides: list[str]
+
+    @property
+    def launch(self) -> Slurm:
+        return self.configs[0].launch
+
+    @property
+    def log(self) -> str:
+        """In sbatch's words, below `folder`."""
+        return "logs/slurm-%A_%a.log" if len(self.configs) > 1 else "logs/slurm-%j.log"
+
+
+def add_commands(commands: Any) -> None:
+    parser = commands.add_parser("submit", help="train on a Slurm cluster")
+    parser.add_argument("--print-only", action="store_true", help="print the script; write and submit nothing")
+    parser.add_argument("--test-only", action="store_true", help="let Slurm judge the script; submit nothing")
+    parser.add_argument("--unchecked-data", action="store_true", help="where the shards can be seen on the nodes alone")
+    parser.add_argument("--config-dir", help="folder with config groups of your own")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="launch=slurm is taken, if none is named")
+    parser.set_defaults(func=submit)
+
+
+def submit(arguments: argparse.Namespace) -> int:
+    job = composed(arguments.overrides, arguments.config_dir)
+    if arguments.print_only:
+        print(_script(job, 1), end="")
+        return 0
+    if not slurm_queue.is_here():
+        raise ConfigError("submit: there is no sbatch here; run it where Slurm is, or look with --print-only")
+    if not arguments.unchecked_data:
+        _look_at_data(job.configs[0])
+    _refuse_twice(job)
+    script = write(job)
+    if arguments.test_only:
+        print(f"{slurm_queue.test_only(script)}\nscript  {script}")
+        return 0
+    jobs = [slurm_queue.submit(script) for _ in range(job.launch.chain)]
+    for folder in {job.folder, *map(folder_of, job.configs)}:
+        with (folder / JOBS).open("a") as file:
+            file.writelines(f"{number}\n" for number in jobs)
+    log = job.folder / job.log.replace("%j", jobs[0]).replace("%A_%a", f"{jobs[0]}_0")
+    what = f"{len(job.configs)} runs, " if len(job.configs) > 1 else ""
+    print(f"{job.name}: submitted as job {' '.join(jobs)}: {what}{job.launch.nodes} node(s)")
+    print(f"\nscript  {script}\nlog     {log}\n\nnext:")
+    for command in ("status", "logs --follow", "cancel"):
+        print(f"  onecurve {command} {shlex.quote(str(job.folder))}")
+    return 0
+
+
+def composed(overrides: list[str], config_dir: str | None) -> Job:
+    """The checked configs. Raises ConfigError with all problems."""
+    if not any(text.lstrip("+").startswith("launch=") for text in overrides):
+        overrides = ["launch=slurm", *overrides]
+    config, _ = load_sized(overrides, None, config_dir)
+    if not isinstance(config.launch, Slurm):
+        raise ConfigError(f"launch={config.launch.name}: submit needs launch=slurm, or none named")
+    return Job(config.run.name, folder_of(config), [config], overrides)
+
+
+def folder_of(config: Config) -> Path:
+    return Path(config.run.dir).expanduser().absolute()
+
+
+def write(job: Job) -> Path:
+    """The job's files, in folders of their own; gives the script. Raises ConfigError where a folder takes none."""
+    try:
+        for config in job.configs:
+            folder = folder_of(config)
+            if config.run.fresh and folder.exists():
+                from trainer.folder import set_aside  # late: torch
+
+                set_aside(folder)
+            (folder / "logs").mkdir(parents=True, exist_ok=True)
+        number = 1
+        while (job.folder / "slurm" / str(number)).exists():
+            number += 1
+        for config in job.configs:
+            files = folder_of(config) / "slurm" / str(number)
+            files.mkdir(parents=True, exist_ok=True)
+            values = config.resolved()
+            values["run"]["fresh"] = False  # done
+            replace_file(files / "config.yaml", yaml.safe_dump(values, sort_keys=False).encode())
+            for name in (CANCELLED, FRUITLESS):
+                (folder_of(config) / name).unlink(missing_ok=True)
+        (job.folder / "logs").mkdir(parents=True, exist_ok=True)
+        files = job.folder / "slurm" / str(number)
+        files.mkdir(parents=True, exist_ok=True)
+        about, diff = revision(Path.cwd())
+        replace_file(files / "overrides.txt", (shlex.join(job.overrides) + "\n").encode())
+        replace_file(files / "revision.json", (json.dumps(about, indent=1) + "\n").encode())
+        if diff:
+            replace_file(files / "changes.diff", diff.encode())
+        replace_file(files / "job.sbatch", _script(job, number).encode())
+    except Timeout:
+        raise ConfigError(f"run.dir={job.folder}: another process trains in this folder; stop it first") from None
+    except OSError as error:
+        raise ConfigError(
+            f"run.dir={job.folder}: cannot be written: {error.strerror}; choose another run.dir"
+        ) from None
+    return files / "job.sbatch"
+
+
+def _script(job: Job, number: int) -> str:
+    tasks = [
+        Task(folder_of(config), folder_of(config) / "slurm" / str(number) / "config.yaml") for config in job.configs
+    ]
+    log = str(job.folder).replace("%", "%%") + "/" + job.log
+    return render(job.launch, job.name, tasks, Path(log), Path.cwd())
+
+
+def _refuse_twice(job: Job) -> None:
+    """Two jobs in one folder: the second would wait, and fail."""
+    for config in job.configs:
+        folder = folder_of(config)
+        for name, (state, where) in slurm_queue.states(jobs_of(folder)).items():
+            if state in slurm_queue.ACTIVE:
+                way = f"`onecurve cancel {shlex.quote(str(folder))}` first, or choose another run.name"
+                raise ConfigError(f"run.dir={folder}: job {name} of this run is {state} {where}: {way}")
+
+
+def jobs_of(folder: Path) -> list[str]:
+    """The jobs that were submitted for a run or sweep, oldest first."""
+    try:
+        return (folder / JOBS).read_text().split()
+    except FileNotFoundError:
+        return []
+
+
+def _look_at_data(config: Config) -> None:
+    """Raises ConfigError or DataError for what the ranks would end with, hours later."""
+    from trainer.given import open_given  # late: torch
+    from trainer.inputs import open_shards
+    from trainer.topology import ALONE
+
+    open_given(config, ALONE, open_shards(config, ALONE).tokenizer)
