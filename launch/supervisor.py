@@ -25,6 +25,7 @@ from typing import IO, Any, cast
 
 import yaml
 
+from launch import failure
 from trainer.config import Config
 from trainer.config.check import check
 from trainer.config.launch import Local
@@ -91,10 +92,10 @@ class Ranks:
         *lines, self._unread = (self._unread + received).split(b"\n")
         return [(told["rank"], told["code"]) for told in map(json.loads, lines)]
 
-    def close(self) -> None:
-        """Nothing of the ranks is left when this returns."""
+    def close(self) -> int:
+        """Nothing of the ranks is left when this returns. Gives the server's exit code: above 0 where it failed."""
         self._connection.close()
-        self._server.wait()
+        return self._server.wait()
 
     def _send(self, order: dict[str, Any]) -> None:
         with suppress(BrokenPipeError, ConnectionResetError):  # `ended` tells of it
@@ -159,7 +160,7 @@ class Supervisor:
         self.folder, self.min_procs = Path(config.run.dir).expanduser(), min(procs, self.launch.min_procs or procs)
         self.budget, self.requests = Budget(self.launch.restarts), Requests()
         self.strikes = dict.fromkeys(range(procs), 0)
-        self.restart, self.life = 0, ""
+        self.restart, self.life, self.told = 0, "", False
         self.born = time.monotonic()
         self.ranks = Ranks(procs)
         # Composed once: each life has the same config, whatever becomes of its files. Nothing of it is left behind.
@@ -180,7 +181,8 @@ class Supervisor:
             before = self._newest()
             life = self._live(slots)
             if LOST in life.codes:  # the server is gone, and its ranks with it
-                self.ranks.close()
+                if self.ranks.close() > 0:
+                    return 4, "this Python cannot import the trainer, as it says above; `onecurve doctor` looks closer"
                 self.ranks = Ranks(self.procs)
             if (end := self._end(life)) is not None:
                 return end
@@ -188,6 +190,7 @@ class Supervisor:
                 self.strikes = dict.fromkeys(self.strikes, STRIKES - 1)
                 told = f"trying {self.procs} processes again"
             elif refused := self._after_failure(life, slots, progressed=self._newest() > before):
+                self._tell(life, refused)
                 return 4, f"{self._what_failed(life)}: {refused}"
             else:
                 told = f"{self._what_failed(life)}, restart {self.budget.used} of {self.budget.restarts}"
@@ -246,6 +249,7 @@ class Supervisor:
             return 75, "stopped as asked"
         told = self._failure()
         if told and not told.get("retry"):
+            self._tell(life, "")
             return int(told["exit_code"]), str(told["reason"])
         if life.asked:
             return 75, "stopped as asked, before there was anything new to save"
@@ -284,10 +288,13 @@ class Supervisor:
     def _what_failed(self, life: Life) -> str:
         if told := self._failure():
             return f"rank {told['rank']} failed at step {told['step']} ({str(told['reason']).splitlines()[0]})"
-        for rank in life.first:
-            code = life.codes[rank]
-            return f"rank {rank} was killed (signal {-code})" if code < 0 else f"rank {rank} ended with code {code}"
-        return "the processes were killed"
+        return failure.what_ended([(rank, life.codes[rank]) for rank in life.first])
+
+    def _tell(self, life: Life, no_restart: str) -> None:
+        """The one block of a failed run."""
+        self.told = True
+        ended = [(rank, life.codes[rank]) for rank in life.first]
+        print(failure.block(self.folder, self._failure(), ended, no_restart), file=sys.stderr, flush=True)
 
     def _failure(self) -> dict[str, Any] | None:
         """What a rank of this life told."""

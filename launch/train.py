@@ -46,10 +46,10 @@ def train(arguments: argparse.Namespace) -> int:
         code, reason = supervisor.run()
     if code == 0:
         _what_next(folder, procs, arguments)
-    elif folder.is_dir():
+    elif reason and not supervisor.told and read_status(folder).get("state") in (None, "running"):
+        print(f"\nonecurve: {reason}", file=sys.stderr)
+    if code and folder.is_dir():
         with suppress(Timeout, OSError), FileLock(folder / ".lock", blocking=False):  # unless somebody trains there
-            if read_status(folder).get("state") == "running" and reason:
-                print(f"\nonecurve: {reason}", file=sys.stderr)
             settle(folder, reason or f"a process ended with code {code}", code)
     return code
 

@@ -11,6 +11,8 @@ class OnecurveError(Exception):
     exit_code = 4
     retry = False
     """Whether it may go better from the last checkpoint, with nothing changed."""
+    recorded = False
+    """Whether the run's folder says so: then `onecurve train` tells of it, once for all ranks."""
 
     def __init__(self, reason: str, exit_code: int | None = None):
         super().__init__(reason)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from trainer import fault_points, loop, sampling
 from trainer.build import build, check_machine
+from trainer.causes import advice
 from trainer.config import Config
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError, Crashed, Interrupted, OnecurveError, PeerLost, TrainingError
@@ -90,6 +92,7 @@ def _told(
     """Tells of a failure once for all ranks; gives the error that this rank ends with."""
     error, lost_peer = _explained(failure, config, folder.path, topology)
     first = folder.fail(topology.rank, error, lost_peer, job.clock.step if job else 0)
+    error.recorded = True
     if topology.is_main:
         with suppress(Exception):  # the disk may be what failed
             if first["retry"] and will_restart():
@@ -107,7 +110,8 @@ def _explained(failure: BaseException, config: Config, folder: Path, topology: T
         return OnecurveError(str(failure), failure.exit_code), False
     if isinstance(failure, OnecurveError):
         return failure, False
-    if isinstance(failure, (torch.OutOfMemoryError, MemoryError)):
+    no_memory = isinstance(failure, (torch.OutOfMemoryError, MemoryError))
+    if no_memory or "can't allocate memory" in str(failure):  # torch's words on a CPU
         micro_batch = config.train.micro_batch or config.train.global_batch // topology.dp_size
         ways = ["train.activation_checkpointing=full"] if config.train.activation_checkpointing != "full" else []
         if micro_batch > 1:
@@ -117,6 +121,8 @@ def _explained(failure: BaseException, config: Config, folder: Path, topology: T
         return TrainingError(f"out of memory: try {' or '.join(ways or ['a smaller model'])}. {failure}"), False
     first_line = f"{type(failure).__name__}: {failure}".partition("\n")[0]
     trace = f"(traceback: {folder}/logs/rank-{topology.rank}.log)"
+    if known := advice(str(failure)):
+        first_line += f": {known}"
     lost_peer = isinstance(failure, dist.DistError) or "gloo" in str(failure) or "Connection closed" in str(failure)
     if topology.world_size > 1 and lost_peer:
         return Crashed(f"lost another process, or the way to it: {first_line} {trace}"), True
@@ -145,7 +151,8 @@ def _show(config: Config, folder: Path, tokenizer: Tokenizer, weights: dict[str,
 
 @contextmanager
 def _log(folder: Path, rank: int) -> Iterator[None]:
-    """Warnings and tracebacks of each rank in a file of its own, `logs/rank-N.log`."""
+    """Warnings and tracebacks of each rank in a file of its own, `logs/rank-N.log`; under `onecurve train` all else
+    that ranks other than the main one write, too."""
     handler = logging.FileHandler(folder / "logs" / f"rank-{rank}.log")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     loggers = [log, logging.getLogger("py.warnings")]
@@ -155,9 +162,15 @@ def _log(folder: Path, rank: int) -> Iterator[None]:
     for logger in loggers:
         logger.addHandler(handler)
     log.info("rank %d started: python %s, torch %s", rank, sys.version.split()[0], torch.__version__)
+    errors = os.dup(2)
+    if rank and "ONECURVE_LIFE" in os.environ:
+        with open(handler.baseFilename, "ab") as file:
+            os.dup2(file.fileno(), 2)
     try:
         yield
     finally:
+        os.dup2(errors, 2)
+        os.close(errors)
         for logger in loggers:
             logger.removeHandler(handler)
         handler.close()

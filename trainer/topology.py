@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from trainer import meeting
 from trainer.config.strategy import WHOLE, Layout
 from trainer.errors import ConfigError
 from trainer.processes import remove_afterwards
@@ -157,14 +158,17 @@ def join(timeout_s: int, layout: Layout = WHOLE) -> Topology:
 
 
 def _store(size: int, local_size: int, timeout: datetime.timedelta) -> dist.Store | None:
-    """On one node a file, so that nothing listens on the network and no dead attempt's keys are read: the one that
-    `onecurve train` gives, or under torchrun one of our own.
+    """Where the processes find each other, with no dead attempt's addresses in it. On one node a file, so that nothing
+    listens on the network: the one that `onecurve train` gives, or under torchrun one of our own. Under torchrun on
+    several nodes one that rank 0 serves.
 
     Elsewhere None: torch's own store at MASTER_ADDR.
     """
     given, run_id = os.environ.get("ONECURVE_STORE"), os.environ.get("TORCHELASTIC_RUN_ID")
-    if given is None and (run_id is None or local_size != size):
+    if given is None and run_id is None:
         return None
+    if given is None and local_size != size:
+        return meeting.of_several_nodes(f"onecurve/{next(_JOINED)}", timeout)
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         os.environ.setdefault(name, "lo")
     file = dist.FileStore(given or str(_file_of_torchrun()), size)

@@ -121,7 +121,7 @@ def test_two_nodes_are_on_the_curve_of_one_process(submitted: Submitted, undistu
 
 
 def test_time_is_up(submitted: Submitted, undisturbed: Run) -> None:
-    submitted.overrides = (SLOWLY,)
+    submitted.overrides = ("debug.faults=[data.next:delay@1.5:1+]",)  # Slurm looks twice a minute
     submitted.submit()
     submitted.reach(10)
     elapsed = submitted.cluster.run("squeue", "--noheader", "--format=%M", "--jobs", submitted.jobs[0]).strip()
