@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -52,6 +53,6 @@ def _run(*command: str) -> str:
             f"{command[0]}: no answer in {TIMEOUT_S} s; is Slurm's controller up? `scontrol ping`"
         ) from None
     if done.returncode:
-        reason = done.stderr.strip() or f"exit code {done.returncode}"
-        raise ConfigError(f"{command[0]}: {reason.removeprefix(f'{command[0]}: error: ')}")
+        lines = [re.sub(rf"^{command[0]}: (error: )?", "", line) for line in done.stderr.splitlines()]
+        raise ConfigError(f"{command[0]}: {'; '.join(filter(None, lines)) or f'exit code {done.returncode}'}")
     return done.stdout + (done.stderr if "--test-only" in command else "")

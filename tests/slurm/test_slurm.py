@@ -27,6 +27,7 @@ pytestmark = [
 STEPS = 60
 RUN = (f"train.steps={STEPS}", "train.log_every=1", "watchdog.first_s=120")
 SLOWLY = "debug.faults=[data.next:delay@0.3:1+]"  # so that there is time to disturb it
+SLOWER = "debug.faults=[data.next:delay@1.5:1+]"
 JOB = ("launch.nodes=2", "launch.gpus_per_node=0", "launch.time=60", "launch.lead_s=60")
 
 
@@ -121,7 +122,7 @@ def test_two_nodes_are_on_the_curve_of_one_process(submitted: Submitted, undistu
 
 
 def test_time_is_up(submitted: Submitted, undisturbed: Run) -> None:
-    submitted.overrides = ("debug.faults=[data.next:delay@1.5:1+]",)  # Slurm looks twice a minute
+    submitted.overrides = (SLOWER,)  # Slurm looks twice a minute
     submitted.submit()
     submitted.reach(10)
     elapsed = submitted.cluster.run("squeue", "--noheader", "--format=%M", "--jobs", submitted.jobs[0]).strip()
@@ -212,7 +213,7 @@ def test_a_chain_of_short_jobs(submitted: Submitted, undisturbed: Run) -> None:
 
 
 def test_cancelled(submitted: Submitted) -> None:
-    submitted.overrides = (SLOWLY, "launch.requeue=false", "launch.chain=2")
+    submitted.overrides = (SLOWER, "launch.requeue=false", "launch.chain=2")
     submitted.submit()
     submitted.reach(5)
     twice = submitted.onecurve("submit", *TINY, *RUN, *JOB, f"run.dir={submitted.folder}")
@@ -228,14 +229,14 @@ def test_cancelled(submitted: Submitted) -> None:
 def test_what_slurm_refuses(submitted: Submitted) -> None:
     submitted.overrides = ("launch.partition=nonsense",)
     submitted.submit(expect=2)
-    assert "sbatch: Batch job submission failed: Invalid partition name specified" in submitted.output
+    assert "sbatch: invalid partition specified: nonsense; Batch job submission failed" in submitted.output
     submitted.overrides = ("launch.nodes=9",)
     submitted.submit("--test-only", expect=2)
     assert submitted.jobs == []
 
 
 def test_the_script_may_be_submitted_again(submitted: Submitted, undisturbed: Run) -> None:
-    submitted.overrides = (SLOWLY,)
+    submitted.overrides = (SLOWER,)
     submitted.submit()
     submitted.reach(5)
     submitted.onecurve("cancel", "--now", str(submitted.folder))
