@@ -133,8 +133,9 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def join(timeout_s: int, layout: Layout = WHOLE) -> Topology:
-    """Joins the process group that the launcher's environment describes; alone, none is made."""
+def join(timeout_s: int, layout: Layout = WHOLE, store: dist.Store | None = None) -> Topology:
+    """Joins the process group that the launcher's environment describes; alone, none is made. `store`: where the
+    processes meet, if not where the launcher says."""
     rank, size = int(os.environ.get("RANK", "0")), world_size()
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
@@ -148,15 +149,14 @@ def join(timeout_s: int, layout: Layout = WHOLE) -> Topology:
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "1000")  # collectives on record, for when one hangs
         timeout = datetime.timedelta(seconds=timeout_s)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(
-            backend, rank=rank, world_size=size, timeout=timeout, store=_store(size, local_size, timeout)
-        )
+        store = store or store_of_node(size, local_size, timeout)
+        dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout, store=store)
         control = dist.new_group(backend="gloo", timeout=timeout)
         saving = dist.new_group(backend="gloo", timeout=timeout)
     return Topology(rank, size, local_rank, local_size, device, rank, size, control, saving).used_as(layout)
 
 
-def _store(size: int, local_size: int, timeout: datetime.timedelta) -> dist.Store | None:
+def store_of_node(size: int, local_size: int, timeout: datetime.timedelta) -> dist.Store | None:
     """On one node a file, so that nothing listens on the network and no dead attempt's keys are read: the one that
     `onecurve train` gives, or under torchrun one of our own.
 
