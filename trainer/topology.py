@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from trainer.config.strategy import WHOLE, Layout
 from trainer.errors import ConfigError
+from trainer.launchers import MEETING
 from trainer.processes import remove_afterwards
 
 _JOINED = itertools.count()  # how often this process joined: once for each run of a sweep
@@ -158,27 +159,31 @@ def join(timeout_s: int, layout: Layout = WHOLE, store: dist.Store | None = None
 
 def store_of_node(size: int, local_size: int, timeout: datetime.timedelta) -> dist.Store | None:
     """On one node a file, so that nothing listens on the network and no dead attempt's keys are read: the one that
-    `onecurve train` gives, or under torchrun one of our own.
+    `onecurve train` gives, or under another launcher one of our own.
 
     Elsewhere None: torch's own store at MASTER_ADDR.
     """
     given, run_id = os.environ.get("ONECURVE_STORE"), os.environ.get("TORCHELASTIC_RUN_ID")
-    if given is None and (run_id is None or local_size != size):
+    if given is None and MEETING not in os.environ and (run_id is None or local_size != size):
         return None
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         os.environ.setdefault(name, "lo")
-    file = dist.FileStore(given or str(_file_of_torchrun()), size)
+    file = dist.FileStore(given or str(_file_of(os.environ.get(MEETING) or _start_of_torchrun())), size)
     file.set_timeout(timeout)
     return dist.PrefixStore(str(next(_JOINED)), file)
 
 
-def _file_of_torchrun() -> Path:
+def _start_of_torchrun() -> str:
     # What all ranks of an attempt share and no other attempt ever has: the launcher, by its start time, and the count.
     launcher = os.getppid()
     started = Path(f"/proc/{launcher}/stat").read_text().rpartition(")")[2].split()[19]
     run_id, restart = (os.environ.get(f"TORCHELASTIC_{name}") for name in ("RUN_ID", "RESTART_COUNT"))
     attempt = [run_id, launcher, started, restart]
-    name = hashlib.sha256(repr(attempt).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr(attempt).encode()).hexdigest()[:16]
+
+
+def _file_of(name: str) -> Path:
+    """In a folder that nobody else may read."""
     folder = Path(tempfile.gettempdir()) / f"onecurve-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     found = folder.lstat()

@@ -10,6 +10,7 @@ from typing import Any
 
 from launch.doctor.examination import Options, tell_all
 from trainer.errors import ConfigError
+from trainer.launchers import recognise
 
 LIMIT_S, QUICK_LIMIT_S = 90.0, 45.0
 ABOUT = """Checks versions, devices, limits, clocks, bandwidth, the folder of runs and what else is installed. Plainly
@@ -47,7 +48,8 @@ def doctor(arguments: argparse.Namespace) -> int:
 
         number, ranks, processes, alone = map(int, arguments.member.split(","))
         return member(options, ranks, processes, bool(alone), number)
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+    recognise()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from launch.doctor.ranks import rank
 
         return rank(options)
