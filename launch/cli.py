@@ -7,7 +7,7 @@ import os
 import sys
 
 import trainer
-from launch import checkpoint, data, export, plan, replay, report, sample, train
+from launch import checkpoint, data, export, plan, replay, report, sample, sweep, train
 from launch.doctor import command as doctor
 from trainer.__main__ import tell
 from trainer.errors import OnecurveError
@@ -18,7 +18,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="onecurve", description=trainer.__doc__)
     parser.add_argument("--version", action="version", version=f"onecurve {trainer.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for part in (train, plan, doctor, sample, report, replay, export, checkpoint, data):
+    for part in (train, sweep, plan, doctor, sample, report, replay, export, checkpoint, data):
         part.add_commands(commands)
     arguments = parser.parse_args()
     sys.path.append(os.getcwd())  # packages of the user's, as for `python -m trainer`
