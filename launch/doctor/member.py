@@ -51,7 +51,7 @@ def _lead(limit_s: float) -> dict[str, Any]:
     """Opens the store at which all meet; where it can be reached."""
     import torch.distributed as dist
 
-    store = dist.TCPStore("", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=limit_s))
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=limit_s))
     _STORES.append(store)
     addresses = []
     with suppress(OSError):

@@ -20,6 +20,7 @@ MIB = 1 << 20
 QUICK, FULL, LARGE = (MIB,), (MIB, 16 * MIB), (MIB, 16 * MIB, 256 * MIB)  # bytes; the last with GPUs
 ROUNDS = 10  # of a ping-pong: the fastest one counts
 REPEATS = 3
+COMPUTES_S = 0.3  # longer than others may hold up a process that shares its processor
 CLOCK_WARNS_S, CLOCK_BAD_S = 0.5, 5.0  # times of files are compared with clocks
 SLOW_NETWORK = 1.0  # GB/s between nodes with GPUs
 
@@ -141,8 +142,9 @@ def computes(topology: Topology) -> float:
     """TFLOP/s of a matrix product, the fastest of several."""
     on_gpu = topology.device.type == "cuda"
     side, kind = (4096, torch.bfloat16) if on_gpu else (512, torch.float32)
-    a, times = torch.ones(side, side, device=topology.device, dtype=kind), []
-    for _ in range(8):
+    a, times = torch.ones(side, side, device=topology.device, dtype=kind), list[float]()
+    until = time.perf_counter() + COMPUTES_S
+    while len(times) < 8 or time.perf_counter() < until:
         began = time.perf_counter()
         a @ a
         _finish(topology)

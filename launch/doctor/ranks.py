@@ -21,11 +21,11 @@ EARLIER_S = 2.0  # before the limit, so that what is known is still told
 
 def rank(options: Options) -> int:
     """Exit code 4 on rank 0 if something is bad; there also the table."""
+    examination = Examination()
     from trainer import topology
 
     mine, size = int(os.environ.get("RANK", "0")), topology.world_size()
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    examination = Examination()
     told = local(options, local_size, size, local_size == size, mine == 0) if local_rank == 0 else {}
     store = _store(mine, size, local_size, options.limit_s)
 

@@ -84,7 +84,10 @@ def _examined(
         if here and "store" not in meet:
             here[0].order(lead=True)
             _listen(inbox, here, options.limit_s, lambda: "meet" in here[0].answers or here[0].gone)
-            meet = meet | {"meet": here[0].answers.get("meet")}
+            if "meet" not in here[0].answers:
+                here[0].heard.failure = next(reversed(here[0].errors), "the first process could not open a port")
+                return examination.report()
+            meet = meet | {"meet": here[0].answers["meet"]}
         for rank, member in enumerate(here):
             local_rank = rank if "store" in meet else 0
             member.order(rank=rank, world_size=len(here), local_rank=local_rank, **meet)
@@ -152,7 +155,7 @@ def _note(member: Member, values: dict[str, Any]) -> None:
 
 
 def _absent(member: Member, limit_s: float) -> Finding:
-    why = next(reversed(member.errors), "")
+    why = "; ".join([*member.errors][-2:])
     if member.gone:
         member.process.wait()
         told = f"ended with code {member.process.returncode} before it told anything"

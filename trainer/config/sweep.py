@@ -49,7 +49,8 @@ def jobs(overrides: Sequence[str]) -> tuple[list[str], list[list[str]], list[str
     with in_hydra():
         parsed, problems = parse(overrides)
         continuous = [one for one in parsed if one.is_sweep_override() and not one.is_discrete_sweep()]
-        problems += [f"{str(one.input_line).lstrip('+')}: an interval has no end of values: give --trials N" for one in continuous]
+        endless = "an interval has no end of values: give --trials N"
+        problems += [f"{str(one.input_line).lstrip('+')}: {endless}" for one in continuous]
         parsed = [one for one in parsed if one not in continuous]
         try:
             (found,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
