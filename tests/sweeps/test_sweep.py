@@ -36,17 +36,8 @@ def test_every_combination_is_a_trial() -> None:
     assert [trial.number for trial in trials] == [0, 1, 2, 3]
 
 
-def test_folders_are_those_of_hydras_own_sweeps(tmp_path: Path) -> None:
-    """Both may go on with each other's runs."""
-    overrides = (
-        *SMOKE[:1],
-        "train.steps=1",
-        "eval.every=0",
-        "sample.count=0",
-        "track.report=false",
-        "model.layers=1,2",
-    )
-    ours = {Path(trial.folder).name for trial in expand(overrides, 1)}
+def test_names_of_folders() -> None:
+    ours = {Path(trial.folder).name for trial in expand([*SMOKE, "model.layers=1,2"], 1)}
     assert name_of(["++b=2", "++a=1"]) == "++a=1,++b=2"
     assert all(re.fullmatch(r"[A-Za-z0-9=.,+_-]+", name) for name in ours)
     assert len(name_of([f"key{number}=value" for number in range(99)])) < 150
@@ -143,16 +134,14 @@ def swept(folder: Path, *arguments: str) -> subprocess.Popen[str]:
 @pytest.mark.slow
 def test_a_sweep_is_trained_and_the_same_command_leaves_it_as_it_is(tmp_path: Path) -> None:
     """One of its trials fails: that is the exit code, and it is named."""
-    arguments = (*SMOKE, "schedule.warmup_steps=0", "optimizer.lr=0.001,1e30", "--parallel", "2")
+    arguments = (*SMOKE, "train.steps=20", "schedule.warmup_steps=0", "optimizer.lr=0.001,1e30", "--parallel", "2")
     process = swept(tmp_path, *arguments)
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 4, output
     assert "1 of 2 trials failed" in output
-    failed, finished = sorted(
-        json.loads(path.read_text())["state"] for path in tmp_path.glob("runs/smoke/*/status.json")
-    )
-    assert (failed, finished) == ("failed", "finished")
-    (kept,) = [path for path in tmp_path.glob("runs/smoke/*lr=0.001*/metrics.jsonl")]
+    states = [json.loads(path.read_text())["state"] for path in tmp_path.glob("runs/smoke/*/status.json")]
+    assert sorted(states) == ["failed", "finished"]
+    (kept,) = tmp_path.glob("runs/smoke/*lr=0.001*/metrics.jsonl")
     before = kept.stat().st_mtime_ns
     process = swept(tmp_path, *arguments)
     output = process.communicate(timeout=300)[0]
@@ -201,7 +190,7 @@ def test_a_search_goes_on_where_it_was(tmp_path: Path) -> None:
 
 def test_a_search_is_refused_before_it_starts(tmp_path: Path) -> None:
     pytest.importorskip("optuna")
-    with pytest.raises(ConfigError, match="optimizer.lr=-1"):
+    with pytest.raises(ConfigError, match="optimizer\\.lr=-1"):
         Search([*SMOKE, "optimizer.lr=interval(-1.0,1)"], 2, "eval.loss", 1, tmp_path / "sweep", None)
     with pytest.raises(ConfigError, match="nothing is searched"):
         Search(SMOKE, 2, "eval.loss", 1, tmp_path / "sweep", None)
