@@ -7,7 +7,8 @@ import os
 import sys
 
 import trainer
-from launch import checkpoint, data, export, jobs, plan, replay, report, sample, submit, train
+from launch import checkpoint, data, export, jobs, plan, replay, report, sample, submit, sweep, train
+from launch.doctor import command as doctor
 from trainer.__main__ import tell
 from trainer.errors import OnecurveError
 
@@ -17,7 +18,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="onecurve", description=trainer.__doc__)
     parser.add_argument("--version", action="version", version=f"onecurve {trainer.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for part in (train, submit, jobs, plan, sample, report, replay, export, checkpoint, data):
+    for part in (train, submit, sweep, jobs, plan, doctor, sample, report, replay, export, checkpoint, data):
         part.add_commands(commands)
     arguments = parser.parse_args()
     sys.path.append(os.getcwd())  # packages of the user's, as for `python -m trainer`

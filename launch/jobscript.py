@@ -22,13 +22,13 @@ class Task(NamedTuple):
     config: Path
 
 
-def render(launch: Slurm, name: str, tasks: Sequence[Task], log: Path, folder: Path) -> str:
-    """A script for sbatch: of one run, or with several tasks of a job array. `log`: with sbatch's `%` patterns;
+def render(launch: Slurm, name: str, tasks: Sequence[Task], log: Path, folder: Path, array: bool = False) -> str:
+    """A script for sbatch: of one run, or of a job array with several. `log`: with sbatch's `%` patterns;
     `folder`: where the job works. All paths absolute."""
     blocks = [
         "#!/bin/bash",
         f"# {name}, by `onecurve submit`. `sbatch` of this file submits it again, and the run goes on where it stands.",
-        *(f"#SBATCH {option}" for option in options(launch, name, tasks, log, folder)),
+        *(f"#SBATCH {option}" for option in options(launch, name, log, folder, len(tasks) if array else 0)),
         "",
         *settings(launch, tasks, folder),
         "",
@@ -37,8 +37,8 @@ def render(launch: Slurm, name: str, tasks: Sequence[Task], log: Path, folder: P
     return "\n".join(blocks)
 
 
-def options(launch: Slurm, name: str, tasks: Sequence[Task], log: Path, folder: Path) -> Iterator[str]:
-    """sbatch's."""
+def options(launch: Slurm, name: str, log: Path, folder: Path, tasks: int) -> Iterator[str]:
+    """sbatch's. `tasks`: of a job array; 0: it is none."""
     yield f"--job-name={name}"
     yield f"--nodes={launch.nodes}"
     yield "--ntasks-per-node=1"
@@ -50,8 +50,8 @@ def options(launch: Slurm, name: str, tasks: Sequence[Task], log: Path, folder: 
     yield "--open-mode=append"
     yield f"--chdir={_quoted(folder)}"
     yield f"--output={_quoted(log)}"
-    if len(tasks) > 1:
-        yield f"--array=0-{len(tasks) - 1}" + (f"%{launch.max_parallel}" if launch.max_parallel else "")
+    if tasks:
+        yield f"--array=0-{tasks - 1}" + (f"%{launch.max_parallel}" if launch.max_parallel else "")
     if launch.chain > 1:
         yield "--dependency=singleton"
     for key in ("account", "partition", "qos", "constraint", "reservation", "exclude"):

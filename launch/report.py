@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 def add_commands(subparsers: Any) -> None:
     """Registers `report`; its `run` takes the parsed arguments and gives the exit code."""
-    parser = subparsers.add_parser("report", help="write RUN_DIR/report.html and print the run's summary")
+    parser = subparsers.add_parser(
+        "report", help="write report.html of a run or sweep.html of a sweep, print a summary"
+    )
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     parser.set_defaults(func=report)
 
@@ -26,6 +28,12 @@ def report(arguments: argparse.Namespace) -> int:
     Raises:
         ConfigError: RUN_DIR is no run's folder, or a file in it is damaged.
     """
+    from launch.sweep import is_sweep
+
+    if is_sweep(arguments.run_dir):
+        from launch.sweeps.summary import show
+
+        return show(arguments.run_dir)
     from trainer.tracking.report import write_report
     from trainer.tracking.summary import headline, load
 

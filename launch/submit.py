@@ -18,8 +18,12 @@ from filelock import Timeout
 from launch import slurm_queue
 from launch.jobscript import Task, render
 from launch.revision import revision
+from launch.sweep import processes_of
+from launch.sweeps.trials import Sweep, expand
+from launch.sweeps.trials import folder_of as trials_folder
 from trainer.config import Config
-from trainer.config.compose import load_sized
+from trainer.config import sweep as grammar
+from trainer.config.compose import load, load_sized
 from trainer.config.launch import Slurm
 from trainer.errors import ConfigError
 from trainer.files import replace_file
@@ -34,6 +38,7 @@ class Job(NamedTuple):
     folder: Path
     configs: list[Config]
     overrides: list[str]
+    sweep: Sweep | None = None
 
     @property
     def launch(self) -> Slurm:
@@ -42,7 +47,7 @@ class Job(NamedTuple):
     @property
     def log(self) -> str:
         """In sbatch's words, below `folder`."""
-        return "logs/slurm-%A_%a.log" if len(self.configs) > 1 else "logs/slurm-%j.log"
+        return "logs/slurm-%A_%a.log" if self.sweep else "logs/slurm-%j.log"
 
 
 def add_commands(commands: Any) -> None:
@@ -74,7 +79,7 @@ def submit(arguments: argparse.Namespace) -> int:
         with (folder / JOBS).open("a") as file:
             file.writelines(f"{number}\n" for number in jobs)
     log = job.folder / job.log.replace("%j", jobs[0]).replace("%A_%a", f"{jobs[0]}_0")
-    what = f"{len(job.configs)} runs, " if len(job.configs) > 1 else ""
+    what = f"{len(job.configs)} runs, each on " if job.sweep else ""
     print(f"{job.name}: submitted as job {' '.join(jobs)}: {what}{job.launch.nodes} node(s)")
     print(f"\nscript  {script}\nlog     {log}\n\nnext:")
     for command in ("status", "logs --follow", "cancel"):
@@ -86,10 +91,22 @@ def composed(overrides: list[str], config_dir: str | None) -> Job:
     """The checked configs. Raises ConfigError with all problems."""
     if not any(text.lstrip("+").startswith("launch=") for text in overrides):
         overrides = ["launch=slurm", *overrides]
-    config, _ = load_sized(overrides, None, config_dir)
-    if not isinstance(config.launch, Slurm):
-        raise ConfigError(f"launch={config.launch.name}: submit needs launch=slurm, or none named")
-    return Job(config.run.name, folder_of(config), [config], overrides)
+    sweep = None
+    if grammar.jobs(overrides)[0]:
+        procs = processes_of(overrides, config_dir)
+        trials = expand(overrides, procs, config_dir)
+        folder = trials_folder(overrides, config_dir).absolute()
+        sweep = Sweep(folder, list(trials[0].values), procs, config_dir, trials)
+        configs = [load(trial.overrides, procs, config_dir) for trial in trials]
+    else:
+        configs = [load_sized(overrides, None, config_dir)[0]]
+    if other := [config.launch.name for config in configs if not isinstance(config.launch, Slurm)]:
+        raise ConfigError(f"launch={other[0]}: submit needs launch=slurm, or none named")
+    if any(config.launch != configs[0].launch for config in configs):
+        raise ConfigError("launch: cannot be swept: the runs of a sweep are one job array")
+    if sweep and configs[0].launch.chain > 1:
+        raise ConfigError(f"launch.chain={configs[0].launch.chain}: a sweep is a job array, which cannot be chained")
+    return Job(configs[0].run.name, sweep.folder if sweep else folder_of(configs[0]), configs, overrides, sweep)
 
 
 def folder_of(config: Config) -> Path:
@@ -118,6 +135,8 @@ def write(job: Job) -> Path:
             for name in (CANCELLED, FRUITLESS):
                 (folder_of(config) / name).unlink(missing_ok=True)
         (job.folder / "logs").mkdir(parents=True, exist_ok=True)
+        if job.sweep:
+            job.sweep.save()
         files = job.folder / "slurm" / str(number)
         files.mkdir(parents=True, exist_ok=True)
         about, diff = revision(Path.cwd())
@@ -140,7 +159,7 @@ def _script(job: Job, number: int) -> str:
         Task(folder_of(config), folder_of(config) / "slurm" / str(number) / "config.yaml") for config in job.configs
     ]
     log = str(job.folder).replace("%", "%%") + "/" + job.log
-    return render(job.launch, job.name, tasks, Path(log), Path.cwd())
+    return render(job.launch, job.name, tasks, Path(log), Path.cwd(), array=job.sweep is not None)
 
 
 def _refuse_twice(job: Job) -> None:

@@ -30,7 +30,7 @@ def train(arguments: argparse.Namespace) -> int:
     """Exit code of the run: 0 finished, 2 config, 3 data, 4 failed, 75 interrupted."""
     if arguments.procs is not None and arguments.procs < 1:
         raise ConfigError(f"-n {arguments.procs}: at least one process is needed")
-    config, procs = load_sized(arguments.overrides, arguments.procs, arguments.config_dir, otherwise=_gpus)
+    config, procs = load_sized(arguments.overrides, arguments.procs, arguments.config_dir, otherwise=gpus)
     folder, launch = Path(config.run.dir).expanduser(), config.launch
     if not isinstance(launch, Local):
         raise ConfigError(f"launch={launch.name}: `onecurve train` starts processes here; for Slurm: `onecurve submit`")
@@ -54,7 +54,8 @@ def train(arguments: argparse.Namespace) -> int:
     return code
 
 
-def _gpus() -> int:
+def gpus() -> int:
+    """Processes of a machine that nobody chose the number of: one a GPU, else one."""
     import torch
 
     return max(1, torch.cuda.device_count())

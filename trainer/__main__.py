@@ -23,8 +23,10 @@ def main() -> None:
 def guarded(arguments: Sequence[str], born: float) -> int:
     """Runs a command line; an expected end becomes one block of text and an exit code. `born`: `time.monotonic()`."""
     from trainer.errors import OnecurveError
+    from trainer.launchers import recognise
 
     try:
+        recognise()
         command(arguments, born)
     except OnecurveError as error:
         tell(error)

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 _NVIDIA = "NVIDIA's is built from github.com/NVIDIA/apex"
+NOT_THERE = "NVIDIA Apex is not installed"
+NAMESAKE = "the package `apex` that is installed is not NVIDIA's"
 
 
 @cache
@@ -24,10 +26,10 @@ def without_apex(part: Literal["FusedAdam", "FusedLayerNorm"]) -> str:
     """
     spec = find_spec("apex")
     if spec is None:
-        return f"NVIDIA Apex is not installed ({_NVIDIA}; the package `apex` of PyPI is another project)"
+        return f"{NOT_THERE} ({_NVIDIA}; the package `apex` of PyPI is another project)"
     folders = spec.submodule_search_locations or []
     if not any((Path(folder) / "optimizers").is_dir() for folder in folders):
-        return f"the package `apex` that is installed is not NVIDIA's but another project of PyPI; {_NVIDIA}"
+        return f"{NAMESAKE} but another project of PyPI; {_NVIDIA}"
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         if part == "FusedAdam":

@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from trainer import meeting
 from trainer.config.strategy import WHOLE, Layout
 from trainer.errors import ConfigError
+from trainer.launchers import MEETING
 from trainer.processes import remove_afterwards
 
 _JOINED = itertools.count()  # how often this process joined: once for each run of a sweep
@@ -134,8 +135,9 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def join(timeout_s: int, layout: Layout = WHOLE) -> Topology:
-    """Joins the process group that the launcher's environment describes; alone, none is made."""
+def join(timeout_s: int, layout: Layout = WHOLE, store: dist.Store | None = None) -> Topology:
+    """Joins the process group that the launcher's environment describes; alone, none is made. `store`: where the
+    processes meet, if not where the launcher says."""
     rank, size = int(os.environ.get("RANK", "0")), world_size()
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
@@ -149,40 +151,43 @@ def join(timeout_s: int, layout: Layout = WHOLE) -> Topology:
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "1000")  # collectives on record, for when one hangs
         timeout = datetime.timedelta(seconds=timeout_s)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(
-            backend, rank=rank, world_size=size, timeout=timeout, store=_store(size, local_size, timeout)
-        )
+        store = store or store_of(size, local_size, timeout)
+        dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout, store=store)
         control = dist.new_group(backend="gloo", timeout=timeout)
         saving = dist.new_group(backend="gloo", timeout=timeout)
     return Topology(rank, size, local_rank, local_size, device, rank, size, control, saving).used_as(layout)
 
 
-def _store(size: int, local_size: int, timeout: datetime.timedelta) -> dist.Store | None:
+def store_of(size: int, local_size: int, timeout: datetime.timedelta) -> dist.Store | None:
     """Where the processes find each other, with no dead attempt's addresses in it. On one node a file, so that nothing
-    listens on the network: the one that `onecurve train` gives, or under torchrun one of our own. Under torchrun on
-    several nodes one that rank 0 serves.
+    listens on the network: the one that `onecurve train` gives, or under another launcher one of our own. Under
+    torchrun on several nodes one that rank 0 serves.
 
     Elsewhere None: torch's own store at MASTER_ADDR.
     """
     given, run_id = os.environ.get("ONECURVE_STORE"), os.environ.get("TORCHELASTIC_RUN_ID")
-    if given is None and run_id is None:
+    if given is None and MEETING not in os.environ and run_id is None:
         return None
-    if given is None and local_size != size:
+    if run_id is not None and local_size != size:
         return meeting.of_several_nodes(f"onecurve/{next(_JOINED)}", timeout)
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         os.environ.setdefault(name, "lo")
-    file = dist.FileStore(given or str(_file_of_torchrun()), size)
+    file = dist.FileStore(given or str(_file_of(os.environ.get(MEETING) or _start_of_torchrun())), size)
     file.set_timeout(timeout)
     return dist.PrefixStore(str(next(_JOINED)), file)
 
 
-def _file_of_torchrun() -> Path:
+def _start_of_torchrun() -> str:
     # What all ranks of an attempt share and no other attempt ever has: the launcher, by its start time, and the count.
     launcher = os.getppid()
     started = Path(f"/proc/{launcher}/stat").read_text().rpartition(")")[2].split()[19]
     run_id, restart = (os.environ.get(f"TORCHELASTIC_{name}") for name in ("RUN_ID", "RESTART_COUNT"))
     attempt = [run_id, launcher, started, restart]
-    name = hashlib.sha256(repr(attempt).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr(attempt).encode()).hexdigest()[:16]
+
+
+def _file_of(name: str) -> Path:
+    """In a folder that nobody else may read."""
     folder = Path(tempfile.gettempdir()) / f"onecurve-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     found = folder.lstat()

@@ -20,7 +20,7 @@ OVERRIDES = ["launch.nodes=4", "launch.gpus_per_node=8", "launch.time=4:00:00", 
 def script(*overrides: str, tasks: int = 1, folder: str = "/runs/a b") -> str:
     job = composed([*OVERRIDES, *overrides], None)
     runs = [Task(Path(f"{folder}/{n}"), Path(f"{folder}/{n}/config.yaml")) for n in range(tasks)]
-    return render(job.launch, "x", runs, Path(f"{folder}/logs/slurm-%j.log"), Path("/my code"))
+    return render(job.launch, "x", runs, Path(f"{folder}/logs/slurm-%j.log"), Path("/my code"), array=tasks > 1)
 
 
 def options(text: str) -> list[str]:

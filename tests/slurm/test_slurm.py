@@ -50,11 +50,12 @@ class Submitted:
     cluster: Cluster
     folder: Path
     overrides: tuple[str, ...] = ()
+    base: tuple[str, ...] = TINY
     output: str = ""
     jobs: list[str] = field(default_factory=list)
 
     def submit(self, *options: str, expect: int = 0) -> None:
-        done = self.onecurve("submit", *options, *TINY, *RUN, *JOB, f"run.dir={self.folder}", *self.overrides)
+        done = self.onecurve("submit", *options, *self.base, *RUN, *JOB, f"run.dir={self.folder}", *self.overrides)
         assert done.returncode == expect, done.stdout + done.stderr
         self.output, self.jobs = done.stdout + done.stderr, jobs_of(self.folder)
 
@@ -69,6 +70,11 @@ class Submitted:
     def state(self, job: str | None = None) -> str:
         told = self.cluster.run("scontrol", "show", "job", job or self.jobs[-1])
         return re.findall(r"JobState=(\w+)", told)[-1]
+
+    def queue(self, job: str) -> list[str]:
+        """States of the tasks of an array."""
+        told = self.cluster.run("squeue", "--noheader", "--states=all", "--array", "--format=%F %T").splitlines()
+        return [state for number, state in map(str.split, told) if number == job]
 
     def wait(self, happened: Callable[[], object], what: str, seconds: float = 240) -> None:
         deadline = time.monotonic() + seconds
@@ -210,6 +216,26 @@ def test_a_chain_of_short_jobs(submitted: Submitted, undisturbed: Run) -> None:
     )
     assert "COMPLETED" in {submitted.state(job) for job in submitted.jobs}
     assert_same_bits(submitted.run, undisturbed)
+
+
+def test_a_sweep_is_one_job_array(submitted: Submitted, tmp_path: Path) -> None:
+    rates = ("0.001", "0.002", "0.003")
+    submitted.overrides = (f"optimizer.lr={','.join(rates)}", "launch.nodes=1", "launch.max_parallel=2")
+    submitted.base = tuple(part for part in TINY if not part.startswith("optimizer.lr"))
+    submitted.submit()
+    (job,) = submitted.jobs
+    assert "3 runs" in submitted.output
+    submitted.wait(lambda: submitted.queue(job) == ["COMPLETED"] * 3, "the end of the array", 400)
+    told = submitted.onecurve("report", str(submitted.folder)).stdout
+    assert told.count("finished") == 3, told
+    assert (submitted.folder / "sweep.html").is_file()
+    for rate in rates:
+        (folder,) = submitted.folder.glob(f"*optimizer.lr={rate}*")
+        alone = Run(tmp_path / f"alone-{rate}", 1, (*RUN, f"optimizer.lr={rate}"))
+        alone.train()
+        assert_same_bits(Run(folder), alone)
+    told = submitted.onecurve("status", str(submitted.folder)).stdout
+    assert told.count(f"finished, step {STEPS}/{STEPS}") == 3, told
 
 
 def test_cancelled(submitted: Submitted) -> None:

@@ -80,12 +80,12 @@ def compose(overrides: Sequence[str], config_dir: str | None = None) -> tuple[di
             parser.parse_overrides([text])
             good.append(text)
         except OverrideParseException:
-            if quoted := _quoted(text, parser):
-                good.append(quoted)
+            if fixed := quoted(text, parser):
+                good.append(fixed)
                 continue
             problems.append(f"{text}: is no override; write key=value (quote values with spaces, commas or braces)")
     extra = [f"hydra.searchpath=[file://{os.path.abspath(config_dir)}]"] if config_dir else []
-    with _hydra():
+    with in_hydra():
         while True:
             try:
                 config = hydra.compose("config", overrides=[*extra, *map(lenient, good)])
@@ -101,18 +101,18 @@ def compose(overrides: Sequence[str], config_dir: str | None = None) -> tuple[di
                 return {}, [*problems, " ".join(str(error if str(error) else error.__cause__).split())]
 
 
-def _quoted(text: str, parser: OverridesParser) -> str | None:
+def quoted(text: str, parser: OverridesParser) -> str | None:
     """The override with its value in quotes, where that is all it lacks: paths and URLs with braces, `~`, `?`."""
     key, equals, value = text.partition("=")
     if not equals or not value or value[0] in "{[\"'":
         return None
     escaped = value.replace("'", "\\'")
-    quoted = f"{key}='{escaped}'"
+    fixed = f"{key}='{escaped}'"
     try:
-        parser.parse_overrides([quoted])
+        parser.parse_overrides([fixed])
     except OverrideParseException:
         return None
-    return quoted
+    return fixed
 
 
 def completed(raw: dict[str, Any]) -> dict[str, Any]:
@@ -135,7 +135,7 @@ def raw_values(config: DictConfig) -> dict[str, Any]:
 
 def options(group: str) -> list[str]:
     """The options of a config group that ship with onecurve."""
-    with _hydra():
+    with in_hydra():
         return GlobalHydra.instance().config_loader().get_group_options(group)
 
 
@@ -152,6 +152,6 @@ def _missing(error: MissingConfigException) -> tuple[str, str]:
     return group or "config", re.sub(r"\.yaml$", "", option)
 
 
-def _hydra() -> AbstractContextManager[None]:
+def in_hydra() -> AbstractContextManager[None]:
     GlobalHydra.instance().clear()
     return hydra.initialize_config_module("trainer.conf", version_base="1.3")

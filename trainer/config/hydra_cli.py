@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import re
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -19,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from trainer.config.check import check
 from trainer.config.compose import lenient, raw_values
+from trainer.config.sweep import name_of
 from trainer.errors import ConfigError, OnecurveError
 from trainer.topology import world_size
 
@@ -52,10 +51,7 @@ def _main(composed: DictConfig) -> None:
     raw = raw_values(composed)
     hydra_config = HydraConfig.get()
     if hydra_config.mode == RunMode.MULTIRUN:
-        # Named by what it sweeps: another sweep must not go on with these runs under other values.
-        name = re.sub(r"[^A-Za-z0-9=.,+-]", "_", hydra_config.job.override_dirname) or "0"
-        short = name if len(name) <= 150 else f"{name[:130]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
-        raw["run"]["dir"] = str(Path(raw["run"]["dir"]) / short)
+        raw["run"]["dir"] = str(Path(raw["run"]["dir"]) / name_of(hydra_config.overrides.task))
     try:
         run(check(raw, world_size()), BORN)
     except OnecurveError as error:  # Hydra would keep an exception and start the next job

@@ -85,7 +85,7 @@ class WandB:
             "show_warnings": False,
         }
         wandb.setup(settings=wandb.Settings(**quiet))
-        online = wanted != "offline" and _has_credentials(wandb)
+        online = wanted != "offline" and has_credentials(wandb)
         if wanted == "online" and not online:
             self.say("W&B: no API key is configured (`wandb login`): logging offline")
         settings = wandb.Settings(
@@ -186,7 +186,8 @@ def _open(wandb: Any, arguments: dict[str, Any], say: Say) -> Any:
         return wandb.init(mode="offline", **arguments)
 
 
-def _has_credentials(wandb: Any) -> bool:
+def has_credentials(wandb: Any) -> bool:
+    """Whether W&B finds a key, wherever it looks. Asks nobody."""
     try:
         return wandb.login(prompt=False, verify=False)
     except wandb.Error:  # malformed: the same as none

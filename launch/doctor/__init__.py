@@ -1,0 +1,1 @@
+"""`onecurve doctor`: what this machine or allocation can do, and what is wrong with it."""

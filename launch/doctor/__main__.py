@@ -1,0 +1,12 @@
+"""`python -m launch.doctor`: the same as `onecurve doctor`, for torchrun and srun."""
+
+from __future__ import annotations
+
+import sys
+
+from launch.doctor.command import main
+from trainer.processes import die_with_parent
+
+if __name__ == "__main__":
+    die_with_parent()
+    sys.exit(main())

@@ -1,0 +1,40 @@
+"""What Slurm says of the job that this process is in."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+
+from launch.doctor.verdict import Finding
+from trainer.nodelist import expand
+
+PATIENCE_S = 10
+
+
+def nodes() -> list[str]:
+    """Of this job, where it has several and this process is not one of a step on all of them."""
+    several = int(os.environ.get("SLURM_JOB_NUM_NODES") or os.environ.get("SLURM_NNODES") or 1) > 1
+    names = expand(os.environ.get("SLURM_JOB_NODELIST", "")) if several else []
+    return names if "SLURM_JOB_ID" in os.environ and shutil.which("srun") else []
+
+
+def examine() -> list[Finding]:
+    job, there = os.environ.get("SLURM_JOB_ID"), shutil.which("srun")
+    if job is None:
+        told = "not in a job; its commands are here" if there else "not here"
+        return [Finding("Slurm", "good", told)]
+    if not there:
+        advice = "load Slurm's module, or mount its commands into the container"
+        return [Finding("Slurm", "warning", f"job {job}, but srun is not found: other nodes are not checked", advice)]
+    told = f"job {job} on {os.environ.get('SLURM_JOB_NUM_NODES', '1')} nodes"
+    try:
+        asked = subprocess.run(
+            ["squeue", "--noheader", "--jobs", job, "--format=%L"], capture_output=True, text=True, timeout=PATIENCE_S
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        asked = None
+    if asked is None or asked.returncode:
+        advice = "`scontrol ping` tells whether slurmctld is up; requeueing needs it"
+        return [Finding("Slurm", "warning", f"{told}; squeue does not answer", advice)]
+    return [Finding("Slurm", "good", f"{told}, {asked.stdout.strip() or 'unknown'} left")]

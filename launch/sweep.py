@@ -1,0 +1,89 @@
+"""`onecurve sweep [overrides with sweeps]`: many runs of one command line, one after the other or some at a time."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from launch.sweeps.trials import FILE, Sweep, Trial, expand, folder_of, read
+from launch.train import gpus
+from trainer.config import sweep as grammar
+from trainer.config.compose import load_sized
+from trainer.errors import ConfigError
+
+ABOUT = """Sweeps are written as in Hydra: key=1,2, key=choice(a,b), key=range(1,4), group=glob(*). All trials are
+checked before the first one starts; each is a run with a folder of its own below run.dir. The same command again goes
+on: finished trials are left as they are. With --trials Optuna chooses values, also from key=interval(1e-4,1e-2) and
+key=tag(log,interval(1e-4,1e-2)). Exit code 0 if all are finished, else the worst of them."""
+
+
+def add_commands(commands: Any) -> None:
+    parser = commands.add_parser("sweep", help="many runs of one command line, what came of them", description=ABOUT)
+    parser.add_argument("-n", "--procs", type=int, help="processes of each trial (default: as for train)")
+    parser.add_argument("--parallel", type=int, default=1, metavar="K", help="trials at a time (default: 1)")
+    parser.add_argument("--trials", type=int, metavar="N", help="search: N trials in all, chosen by Optuna")
+    parser.add_argument("--metric", default="eval.loss", help="what the search makes small (default: eval.loss)")
+    parser.add_argument("--config-dir", help="folder with config groups of your own")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="see `python -m trainer --help`")
+    parser.set_defaults(func=sweep)
+
+
+def sweep(arguments: argparse.Namespace) -> int:
+    """Exit code 0: all trials are finished; else the worst of theirs."""
+    overrides, config_dir = list(arguments.overrides), arguments.config_dir
+    for name, least in (("procs", 1), ("parallel", 1), ("trials", 1)):
+        if (given := getattr(arguments, name)) is not None and given < least:
+            raise ConfigError(f"--{name} {given}: at least {least}")
+    procs = arguments.procs or processes_of(overrides, config_dir)
+    from launch.sweeps.run import Runner, line, log_of
+    from launch.sweeps.summary import show
+
+    search = None
+    if arguments.trials:
+        from launch.sweeps.search import Search, saving
+
+        folder = folder_of(overrides, config_dir)
+        search = Search(overrides, arguments.trials, arguments.metric, procs, folder, config_dir)
+        known = {"metric": arguments.metric, "trials": arguments.trials, "journal": "study.journal"}
+        found = Sweep(folder, search.swept, procs, config_dir, [], known)
+        trials, count = saving(found, search.trials()), arguments.trials
+    else:
+        made = expand(overrides, procs, config_dir)
+        found = Sweep(folder_of(overrides, config_dir), list(made[0].values), procs, config_dir, made)
+        trials, count = iter(made), len(made)
+    failed: list[Trial] = []
+
+    def done(trial: Trial, code: int) -> None:
+        if search:
+            search.tell(trial, code)
+        if code not in (0, 75):
+            failed.append(trial)
+        print(line(trial, code, count), flush=True)
+
+    runner = Runner(procs, arguments.parallel, config_dir, done)
+    if not arguments.trials:
+        found.save()
+    code = runner.run(trials)
+    print()
+    show(found.folder)
+    if failed:
+        print(f"\nonecurve: {len(failed)} of {count} trials failed:", file=sys.stderr)
+        print(*(f"  {trial.name}: {log_of(trial)}" for trial in failed), sep="\n", file=sys.stderr)
+    return code
+
+
+def processes_of(overrides: list[str], config_dir: str | None) -> int:
+    """Of each trial, by what is not swept: as `onecurve train` and `submit` have it."""
+    try:
+        return load_sized(grammar.plain_of(overrides), None, config_dir, otherwise=gpus)[1]
+    except ConfigError:  # what is wrong is told with all other problems
+        return 1
+
+
+def is_sweep(folder: Path) -> bool:
+    return (folder / FILE).is_file()
+
+
+__all__ = ["Sweep", "Trial", "add_commands", "expand", "is_sweep", "read", "sweep"]

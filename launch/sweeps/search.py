@@ -1,0 +1,137 @@
+"""Values that are chosen by what came of others: Optuna's TPE, seeded, its study kept in the sweep's folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep
+
+from launch.sweeps.trials import Sweep, Trial, trial_of
+from trainer.config import sweep as grammar
+from trainer.config.compose import in_hydra, load
+from trainer.errors import ConfigError
+from trainer.tracking.jsonl import read
+
+if TYPE_CHECKING:
+    import optuna
+
+JOURNAL = "study.journal"
+
+
+class Search:
+    """Raises ConfigError: Optuna is not installed, nothing is searched, or an end of a range is refused."""
+
+    def __init__(
+        self, overrides: Sequence[str], count: int, metric: str, procs: int, folder: Path, config_dir: str | None
+    ):
+        try:
+            import optuna
+        except ImportError:
+            raise ConfigError(
+                "--trials needs Optuna: pip install 'onecurve[sweep]'; or sweep a=1,2 without it"
+            ) from None
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        with in_hydra():
+            parsed, problems = grammar.parse(overrides)
+            spaces = {one.get_key_element(): _space(one) for one in parsed if one.is_sweep_override()}
+        if problems:
+            raise ConfigError(problems)
+        if not spaces:
+            raise ConfigError("--trials: nothing is searched; write key=interval(1e-4,1e-2), key=a,b or key=range(1,9)")
+        self.optuna, self.spaces, self.count, self.metric = optuna, spaces, count, metric
+        self.fixed = [str(one.input_line) for one in parsed if not one.is_sweep_override()]
+        self.swept = [key.lstrip("+") for key in spaces]
+        self.procs, self.config_dir, self.folder = procs, config_dir, folder
+        self.open: dict[int, Any] = {}  # our number -> Optuna's trial
+        for end in ({key: _end(space, which) for key, space in spaces.items()} for which in (0, -1)):
+            load(self._job(end), procs, config_dir)
+        seed = load(self._job({key: _end(space, 0) for key, space in spaces.items()}), procs, config_dir).run.seed
+        folder.mkdir(parents=True, exist_ok=True)
+        from optuna.storages.journal import JournalFileBackend
+
+        backend = JournalFileBackend(str(folder / JOURNAL))
+        storage = optuna.storages.JournalStorage(backend)
+        known = {study.study_name: study for study in optuna.get_all_study_summaries(storage)}
+        before = known["sweep"].n_trials if "sweep" in known else 0
+        # Another seed where it goes on: the same would draw the values of the first trials again.
+        sampler = optuna.samplers.TPESampler(seed=seed + before, constant_liar=True)
+        self.study = optuna.create_study(study_name="sweep", storage=storage, sampler=sampler, load_if_exists=True)
+
+    def trials(self) -> Iterator[Trial]:
+        """First those that were begun before, then new ones, up to `count` in all."""
+        states = self.optuna.trial.TrialState
+        for old in self.study.get_trials(deepcopy=False):
+            trial = self._trial(old.number, old.params)
+            if old.state == states.RUNNING and set(old.params) == set(self.spaces):
+                self.open[old.number] = old.number
+            yield trial
+        while len(self.study.get_trials(deepcopy=False)) < self.count:
+            asked = self.study.ask(self.spaces)
+            self.open[asked.number] = asked
+            yield self._trial(asked.number, asked.params)
+
+    def tell(self, trial: Trial, code: int) -> None:
+        """What came of it. An interrupted one stays open, and goes on next time."""
+        if trial.number not in self.open or code == 75:
+            return
+        value = value_of(trial, self.metric) if code == 0 else None
+        state = None if value is not None else self.optuna.trial.TrialState.FAIL
+        self.study.tell(self.open.pop(trial.number), value, state=state)
+
+    def _trial(self, number: int, values: dict[str, Any]) -> Trial:
+        return trial_of(number, self._job(values), self.swept, self.procs, self.config_dir)
+
+    def _job(self, values: dict[str, Any]) -> list[str]:
+        return [*self.fixed, *(f"{key}={_text(value)}" for key, value in values.items())]
+
+
+def value_of(trial: Trial, metric: str) -> float | None:
+    """Of the last step that has it; None if none has. `eval.` is what evaluations measured."""
+    group, _, name = metric.rpartition(".")
+    rows = read(Path(trial.folder) / "metrics.jsonl")
+    values = [(row.get("eval") or {}).get(name) if group == "eval" else row.get(metric) for row in rows]
+    return next((float(value) for value in reversed(values) if isinstance(value, (int, float))), None)
+
+
+def saving(sweep: Sweep, trials: Iterator[Trial]) -> Iterator[Trial]:
+    """The same trials; each is in `sweep.json` before it starts."""
+    for trial in trials:
+        if trial.number not in {one.number for one in sweep.trials}:
+            sweep.trials.append(trial)
+            sweep.save()
+        yield trial
+
+
+def _space(override: Override) -> optuna.distributions.BaseDistribution:
+    """As Hydra's own plugin for Optuna reads the grammar."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    value = override.value()
+    if isinstance(value, IntervalSweep):
+        assert value.start is not None and value.end is not None  # noqa: PT018
+        kind: Callable[..., Any] = IntDistribution if isinstance(value.start, int) else FloatDistribution
+        try:
+            return kind(value.start, value.end, log="log" in value.tags)
+        except ValueError as error:
+            raise ConfigError(f"{override.input_line}: {error}") from None
+    if isinstance(value, RangeSweep) and isinstance(value.start, int) and isinstance(value.step, int):
+        numbers = value.range()
+        return IntDistribution(numbers[0], numbers[-1], step=value.step) if len(numbers) else _none(override)  # type: ignore[arg-type,index]
+    if isinstance(value, (ChoiceSweep, RangeSweep)) or override.is_discrete_sweep():
+        choices = list(override.sweep_string_iterator())
+        return CategoricalDistribution(choices) if choices else _none(override)
+    raise ConfigError(f"{override.input_line}: is no sweep that can be searched")
+
+
+def _none(override: Override) -> Any:
+    raise ConfigError(f"{override.input_line}: has no values")
+
+
+def _end(space: Any, which: int) -> Any:
+    return space.choices[which] if hasattr(space, "choices") else (space.low, space.high)[which]
+
+
+def _text(value: Any) -> str:
+    return repr(value) if isinstance(value, float) else str(value)
