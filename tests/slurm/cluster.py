@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "scontrol", "squeue", "munged")
-CPUS, DOWN_S = 8, 9
+CPUS = 8
 
 
 def missing() -> str | None:
@@ -29,13 +29,14 @@ def program(name: str) -> str | None:
 
 
 class Cluster:
-    def __init__(self, folder: Path, nodes: int = 3):
+    def __init__(self, folder: Path, nodes: int = 3, down_s: int = 9):
+        """`down_s`: how long a node may not answer before it counts as down."""
         self.folder, self.names = folder, [f"n{number}" for number in range(1, nodes + 1)]
         for name in ("state", "munge", "log"):
             (folder / name).mkdir(parents=True, mode=0o700)
         self.socket = folder / "munge" / "munge.socket"
         ports = _free_ports(nodes + 1)
-        self.conf = folder / "slurm.conf"
+        self.down_s, self.conf = down_s, folder / "slurm.conf"
         self.conf.write_text(self._conf(ports[0], dict(zip(self.names, ports[1:], strict=True))))
         self.environment = {**os.environ, "SLURM_CONF": str(self.conf)}
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
@@ -135,7 +136,7 @@ class Cluster:
             "SelectTypeParameters=CR_CPU",
             "SlurmdParameters=config_overrides",
             "ReturnToService=2",
-            f"SlurmdTimeout={DOWN_S}",
+            f"SlurmdTimeout={self.down_s}",
             "SlurmctldTimeout=10",
             "KillWait=20",
             "MinJobAge=3600",  # there is no accounting: the queue remembers

@@ -218,6 +218,20 @@ def test_a_chain_of_short_jobs(submitted: Submitted, undisturbed: Run) -> None:
     assert_same_bits(submitted.run, undisturbed)
 
 
+def test_a_bad_node_is_left_out(tmp_path: Path, undisturbed: Run) -> None:
+    """It is dead, and Slurm has not noticed."""
+    with Cluster(tmp_path / "slurm", down_s=300) as cluster:
+        cluster.kill("n2")
+        submitted = Submitted(cluster, tmp_path / "run", ("launch.health_check=true",))
+        submitted.submit()
+        submitted.finish()
+        assert "n2 failed the check; queued again without n2" in submitted.log()
+        assert "Restarts=1" in cluster.run("scontrol", "show", "job", submitted.jobs[0])
+        nodes = cluster.run("squeue", "--noheader", "--states=all", "--format=%N", "--jobs", submitted.jobs[0])
+        assert nodes.strip() == "n[1,3]"
+    assert_same_bits(submitted.run, undisturbed)
+
+
 def test_a_sweep_is_one_job_array(submitted: Submitted, tmp_path: Path) -> None:
     rates = ("0.001", "0.002", "0.003")
     submitted.overrides = (f"optimizer.lr={','.join(rates)}", "launch.nodes=1", "launch.max_parallel=2")
