@@ -159,8 +159,9 @@ def interconnect(alone: bool) -> list[Finding]:
         findings.append(Finding("interconnect", "warning", f"not active: {', '.join(down)}", advice))
     chosen = os.environ.get("GLOO_SOCKET_IFNAME")
     if not alone and not chosen and (problem := _own_name()):
-        advice = "set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the cluster's network, or mend /etc/hosts"
-        findings.append(Finding("interconnect", "bad", problem, advice))
+        # Under torchrun (so under `onecurve submit`) the ranks take the interface that leads to the first node.
+        advice = "mend /etc/hosts, or set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME; torchrun does without"
+        findings.append(Finding("interconnect", "warning", problem, advice))
     return findings
 
 
@@ -175,7 +176,7 @@ def _own_name() -> str:
         address = socket.gethostbyname(name)
     except OSError:
         return f"its own name, {name}, has no address"
-    return f"its own name, {name}, leads to {address}: other nodes cannot come here" if address[:4] == "127." else ""
+    return f"its own name, {name}, leads to {address}, where other nodes cannot come" if address[:4] == "127." else ""
 
 
 def _text(path: Path) -> str:
