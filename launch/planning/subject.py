@@ -7,7 +7,7 @@ computes in fp32 differ a little between CPU and CUDA.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -307,4 +307,10 @@ def example(config: Config) -> Batch:
     return fields | draws
 
 
-Finish = Callable[[Tensor], Tensor]
+def planned(config: Config, bf16: bool) -> Subject:
+    """The run's model on a GPU that is fast at bf16, or is not."""
+    compute = config.precision.compute
+    if compute == "auto":
+        compute = "bf16" if bf16 or config.precision.param == "bf16" else "fp32"
+    precision = Precision(torch.device("cpu"), compute, config.precision.param, config.precision.reduce)
+    return Subject(config, precision)
