@@ -1,21 +1,22 @@
 """What `onecurve plan` says of memory against what ranks then take: `python benchmarks/plan_error.py [NAME ...]` writes
 plan_error.json, in about 10 minutes on 2 cores.
 
-Each rank builds its strategy and takes two steps on zeros. Measured is the most that torch's allocator has given out at
-once: on GPUs torch.cuda.max_memory_allocated, on CPUs the same from torch's profiler, which is told of each allocation
-and release. `kernel`: how far the process's resident memory (VmHWM) rose in a run without the profiler, less what it
-rises for a model of 0.01M parameters; glibc is told to give back what is freed. The plan is for the fullest rank.
+Each rank builds its strategy and takes two steps on zeros. Measured is the most memory that was given out at once: on
+GPUs torch.cuda.max_memory_allocated; on CPUs glibc's own record of it (`malloc_stats`: max mmap bytes), told to map all
+that takes 32 KiB or more on its own (MALLOC_MMAP_THRESHOLD_), less what was given out before the model was built. It
+counts every thread, and neither holes nor Python's own. torch's profiler, tried first, is not told of what gloo's
+threads release. Plan and measurement are of the fullest rank.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -67,7 +68,6 @@ CASES: dict[str, tuple[int, tuple[str, ...]]] = {
     "llama, pipeline": (2, (*PIPELINE, *LLAMA)),
 }  # fmt: skip
 COMMON = ("experiment=none",)
-TINY = (1, ("strategy=single", "model.layers=1", "model.width=32", "model.heads=1", "data.tokenizer=bytes"))
 
 
 def planned(procs: int, overrides: tuple[str, ...]) -> list[int]:
@@ -85,19 +85,19 @@ def planned(procs: int, overrides: tuple[str, ...]) -> list[int]:
     return [parts.total for parts in Accountant(Subject(config, precision), config, procs).peaks()]
 
 
-def measured(procs: int, overrides: tuple[str, ...], how: str) -> list[float]:
+def measured(procs: int, overrides: tuple[str, ...]) -> list[float]:
     """Bytes of each rank."""
     with tempfile.TemporaryDirectory() as folder:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={procs}"] if procs > 1 else []
-        command = [sys.executable, *launcher, __file__, "--rank", folder, how, *COMMON, *overrides]
-        glibc = {"MALLOC_MMAP_THRESHOLD_": "131072"} if how == "kernel" else {}
+        command = [sys.executable, *launcher, __file__, "--rank", folder, *COMMON, *overrides]
+        glibc = {"MALLOC_MMAP_THRESHOLD_": "32768"}
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **glibc})
         if done.returncode:
             raise SystemExit(f"{' '.join(command)}: exit code {done.returncode}\n{done.stderr[-3000:]}")
         return [float((Path(folder) / str(rank)).read_text()) for rank in range(procs)]
 
 
-def rank(folder: str, how: str, *overrides: str) -> None:
+def rank(folder: str, *overrides: str) -> None:
     """One rank: two steps of its strategy, without a loop and without data."""
     import torch
 
@@ -115,59 +115,61 @@ def rank(folder: str, how: str, *overrides: str) -> None:
     rows = config.train.global_batch // ranks.dp_size
     micro = min(config.train.micro_batch or rows, rows)
     batch = {name: value.expand(micro, *value.shape[1:]).clone() for name, value in example(config).items()}
-    on_gpu, kernel = ranks.device.type == "cuda", how == "kernel"
-    before = _status("VmRSS")
-    profiler: Any = nullcontext() if on_gpu or kernel else torch.autograd.profiler.profile(profile_memory=True)
-    with profiler:
-        strategy = build_strategy(config, ranks, cast(Any, inputs))
-        for _ in range(2):
-            strategy.train_step([batch] * (rows // micro))
-            strategy.update(1e-4)
-    if kernel:
-        found = float(_status("VmHWM") - before)
-    else:
-        found = torch.cuda.max_memory_allocated() if on_gpu else _peak(profiler)
+    on_gpu, before = ranks.device.type == "cuda", given_out()[0]
+    strategy = build_strategy(config, ranks, cast(Any, inputs))
+    for _ in range(2):
+        strategy.train_step([batch] * (rows // micro))
+        strategy.update(1e-4)
+    found = torch.cuda.max_memory_allocated() if on_gpu else given_out()[1] - before
     (Path(folder) / str(ranks.rank)).write_text(str(found))
     strategy.close()
     ranks.close()
 
 
-def _peak(profiler: Any) -> int:
-    alive = most = 0
-    events = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        alive += event.nbytes()
-        most = max(most, alive)
-    return most
+def given_out() -> tuple[int, int]:
+    """Bytes that glibc has mapped for this process now, and the most that they ever were."""
+    with tempfile.TemporaryFile() as file:
+        saved = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        ctypes.CDLL(None).malloc_stats()
+        os.dup2(saved, 2)
+        os.close(saved)
+        file.seek(0)
+        text = file.read().decode()
+    most = int(re.findall(r"max mmap bytes\s*=\s*(\d+)", text)[-1])
+    return mapped(), most
 
 
-def _status(key: str) -> int:
-    return int(re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024  # type: ignore[index]
+class _Mallinfo(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in ["arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks"]
+    ]
+    _fields_ += [(name, ctypes.c_size_t) for name in ("fordblks", "keepcost")]
 
 
-def main(names: list[str], kernel: bool, again: bool) -> None:
+def mapped() -> int:
+    libc = ctypes.CDLL(None)
+    libc.mallinfo2.restype = _Mallinfo
+    return int(libc.mallinfo2().hblkhd)
+
+
+def main(names: list[str], again: bool) -> None:
     """`again`: only plan again, and compare with what was measured before."""
     path = Path(__file__).with_suffix(".json")
     result = json.loads(path.read_text()) if path.exists() and (names or again) else {"cases": {}}
-    own = measured(*TINY, "kernel")[0] if kernel else 0.0
     for name, (procs, overrides) in CASES.items():
         row = result["cases"].get(name, {})
         if (names and not any(wanted in name for wanted in names)) or (again and not row):
             continue
         row |= {"processes": procs, "planned_mb": max(planned(procs, overrides)) / 1e6}
         if not again:
-            row["measured_mb"] = max(measured(procs, overrides, "allocator")) / 1e6
-        if kernel:
-            row["kernel_mb"] = (max(measured(procs, overrides, "kernel")) - own) / 1e6
+            row["measured_mb"] = max(measured(procs, overrides)) / 1e6
         row["error"] = row["planned_mb"] / row["measured_mb"] - 1
-        beside = ""
-        if "kernel_mb" in row:
-            row["error_kernel"] = row["planned_mb"] / row["kernel_mb"] - 1
-            beside = f"  kernel {row['kernel_mb']:7.1f} ({row['error_kernel']:+.1%})"
         result["cases"][name] = {key: round(value, 4) for key, value in row.items()}
         print(
-            f"{name:34} {procs} planned {row['planned_mb']:7.1f} MB  measured {row['measured_mb']:7.1f}  "
-            f"{row['error']:+.1%}{beside}",
+            f"{name:34} {procs}  planned {row['planned_mb']:7.1f} MB  measured {row['measured_mb']:7.1f} MB  "
+            f"{row['error']:+.1%}",
             flush=True,
         )
         path.write_text(json.dumps(result, indent=1) + "\n")
@@ -177,5 +179,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--rank"]:
         rank(*sys.argv[2:])
     else:
-        flags = {"--kernel", "--again"}
-        main([argument for argument in sys.argv[1:] if argument not in flags], *(f in sys.argv for f in sorted(flags, reverse=True)))
+        main([argument for argument in sys.argv[1:] if argument != "--again"], "--again" in sys.argv)

@@ -118,15 +118,21 @@ def _memory_and_more(config: Config, procs: int, subject: Subject, gpu: Gpu) -> 
         return
     flops = sum(of.flops(place) for place in range(of.layout.stages)) * (procs // of.layout.stages)
     tokens = config.train.global_batch * config.data.sequence_length
-    yield "arithmetic", (
-        f"{flops:.3g} FLOP a step, recomputation included; {flops / tokens:.3g} a token, "
-        f"{flops * config.train.steps:.3g} in all"
+    yield (
+        "arithmetic",
+        (
+            f"{flops:.3g} FLOP a step, recomputation included; {flops / tokens:.3g} a token, "
+            f"{flops * config.train.steps:.3g} in all"
+        ),
     )
     if isinstance(config.strategy, Pipeline) and of.layout.stages > 1:
         yield from _pipeline(of, config.strategy)
     fullest = max(peaks, key=lambda parts: parts.total)
     fits = "fits" if fullest.total <= gpu.usable else "does NOT fit"
-    yield "memory", f"{size(fullest.total)} of a process at its fullest: {fits} {gpu.name} ({gpu.gib:g} GiB, 90 % usable)"
+    yield (
+        "memory",
+        f"{size(fullest.total)} of a process at its fullest: {fits} {gpu.name} ({gpu.gib:g} GiB, 90 % usable)",
+    )
     columns = fullest._fields
     yield "", "".join(f"{name:>14}" for name in ("", *columns, "total"))
     for first, last in _runs([parts.total for parts in peaks]):

@@ -20,6 +20,7 @@ from trainer.config.pipelines import micro_batches
 from trainer.precision import DTYPES
 from trainer.strategies.stages import Measured, balance, hosts, measure
 
+
 class Accountant:
     """Memory of a config on a number of processes, each of which works on `rows` sequences at a time, `passes` times."""
 
@@ -36,6 +37,13 @@ class Accountant:
     @cached_property
     def built(self) -> Built:
         return self.subject.split(self.strategy, self.layout.tensor)
+
+    @cached_property
+    def traced(self) -> Built:
+        """What computes: with weights in the compute data type, where they are gathered in it."""
+        if getattr(self.strategy, "gather", "param") == "param" or self.procs == 1:
+            return self.built
+        return self.subject.split(self.strategy, self.layout.tensor, DTYPES[self.compute])
 
     def peak(self, place: int = 0) -> Parts:
         """The fullest moment of the process at this place of a pipeline (of any process, where there is none)."""
@@ -64,7 +72,7 @@ class Accountant:
         yield self.updated(share)
 
     def trace(self, released: bool = False, casts_kept: bool = True) -> Trace:
-        return self.built.whole(self.rows, self.checkpointing, released, casts_kept)
+        return self.traced.whole(self.rows, self.checkpointing, released, casts_kept)
 
     def flops(self, place: int = 0) -> int:
         """Operations of a process in a step, recomputation among them. Of layers that several share: its part."""
@@ -102,7 +110,11 @@ class Accountant:
         is; in the backward pass the one before is on its way already, and the gradients of the one behind are still
         being sent."""
         share, trace = Share(self.built.parameters, self.shards()), self.trace()
-        gathered = DTYPES[self.compute].itemsize / 4 if strategy.gather == "compute" else 1.0
+        gathered = (
+            DTYPES[self.compute].itemsize / DTYPES[self.config.precision.param].itemsize
+            if strategy.gather == "compute"
+            else 1.0
+        )
         reduced = DTYPES[self.config.precision.reduce].itemsize / DTYPES[self.config.precision.param].itemsize
         unit = [round(share.of_block(number).padded * gathered) for number in range(len(self.built.blocks))]
         sent = [round(share.of_block(number).padded * reduced) for number in range(len(self.built.blocks))]
@@ -122,7 +134,9 @@ class Accountant:
             tail = unit[last] if unit else 0  # what the last layer was gathered into, until the next forward pass
             if here == OUTSIDE:
                 around = tail + (kept or (unit[last] if unit else 0))
-                yield Parts(held[0], held[1] + done, held[2], segment.peak_with_gradients, rest + rest_gradients + around)
+                yield Parts(
+                    held[0], held[1] + done, held[2], segment.peak_with_gradients, rest + rest_gradients + around
+                )
                 rest_gradients += segment.gradients
                 continue
             before = unit[here - 1] if here else 0
@@ -136,8 +150,10 @@ class Accountant:
                 done += share.of_block(here).trained
         tail = unit[last] if unit else 0
         yield Parts(held[0], held[1] + done, held[2], 0, rest_gradients + round(rest_gradients * reduced) + tail)
-        yield Parts() if strategy.cpu_offload else self.updated(share)._replace(
-            buffers=self.updated(share).buffers + tail
+        yield (
+            Parts()
+            if strategy.cpu_offload
+            else self.updated(share)._replace(buffers=self.updated(share).buffers + tail)
         )
 
     @property
@@ -198,8 +214,13 @@ class Accountant:
             if work.kind == "F":
                 top = max(segment.peak for segment in trace.of(backward=False))
                 waiting[work.part, work.number] = trace.retained
-                yield Parts(held[0], gradients_so_far(held[1], done, traces, sharded), held[2], under_way + top,
-                            received + gathered)
+                yield Parts(
+                    held[0],
+                    gradients_so_far(held[1], done, traces, sharded),
+                    held[2],
+                    under_way + top,
+                    received + gathered,
+                )
                 continue
             retained = waiting.get((work.part, work.number), 0)
             so_far = gradients_so_far(held[1], done, traces, sharded)

@@ -42,27 +42,30 @@ class Proposal:
 
 
 def proposals(
-    subject: Subject, config: Config, procs: int, gpu: Gpu, within: float = 20.0
+    subject: Subject, config: Config, procs: int, gpu: Gpu, within: float = 12.0
 ) -> tuple[list[Proposal], list[Proposal]]:
-    """(those that fit, those that do not), each the fastest or the smallest first. Stops looking after `within`
-    seconds: the most usual are tried first."""
+    """(those that fit, those that do not), each the fastest or the smallest first. After `within`
+    seconds of computing it looks no further: the most usual are tried first."""
     fit: list[Proposal] = []
     too_large: list[Proposal] = []
-    started = time.monotonic()
+    started = time.process_time()
     for changes, tried in candidates(config, procs, subject):
-        ways = []
-        for recomputed, rows in product(RECOMPUTED, sizes(tried, procs)):
-            if time.monotonic() > started + within:
+        rows = sizes(tried, procs)
+        least = _tried(subject, tried, changes, RECOMPUTED[-1], rows[-1], procs, gpu)
+        if least is None or time.process_time() > started + within:
+            continue
+        if least.parts.total > gpu.usable:
+            too_large.append(least)
+            continue
+        # More recomputation and smaller micro-batches only take longer.
+        for recomputed, size in product(RECOMPUTED, rows):
+            if time.process_time() > started + within:
+                fit.append(least)
                 break
-            if (way := _tried(subject, tried, changes, recomputed, rows, procs, gpu)) is None:
+            way = _tried(subject, tried, changes, recomputed, size, procs, gpu)
+            if way is not None and way.parts.total <= gpu.usable:
+                fit.append(way)
                 break
-            ways.append(way)
-            if way.parts.total <= gpu.usable:
-                break  # smaller micro-batches, and more recomputation, only take longer
-        if ways and ways[-1].parts.total <= gpu.usable:
-            fit.append(ways[-1])
-        elif ways:
-            too_large.append(min(ways, key=lambda way: way.parts.total))
     return sorted(fit, key=lambda one: one.seconds), sorted(too_large, key=lambda one: one.parts.total)
 
 
@@ -85,9 +88,13 @@ def candidates(config: Config, procs: int, subject: Subject) -> Iterator[tuple[t
     if procs == 1:
         ways.append(("strategy=single",))
     else:
-        tensors = [n for n in (2, 4, 8) if n <= min(NODE, procs) and hasattr(subject.whole.model, "tensor_parallel_plan")]
+        tensors = [
+            n for n in (2, 4, 8) if n <= min(NODE, procs) and hasattr(subject.whole.model, "tensor_parallel_plan")
+        ]
         sequences = ("strategy.sequence_parallel=true",)
         ways += [("strategy=ddp",), ("strategy=fsdp",)]
+        if subject.precision.compute == "bf16" and subject.precision.param == "fp32":
+            ways.append(("strategy=fsdp", "strategy.gather=compute"))
         if procs > NODE and procs % NODE == 0:
             ways.append(("strategy=hsdp", f"strategy.shard_size={NODE}"))
         for n in reversed(tensors):
@@ -103,7 +110,7 @@ def candidates(config: Config, procs: int, subject: Subject) -> Iterator[tuple[t
     for way in ways:
         section = dict(defaults[way[0].removeprefix("strategy=")])
         for key, _, value in (override.removeprefix("strategy.").partition("=") for override in way[1:]):
-            section[key] = True if value == "true" else int(value)
+            section[key] = {"true": True, "compute": value}.get(value) or int(value)
         try:
             yield way, check(_replaced(config, {}, strategy=section), procs)
         except ConfigError:

@@ -24,10 +24,11 @@ from launch.planning.trace import OUTSIDE, REPRESENTATIVES, Live, Trace, stretch
 from trainer.build import build_optimizer, model_factory, plugin
 from trainer.config import Config, schema
 from trainer.inputs import tokenizer_of
+from trainer.models import of_type
 from trainer.objectives import Batch
 from trainer.precision import Precision
 from trainer.strategies.layers import prepare
-from trainer.strategies.stages import _CUTTABLE, _misplaced, _modules
+from trainer.strategies.stages import CUTTABLE, misplaced, modules_of
 from trainer.strategies.tensor import TensorParallel
 from trainer.strategies.zero_engine import released_saved
 
@@ -67,22 +68,19 @@ class Subject:
             config.objective, self.tokenizer.token_bytes, self.tokenizer.token_chars
         )
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self.whole = self.built(1, None)
-        self._split: dict[tuple[int, bool, bool], Built] = {}
+        self.built = cache(self._built)
+        self.whole = self.built(1, False, False, None)
 
-    def split(self, strategy: Any, tensor: int) -> Built:
-        """The model as one of `tensor` processes has it that share its layers' matrices."""
-        if tensor == 1:
-            return self.whole
-        key = (tensor, strategy.sequence_parallel, strategy.loss_parallel)
-        if key not in self._split:
-            self._split[key] = self.built(tensor, strategy)
-        return self._split[key]
+    def split(self, strategy: Any, tensor: int, dtype: torch.dtype | None = None) -> Built:
+        """The model as one of `tensor` processes has it that share its layers' matrices; with weights of that type."""
+        shared = (strategy.sequence_parallel, strategy.loss_parallel) if tensor > 1 else (False, False)
+        return self.built(tensor, *shared, dtype)
 
-    def built(self, tensor: int, strategy: Any) -> Built:
+    def _built(self, tensor: int, sequences: bool, loss: bool, dtype: torch.dtype | None) -> Built:
         with self.fake:
             model = self.factory.build()
-        return Built(self, model, tensor, strategy)
+            model = model if dtype is None else of_type(model, dtype)
+        return Built(self, model, tensor, sequences, loss)
 
     @cached_property
     def state(self) -> tuple[dict[str, int], int]:
@@ -121,10 +119,11 @@ class Subject:
 class Built:
     """A model whose layers `tensor` processes share, as one of them has it."""
 
-    def __init__(self, subject: Subject, model: nn.Module, tensor: int, strategy: Any):
-        self.subject, self.model, self.tensor, self.strategy = subject, model, tensor, strategy
+    def __init__(self, subject: Subject, model: nn.Module, tensor: int, sequences: bool, loss: bool):
+        self.subject, self.model, self.tensor = subject, model, tensor
+        self.sequences_shared, self.loss_shared = sequences, loss
         self.blocks: Sequence[nn.Module] = list(getattr(model, "blocks", []))
-        self.cuttable = not [name for name in _CUTTABLE if not hasattr(model, name)] and not _misplaced(cast(Any, model))
+        self.cuttable = not [name for name in CUTTABLE if not hasattr(model, name)] and not misplaced(cast(Any, model))
         self.uniform = self.cuttable and len({_signature(block) for block in self.blocks}) == 1
         self.shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         if tensor > 1:  # for what it is called with, its parts and their hooks are on a mesh that is there meanwhile
@@ -140,7 +139,9 @@ class Built:
     def parameters(self) -> list[Parameter]:
         state, numbers = self.subject.state[0], self._blocks_of()
         ends = {
-            kind: {id(p) for module in _modules(self.model, getattr(self.model, names, ())) for p in module.parameters()}
+            kind: {
+                id(p) for module in modules_of(self.model, getattr(self.model, names, ())) for p in module.parameters()
+            }
             for kind, names in ((EMBEDS, "embedding_parts"), (HEADS, "head_parts"))
         }
         return [
@@ -180,12 +181,11 @@ class Built:
         precision, objective = self.subject.precision, self.subject.objective
         autocast = precision.autocast(cache=casts_kept)
         saved = released_saved() if released else nullcontext()
-        with self._mesh(), self.subject.fake as fake, recomputing(self.model, blocks, checkpointing), saved:
+        with self._mesh(), self.subject.fake, recomputing(self.model, blocks, checkpointing), saved:
             batch = {
                 name: torch.zeros((rows, *value.shape[1:]), dtype=value.dtype)
                 for name, value in example(self.subject.config).items()
             }
-            del fake
             model = cast(Any, self.model)
             x = None if embeds else self._hidden(rows).requires_grad_()
             gradient = None if heads else self._hidden(rows)
@@ -199,7 +199,7 @@ class Built:
             def finish(outputs: Tensor) -> Tensor:
                 if not heads:
                     return outputs
-                if isinstance(outputs, DTensor) and not self.strategy.loss_parallel:
+                if isinstance(outputs, DTensor) and not self.loss_shared:
                     outputs = outputs.full_tensor()
                 return objective.loss(outputs, batch)["loss"]
 
@@ -243,13 +243,13 @@ class Built:
             dist.destroy_process_group()
 
     def _divide(self, mesh: Any) -> None:
-        config = SimpleNamespace(sequence_parallel=self.strategy.sequence_parallel, loss_parallel=False)
+        config = SimpleNamespace(sequence_parallel=self.sequences_shared, loss_parallel=False)
         TensorParallel.split(cast(Any, SimpleNamespace(config=config)), self.model, mesh)
 
     def _loss_parallel(self) -> Any:
         from torch.distributed.tensor.parallel import loss_parallel
 
-        return loss_parallel() if self.tensor > 1 and self.strategy.loss_parallel else nullcontext()
+        return loss_parallel() if self.loss_shared else nullcontext()
 
 
 @contextmanager

@@ -13,7 +13,6 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -191,9 +190,7 @@ def trace(
 
 
 @contextmanager
-def _marked(
-    module: nn.Module, blocks: Sequence[nn.Module], live: Live, mark: Callable[..., None]
-) -> Iterator[None]:
+def _marked(module: nn.Module, blocks: Sequence[nn.Module], live: Live, mark: Callable[..., None]) -> Iterator[None]:
     """Tells `live` of gradients that are done, and `mark` of each block that begins or ends."""
     hooks = []
     for number, block in enumerate(blocks):

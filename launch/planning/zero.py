@@ -1,4 +1,4 @@
-"""What DeepSpeed's ZeRO holds (Rajbhandari et al. 2020; as its version 0.19 does it), stages 0 to 3, of fp32 weights."""
+"""What DeepSpeed's ZeRO holds (Rajbhandari et al. 2020; as version 0.19 does it), stages 0 to 3, of fp32 weights."""
 
 from __future__ import annotations
 
