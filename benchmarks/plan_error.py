@@ -141,11 +141,10 @@ def given_out() -> tuple[int, int]:
 
 
 class _Mallinfo(ctypes.Structure):
-    _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in ["arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks"]
-    ]
-    _fields_ += [(name, ctypes.c_size_t) for name in ("fordblks", "keepcost")]
+    """glibc's `struct mallinfo2`."""
+
+    _names_ = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in _names_.split()]
 
 
 def mapped() -> int:

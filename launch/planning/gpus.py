@@ -1,4 +1,4 @@
-"""What there is to train on: memory as torch reports it, dense bf16 arithmetic, links; from the vendors' data sheets."""
+"""What there is to train on: memory as torch reports it, bf16 arithmetic, links; from vendors' data sheets."""
 
 from __future__ import annotations
 

@@ -18,11 +18,11 @@ from launch.planning.trace import OUTSIDE, Trace
 from trainer.config import Config, schema
 from trainer.config.pipelines import micro_batches
 from trainer.precision import DTYPES
-from trainer.strategies.stages import Measured, balance, hosts, measure
+from trainer.strategies.stages import Measured, balance, hosts
 
 
 class Accountant:
-    """Memory of a config on a number of processes, each of which works on `rows` sequences at a time, `passes` times."""
+    """Memory of a config on a number of processes; each works on `rows` sequences at a time, `passes` times a step."""
 
     def __init__(self, subject: Subject, config: Config, procs: int):
         self.subject, self.config, self.procs = subject, config, procs
@@ -162,10 +162,9 @@ class Accountant:
 
     # Pipelines
 
-    @cached_property
+    @property
     def measured(self) -> Measured:
-        subject = self.subject
-        return measure(subject.factory, subject.objective, subject.precision.autocast(), subject.precision.device)
+        return self.subject.measured
 
     @cached_property
     def parts(self) -> list[range]:

@@ -1,7 +1,7 @@
 """Which strategies fit a GPU, the one that should be fastest first.
 
-The order is that of a bound: half of the GPU's arithmetic, and links at their full speed, with what can go on at the same
-time counted once. It tells which is faster, not how fast.
+The order is that of a bound: half of the GPU's arithmetic, and links at their full speed, with what can go on at the
+same time counted once. It tells which is faster, not how fast.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Proposal:
 
 
 def proposals(
-    subject: Subject, config: Config, procs: int, gpu: Gpu, within: float = 12.0
+    subject: Subject, config: Config, procs: int, gpu: Gpu, within: float = 8.0
 ) -> tuple[list[Proposal], list[Proposal]]:
     """(those that fit, those that do not), each the fastest or the smallest first. After `within`
     seconds of computing it looks no further: the most usual are tried first."""

@@ -28,7 +28,7 @@ from trainer.models import of_type
 from trainer.objectives import Batch
 from trainer.precision import Precision
 from trainer.strategies.layers import prepare
-from trainer.strategies.stages import CUTTABLE, misplaced, modules_of
+from trainer.strategies.stages import CUTTABLE, Measured, measure, misplaced, modules_of
 from trainer.strategies.tensor import TensorParallel
 from trainer.strategies.zero_engine import released_saved
 
@@ -81,6 +81,11 @@ class Subject:
             model = self.factory.build()
             model = model if dtype is None else of_type(model, dtype)
         return Built(self, model, tensor, sequences, loss)
+
+    @cached_property
+    def measured(self) -> Measured:
+        """What a pipeline is cut by."""
+        return measure(self.factory, self.objective, self.precision.autocast(), self.precision.device)
 
     @cached_property
     def state(self) -> tuple[dict[str, int], int]:

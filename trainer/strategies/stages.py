@@ -180,7 +180,7 @@ def cut(model: nn.Module, blocks: Iterable[int], embeds: bool, heads: bool) -> l
 
 def modules_of(model: object, names: Sequence[str]) -> list[nn.Module]:
     """Those of these modules that are there."""
-    known = dict(cast(nn.Module, model).namedmodules_of(remove_duplicate=False))
+    known = dict(cast(nn.Module, model).named_modules(remove_duplicate=False))
     return [known[name] for name in names if name in known]
 
 
