@@ -105,13 +105,13 @@ def test_shares_of_fsdp_and_parts_of_the_sum() -> None:
 
 def test_proposals_are_taken_by_the_check() -> None:
     own = [text for text in TINY if not text.startswith("strategy")]
-    config = load(own, 8)
-    fit, too_large = proposals(planned(config, bf16=True), config, 8, target("h100", 0.01))
+    config = load(own, 4)
+    fit, too_large = proposals(planned(config, bf16=True), config, 4, target("h100", 0.01))
     assert fit
     assert too_large
     assert all(one.parts.total <= 0.009 * 2**30 for one in fit)
     for one in [*fit, *too_large]:
-        load([*own, *one.overrides], 8)
+        load([*own, *one.overrides], 4)
 
 
 @pytest.mark.slow

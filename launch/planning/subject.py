@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from types import SimpleNamespace
 from typing import Any, cast
@@ -45,6 +45,8 @@ class Parameter:
     """Bytes of the optimizer's state of it, of the same part."""
     trained: bool
     block: int
+    inside: str
+    """Its name in the block, or in the model."""
     ends: frozenset[str]
     """Which ends of the model use it: EMBEDS, HEADS, both or none."""
 
@@ -130,19 +132,19 @@ class Built:
         self.blocks: Sequence[nn.Module] = list(getattr(model, "blocks", []))
         self.cuttable = not [name for name in CUTTABLE if not hasattr(model, name)] and not misplaced(cast(Any, model))
         self.uniform = self.cuttable and len({_signature(block) for block in self.blocks}) == 1
-        self.shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        if tensor > 1:  # for what it is called with, its parts and their hooks are on a mesh that is there meanwhile
+        if tensor > 1:
+            if self.uniform:
+                del cast(Any, model).blocks[REPRESENTATIVES:]  # the others would be divided likewise
             with self._mesh() as mesh, subject.fake:
                 self._divide(mesh)
-                self.shapes = {
-                    name: tuple(parameter.to_local().shape if isinstance(parameter, DTensor) else parameter.shape)
-                    for name, parameter in model.named_parameters()
-                }
         self.part = cache(self._part)
 
     @cached_property
     def parameters(self) -> list[Parameter]:
-        state, numbers = self.subject.state[0], self._blocks_of()
+        if self.tensor > 1:
+            return self._divided()
+        state = self.subject.state[0]
+        numbers = {id(p): (number, name) for number, b in enumerate(self.blocks) for name, p in b.named_parameters()}
         ends = {
             kind: {
                 id(p) for module in modules_of(self.model, getattr(self.model, names, ())) for p in module.parameters()
@@ -152,18 +154,28 @@ class Built:
         return [
             Parameter(
                 name,
-                self.shapes[name],
+                tuple(parameter.shape),
                 parameter.element_size(),
-                state[name] * torch.Size(self.shapes[name]).numel() // max(1, parameter.numel()),
+                state[name],
                 parameter.requires_grad,
-                numbers.get(id(parameter), OUTSIDE),
+                *numbers.get(id(parameter), (OUTSIDE, name)),
                 frozenset(kind for kind, those in ends.items() if id(parameter) in those),
             )
             for name, parameter in self.model.named_parameters()
         ]
 
-    def _blocks_of(self) -> dict[int, int]:
-        return {id(p): number for number, block in enumerate(self.blocks) for p in block.parameters()}
+    def _divided(self) -> list[Parameter]:
+        """Those of the whole model, in the shapes that one of the processes has. Of blocks that are
+        alike one is divided for all."""
+        there = [(OUTSIDE, name, p) for name, p in self.model.named_parameters()]
+        there += [(number, name, p) for number, block in enumerate(self.blocks) for name, p in block.named_parameters()]
+        local = {(n, name): (p.to_local() if isinstance(p, DTensor) else p).shape for n, name, p in there}
+        divided = []
+        for whole in self.subject.whole.parameters:
+            shape = local[min(whole.block, REPRESENTATIVES - 1) if self.uniform else whole.block, whole.inside]
+            state = whole.state * shape.numel() // max(1, whole.numel)
+            divided.append(replace(whole, shape=tuple(shape), state=state))
+        return divided
 
     def whole(self, rows: int, checkpointing: str, released: bool = False, casts_kept: bool = True) -> Trace:
         """Of the whole model and the objective, on `rows` sequences."""

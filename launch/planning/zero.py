@@ -52,9 +52,10 @@ def _optimizer_sharded(of: Accountant, strategy: Zero) -> Iterator[Parts]:
         if not segment.backward:
             yield Parts(weights, gradients if of.passes > 1 else 0, optimizer, segment.peak, 0)
             continue
-        # Until they are reduced gradients lie in the bucket; then stage 2 keeps its part.
+        # Until a full bucket is reduced gradients are there as they were computed, too; then stage 2 keeps its part.
         held = min(gradients, before) if of.passes == 1 else gradients
-        yield Parts(weights, held, optimizer, segment.peak, bucket)
+        waiting = min(before + segment.gradients, bucket) if strategy.stage == 2 else 0
+        yield Parts(weights, held, optimizer, segment.peak, bucket + waiting)
         before += segment.gradients
     yield Parts(weights, gradients + (part if strategy.stage == 1 else 0), optimizer, 0, bucket)
 
@@ -72,8 +73,9 @@ def _all_sharded(of: Accountant, strategy: Zero) -> Iterator[Parts]:
     bucket = strategy.bucket_mb * MIB
     weights = (0 if strategy.offload_parameters else share.held // procs) + (0 if strategy.offload_optimizer else part)
     gradients, optimizer = (0, 0) if strategy.offload_optimizer else (part, state)
+    waiting = 0  # gradients as they were computed, until a full bucket of them is reduced
     for segment in of.trace(released=True, casts_kept=False).segments:
         gathered = min(2 * largest, sum(layers)) + (max([*outside, 0]) if segment.block == OUTSIDE else 0)
-        sent = segment.gradients if segment.backward else 0
-        yield Parts(weights, gradients, optimizer, segment.peak_with_gradients, bucket + always + gathered + sent)
+        yield Parts(weights, gradients, optimizer, segment.peak_with_gradients, bucket + always + gathered + waiting)
+        waiting = min(waiting + segment.gradients, bucket)
     yield Parts(weights, gradients, optimizer, 0, bucket + always + min(gradients, 4 * SUB_GROUP))
