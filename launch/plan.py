@@ -1,45 +1,70 @@
-"""`onecurve plan [-n PROCS] [overrides]`: what a run would do, before it starts: batches, sizes, a pipeline's parts.
+"""`onecurve plan [-n PROCS] [--gpu NAME] [overrides]`: what a run would do, before it starts.
 
-The model is built without values: no GPU and no memory is needed, nor any data but the tokenizer.
+The user's own model is built and traced without values: no GPU and no memory is needed, nor any data but the tokenizer.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from launch.sizes import size
 from trainer.config import Config
-from trainer.config.compose import load
-from trainer.config.pipelines import micro_batches
+from trainer.config.compose import load_sized
+from trainer.config.launch import Local
 from trainer.config.strategy import Pipeline
+from trainer.errors import ConfigError
 
 if TYPE_CHECKING:
-    from trainer.data.tokenizer import Tokenizer
-    from trainer.models import ModelFactory
+    from launch.planning.gpus import Gpu
+    from launch.planning.memory import Accountant
+    from launch.planning.subject import Subject
+
+Line = tuple[str, str]
 
 
 def add_commands(commands: Any) -> None:
-    parser = commands.add_parser("plan", help="what a run would do: batches, parameters, how a pipeline cuts the model")
+    parser = commands.add_parser("plan", help="what a run would do: batches, memory, traffic, disk, and what fits")
     parser.add_argument("-n", "--procs", type=int, help="processes of the whole run (default: launch.procs, or 1)")
+    parser.add_argument("--gpu", help="what it is to run on, such as h100 (the default), a100-40, l40s, mi300x")
+    parser.add_argument("--memory", type=float, metavar="GiB", help="memory of a GPU, instead of its own")
     parser.add_argument("--config-dir", help="folder with config groups of your own")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="see `python -m trainer --help`")
     parser.set_defaults(func=plan)
 
 
 def plan(arguments: argparse.Namespace) -> int:
-    procs = arguments.procs
-    if procs is None:
-        procs = load(arguments.overrides, config_dir=arguments.config_dir).launch.procs or 1
-    config = load(arguments.overrides, procs, arguments.config_dir)
-    for title, text in lines(config, procs):
-        print(f"{title:12}{text}")
+    from launch.planning.gpus import target
+
+    gpu, folder = target(arguments.gpu, arguments.memory), arguments.config_dir
+    if arguments.procs is not None and arguments.procs < 1:
+        raise ConfigError(f"-n {arguments.procs}: should be 1 or more")
+    config, procs = load_sized(arguments.overrides, arguments.procs, folder)
+    for title, text in lines(config, procs, gpu, arguments.overrides, folder):
+        print(f"{title:12}{text}", flush=True)
     return 0
 
 
-def lines(config: Config, procs: int) -> Iterator[tuple[str, str]]:
-    """(title, text) of each line."""
+def lines(
+    config: Config, procs: int, gpu: Gpu | None = None, overrides: Sequence[str] = (), config_dir: str | None = None
+) -> Iterator[Line]:
+    """(title, text) of each line. Without a `gpu` nothing is proposed."""
+    yield from batch(config, procs)
+    from launch.planning.gpus import target as default  # late: torch takes seconds, and problems should show at once
+    from launch.planning.subject import planned
+
+    given = gpu or default(None, None)
+    subject = planned(config, given.bf16)
+    yield from _model(config, subject)
+    yield from _schedule(config)
+    yield from _memory_and_more(config, procs, subject, given)
+    if gpu is not None:
+        yield from _proposed(config, procs, subject, gpu, overrides, config_dir)
+
+
+def batch(config: Config, procs: int) -> Iterator[Line]:
+    """What needs no model: processes, sequences, steps."""
     layout, train = config.layout(procs), config.train
     copies = procs // layout.processes
     share = train.global_batch // copies
@@ -49,56 +74,89 @@ def lines(config: Config, procs: int) -> Iterator[tuple[str, str]]:
     passes = f"{copies} x {share // micro} x train.micro_batch of {micro}"
     yield "batch", f"{train.global_batch} sequences = {passes}; {tokens:,} tokens"
     yield "steps", f"{train.steps:,}: {train.steps * tokens:,} tokens, if no batch is smaller"
-    import torch  # late: it takes seconds, and problems of the config should show at once
-
-    from trainer.build import model_factory
-    from trainer.inputs import tokenizer_of
-
-    tokenizer, example = tokenizer_of(config), torch.zeros(1, config.data.sequence_length, dtype=torch.int64)
-    batch = {"inputs": example, "targets": example, "draws": example[0, :1]}
-    factory = model_factory(config, tokenizer, lambda: batch)
-    yield from _sizes(config, factory)
-    if isinstance(config.strategy, Pipeline) and layout.stages > 1:
-        yield from _pipeline(config, config.strategy, layout.stages, micro, factory, tokenizer)
 
 
-def _sizes(config: Config, factory: ModelFactory) -> Iterator[tuple[str, str]]:
-    from trainer.build import build_optimizer
-    from trainer.models import without_values
-    from trainer.optim.state import bytes_of
-
-    with without_values():
-        model = factory.build()
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    yield "model", f"{parameters:,} parameters"
-    saved, kept = bytes_of(model, build_optimizer(config, model)), config.checkpoint
+def _model(config: Config, subject: Subject) -> Iterator[Line]:
+    precision, parameters = subject.precision, subject.whole.parameters
+    types = f"held in {precision.param}, computed with in {precision.compute}, gradients added up in {precision.reduce}"
+    yield "model", f"{sum(parameter.numel for parameter in parameters):,} parameters, {types}"
+    saved, kept = subject.checkpoint, config.checkpoint
     more = "".join(f", and those of {key}" for key in ("keep_every", "keep_best") if getattr(kept, key))
     disk = f"{kept.keep} are kept{more}, one more is written: {size(saved * (kept.keep + 1))} of disk"
     yield "checkpoint", f"{size(saved)} every {kept.every}; {disk}"
 
 
-def _pipeline(
-    config: Config, strategy: Pipeline, stages: int, micro: int, factory: ModelFactory, tokenizer: Tokenizer
-) -> Iterator[tuple[str, str]]:
-    import torch
-
+def _schedule(config: Config) -> Iterator[Line]:
+    from launch.planning.chart import rows
     from trainer.build import plugin
-    from trainer.precision import Precision
-    from trainer.strategies.stages import balance, hosts, measure
 
-    objective = plugin(config, "objective")(config.objective, tokenizer.token_bytes, tokenizer.token_chars)
-    device = torch.device("cpu")
-    compute = config.precision.compute if config.precision.compute in ("bf16", "fp16") else "fp32"
-    measured = measure(factory, objective, Precision(device, compute).autocast(), device)
-    parts = balance(measured, stages * strategy.parts_a_process)
-    count = micro_batches(strategy, stages, micro)
+    steps = config.train.steps
+    curve = plugin(config, "schedule")(config.schedule, config.optimizer.lr, steps)
+    what = f"{config.schedule.name}: {curve(1):.2e} at step 1, {curve(steps):.2e} at step {steps:,}"
+    yield "schedule", f"{what}, at most {config.optimizer.lr:.2e}"
+    for row in rows(curve, steps):
+        yield "", row
+
+
+def _memory_and_more(config: Config, procs: int, subject: Subject, gpu: Gpu) -> Iterator[Line]:
+    from launch.planning.memory import Accountant
+    from launch.planning.traffic import traffic
+
+    of = Accountant(subject, config, procs)
+    try:
+        peaks = of.peaks()
+    except ConfigError:
+        raise
+    except Exception as error:  # of the user's code: it looks at values, or computes with them on its own
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        yield "memory", f"not known: the model or the objective cannot be traced without values ({reason[:160]})"
+        return
+    flops = sum(of.flops(place) for place in range(of.layout.stages)) * (procs // of.layout.stages)
+    tokens = config.train.global_batch * config.data.sequence_length
+    yield (
+        "arithmetic",
+        (
+            f"{flops:.3g} FLOP a step, recomputation included; {flops / tokens:.3g} a token, "
+            f"{flops * config.train.steps:.3g} in all"
+        ),
+    )
+    if isinstance(config.strategy, Pipeline) and of.layout.stages > 1:
+        yield from _pipeline(of, config.strategy)
+    fullest = max(peaks, key=lambda parts: parts.total)
+    fits = "fits" if fullest.total <= gpu.usable else "does NOT fit"
+    yield (
+        "memory",
+        f"{size(fullest.total)} of a process at its fullest: {fits} {gpu.name} ({gpu.gib:g} GiB, 90 % usable)",
+    )
+    columns = fullest._fields
+    yield "", "".join(f"{name:>14}" for name in ("", *columns, "total"))
+    for first, last in _runs([parts.total for parts in peaks]):
+        of_process = "each" if len(peaks) == 1 else f"stage {first}" + (f"-{last}" if last > first else "")
+        cells = [size(value) for value in (*peaks[first], peaks[first].total)]
+        yield "", "".join(f"{cell:>14}" for cell in (of_process, *cells))
+    for sent in traffic(of):
+        how = "while it waits" if sent.waits else "while it computes"
+        yield "sent", f"{size(sent.nbytes)} a step by each process: {sent.what}, among {sent.processes}, {how}"
+
+
+def _runs(values: list[int]) -> Iterator[tuple[int, int]]:
+    """(first, last) of what is the same in a row."""
+    first = 0
+    for here in range(1, len(values) + 1):
+        if here == len(values) or values[here] != values[first]:
+            yield first, here - 1
+            first = here
+
+
+def _pipeline(of: Accountant, strategy: Pipeline) -> Iterator[Line]:
+    stages, (count, rows), measured = of.layout.stages, of.micro_batches(), of.measured
     what = f"{strategy.schedule}: {stages} processes, {strategy.parts_a_process} part(s) on each"
-    yield "pipeline", f"{what}; {count} micro-batches of {-(-micro // count)}"
+    yield "pipeline", f"{what}; {count} micro-batches of {rows}"
     for place in range(stages):
         costs, names = [], []
-        for part in [part for part in range(len(parts)) if hosts(strategy, stages, part) == place]:
-            blocks = parts[part]
-            ends = [(part == 0, "embedding", measured.embedding), (part == len(parts) - 1, "head", measured.head)]
+        for part in of.mine(place):
+            blocks = of.parts[part]
+            ends = [(part == 0, "embedding", measured.embedding), (part == len(of.parts) - 1, "head", measured.head)]
             names += [f"blocks {blocks[0]} to {blocks[-1]}", *(name for is_here, name, _ in ends if is_here)]
             costs += [*(measured.blocks[block] for block in blocks), *(cost for is_here, _, cost in ends if is_here)]
         yield (
@@ -107,3 +165,21 @@ def _pipeline(
             f"{sum(cost.flops for cost in costs) / 1e9:.3g} GFLOP forward, "
             f"{sum(cost.activations for cost in costs) / 1e6:.3g} MB of activations",
         )
+
+
+def _proposed(
+    config: Config, procs: int, subject: Subject, gpu: Gpu, overrides: Sequence[str], config_dir: str | None
+) -> Iterator[Line]:
+    from launch.planning.propose import command, proposals
+
+    fit, too_large = proposals(subject, config, procs, gpu)
+    for one in fit:
+        yield "fits", f"{size(one.parts.total):>10}  {' '.join(one.overrides)}"
+    for one in too_large:
+        yield "too large", f"{size(one.parts.total):>10}  {' '.join(one.overrides)}"
+    if fit:
+        folder = f" --config-dir {config_dir}" if config_dir else ""
+        start = f"train -n {procs}" if isinstance(config.launch, Local) else "submit"
+        yield "proposed", f"onecurve {start}{folder} {command(overrides, fit[0])}"
+    elif too_large:
+        yield "proposed", f"nothing fits {gpu.name} on {procs} processes: more of them, or a smaller model or batch"

@@ -12,6 +12,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from launch.plan import batch
 from trainer.config.compose import load_sized
 from trainer.config.launch import Local
 from trainer.errors import ConfigError
@@ -34,6 +35,9 @@ def train(arguments: argparse.Namespace) -> int:
     folder, launch = Path(config.run.dir).expanduser(), config.launch
     if not isinstance(launch, Local):
         raise ConfigError(f"launch={launch.name}: `onecurve train` starts processes here; for Slurm: `onecurve submit`")
+    if config.track.console:
+        for title, text in [*batch(config, procs), ("folder", str(folder))]:
+            print(f"{title:12}{text}", flush=True)
     from launch.supervisor import Supervisor  # late: torch, and the config's problems should show at once
 
     with Supervisor(config, procs) as supervisor:

@@ -24,7 +24,7 @@ from trainer.objectives import Batch, Objective
 _ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
 }
-_CUTTABLE = ("blocks", "embed", "run", "project", "embedding_parts", "head_parts")
+CUTTABLE = ("blocks", "embed", "run", "project", "embedding_parts", "head_parts")
 
 
 @dataclass(frozen=True)
@@ -61,33 +61,33 @@ def measure(
         raise ValueError("a pipeline needs the factory's example of a batch")
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.device(device), autocast:
         model = cast(Cuttable, factory.build())
-        if missing := [name for name in _CUTTABLE if not hasattr(model, name)]:
+        if missing := [name for name in CUTTABLE if not hasattr(model, name)]:
             raise ConfigError(
                 f"strategy=pipeline: the model {type(model).__name__} cannot be cut, it has no "
                 f"{', '.join(missing)} (see trainer.models.Cuttable); nearest: strategy=fsdp"
             )
-        if misplaced := _misplaced(model):
+        if lost := misplaced(model):
             raise ConfigError(
-                f"strategy=pipeline: the model {type(model).__name__} cannot be cut: {', '.join(misplaced)} should be "
+                f"strategy=pipeline: the model {type(model).__name__} cannot be cut: {', '.join(lost)} should be "
                 "in one of its blocks, or in its embedding_parts or head_parts (see trainer.models.Cuttable); nearest: "
                 "strategy=fsdp"
             )
         batch = {name: fake.from_tensor(tensor).to(device) for name, tensor in factory.example().items()}
-        x, embedding = _costed(lambda: model.embed(batch), _modules(model, model.embedding_parts))
+        x, embedding = _costed(lambda: model.embed(batch), modules_of(model, model.embedding_parts))
         hidden = _empty(x)
         blocks = []
         for block in model.blocks:
             x, cost = _costed(lambda x=x, block=block: model.run([block], x, batch), [block])  # type: ignore[misc]
             blocks.append(cost)
-        outputs, head = _costed(lambda: model.project(x, batch), _modules(model, model.head_parts))
+        outputs, head = _costed(lambda: model.project(x, batch), modules_of(model, model.head_parts))
         tracked = list(objective.loss(outputs, batch)), list(objective.evaluate(outputs, batch))
         return Measured(embedding, blocks, head, hidden, _empty(outputs), tracked)
 
 
-def _misplaced(model: Cuttable) -> list[str]:
+def misplaced(model: Cuttable) -> list[str]:
     """Parameters that a cut would leave on processes that do not know of each other: of no part, or of several that are
     not the two ends."""
-    ends = _modules(model, [*model.embedding_parts, *model.head_parts])
+    ends = modules_of(model, [*model.embedding_parts, *model.head_parts])
     uses = Counter({id(parameter) for module in ends for parameter in module.parameters()})
     for block in model.blocks:
         uses.update({id(parameter) for parameter in block.parameters()})
@@ -159,7 +159,7 @@ def cut(model: nn.Module, blocks: Iterable[int], embeds: bool, heads: bool) -> l
     Gives the names of the parameters that both ends use.
     """
     whole = cast(Cuttable, model)
-    first, last = _modules(model, whole.embedding_parts), _modules(model, whole.head_parts)
+    first, last = modules_of(model, whole.embedding_parts), modules_of(model, whole.head_parts)
     ends = {id(parameter) for module in first for parameter in module.parameters()}
     ends &= {id(parameter) for module in last for parameter in module.parameters()}
     tied = [name for name, parameter in model.named_parameters() if id(parameter) in ends]
@@ -167,7 +167,7 @@ def cut(model: nn.Module, blocks: Iterable[int], embeds: bool, heads: bool) -> l
     # A module of the other end is kept, too, where it has a parameter of a needed one: under its own name.
     shared = {id(parameter) for module in needed for parameter in module.parameters()}
     for name in dict.fromkeys([*whole.embedding_parts, *whole.head_parts]):
-        for module in _modules(model, [name]):
+        for module in modules_of(model, [name]):
             if module not in needed and not any(id(parameter) in shared for parameter in module.parameters()):
                 path, _, leaf = name.rpartition(".")
                 setattr(model.get_submodule(path), leaf, Elsewhere())
@@ -178,7 +178,7 @@ def cut(model: nn.Module, blocks: Iterable[int], embeds: bool, heads: bool) -> l
     return tied
 
 
-def _modules(model: object, names: Sequence[str]) -> list[nn.Module]:
+def modules_of(model: object, names: Sequence[str]) -> list[nn.Module]:
     """Those of these modules that are there."""
     known = dict(cast(nn.Module, model).named_modules(remove_duplicate=False))
     return [known[name] for name in names if name in known]
@@ -204,8 +204,8 @@ class Stage(nn.Module):
         self.embeds, self.heads, self.autocast = embeds, heads, autocast
         whole = cast(Cuttable, model)
         self.blocks = nn.ModuleList(whole.blocks[index] for index in blocks)
-        ends = _modules(model, whole.embedding_parts) if embeds else []
-        ends += _modules(model, whole.head_parts) if heads else []
+        ends = modules_of(model, whole.embedding_parts) if embeds else []
+        ends += modules_of(model, whole.head_parts) if heads else []
         self.ends = nn.ModuleList(dict.fromkeys(ends))
         self.batches: Sequence[Batch] = []
         self.number = 0

@@ -1,0 +1,181 @@
+"""What `onecurve plan` says of memory against what ranks then take: `python benchmarks/plan_error.py [NAME ...]` writes
+plan_error.json, in about 10 minutes on 2 cores.
+
+Each rank builds its strategy and takes two steps on zeros. Measured is the most memory that was given out at once: on
+GPUs torch.cuda.max_memory_allocated; on CPUs glibc's own record of it (`malloc_stats`: max mmap bytes), told to map all
+that takes 32 KiB or more on its own (MALLOC_MMAP_THRESHOLD_), less what was given out before the model was built. It
+counts every thread, and neither holes nor Python's own. torch's profiler, tried first, is not told of what gloo's
+threads release. Plan and measurement are of the fullest rank.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+MODEL = ("model.layers=6", "model.width=256", "model.heads=4", "data.tokenizer=bytes")
+WEIGHTS = (*MODEL, "data.sequence_length=32", "train.global_batch=4")  # of which there is more than of activations
+TOKENS = (*MODEL, "data.sequence_length=256", "train.global_batch=8")  # the other way round
+LLAMA = (
+    "model=llama", "model.config.hidden_size=256", "model.config.intermediate_size=768",
+    "model.config.num_hidden_layers=6", "model.config.num_attention_heads=4", "model.config.num_key_value_heads=2",
+    "data.tokenizer=bytes", "data.sequence_length=128", "train.global_batch=8",
+)  # fmt: skip
+FULL, HALF = "train.activation_checkpointing=full", "precision=bf16"
+PIPELINE = ("strategy=pipeline", "train.activation_checkpointing=none")
+
+CASES: dict[str, tuple[int, tuple[str, ...]]] = {
+    "single, weights": (1, ("strategy=single", *WEIGHTS)),
+    "single, tokens": (1, ("strategy=single", *TOKENS, "train.micro_batch=4")),
+    "ddp, weights": (2, ("strategy=ddp", *WEIGHTS)),
+    "ddp, tokens": (2, ("strategy=ddp", *TOKENS)),
+    "ddp, tokens, recomputed": (2, ("strategy=ddp", FULL, *TOKENS)),
+    "ddp, tokens, selective": (2, ("strategy=ddp", "train.activation_checkpointing=selective", *TOKENS)),
+    "ddp, tokens, bf16": (2, ("strategy=ddp", HALF, *TOKENS)),
+    "fsdp, weights": (4, ("strategy=fsdp", *WEIGHTS)),
+    "fsdp, tokens": (2, ("strategy=fsdp", *TOKENS)),
+    "fsdp, tokens, recomputed": (2, ("strategy=fsdp", FULL, *TOKENS)),
+    "fsdp, weights, bf16": (2, ("strategy=fsdp", HALF, *WEIGHTS)),
+    "fsdp, weights, bf16, recomputed": (2, ("strategy=fsdp", HALF, FULL, *WEIGHTS)),
+    "fsdp, accumulated": (2, ("strategy=fsdp", *TOKENS, "train.micro_batch=2")),
+    "hsdp 2 x 2, weights": (4, ("strategy=hsdp", "strategy.shard_size=2", *WEIGHTS)),
+    "zero 0, weights": (2, ("strategy=zero", "strategy.stage=0", *WEIGHTS)),
+    "zero 1, weights": (2, ("strategy=zero", "strategy.stage=1", *WEIGHTS)),
+    "zero 2, weights": (2, ("strategy=zero", "strategy.stage=2", *WEIGHTS)),
+    "zero 3, weights": (2, ("strategy=zero", "strategy.stage=3", *WEIGHTS)),
+    "zero 3, tokens": (2, ("strategy=zero", "strategy.stage=3", *TOKENS)),
+    "zero 3, tokens, recomputed": (2, ("strategy=zero", "strategy.stage=3", FULL, *TOKENS)),
+    "pipeline 1f1b, weights": (2, (*PIPELINE, *WEIGHTS)),
+    "pipeline 1f1b, tokens": (4, (*PIPELINE, *TOKENS)),
+    "pipeline gpipe, tokens": (2, (*PIPELINE, "strategy.schedule=gpipe", *TOKENS)),
+    "pipeline zero bubble, tokens": (2, (*PIPELINE, "strategy.schedule=interleaved_zero_bubble", *TOKENS)),
+    "pipeline 2 x fsdp 2, tokens": (4, (*PIPELINE, "strategy.stages=2", "strategy.data_parallel=fsdp", *TOKENS)),
+    "pipeline 2 x ddp 2, weights": (4, (*PIPELINE, "strategy.stages=2", *WEIGHTS)),
+    "tensor 2, tokens": (2, ("strategy=fsdp", "strategy.tensor_parallel=2", *TOKENS)),
+    "tensor 2 x fsdp 2, sequences": (
+        4, ("strategy=fsdp", "strategy.tensor_parallel=2", "strategy.sequence_parallel=true", *TOKENS)
+    ),
+    "llama, ddp": (2, ("strategy=ddp", *LLAMA)),
+    "llama, fsdp, recomputed": (2, ("strategy=fsdp", FULL, *LLAMA)),
+    "llama, pipeline": (2, (*PIPELINE, *LLAMA)),
+}  # fmt: skip
+COMMON = ("experiment=none",)
+
+
+def planned(procs: int, overrides: tuple[str, ...]) -> list[int]:
+    """Bytes of each place, for the device that is here."""
+    from launch.planning.memory import Accountant
+    from launch.planning.subject import Subject
+    from trainer.config.compose import load
+    from trainer.precision import Precision
+
+    config = load([*COMMON, *overrides], procs)
+    import torch
+
+    here = Precision.resolve(config.precision, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    precision = Precision(torch.device("cpu"), here.compute, here.param, here.reduce)
+    return [parts.total for parts in Accountant(Subject(config, precision), config, procs).peaks()]
+
+
+def measured(procs: int, overrides: tuple[str, ...]) -> list[float]:
+    """Bytes of each rank."""
+    with tempfile.TemporaryDirectory() as folder:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={procs}"] if procs > 1 else []
+        command = [sys.executable, *launcher, __file__, "--rank", folder, *COMMON, *overrides]
+        glibc = {"MALLOC_MMAP_THRESHOLD_": "32768"}
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **glibc})
+        if done.returncode:
+            raise SystemExit(f"{' '.join(command)}: exit code {done.returncode}\n{done.stderr[-3000:]}")
+        return [float((Path(folder) / str(rank)).read_text()) for rank in range(procs)]
+
+
+def rank(folder: str, *overrides: str) -> None:
+    """One rank: two steps of its strategy, without a loop and without data."""
+    import torch
+
+    from launch.planning.subject import example
+    from trainer import topology
+    from trainer.build import build_strategy
+    from trainer.config.compose import load
+    from trainer.inputs import tokenizer_of
+
+    torch.set_num_threads(1)
+    config = load(list(overrides), topology.world_size())
+    ranks = topology.join(120, config.layout(topology.world_size()))
+    stream = SimpleNamespace(share=SimpleNamespace(example=lambda: example(config)))
+    inputs = SimpleNamespace(tokenizer=tokenizer_of(config), stream=stream)
+    rows = config.train.global_batch // ranks.dp_size
+    micro = min(config.train.micro_batch or rows, rows)
+    batch = {name: value.expand(micro, *value.shape[1:]).clone() for name, value in example(config).items()}
+    on_gpu, before = ranks.device.type == "cuda", given_out()[0]
+    strategy = build_strategy(config, ranks, cast(Any, inputs))
+    for _ in range(2):
+        strategy.train_step([batch] * (rows // micro))
+        strategy.update(1e-4)
+    found = torch.cuda.max_memory_allocated() if on_gpu else given_out()[1] - before
+    (Path(folder) / str(ranks.rank)).write_text(str(found))
+    strategy.close()
+    ranks.close()
+
+
+def given_out() -> tuple[int, int]:
+    """Bytes that glibc has mapped for this process now, and the most that they ever were."""
+    with tempfile.TemporaryFile() as file:
+        saved = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        ctypes.CDLL(None).malloc_stats()
+        os.dup2(saved, 2)
+        os.close(saved)
+        file.seek(0)
+        text = file.read().decode()
+    most = int(re.findall(r"max mmap bytes\s*=\s*(\d+)", text)[-1])
+    return mapped(), most
+
+
+class _Mallinfo(ctypes.Structure):
+    """glibc's `struct mallinfo2`."""
+
+    _names_ = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in _names_.split()]
+
+
+def mapped() -> int:
+    libc = ctypes.CDLL(None)
+    libc.mallinfo2.restype = _Mallinfo
+    return int(libc.mallinfo2().hblkhd)
+
+
+def main(names: list[str], again: bool) -> None:
+    """`again`: only plan again, and compare with what was measured before."""
+    path = Path(__file__).with_suffix(".json")
+    result = json.loads(path.read_text()) if path.exists() and (names or again) else {"cases": {}}
+    for name, (procs, overrides) in CASES.items():
+        row = result["cases"].get(name, {})
+        if (names and not any(wanted in name for wanted in names)) or (again and not row):
+            continue
+        row |= {"processes": procs, "planned_mb": max(planned(procs, overrides)) / 1e6}
+        if not again:
+            row["measured_mb"] = max(measured(procs, overrides)) / 1e6
+        row["error"] = row["planned_mb"] / row["measured_mb"] - 1
+        result["cases"][name] = {key: round(value, 4) for key, value in row.items()}
+        print(
+            f"{name:34} {procs}  planned {row['planned_mb']:7.1f} MB  measured {row['measured_mb']:7.1f} MB  "
+            f"{row['error']:+.1%}",
+            flush=True,
+        )
+        path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--rank"]:
+        rank(*sys.argv[2:])
+    else:
+        main([argument for argument in sys.argv[1:] if argument != "--again"], "--again" in sys.argv)

@@ -1,0 +1,154 @@
+"""Which strategies fit a GPU, the one that should be fastest first.
+
+The order is that of a bound: half of the GPU's arithmetic, and links at their full speed, with what can go on at the
+same time counted once. It tells which is faster, not how fast.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import product
+from typing import Any
+
+from launch.planning.gpus import NETWORK, NODE, Gpu
+from launch.planning.memory import Accountant
+from launch.planning.parts import Parts
+from launch.planning.subject import Subject
+from launch.planning.traffic import traffic
+from trainer.config import Config
+from trainer.config.check import check
+from trainer.config.compose import compose, options
+from trainer.config.pipelines import SCHEDULES
+from trainer.config.strategy import Pipeline
+from trainer.errors import ConfigError
+
+REPLACED = ("strategy", "train.activation_checkpointing", "train.micro_batch")
+RECOMPUTED = ("none", "selective", "full")
+ROWS = 8  # sequences of a micro-batch, at the most that is tried besides those asked for and all at once
+BUSY = 0.5  # of a GPU's arithmetic, that a good run reaches
+
+
+@dataclass(frozen=True)
+class Proposal:
+    overrides: tuple[str, ...]
+    """In place of REPLACED."""
+    parts: Parts
+    """Of the fullest process."""
+    seconds: float
+    """A step's bound."""
+
+
+def proposals(
+    subject: Subject, config: Config, procs: int, gpu: Gpu, within: float = 8.0
+) -> tuple[list[Proposal], list[Proposal]]:
+    """(those that fit, those that do not), each the fastest or the smallest first. After `within`
+    seconds of computing it looks no further: the most usual are tried first."""
+    fit: list[Proposal] = []
+    too_large: list[Proposal] = []
+    started = time.process_time()
+    for changes, tried in candidates(config, procs, subject):
+        rows = sizes(tried, procs)
+        least = _tried(subject, tried, changes, RECOMPUTED[-1], rows[-1], procs, gpu)
+        if least is None or time.process_time() > started + within:
+            continue
+        if least.parts.total > gpu.usable:
+            too_large.append(least)
+            continue
+        # More recomputation and smaller micro-batches only take longer.
+        for recomputed, size in product(RECOMPUTED, rows):
+            if time.process_time() > started + within:
+                fit.append(least)
+                break
+            way = _tried(subject, tried, changes, recomputed, size, procs, gpu)
+            if way is not None and way.parts.total <= gpu.usable:
+                fit.append(way)
+                break
+    return sorted(fit, key=lambda one: one.seconds), sorted(too_large, key=lambda one: one.parts.total)
+
+
+def _tried(
+    subject: Subject, config: Config, changes: tuple[str, ...], recomputed: str, rows: int, procs: int, gpu: Gpu
+) -> Proposal | None:
+    train = {"activation_checkpointing": recomputed, "micro_batch": rows}
+    try:
+        accountant = Accountant(subject, check(_replaced(config, {"train": train}), procs), procs)
+        parts = max(accountant.peaks(), key=lambda parts: parts.total)
+        seconds = bound(accountant, gpu)
+    except ConfigError:  # a model that cannot be cut so
+        return None
+    return Proposal((*changes, *(f"train.{key}={value}" for key, value in train.items())), parts, seconds)
+
+
+def candidates(config: Config, procs: int, subject: Subject) -> Iterator[tuple[tuple[str, ...], Config]]:
+    """(overrides, config) of each way to use that many processes that the check takes."""
+    ways: list[tuple[str, ...]] = []
+    if procs == 1:
+        ways.append(("strategy=single",))
+    else:
+        tensors = [
+            n for n in (2, 4, 8) if n <= min(NODE, procs) and hasattr(subject.whole.model, "tensor_parallel_plan")
+        ]
+        sequences = ("strategy.sequence_parallel=true",)
+        ways += [("strategy=ddp",), ("strategy=fsdp",)]
+        if subject.precision.compute == "bf16" and subject.precision.param == "fp32":
+            ways.append(("strategy=fsdp", "strategy.gather=compute"))
+        if procs > NODE and procs % NODE == 0:
+            ways.append(("strategy=hsdp", f"strategy.shard_size={NODE}"))
+        for n in reversed(tensors):
+            ways.append(("strategy=fsdp", f"strategy.tensor_parallel={n}", *sequences))
+        if subject.whole.cuttable:
+            for stages, n in product((2, 4, 8, 16), (1, *tensors[-1:])):
+                if stages * n <= procs and len(subject.whole.blocks) >= stages:
+                    split = (f"strategy.tensor_parallel={n}", *sequences) if n > 1 else ()
+                    ways.append(("strategy=pipeline", f"strategy.stages={stages}", *split))
+        if find_spec("deepspeed"):
+            ways += [("strategy=zero", f"strategy.stage={stage}") for stage in (1, 2, 3)]
+    defaults = {name: compose([f"strategy={name}"])[0]["strategy"] for name in options("strategy")}
+    for way in ways:
+        section = dict(defaults[way[0].removeprefix("strategy=")])
+        for key, _, value in (override.removeprefix("strategy.").partition("=") for override in way[1:]):
+            section[key] = {"true": True, "compute": value}.get(value) or int(value)
+        try:
+            yield way, check(_replaced(config, {}, strategy=section), procs)
+        except ConfigError:
+            continue
+
+
+def sizes(config: Config, procs: int) -> list[int]:
+    """Of a micro-batch, the largest first: those that divide a process's share."""
+    share = max(1, config.train.global_batch // (procs // config.layout(procs).processes))
+    wanted = {share, ROWS, 4, 2, 1, config.train.micro_batch or share}
+    if isinstance(config.strategy, Pipeline):  # the micro-batch is what goes through the pipeline at once
+        wanted |= {4 * config.layout(procs).stages}
+    return sorted((size for size in wanted if size <= share and share % size == 0), reverse=True)
+
+
+def _replaced(config: Config, changed: dict[str, Any], **sections: Any) -> dict[str, Any]:
+    raw = config.model_dump(mode="json") | sections
+    return raw | {name: raw[name] | values for name, values in changed.items()}
+
+
+def bound(of: Accountant, gpu: Gpu) -> float:
+    """Seconds of a step, at the least."""
+    stages = of.layout.stages
+    flops = sum(of.flops(place) for place in range(stages)) / stages
+    computing = flops / (gpu.tflops * 1e12 * BUSY)
+    if isinstance(of.strategy, Pipeline) and stages > 1:
+        count, _ = of.micro_batches()
+        parts = of.strategy.parts_a_process if not SCHEDULES[of.strategy.schedule].splits_backward else 2
+        computing *= 1 + (stages - 1) / (parts * count)
+    waiting = besides = 0.0
+    for sent in traffic(of):
+        seconds = sent.nbytes / ((gpu.link if sent.processes <= NODE else NETWORK) * 1e9)
+        waiting += seconds if sent.waits else 0
+        besides += 0 if sent.waits else seconds
+    return max(computing, besides) + waiting
+
+
+def command(base: Sequence[str], proposal: Proposal) -> str:
+    """The user's overrides, with those of the proposal in their place."""
+    kept = [text for text in base if not text.lstrip("+").split("=")[0].startswith(REPLACED)]
+    return " ".join([*kept, *proposal.overrides])

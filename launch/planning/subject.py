@@ -1,0 +1,333 @@
+"""The user's own model, built without values: its parameters, its optimizer's state, and traces of its parts.
+
+Traces run on torch's fake tensors of the CPU: a torch without CUDA cannot pretend to have one. They compute in the data
+type of the target, with the attention kernels that save O(sequence) as those of a GPU do; the lists of what autocast
+computes in fp32 differ a little between CPU and CUDA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
+
+from launch.planning.trace import OUTSIDE, REPRESENTATIVES, Live, Trace, stretched, trace
+from trainer.build import build_optimizer, model_factory, plugin
+from trainer.config import Config, schema
+from trainer.inputs import tokenizer_of
+from trainer.models import of_type
+from trainer.objectives import Batch
+from trainer.precision import Precision
+from trainer.strategies.layers import prepare
+from trainer.strategies.stages import CUTTABLE, Measured, measure, misplaced, modules_of
+from trainer.strategies.tensor import TensorParallel
+from trainer.strategies.zero_engine import released_saved
+
+EMBEDS, HEADS = "embeds", "heads"
+
+
+@dataclass(frozen=True)
+class Parameter:
+    name: str
+    shape: tuple[int, ...]
+    """Of what a process has of it that shares the layer's matrices with others, before any sharding."""
+    itemsize: int
+    state: int
+    """Bytes of the optimizer's state of it, of the same part."""
+    trained: bool
+    block: int
+    inside: str
+    """Its name in the block, or in the model."""
+    ends: frozenset[str]
+    """Which ends of the model use it: EMBEDS, HEADS, both or none."""
+
+    @property
+    def numel(self) -> int:
+        return torch.Size(self.shape).numel()
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.itemsize
+
+
+class Subject:
+    """Of a run on a target whose compute data type (`precision.compute`) is known."""
+
+    def __init__(self, config: Config, precision: Precision):
+        self.config, self.precision = config, precision
+        self.tokenizer = tokenizer_of(config)
+        self.factory = model_factory(config, self.tokenizer, lambda: example(config))
+        self.objective = plugin(config, "objective")(
+            config.objective, self.tokenizer.token_bytes, self.tokenizer.token_chars
+        )
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.built = cache(self._built)
+        self.whole = self.built(1, False, False, None)
+
+    def split(self, strategy: Any, tensor: int, dtype: torch.dtype | None = None) -> Built:
+        """The model as one of `tensor` processes has it that share its layers' matrices; with weights of that type."""
+        shared = (strategy.sequence_parallel, strategy.loss_parallel) if tensor > 1 else (False, False)
+        return self.built(tensor, *shared, dtype)
+
+    def _built(self, tensor: int, sequences: bool, loss: bool, dtype: torch.dtype | None) -> Built:
+        with self.fake:
+            model = self.factory.build()
+            model = model if dtype is None else of_type(model, dtype)
+        return Built(self, model, tensor, sequences, loss)
+
+    @cached_property
+    def measured(self) -> Measured:
+        """What a pipeline is cut by."""
+        return measure(self.factory, self.objective, self.precision.autocast(), self.precision.device)
+
+    @cached_property
+    def state(self) -> tuple[dict[str, int], int]:
+        """Bytes of the optimizer's state by parameter, and the most that its step takes besides."""
+        with self.fake:
+            model = self.factory.build()
+            optimizer = build_optimizer(self.config, model)
+            for parameter in model.parameters():
+                parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+            kept = [*model.parameters(), *(p.grad for p in model.parameters() if p.grad is not None)]
+            try:
+                with Live(kept) as live:
+                    optimizer.step()
+            except Exception:  # a step that looks at values
+                return self._state_on_meta(), 0
+            found = {name: _state_bytes(optimizer, parameter) for name, parameter in model.named_parameters()}
+        return found, max(0, live.peak - sum(found.values()))
+
+    def _state_on_meta(self) -> dict[str, int]:
+        from trainer.models import without_values
+        from trainer.optim.state import bytes_of
+
+        with without_values():
+            model = self.factory.build()
+        optimizer = build_optimizer(self.config, model)
+        bytes_of(model, optimizer)
+        return {name: _state_bytes(optimizer, parameter) for name, parameter in model.named_parameters()}
+
+    @property
+    def checkpoint(self) -> int:
+        """Bytes of a checkpoint: weights, buffers that are saved, optimizer state."""
+        saved = sum(tensor.nbytes for tensor in self.whole.model.state_dict().values())
+        return saved + sum(self.state[0].values())
+
+
+class Built:
+    """A model whose layers `tensor` processes share, as one of them has it."""
+
+    def __init__(self, subject: Subject, model: nn.Module, tensor: int, sequences: bool, loss: bool):
+        self.subject, self.model, self.tensor = subject, model, tensor
+        self.sequences_shared, self.loss_shared = sequences, loss
+        self.blocks: Sequence[nn.Module] = list(getattr(model, "blocks", []))
+        self.cuttable = not [name for name in CUTTABLE if not hasattr(model, name)] and not misplaced(cast(Any, model))
+        self.uniform = self.cuttable and len({_signature(block) for block in self.blocks}) == 1
+        if tensor > 1:
+            if self.uniform:
+                del cast(Any, model).blocks[REPRESENTATIVES:]  # the others would be divided likewise
+            with self._mesh() as mesh, subject.fake:
+                self._divide(mesh)
+        self.part = cache(self._part)
+
+    @cached_property
+    def parameters(self) -> list[Parameter]:
+        if self.tensor > 1:
+            return self._divided()
+        state = self.subject.state[0]
+        numbers = {id(p): (number, name) for number, b in enumerate(self.blocks) for name, p in b.named_parameters()}
+        ends = {
+            kind: {
+                id(p) for module in modules_of(self.model, getattr(self.model, names, ())) for p in module.parameters()
+            }
+            for kind, names in ((EMBEDS, "embedding_parts"), (HEADS, "head_parts"))
+        }
+        return [
+            Parameter(
+                name,
+                tuple(parameter.shape),
+                parameter.element_size(),
+                state[name],
+                parameter.requires_grad,
+                *numbers.get(id(parameter), (OUTSIDE, name)),
+                frozenset(kind for kind, those in ends.items() if id(parameter) in those),
+            )
+            for name, parameter in self.model.named_parameters()
+        ]
+
+    def _divided(self) -> list[Parameter]:
+        """Those of the whole model, in the shapes that one of the processes has. Of blocks that are
+        alike one is divided for all."""
+        there = [(OUTSIDE, name, p) for name, p in self.model.named_parameters()]
+        there += [(number, name, p) for number, block in enumerate(self.blocks) for name, p in block.named_parameters()]
+        local = {(n, name): (p.to_local() if isinstance(p, DTensor) else p).shape for n, name, p in there}
+        divided = []
+        for whole in self.subject.whole.parameters:
+            shape = local[min(whole.block, REPRESENTATIVES - 1) if self.uniform else whole.block, whole.inside]
+            state = whole.state * shape.numel() // max(1, whole.numel)
+            divided.append(replace(whole, shape=tuple(shape), state=state))
+        return divided
+
+    def whole(self, rows: int, checkpointing: str, released: bool = False, casts_kept: bool = True) -> Trace:
+        """Of the whole model and the objective, on `rows` sequences."""
+        return self.part(rows, checkpointing, len(self.blocks), True, True, released, casts_kept)
+
+    def _part(
+        self,
+        rows: int,
+        checkpointing: str,
+        count: int,
+        embeds: bool,
+        heads: bool,
+        released: bool = False,
+        casts_kept: bool = True,
+    ) -> Trace:
+        """Of that many blocks, and the ends of the model if it has them. `released`: what is saved for the backward
+        pass keeps no weight alive, nor a copy of one. `casts_kept`: autocast keeps its copies until it is left."""
+        traced = min(count, REPRESENTATIVES) if self.uniform else count
+        blocks = self.blocks[:traced]
+        precision, objective = self.subject.precision, self.subject.objective
+        autocast = precision.autocast(cache=casts_kept)
+        saved = released_saved() if released else nullcontext()
+        with self._mesh(), self.subject.fake, recomputing(self.model, blocks, checkpointing), saved:
+            batch = {
+                name: torch.zeros((rows, *value.shape[1:]), dtype=value.dtype)
+                for name, value in example(self.subject.config).items()
+            }
+            model = cast(Any, self.model)
+            x = None if embeds else self._hidden(rows).requires_grad_()
+            gradient = None if heads else self._hidden(rows)
+
+            def forward() -> Tensor:
+                if not self.uniform and embeds and heads:
+                    return model(batch)
+                hidden = model.run(blocks, model.embed(batch) if embeds else x, batch)
+                return model.project(hidden, batch) if heads else hidden
+
+            def finish(outputs: Tensor) -> Tensor:
+                if not heads:
+                    return outputs
+                if isinstance(outputs, DTensor) and not self.loss_shared:
+                    outputs = outputs.full_tensor()
+                return objective.loss(outputs, batch)["loss"]
+
+            given = [tensor for tensor in (*batch.values(), x) if tensor is not None]
+            with self._loss_parallel(), _pretending(self.model, released):
+                found = trace(self.model, blocks, forward, finish, autocast, given, gradient)
+        return stretched(found, count) if traced < count else found
+
+    def _hidden(self, rows: int) -> Tensor:
+        hidden = cast(Tensor, self._measured_hidden)
+        return torch.empty((rows, *hidden.shape[1:]), dtype=hidden.dtype)
+
+    @cached_property
+    def _measured_hidden(self) -> Tensor:
+        batch = {
+            name: torch.zeros(value.shape, dtype=value.dtype) for name, value in example(self.subject.config).items()
+        }
+        with torch.no_grad(), self.subject.precision.autocast():
+            return cast(Any, self.model).embed(batch)
+
+    @property
+    def hidden_bytes(self) -> int:
+        """What passes between two blocks, of one sequence."""
+        with self._mesh(), self.subject.fake:
+            return self._measured_hidden.nbytes
+
+    @contextmanager
+    def _mesh(self) -> Iterator[Any]:
+        """A process group of `tensor` processes that are not there."""
+        if self.tensor == 1 or dist.is_initialized():
+            yield getattr(self, "mesh", None)
+            return
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+
+        dist.init_process_group("fake", rank=0, world_size=self.tensor, store=FakeStore())
+        try:
+            self.mesh = init_device_mesh("cpu", (self.tensor,), mesh_dim_names=("tensor",))
+            yield self.mesh
+        finally:
+            dist.destroy_process_group()
+
+    def _divide(self, mesh: Any) -> None:
+        config = SimpleNamespace(sequence_parallel=self.sequences_shared, loss_parallel=False)
+        TensorParallel.split(cast(Any, SimpleNamespace(config=config)), self.model, mesh)
+
+    def _loss_parallel(self) -> Any:
+        from torch.distributed.tensor.parallel import loss_parallel
+
+        return loss_parallel() if self.loss_shared else nullcontext()
+
+
+@contextmanager
+def recomputing(model: nn.Module, blocks: Sequence[nn.Module], kind: str) -> Iterator[None]:
+    """What `trainer.strategies.layers.prepare` does to the model, taken back at the end."""
+    layers = blocks if hasattr(model, "blocks") else [model]
+    prepare(cast(Any, SimpleNamespace(blocks=layers)), kind, compile=False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("forward", None)
+
+
+@contextmanager
+def _pretending(model: nn.Module, released: bool) -> Iterator[None]:
+    """Parameters look like DeepSpeed's, which `released_saved` tells by their `ds_tensor`."""
+    for parameter in model.parameters() if released else ():
+        parameter.ds_tensor = True  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        for parameter in model.parameters() if released else ():
+            del parameter.ds_tensor  # type: ignore[attr-defined]
+
+
+def _signature(block: nn.Module) -> tuple[Any, ...]:
+    """Blocks with the same one are alike."""
+    parameters = [(name, tuple(p.shape), p.dtype, p.requires_grad) for name, p in block.named_parameters()]
+    return type(block), tuple(parameters)
+
+
+def _state_bytes(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> int:
+    return sum(value.nbytes for value in optimizer.state.get(parameter, {}).values() if isinstance(value, Tensor))
+
+
+def example(config: Config) -> Batch:
+    """A batch [1, ...] as the run's data will make it, without any data: of text, or of the fields that are asked for,
+    where images have a size that is known and what is no text is taken for a number."""
+    data, length = config.data, config.data.sequence_length
+    tokens = {"inputs": torch.zeros(1, length, dtype=torch.int64), "targets": torch.zeros(1, length, dtype=torch.int64)}
+    draws = {"draws": torch.zeros(1, dtype=torch.int64)}
+    if not isinstance(data, schema.Samples):
+        masked = ("documents", "positions") if getattr(data, "document_mask", False) else ()
+        return tokens | draws | {name: torch.zeros(1, length, dtype=torch.int64) for name in masked}
+    fields: Batch = {}
+    for name, extensions in data.fields.items():
+        if name == "tokens":
+            fields |= tokens
+        elif set(extensions.lower().split(";")) & {"jpg", "jpeg", "png", "webp", "ppm", "pgm", "pbm"}:
+            side = data.image.size or 224
+            fields[name] = torch.zeros(1, 3, side, side)
+        else:
+            fields[name] = torch.zeros(1, dtype=torch.int64)
+    return fields | draws
+
+
+def planned(config: Config, bf16: bool) -> Subject:
+    """The run's model on a GPU that is fast at bf16, or is not."""
+    compute = config.precision.compute
+    if compute == "auto":
+        compute = "bf16" if bf16 or config.precision.param == "bf16" else "fp32"
+    precision = Precision(torch.device("cpu"), compute, config.precision.param, config.precision.reduce)
+    return Subject(config, precision)
