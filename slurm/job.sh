@@ -76,8 +76,10 @@ while :; do
     state=$(told status.json state)
     if [ "$state" = finished ]; then
         rm -f "$stamp" "$run_dir/slurm/fruitless"
-        others=$(grep -vx "$SLURM_JOB_ID" "$run_dir/slurm/jobs" 2>/dev/null) # of a chain
-        [ -z "$others" ] || scancel --quiet --state=PENDING $others
+        if [ -z "${SLURM_ARRAY_JOB_ID:-}" ]; then # the rest of a chain is not needed
+            others=$(grep -vx "$SLURM_JOB_ID" "$run_dir/slurm/jobs" 2>/dev/null)
+            [ -z "$others" ] || scancel --quiet --state=PENDING $others
+        fi
         say "finished"
         exit 0
     fi

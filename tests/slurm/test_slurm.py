@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from launch.submit import jobs_of
+from launch.sweeps.trials import read
 from tests.runs import TINY, Run, assert_same_bits, assert_same_curve
 from tests.slurm import cluster as slurm
 from tests.slurm.cluster import Cluster
@@ -243,11 +244,12 @@ def test_a_sweep_is_one_job_array(submitted: Submitted, tmp_path: Path) -> None:
     told = submitted.onecurve("report", str(submitted.folder)).stdout
     assert told.count("finished") == 3, told
     assert (submitted.folder / "sweep.html").is_file()
-    for rate in rates:
-        (folder,) = submitted.folder.glob(f"*optimizer.lr={rate}*")
-        alone = Run(tmp_path / f"alone-{rate}", 1, (*RUN, f"optimizer.lr={rate}"))
+    trials = read(submitted.folder).trials
+    assert [trial.values for trial in trials] == [{"optimizer.lr": rate} for rate in rates]
+    for trial in trials:
+        alone = Run(tmp_path / f"alone-{trial.number}", 1, (*RUN, f"optimizer.lr={trial.values['optimizer.lr']}"))
         alone.train()
-        assert_same_bits(Run(folder), alone)
+        assert_same_bits(Run(Path(trial.folder)), alone)
     told = submitted.onecurve("status", str(submitted.folder)).stdout
     assert told.count(f"finished, step {STEPS}/{STEPS}") == 3, told
 
@@ -257,7 +259,7 @@ def test_cancelled(submitted: Submitted) -> None:
     submitted.submit()
     submitted.reach(5)
     twice = submitted.onecurve("submit", *TINY, *RUN, *JOB, f"run.dir={submitted.folder}")
-    assert (twice.returncode, f"job {submitted.jobs[0]} of this run is RUNNING" in twice.stderr) == (2, True)
+    assert (twice.returncode, "of this run is " in twice.stderr) == (2, True)
     done = submitted.onecurve("cancel", str(submitted.folder))
     assert "is asked to save and stop" in done.stdout, done.stdout + done.stderr
     submitted.wait(lambda: submitted.run.status()["state"] == "interrupted", "the run to be saved")
