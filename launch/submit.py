@@ -106,6 +106,8 @@ def composed(overrides: list[str], config_dir: str | None) -> Job:
         raise ConfigError("launch: cannot be swept: the runs of a sweep are one job array")
     if sweep and configs[0].launch.chain > 1:
         raise ConfigError(f"launch.chain={configs[0].launch.chain}: a sweep is a job array, which cannot be chained")
+    if "\n" in str(sweep.folder if sweep else folder_of(configs[0])):
+        raise ConfigError("run.dir: has a line break, which a script of Slurm cannot have in a path")
     return Job(configs[0].run.name, sweep.folder if sweep else folder_of(configs[0]), configs, overrides, sweep)
 
 

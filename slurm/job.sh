@@ -7,7 +7,7 @@ set -uo pipefail
 task=${SLURM_ARRAY_TASK_ID:-0}
 run_dir=${run_dirs[task]} config=${configs[task]}
 life=${SLURM_RESTART_COUNT:-0} attempt=0 failures=0
-asked='' stopping='' bad_nodes=''
+asked='' stopping='' bad_nodes='' last=''
 mkdir -p "$run_dir/logs" "$run_dir/slurm"
 stamp=$run_dir/slurm/started-$SLURM_JOB_ID
 unset SLURM_EXPORT_ENV # as `sbatch --export=NONE` sets it: srun would hand on nothing
@@ -90,7 +90,14 @@ while :; do
     fi
     [ -z "$asked" ] || queue_again "stopped as asked"
     [ -z "$stopping" ] && [ "$state" != interrupted ] || { say "stopped" && exit 75; }
-    [ "$(newest)" = "$before" ] || failures=0
+    [ "$(newest)" = "$before" ] || failures=0 last=''
+    # Names of folders and numbers differ from attempt to attempt.
+    cause=$(told logs/failure.json step):$(told logs/failure.json reason | sed -E 's#/[^ ]+|[0-9]+##g')
+    if [ "$cause" = "$last" ] && [ "$cause" != : ]; then
+        say "the same failure twice at step ${cause%%:*}"
+        exit 4
+    fi
+    last=$cause
     failures=$((failures + 1))
     if [ $failures -gt "$restarts" ]; then
         say "no new checkpoint in $restarts restarts"

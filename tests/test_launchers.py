@@ -137,6 +137,7 @@ def started(name: str, command: list[str], folder: Path, port: int) -> list[str]
     return [(folder / str(rank)).read_text() for rank in range(2)]
 
 
+@pytest.mark.slow
 def test_open_mpi_trains(tmp_path: Path) -> None:
     """A real run of two processes that only Open MPI's variables tell who they are."""
     smoke = ("experiment=smoke", "train.steps=2", "eval.every=0", "sample.count=0", "run.dir=run")

@@ -137,7 +137,8 @@ def test_it_goes_on_with_fewer_and_grows_back(tmp_path: Path) -> None:
     assert_same_curve(run, whole, 40)
 
 
-@pytest.mark.parametrize("plain", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("plain", [False, True])
 def test_a_second_interrupt_leaves_at_once(plain: bool, tmp_path: Path) -> None:
     run = Run(tmp_path / "run", 1, (*FOR_EVER, "checkpoint.every=2", "debug.faults=[data.next:delay@1000:6:0]"))
     process = run.start() if plain else launched(run)

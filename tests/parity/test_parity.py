@@ -17,7 +17,7 @@ def alone() -> dict[str, Any]:
     return matrix.run(1, "quick")
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_quick_cut(alone: dict[str, Any], processes: int) -> None:
     found = alone | matrix.run(processes, "quick")
     assert {f"{cell.name} on {processes}" for cell in cells() if cell.quick and cell.processes == processes} <= {*found}

@@ -93,6 +93,7 @@ def sweep_of(folder: Path, *steps: int) -> Sweep:
     return sweep
 
 
+@pytest.mark.slow
 def test_the_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sweep = sweep_of(tmp_path, 2, 4, 0)
     assert read(tmp_path) == sweep

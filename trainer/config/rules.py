@@ -56,6 +56,8 @@ def _slurm(launch: Slurm) -> Iterator[str]:
     if launch.chain > 1 and launch.requeue:
         way = "set launch.requeue=false, or launch.chain=1"
         yield f"launch.chain={launch.chain}: a job that queues itself again needs no other behind it; {way}"
+    if launch.health_check and launch.container.runtime:
+        yield "launch.health_check=true: looks at nodes, not into containers; set one of them aside"
     if bool(launch.container.runtime) != bool(launch.container.image):
         missing = "image" if launch.container.runtime else "runtime"
         yield f"launch.container.{missing}: missing; a container has both a runtime and an image"
