@@ -74,7 +74,8 @@ def settings(launch: Slurm, tasks: Sequence[Task], folder: Path) -> Iterator[str
     yield _array("configs", [str(task.config) for task in tasks])
     yield f"procs_per_node={launch.local_processes} restarts={launch.restarts} lead_s={launch.lead_s}"
     flags = {"requeue": launch.requeue, "health_check": launch.health_check}
-    yield " ".join(f"{name}={'1' if on else ''}" for name, on in flags.items()) + f" exclude={launch.exclude or ''}"
+    values = {name: "1" if on else "" for name, on in flags.items()} | {"exclude": launch.exclude or ""}
+    yield " ".join(f"{name}={shlex.quote(value)}" for name, value in values.items())
     yield f"python={shlex.quote(python)}"
     yield from _container(launch, tasks, folder)
     for name, value in environment(launch).items():
