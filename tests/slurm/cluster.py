@@ -60,7 +60,7 @@ class Cluster:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with suppress(subprocess.SubprocessError):
+        with suppress(subprocess.SubprocessError, TimeoutError):  # a dead node keeps its job
             self.run("scancel", "--user", str(os.getuid()))
             _until(lambda: not self.run("squeue", "--noheader").strip(), "the end of all jobs", seconds=20)
         for daemon in reversed(self.daemons.values()):
@@ -71,6 +71,9 @@ class Cluster:
             with suppress(ProcessLookupError):
                 os.killpg(daemon.pid, signal.SIGKILL)
             daemon.wait()
+        for pid in _with_environment(f"SLURM_CONF={self.conf}", "SLURM_JOB_ID"):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def start(self, node: str) -> None:
         self._daemon(node, "slurmd", "-D", "-N", node, "-f", str(self.conf))
@@ -181,12 +184,13 @@ def _free_ports(count: int) -> list[int]:
 
 
 def _with_environment(*variables: str) -> list[int]:
-    """Processes that have all of these in their environment."""
+    """Processes that have all of these in their environment: `NAME`, or `NAME=value`."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             environment = (folder / "environ").read_bytes().split(b"\0")
-            if all(variable.encode() in environment for variable in variables):
+            found_names = {part.partition(b"=")[0] for part in environment}
+            if all(variable.encode() in (environment if "=" in variable else found_names) for variable in variables):
                 found.append(int(folder.name))
     return found
 
