@@ -42,7 +42,7 @@ class Proposal:
 
 
 def proposals(
-    subject: Subject, config: Config, procs: int, gpu: Gpu, within: float = 8.0
+    subject: Subject, config: Config, procs: int, gpu: Gpu, within: float = 6.0
 ) -> tuple[list[Proposal], list[Proposal]]:
     """(those that fit, those that do not), each the fastest or the smallest first. After `within`
     seconds of computing it looks no further: the most usual are tried first."""
@@ -88,9 +88,7 @@ def candidates(config: Config, procs: int, subject: Subject) -> Iterator[tuple[t
     if procs == 1:
         ways.append(("strategy=single",))
     else:
-        tensors = [
-            n for n in (2, 4, 8) if n <= min(NODE, procs) and hasattr(subject.whole.model, "tensor_parallel_plan")
-        ]
+        tensors = [n for n in (2, 8) if n <= min(NODE, procs) and hasattr(subject.whole.model, "tensor_parallel_plan")]
         sequences = ("strategy.sequence_parallel=true",)
         ways += [("strategy=ddp",), ("strategy=fsdp",)]
         if subject.precision.compute == "bf16" and subject.precision.param == "fp32":
@@ -100,7 +98,7 @@ def candidates(config: Config, procs: int, subject: Subject) -> Iterator[tuple[t
         for n in reversed(tensors):
             ways.append(("strategy=fsdp", f"strategy.tensor_parallel={n}", *sequences))
         if subject.whole.cuttable:
-            for stages, n in product((2, 4, 8, 16), (1, *tensors[-1:])):
+            for stages, n in product((2, 4, 8), (1, *tensors[-1:])):
                 if stages * n <= procs and len(subject.whole.blocks) >= stages:
                     split = (f"strategy.tensor_parallel={n}", *sequences) if n > 1 else ()
                     ways.append(("strategy=pipeline", f"strategy.stages={stages}", *split))

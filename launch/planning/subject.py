@@ -86,8 +86,20 @@ class Subject:
 
     @cached_property
     def measured(self) -> Measured:
-        """What a pipeline is cut by."""
-        return measure(self.factory, self.objective, self.precision.autocast(), self.precision.device)
+        """What a pipeline is cut by. Of blocks that are alike a few are measured."""
+        count = len(self.whole.blocks)
+        many = self.whole.uniform and count > REPRESENTATIVES
+
+        def build() -> nn.Module:
+            model = self.factory.build()
+            if many:
+                del cast(Any, model).blocks[REPRESENTATIVES:]
+            return model
+
+        autocast, factory = self.precision.autocast(), replace(self.factory, build=build)
+        found = measure(factory, self.objective, autocast, self.precision.device)
+        first, *rest = found.blocks
+        return replace(found, blocks=[first, *rest[:1] * (count - 2), rest[-1]]) if many else found
 
     @cached_property
     def state(self) -> tuple[dict[str, int], int]:

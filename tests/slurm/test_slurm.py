@@ -90,7 +90,7 @@ class Submitted:
         self.wait(lambda: self.run.last_step() >= step, f"step {step}")
 
     def finish(self) -> None:
-        self.wait(lambda: self.state() == "COMPLETED", "the end of the job")
+        self.wait(lambda: self.state() == "COMPLETED", "the end of the job", 400)
         assert self.run.status()["state"] == "finished", self.tell()
 
     def tell(self) -> str:
@@ -221,7 +221,7 @@ def test_a_chain_of_short_jobs(submitted: Submitted, undisturbed: Run) -> None:
 
 def test_a_bad_node_is_left_out(tmp_path: Path, undisturbed: Run) -> None:
     """It is dead, and Slurm has not noticed."""
-    with Cluster(tmp_path / "slurm", down_s=300) as cluster:
+    with Cluster(tmp_path / "slurm", down_s=90) as cluster:
         cluster.kill("n2")
         submitted = Submitted(cluster, tmp_path / "run", ("launch.health_check=true",))
         submitted.submit()
