@@ -1,7 +1,7 @@
 """Which strategies fit a GPU, the one that should be fastest first.
 
-The order is that of a bound: half of the GPU's arithmetic, and links at their full speed, with what can go on at the
-same time counted once. It tells which is faster, not how fast.
+The order is that of a bound: half of the GPU's arithmetic or the time to launch it, and links at their full speed, with
+what can go on at the same time counted once. It tells which is faster, not how fast.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ REPLACED = ("strategy", "train.activation_checkpointing", "train.micro_batch")
 RECOMPUTED = ("none", "selective", "full")
 ROWS = 8  # sequences of a micro-batch, at the most that is tried besides those asked for and all at once
 BUSY = 0.5  # of a GPU's arithmetic, that a good run reaches
+HOST_S = 5e-4  # what Python and the driver need for a layer, forward and backward: the limit of small models
 
 
 @dataclass(frozen=True)
@@ -133,9 +134,11 @@ def bound(of: Accountant, gpu: Gpu) -> float:
     """Seconds of a step, at the least."""
     stages = of.layout.stages
     flops = sum(of.flops(place) for place in range(stages)) / stages
-    computing = flops / (gpu.tflops * 1e12 * BUSY)
-    if isinstance(of.strategy, Pipeline) and stages > 1:
-        count, _ = of.micro_batches()
+    cut = isinstance(of.strategy, Pipeline) and stages > 1
+    count = of.micro_batches()[0] if cut else 1
+    launching = HOST_S * max(1, len(of.subject.whole.blocks)) / stages * of.passes * count
+    computing = max(flops / (gpu.tflops * 1e12 * BUSY), launching)
+    if cut:
         parts = of.strategy.parts_a_process if not SCHEDULES[of.strategy.schedule].splits_backward else 2
         computing *= 1 + (stages - 1) / (parts * count)
     waiting = besides = 0.0
