@@ -105,8 +105,9 @@ def test_shares_of_fsdp_and_parts_of_the_sum() -> None:
 
 def test_proposals_are_taken_by_the_check() -> None:
     own = [text for text in TINY if not text.startswith("strategy")]
-    config = load(own, 4)
+    config = load([*own, "strategy=pipeline", "strategy.stages=2", "train.micro_batch=12"], 4)  # not one for ddp on 4
     fit, too_large = proposals(planned(config, bf16=True), config, 4, target("h100", 0.01))
+    assert {"strategy=ddp", "strategy=fsdp"} <= {one.overrides[0] for one in (*fit, *too_large)}
     assert fit
     assert too_large
     assert all(one.parts.total <= 0.009 * 2**30 for one in fit)

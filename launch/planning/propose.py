@@ -111,7 +111,7 @@ def candidates(config: Config, procs: int, subject: Subject) -> Iterator[tuple[t
         for key, _, value in (override.removeprefix("strategy.").partition("=") for override in way[1:]):
             section[key] = {"true": True, "compute": value}.get(value) or int(value)
         try:
-            yield way, check(_replaced(config, {}, strategy=section), procs)
+            yield way, check(_replaced(config, {"train": {"micro_batch": None}}, strategy=section), procs)
         except ConfigError:
             continue
 
