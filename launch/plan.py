@@ -6,7 +6,7 @@ The user's own model is built and traced without values: no GPU and no memory is
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from launch.sizes import size
@@ -58,8 +58,8 @@ def lines(
     subject = planned(config, given.bf16)
     yield from _model(config, subject)
     yield from _schedule(config)
-    yield from _memory_and_more(config, procs, subject, given)
-    if gpu is not None:
+    traced = yield from _memory_and_more(config, procs, subject, given)
+    if gpu is not None and traced:
         yield from _proposed(config, procs, subject, gpu, overrides, config_dir)
 
 
@@ -98,7 +98,8 @@ def _schedule(config: Config) -> Iterator[Line]:
         yield "", row
 
 
-def _memory_and_more(config: Config, procs: int, subject: Subject, gpu: Gpu) -> Iterator[Line]:
+def _memory_and_more(config: Config, procs: int, subject: Subject, gpu: Gpu) -> Generator[Line, None, bool]:
+    """Gives at the end whether the model can be traced."""
     from launch.planning.memory import Accountant
     from launch.planning.traffic import traffic
 
@@ -110,7 +111,7 @@ def _memory_and_more(config: Config, procs: int, subject: Subject, gpu: Gpu) -> 
     except Exception as error:  # of the user's code: it looks at values, or computes with them on its own
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         yield "memory", f"not known: the model or the objective cannot be traced without values ({reason[:160]})"
-        return
+        return False
     flops = sum(of.flops(place) for place in range(of.layout.stages)) * (procs // of.layout.stages)
     tokens = config.train.global_batch * config.data.sequence_length
     yield (
@@ -137,6 +138,7 @@ def _memory_and_more(config: Config, procs: int, subject: Subject, gpu: Gpu) -> 
     for sent in traffic(of):
         how = "while it waits" if sent.waits else "while it computes"
         yield "sent", f"{size(sent.nbytes)} a step by each process: {sent.what}, among {sent.processes}, {how}"
+    return True
 
 
 def _runs(values: list[int]) -> Iterator[tuple[int, int]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from launch.plan import lines
 from launch.planning.gpus import target
 from launch.planning.memory import Accountant
 from launch.planning.propose import proposals
@@ -87,6 +88,22 @@ def test_a_users_own_model_gets_a_plan(tmp_path: Path, monkeypatch: pytest.Monke
     assert subject.whole.whole(3, "none").retained == pytest.approx(kept(subject, 3, "none"), rel=0.001)
     fit, _ = proposals(subject, config, 2, target("h100", None))
     assert {one.overrides[0] for one in fit} >= {"strategy=ddp", "strategy=fsdp"}
+
+
+def test_a_model_that_looks_at_values_gets_all_but_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = "def forward(self, batch):"
+    looks = PLUGIN.replace(forward, f"{forward}\n        batch['inputs'].sum().item()")
+    assert looks != PLUGIN
+    (tmp_path / "looking_net.py").write_text(looks)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "net.yaml").write_text("name: looking_net:Net\ndepth: 2\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    own = [text for text in TINY if not text.startswith("model.")]
+    config = load(["model=net", "run.plugins=[looking_net]", *own], 2, str(tmp_path))
+    told = dict(lines(config, 2, target("h100", None)))
+    assert told["memory"].startswith("not known: the model or the objective cannot be traced without values (")
+    assert "checkpoint" in told
+    assert "fits" not in told
 
 
 def test_shares_of_fsdp_and_parts_of_the_sum() -> None:
