@@ -109,7 +109,7 @@ class Accountant:
         """FSDP2. In the forward pass a layer is gathered, and what it was gathered into is let go of when the next one
         is; in the backward pass the one before is on its way already, and the gradients of the one behind are still
         being sent."""
-        share, trace = Share(self.built.parameters, self.shards()), self.trace()
+        share, trace = Share(self.built.parameters, self.shards()), self.trace(casts_kept=False)
         gathered = (
             DTYPES[self.compute].itemsize / DTYPES[self.config.precision.param].itemsize
             if strategy.gather == "compute"

@@ -28,6 +28,7 @@ class FSDP(TensorParallel):
     """
 
     config: schema.Sharded
+    casts_kept = False  # a layer's weights are let go of behind it: so are copies of them
 
     def build(self, model_factory: ModelFactory) -> nn.Module:
         if not self.parallel:

@@ -37,6 +37,7 @@ class StepOptions:
 class Single:
     config: schema.Plugin
     targets: Tensor  # of the step, over all processes
+    casts_kept = True  # by autocast, of weights, until the forward pass is over
 
     def __init__(
         self,
@@ -125,7 +126,7 @@ class Single:
 
     def loss_of(self, model: nn.Module, batch: Batch) -> Sums:
         batch = to_device(batch, self.topology.device)
-        with self.precision.autocast():
+        with self.precision.autocast(cache=self.casts_kept):
             outputs = model(batch)
         return self.objective.loss(self.outputs(outputs), batch)
 
@@ -156,7 +157,7 @@ class Single:
     def eval_step(self, batch: Batch) -> Sums:
         self.model.eval()
         batch = to_device(batch, self.topology.device)
-        with self.precision.autocast():
+        with self.precision.autocast(cache=self.casts_kept):
             outputs = self.model(batch)
         self.model.train()
         sums = Sums()
