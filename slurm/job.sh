@@ -48,7 +48,10 @@ train() {
 
 check_nodes() { # sets bad_nodes to those that fail, as n1,n2
     [ "$health_check" ] || return 0
-    bad_nodes=$("$python" -m launch.cli doctor --quick --dir "$run_dir" | tee /dev/stderr | sed -nE 's/^bad nodes: *//p')
+    local told
+    told=$("$python" -m launch.cli doctor --quick --dir "$run_dir")
+    echo "$told"
+    bad_nodes=$(sed -nE 's/^bad nodes: *//p' <<<"$told")
 }
 
 queue_again() { # "$1": why
