@@ -48,10 +48,10 @@ train() {
 
 check_nodes() { # sets bad_nodes to those that fail, as n1,n2
     [ "$health_check" ] || return 0
-    local told
-    told=$("$python" -m launch.cli doctor --quick --dir "$run_dir")
-    echo "$told"
-    bad_nodes=$(sed -nE 's/^bad nodes: *//p' <<<"$told")
+    local report
+    report=$("$python" -m launch.cli doctor --quick --dir "$run_dir")
+    echo "$report"
+    bad_nodes=$(sed -nE 's/^bad nodes: *//p' <<<"$report")
 }
 
 queue_again() { # "$1": why
