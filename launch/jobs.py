@@ -12,6 +12,7 @@ from typing import IO, Any
 
 from launch import slurm_queue
 from launch.submit import CANCELLED, jobs_of
+from launch.sweep import is_sweep
 from trainer.errors import ConfigError
 from trainer.resilience.interruption import STOP
 from trainer.tracking.jsonl import plain, read, read_status
@@ -81,29 +82,34 @@ def tell_logs(arguments: argparse.Namespace) -> int:
 
 def cancel(arguments: argparse.Namespace) -> int:
     folder = _run_folder(arguments.run_dir)
-    jobs = jobs_of(folder)
     for run in runs_in(folder):
-        if jobs:
-            (run / CANCELLED).touch()  # not queued again
+        if jobs := jobs_of(run):  # they are not queued again
+            with (run / CANCELLED).open("a") as file:
+                file.writelines(f"{job}\n" for job in jobs)
         if read_status(run).get("state") == "running" and not arguments.now:
             (run / STOP).touch()
             print(f"{run}: is asked to save and stop")
-    slurm_queue.cancel(jobs, *([] if arguments.now else ["--state=PENDING"]))
-    if jobs:
-        print(f"{folder}: {'cancelled' if arguments.now else 'nothing of it is queued any more'}")
+    queued = slurm_queue.active(jobs_of(folder))
+    waiting = [job for job, state in queued.items() if state == "PENDING"]
+    slurm_queue.cancel(list(queued) if arguments.now else waiting)
+    if running := [job for job in queued if job not in waiting and not arguments.now]:
+        # Also one that is only starting: its script asks the run until it stops.
+        slurm_queue.cancel(running, "--batch", "--signal=USR1")
+    for job in queued:
+        print(f"job {job}: {'saves and stops' if job in running else 'cancelled'}")
     return 0
 
 
 def runs_in(folder: Path) -> list[Path]:
     """The run in `folder`, or the runs of a sweep."""
-    if (folder / "sweep.json").is_file():
+    if is_sweep(folder):
         return sorted(child for child in folder.iterdir() if (child / "slurm").is_dir() or read_status(child))
     return [folder]
 
 
 def _run_folder(folder: Path) -> Path:
     folder = folder.expanduser().absolute()
-    if not read_status(folder) and not (folder / "slurm").is_dir() and not (folder / "sweep.json").is_file():
+    if not read_status(folder) and not (folder / "slurm").is_dir() and not is_sweep(folder):
         raise ConfigError(f"{folder}: is no run's folder: it has neither status.json nor a job")
     return folder
 
@@ -129,8 +135,9 @@ def _grows(file: IO[str], folder: Path) -> Iterator[str]:
             yield text
         elif time.monotonic() > looked + 5:
             looked = time.monotonic()
-            states = slurm_queue.states(jobs_of(folder)).values()
-            queued = any(state in slurm_queue.ACTIVE for state, _ in states)
+            queued = True
+            with suppress(ConfigError):  # Slurm may be busy
+                queued = bool(slurm_queue.active(jobs_of(folder)))
             if not queued and read_status(folder).get("state") != "running":
                 return
         else:

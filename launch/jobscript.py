@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shlex
 import sys
@@ -11,8 +12,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from trainer.config.launch import Slurm
-
-LOG = "logs/slurm-%j.log"  # of a run's folder; in a sweep's, `%A_%a`
 
 
 class Task(NamedTuple):
@@ -39,7 +38,11 @@ def render(launch: Slurm, name: str, tasks: Sequence[Task], log: Path, folder: P
 
 def options(launch: Slurm, name: str, log: Path, folder: Path, tasks: int) -> Iterator[str]:
     """sbatch's. `tasks`: of a job array; 0: it is none."""
-    yield f"--job-name={name}"
+    if launch.chain > 1:  # which goes by the name: another run of this name is no part of it
+        yield f"--job-name={name}-{hashlib.sha256(os.fspath(log).encode()).hexdigest()[:8]}"
+        yield "--dependency=singleton"
+    else:
+        yield f"--job-name={name}"
     yield f"--nodes={launch.nodes}"
     yield "--ntasks-per-node=1"
     if launch.gpus_per_node:
@@ -52,8 +55,6 @@ def options(launch: Slurm, name: str, log: Path, folder: Path, tasks: int) -> It
     yield f"--output={_quoted(log)}"
     if tasks:
         yield f"--array=0-{tasks - 1}" + (f"%{launch.max_parallel}" if launch.max_parallel else "")
-    if launch.chain > 1:
-        yield "--dependency=singleton"
     for key in ("account", "partition", "qos", "constraint", "reservation", "exclude"):
         if (value := getattr(launch, key)) is not None:
             yield f"--{key}={value}"
@@ -74,8 +75,7 @@ def settings(launch: Slurm, tasks: Sequence[Task], folder: Path) -> Iterator[str
     yield _array("configs", [str(task.config) for task in tasks])
     yield f"procs_per_node={launch.local_processes} restarts={launch.restarts} lead_s={launch.lead_s}"
     flags = {"requeue": launch.requeue, "health_check": launch.health_check}
-    values = {name: "1" if on else "" for name, on in flags.items()} | {"exclude": launch.exclude or ""}
-    yield " ".join(f"{name}={shlex.quote(value)}" for name, value in values.items())
+    yield " ".join(f"{name}={'1' if on else shlex.quote('')}" for name, on in flags.items())
     yield f"python={shlex.quote(python)}"
     yield from _container(launch, tasks, folder)
     for name, value in environment(launch).items():
@@ -116,5 +116,4 @@ def _array(name: str, values: Sequence[str]) -> str:
 
 def _quoted(path: Path) -> str:
     """For a line of #SBATCH, where a backslash escapes and no shell expands."""
-    text = os.fspath(path)
-    return shlex.quote(text) if shlex.quote(text) != text else text
+    return shlex.quote(os.fspath(path))

@@ -22,7 +22,7 @@ def _repository(folder: Path) -> tuple[dict[str, Any], str]:
     """Nothing where there is no git, or no repository of its."""
     try:
         commit = _git(folder, "rev-parse", "HEAD").strip()
-        diff = _git(folder, "diff", "HEAD")
+        diff = _git(folder, "diff", "--no-color", "--no-ext-diff", "--binary", "HEAD")
         new = _git(folder, "status", "--porcelain", "--untracked-files=normal").splitlines()
     except (OSError, subprocess.SubprocessError):
         return {}, ""

@@ -23,9 +23,9 @@ def submit(script: Path) -> str:
     return _run("sbatch", "--parsable", str(script)).strip().partition(";")[0]
 
 
-def test_only(script: Path) -> str:
-    """What Slurm says when the script would start. Raises ConfigError where it refuses it."""
-    return _run("sbatch", "--test-only", str(script)).strip()
+def test_only(script: str) -> str:
+    """What Slurm says of a script's text: when it would start. Raises ConfigError where it refuses it."""
+    return _run("sbatch", "--test-only", script=script).strip()
 
 
 def states(jobs: Sequence[str]) -> dict[str, tuple[str, str]]:
@@ -33,21 +33,28 @@ def states(jobs: Sequence[str]) -> dict[str, tuple[str, str]]:
     if not jobs or not is_here():
         return {}
     found = {}
-    for line in _run("squeue", "--noheader", "--states=all", "--array", "--format=%i|%T|%R").splitlines():
+    for line in _run("squeue", "--me", "--noheader", "--states=all", "--array", "--format=%i|%T|%R").splitlines():
         name, state, where = line.split("|", 2)
-        if name.partition("_")[0] in jobs:
+        if name in jobs or name.partition("_")[0] in jobs:
             found[name] = (state, where)
     return found
 
 
+def active(jobs: Sequence[str]) -> dict[str, str]:
+    """Those of them that wait or run, and which of it."""
+    return {name: state for name, (state, _) in states(jobs).items() if state in ACTIVE}
+
+
 def cancel(jobs: Sequence[str], *options: str) -> None:
     if jobs:
-        _run("scancel", "--quiet", *options, *jobs)
+        _run("scancel", *options, *jobs)
 
 
-def _run(*command: str) -> str:
+def _run(*command: str, script: str | None = None) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
+        done = subprocess.run(command, input=script, capture_output=True, text=True, timeout=TIMEOUT_S)
+    except FileNotFoundError:
+        raise ConfigError(f"{command[0]}: is not here; run this where Slurm is") from None
     except subprocess.TimeoutExpired:
         raise ConfigError(
             f"{command[0]}: no answer in {TIMEOUT_S} s; is Slurm's controller up? `scontrol ping`"

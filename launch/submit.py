@@ -1,7 +1,7 @@
 """`onecurve submit [--print-only] [overrides]`: writes the job of a run, or of a sweep, and gives it to Slurm.
 
-Beside the script lie the whole config, the overrides and the revision of the code: what is queued is what was checked,
-whatever changes meanwhile.
+Beside the script lie the whole config, the overrides and the revision of the code: the config that is queued is the one
+that was checked, whatever becomes of its files.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from trainer.config.launch import Slurm
 from trainer.errors import ConfigError
 from trainer.files import replace_file
 
-JOBS, CANCELLED, FRUITLESS = "slurm/jobs", "slurm/cancelled", "slurm/fruitless"  # read by slurm/job.sh, too
+JOBS, CANCELLED = "slurm/jobs", "slurm/cancelled"  # a job's id on each line; slurm/job.sh reads them, too
 
 
 class Job(NamedTuple):
@@ -70,14 +70,17 @@ def submit(arguments: argparse.Namespace) -> int:
     if not arguments.unchecked_data:
         _look_at_data(job.configs[0])
     _refuse_twice(job)
-    script = write(job)
+    judged = slurm_queue.test_only(_script(job, 1))  # before anything is written
     if arguments.test_only:
-        print(f"{slurm_queue.test_only(script)}\nscript  {script}")
+        print(judged)
         return 0
-    jobs = [slurm_queue.submit(script) for _ in range(job.launch.chain)]
-    for folder in {job.folder, *map(folder_of, job.configs)}:
-        with (folder / JOBS).open("a") as file:
-            file.writelines(f"{number}\n" for number in jobs)
+    script, jobs = write(job), list[str]()
+    for _ in range(job.launch.chain):
+        jobs.append(slurm_queue.submit(script))
+        _note(job.folder, jobs[-1])
+        if job.sweep:
+            for task, config in enumerate(job.configs):
+                _note(folder_of(config), f"{jobs[-1]}_{task}")
     log = job.folder / job.log.replace("%j", jobs[0]).replace("%A_%a", f"{jobs[0]}_0")
     what = f"{len(job.configs)} runs, each on " if job.sweep else ""
     print(f"{job.name}: submitted as job {' '.join(jobs)}: {what}{job.launch.nodes} node(s)")
@@ -130,17 +133,15 @@ def write(job: Job) -> Path:
             number += 1
         for config in job.configs:
             files = folder_of(config) / "slurm" / str(number)
-            files.mkdir(parents=True, exist_ok=True)
+            files.mkdir(mode=0o700, parents=True, exist_ok=True)
             values = config.resolved()
             values["run"]["fresh"] = False  # done
             replace_file(files / "config.yaml", yaml.safe_dump(values, sort_keys=False).encode())
-            for name in (CANCELLED, FRUITLESS):
-                (folder_of(config) / name).unlink(missing_ok=True)
         (job.folder / "logs").mkdir(parents=True, exist_ok=True)
         if job.sweep:
             job.sweep.save()
         files = job.folder / "slurm" / str(number)
-        files.mkdir(parents=True, exist_ok=True)
+        files.mkdir(mode=0o700, parents=True, exist_ok=True)
         about, diff = revision(Path.cwd())
         replace_file(files / "overrides.txt", (shlex.join(job.overrides) + "\n").encode())
         replace_file(files / "revision.json", (json.dumps(about, indent=1) + "\n").encode())
@@ -166,12 +167,11 @@ def _script(job: Job, number: int) -> str:
 
 def _refuse_twice(job: Job) -> None:
     """Two jobs in one folder: the second would wait, and fail."""
-    for config in job.configs:
-        folder = folder_of(config)
-        for name, (state, where) in slurm_queue.states(jobs_of(folder)).items():
-            if state in slurm_queue.ACTIVE:
-                way = f"`onecurve cancel {shlex.quote(str(folder))}` first, or choose another run.name"
-                raise ConfigError(f"run.dir={folder}: job {name} of this run is {state} {where}: {way}")
+    known = {number: folder for folder in map(folder_of, job.configs) for number in jobs_of(folder)}
+    for name, state in slurm_queue.active(list(known)).items():
+        folder = known.get(name) or known[name.partition("_")[0]]
+        way = f"`onecurve cancel {shlex.quote(str(folder))}` first, or choose another run.name"
+        raise ConfigError(f"run.dir={folder}: job {name} of this run is {state}: {way}")
 
 
 def jobs_of(folder: Path) -> list[str]:
@@ -180,6 +180,11 @@ def jobs_of(folder: Path) -> list[str]:
         return (folder / JOBS).read_text().split()
     except FileNotFoundError:
         return []
+
+
+def _note(folder: Path, number: str) -> None:
+    with (folder / JOBS).open("a") as file:
+        file.write(f"{number}\n")
 
 
 def _look_at_data(config: Config) -> None:

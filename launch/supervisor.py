@@ -181,7 +181,7 @@ class Supervisor:
             before = self._newest()
             life = self._live(slots)
             if LOST in life.codes:  # the server is gone, and its ranks with it
-                if self.ranks.close() > 0:
+                if self.ranks.close() > 0 and not self.restart and set(life.codes) == {LOST}:
                     return 4, "this Python cannot import the trainer, as it says above; `onecurve doctor` looks closer"
                 self.ranks = Ranks(self.procs)
             if (end := self._end(life)) is not None:
@@ -268,8 +268,7 @@ class Supervisor:
         if len(self._choose()) < len(slots):  # paid with a process
             self.budget = Budget(self.budget.restarts, used=1)
             return None
-        # Names of folders and numbers differ from life to life.
-        cause = (int(told["step"]), re.sub(r"/\S+|\d+", "", told["reason"])) if told else None
+        cause = (int(told["step"]), str(told["cause"])) if told else None
         return self.budget.refused(progressed, cause)
 
     def _choose(self) -> list[int]:

@@ -29,7 +29,7 @@ _KNOWN = (
     (r"ncclSystemError|NCCL.*(socket|network|IB)", "launch.interface and launch.nccl_debug=INFO: NCCL finds no way"),
     (r"NCCL", "look for the first NCCL warning in logs/, with launch.nccl_debug=INFO or NCCL_DEBUG=INFO"),
     (
-        r"device-side assert|index out of range|out of bounds",
+        r"device-side assert|index out of range in self|index .* is out of bounds for dimension",
         "an index beyond a table, such as a token beyond the vocabulary: data.tokenizer must be the shards' own",
     ),
     (r"CUDA driver|no CUDA|CUDA unknown error|uncorrectable ECC", "the GPU or its driver is ill: `onecurve doctor`"),

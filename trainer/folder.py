@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -95,6 +96,7 @@ class RunFolder:
         A rank that only lost a peer leaves the word to it for a moment.
         """
         told = {"rank": rank, "step": step, "reason": str(error), "exit_code": error.exit_code, "retry": error.retry}
+        told["cause"] = re.sub(r'/\S+|\d+|["\\]', "", str(error))  # names and numbers differ from life to life
         told["life"] = os.environ.get("ONECURVE_LIFE")  # which start of the ranks it was
         deadline = time.monotonic() + (PATIENCE_S if lost_peer else 0)
         while not (first := read_failure(self.path)) and time.monotonic() < deadline:

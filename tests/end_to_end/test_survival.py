@@ -147,7 +147,7 @@ def test_a_second_interrupt_leaves_at_once(plain: bool, tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
-    output = process.communicate(timeout=10)[0]
+    output = process.communicate(timeout=30)[0]  # it would sleep a thousand seconds
     assert process.returncode == 4, output
     assert "interrupted a second time" in output
     assert run.status()["state"] == "failed"

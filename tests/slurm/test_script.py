@@ -53,8 +53,8 @@ def test_settings_are_what_bash_reads() -> None:
         "launch.python='/opt/my env/bin/python'", "launch.interface=ib0", "launch.env={A: \"it's $HOME\"}",
         "launch.cpus_per_task=64", "launch.setup=['module=loaded']", "launch.exclude='n[3,7]'",
     )  # fmt: skip
-    assert variables(text, "run_dirs", "configs", "python", "exclude", "module", "requeue", "health_check") == [
-        ["/runs/a b/0"], ["/runs/a b/0/config.yaml"], ["/opt/my env/bin/python"], ["n[3,7]"], ["loaded"], ["1"], [""]
+    assert variables(text, "run_dirs", "configs", "python", "module", "requeue", "health_check") == [
+        ["/runs/a b/0"], ["/runs/a b/0/config.yaml"], ["/opt/my env/bin/python"], ["loaded"], ["1"], [""]
     ]  # fmt: skip
     names = ("procs_per_node", "A", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "NCCL_DEBUG", "OMP_NUM_THREADS")
     assert variables(text, *names) == [["8"], ["it's $HOME"], ["ib0"], ["ib0"], ["WARN"], ["8"]]
@@ -117,10 +117,16 @@ def test_refused(overrides: list[str], words: str) -> None:
 
 
 def test_secrets_are_neither_written_nor_shown() -> None:
-    with pytest.raises(ConfigError) as error:
-        composed([*OVERRIDES, "launch.env={HF_TOKEN: abc123}"], None)
-    assert "HF_TOKEN looks like a secret; export it before you submit" in str(error.value)
-    assert "abc123" not in str(error.value)
+    for override in (
+        "env={HF_TOKEN: abc123}",
+        "setup=['export HF_TOKEN=abc123']",
+        "options=['--export=HF_TOKEN=abc123']",
+    ):
+        with pytest.raises(ConfigError) as error:
+            composed([*OVERRIDES, f"launch.{override}"], None)
+        assert "HF_TOKEN looks like a secret; export it before you submit" in str(error.value)
+        assert "abc123" not in str(error.value)
+    composed([*OVERRIDES, "launch.setup=['export HF_TOKEN=$MINE']"], None)
 
 
 @pytest.mark.parametrize(

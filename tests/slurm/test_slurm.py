@@ -193,6 +193,7 @@ def test_a_process_dies(submitted: Submitted, undisturbed: Run) -> None:
     submitted.submit()
     submitted.finish()
     assert "restart 1 of 3" in submitted.log()
+    assert not list((submitted.folder / "slurm").glob("started-*"))
     assert_same_bits(submitted.run, undisturbed)
 
 
@@ -235,11 +236,14 @@ def test_a_bad_node_is_left_out(tmp_path: Path, undisturbed: Run) -> None:
 
 def test_a_sweep_is_one_job_array(submitted: Submitted, tmp_path: Path) -> None:
     rates = ("0.001", "0.002", "0.003")
-    submitted.overrides = (f"optimizer.lr={','.join(rates)}", "launch.nodes=1", "launch.max_parallel=2")
+    submitted.overrides = (f"optimizer.lr={','.join(rates)}", "launch.nodes=1", "launch.max_parallel=2", SLOWLY)
     submitted.base = tuple(part for part in TINY if not part.startswith("optimizer.lr"))
     submitted.submit()
     (job,) = submitted.jobs
     assert "3 runs" in submitted.output
+    first = Run(Path(read(submitted.folder).trials[0].folder))
+    submitted.wait(lambda: first.last_step() >= 5, "the first trial")
+    submitted.cluster.run("scancel", "--signal=USR1", "--batch", f"{job}_0")  # queued again, it alone
     submitted.wait(lambda: submitted.queue(job) == ["COMPLETED"] * 3, "the end of the array", 400)
     told = submitted.onecurve("report", str(submitted.folder)).stdout
     assert "3 of 3 trials are finished" in told, told
@@ -264,6 +268,7 @@ def test_cancelled(submitted: Submitted) -> None:
     assert "is asked to save and stop" in done.stdout, done.stdout + done.stderr
     submitted.wait(lambda: submitted.run.status()["state"] == "interrupted", "the run to be saved")
     submitted.wait(lambda: submitted.state(submitted.jobs[0]) == "FAILED", "the end of the job")  # code 75
+    assert "cancelled, not queued again" in submitted.log()
     assert submitted.state(submitted.jobs[1]) == "CANCELLED"
     assert submitted.run.status()["step"] < STEPS
 
@@ -274,7 +279,11 @@ def test_what_slurm_refuses(submitted: Submitted) -> None:
     assert "sbatch: invalid partition specified: nonsense; Batch job submission failed" in submitted.output
     submitted.overrides = ("launch.nodes=9",)
     submitted.submit("--test-only", expect=2)
+    submitted.overrides = ()
+    submitted.submit("--test-only")
+    assert "to start at" in submitted.output
     assert submitted.jobs == []
+    assert not submitted.folder.exists()
 
 
 def test_the_script_may_be_submitted_again(submitted: Submitted, undisturbed: Run) -> None:

@@ -86,7 +86,7 @@ class Slurm(Launch):
         "where a site does not allow it; see `launch.chain`."
     )
     chain: Count = Field(
-        description="Jobs that are submitted together, one after the other (`--dependency=singleton`): each goes on "
+        description="Jobs that are submitted together, one after the other (`--dependency=afterany`): each goes on "
         "where the one before stopped; what is left when the run is finished is cancelled."
     )
     max_parallel: Count | None = Field(description="Jobs of a sweep that run at a time. null: as many as Slurm lets.")
@@ -158,6 +158,16 @@ class Slurm(Launch):
         if text is not None and (not text or re.search(r"\s", text)):
             raise ValueError("should be one word")
         return text
+
+    @field_validator("setup", "options")
+    @classmethod
+    def _no_secrets_in_text(cls, lines: list[str]) -> list[str]:
+        for line in lines:
+            if found := re.search(r"\w*(?:KEY|TOKEN|SECRET|PASSW)\w*(?==[^$\s])", line, re.IGNORECASE):
+                raise PydanticCustomError(
+                    "secret", "{name} looks like a secret; export it before you submit", {"name": found[0]}
+                )
+        return lines
 
     @field_validator("options")
     @classmethod
