@@ -206,6 +206,17 @@ def test_a_crash_that_comes_again_ends_the_job(submitted: Submitted) -> None:
     assert submitted.run.status()["state"] == "failed"
 
 
+def test_what_the_ranks_refuse_is_not_tried_again(submitted: Submitted) -> None:
+    """It is found on the nodes alone: the folder holds another run."""
+    Run(submitted.folder, 2, ("train.steps=10",)).train()
+    submitted.overrides = ("run.seed=7",)
+    submitted.submit()
+    submitted.wait(lambda: submitted.state() == "FAILED", "the end of the job")
+    assert "attempt 0: refused" in submitted.log()
+    assert "ExitCode=2:0" in submitted.cluster.run("scontrol", "show", "job", submitted.jobs[0])
+    assert "holds another run" in submitted.log()
+
+
 def test_a_chain_of_short_jobs(submitted: Submitted, undisturbed: Run) -> None:
     submitted.overrides = (SLOWLY, "launch.requeue=false", "launch.chain=4", "launch.time_limit=25s")
     submitted.submit()
