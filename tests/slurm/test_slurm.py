@@ -287,7 +287,7 @@ def test_cancelled(submitted: Submitted) -> None:
 def test_what_slurm_refuses(submitted: Submitted) -> None:
     submitted.overrides = ("launch.partition=nonsense",)
     submitted.submit(expect=2)
-    assert "sbatch: invalid partition specified: nonsense; Batch job submission failed" in submitted.output
+    assert "sbatch: invalid partition specified: nonsense" in submitted.output
     submitted.overrides = ("launch.nodes=9",)
     submitted.submit("--test-only", expect=2)
     submitted.overrides = ()
