@@ -35,9 +35,6 @@ def train(arguments: argparse.Namespace) -> int:
     folder, launch = Path(config.run.dir).expanduser(), config.launch
     if not isinstance(launch, Local):
         raise ConfigError(f"launch={launch.name}: `onecurve train` starts processes here; for Slurm: `onecurve submit`")
-    if config.track.console:
-        for title, text in [*batch(config, procs), ("folder", str(folder))]:
-            print(f"{title:12}{text}", flush=True)
     from launch.supervisor import Supervisor  # late: torch, and the config's problems should show at once
 
     with Supervisor(config, procs) as supervisor:
@@ -47,6 +44,9 @@ def train(arguments: argparse.Namespace) -> int:
         from trainer.topology import ALONE
 
         open_given(config, ALONE, open_shards(config, ALONE).tokenizer)
+        if config.track.console:
+            for title, text in [*batch(config, procs), ("folder", str(folder))]:
+                print(f"{title:12}{text}", flush=True)
         code, reason = supervisor.run()
     if code == 0:
         _what_next(folder, procs, arguments)

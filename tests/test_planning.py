@@ -120,6 +120,7 @@ def test_shares_of_fsdp_and_parts_of_the_sum() -> None:
     assert peaks["fsdp"].optimizer == pytest.approx(peaks["ddp"].optimizer / 4, rel=0.02)
 
 
+@pytest.mark.slow
 def test_proposals_are_taken_by_the_check() -> None:
     own = [text for text in TINY if not text.startswith("strategy")]
     config = load([*own, "strategy=pipeline", "strategy.stages=2", "train.micro_batch=12"], 4)  # not one for ddp on 4

@@ -66,6 +66,7 @@ def test_a_mixture_is_dealt_exactly(whole: Run) -> None:
         assert set(Counter(own[:epoch]).values()) == {1}
 
 
+@pytest.mark.slow
 def test_a_mixture_killed_and_resized(whole: Run, mixture: tuple[str, ...], tmp_path: Path) -> None:
     killed = Run(tmp_path / "killed", 2, mixture)
     killed.kill_at(6)

@@ -15,7 +15,7 @@ STEPS = 24
 @pytest.mark.parametrize(
     ("overrides", "weights"),
     [
-        (("optimizer=muon", "optimizer.lr=0.002", "schedule=wsd"), 1e-4),
+        pytest.param(("optimizer=muon", "optimizer.lr=0.002", "schedule=wsd"), 1e-4, marks=pytest.mark.slow),
         # The sign of a momentum near zero turns with its rounding: some weights then differ by twice the rate.
         pytest.param(("optimizer=lion", "optimizer.lr=0.0003", "schedule=linear"), 2e-3, marks=pytest.mark.slow),
     ],

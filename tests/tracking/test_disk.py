@@ -276,7 +276,7 @@ def test_a_run_whose_disk_is_full_for_a_while_ends_as_if_it_had_not_been(
     tmp_path: Path, mount: Callable[[str], Mount]
 ) -> None:
     disk = mount("16m")
-    keys = ("train.steps=150", "checkpoint.every=0", "train.log_every=1")
+    keys = ("train.steps=400", "checkpoint.every=0", "train.log_every=1")  # time for it to be tried again
     calm, run = Run(tmp_path / "calm", overrides=keys), Run(disk.folder / "run", overrides=keys)
     calm.train()
     process = run.start()
