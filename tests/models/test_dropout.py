@@ -51,6 +51,12 @@ def test_gradient_is_the_mask() -> None:
     assert torch.equal(x.grad, dropout(X, 0.25, DRAWS, 3))
 
 
+def test_compiled_it_is_the_same_mask() -> None:
+    compiled = torch.compile(dropout)
+    for site in (1, 2, 7):  # from the second on the compiler takes it for a variable
+        assert torch.equal(compiled(X, 0.3, DRAWS, site), dropout(X, 0.3, DRAWS, site))
+
+
 def test_off_is_identity() -> None:
     assert dropout(X, 0.0, DRAWS, 0) is X
     assert dropout(X, 0.5, None, 0) is X

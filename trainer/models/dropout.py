@@ -19,15 +19,27 @@ def dropout(x: Tensor, p: float, draws: Tensor | None, site: int) -> Tensor:
     """
     if p == 0 or draws is None:
         return x
-    _, length, width = x.shape
-    rows = _splitmix64(draws[:, None] + _splitmix64(torch.arange(length, device=x.device) + (site << 32)))
-    columns = _splitmix64(torch.arange(width, device=x.device) + (1 << 62))
-    bits = rows.to(torch.int32)[:, :, None] ^ columns.to(torch.int32)
+    rows, columns = _keys(draws, site, x.shape[1], x.shape[2])
+    bits = rows[:, :, None] ^ columns
     bits = bits * -2048144777  # 0x85EBCA77; int32 products wrap
     bits = (bits ^ (bits >> 15)) * -1640531535  # 0x9E3779B1
     bits = bits ^ (bits >> 13)
     dropped = (bits & 0x7FFFFFFF) < int(p * 2**31)
     return (x * (1 / (1 - p))).masked_fill(dropped, 0.0)
+
+
+@torch.library.custom_op("onecurve::dropout_keys", mutates_args=())
+def _keys(draws: Tensor, site: int, length: int, width: int) -> tuple[Tensor, Tensor]:
+    """int32 [B, length] and [width]. A whole to torch.compile: in the C++ that it writes for CPUs products of 64 bits
+    that wrap are undefined, and became others (torch 2.13)."""
+    rows = _splitmix64(draws[:, None] + _splitmix64(torch.arange(length, device=draws.device) + (site << 32)))
+    columns = _splitmix64(torch.arange(width, device=draws.device) + (1 << 62))
+    return rows.to(torch.int32), columns.to(torch.int32)
+
+
+@_keys.register_fake
+def _(draws: Tensor, site: int, length: int, width: int) -> tuple[Tensor, Tensor]:
+    return draws.new_empty((len(draws), length), dtype=torch.int32), draws.new_empty(width, dtype=torch.int32)
 
 
 def _splitmix64(x: Tensor) -> Tensor:
