@@ -27,6 +27,10 @@ _EXPENSIVE = {
 
 def prepare(model: nn.Module, activation_checkpointing: str, compile: bool) -> None:
     """Applies both to each of `model.blocks`, or to the whole model where it names no blocks."""
+    if compile:
+        # Else a number that differs from layer to layer, such as its own, is a constant to the compiler: each layer is
+        # compiled anew, and from the ninth on none is.
+        torch._dynamo.config.allow_unspec_int_on_nn_module = True
     for layer in getattr(model, "blocks", [model]):
         if activation_checkpointing != "none":
             layer.forward = _recompute(layer.forward, activation_checkpointing == "selective")
