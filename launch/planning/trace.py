@@ -140,10 +140,16 @@ def _flops(func: Any, args: Any, kwargs: Any, result: Any) -> int:
         return int(known(*args, **kwargs, out_val=result))
     name = func.overloadpacket.__name__  # attention on a CPU, which torch's counter does not know
     if name == "_scaled_dot_product_flash_attention_for_cpu":
-        return sdpa_flop_count(*(tensor.shape for tensor in args[:3]))
+        return _attention(*args[:3])
     if name == "_scaled_dot_product_flash_attention_for_cpu_backward":
-        return int(2.5 * sdpa_flop_count(*(tensor.shape for tensor in args[1:4])))
+        return int(2.5 * _attention(*args[1:4]))
     return 0
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor) -> int:
+    """Several heads of the queries may share one of the keys, which torch 2.11 does not count."""
+    heads = query.shape[:2]
+    return sdpa_flop_count(query.shape, (*heads, *key.shape[2:]), (*heads, *value.shape[2:]))
 
 
 def trace(

@@ -153,7 +153,12 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.input(x)
-        return self.output(F.gelu(x, approximate="tanh") if self.activation == "gelu" else F.relu(x).square())
+        return self.output(F.gelu(x, approximate="tanh") if self.activation == "gelu" else _squared(F.relu(x)))
+
+
+def _squared(x: Tensor) -> Tensor:
+    """A power, which is what torch makes of `x.square()`, is computed by CUDA's autocast in fp32, and kept in it."""
+    return x * x
 
 
 def document_mask(documents: Tensor) -> Tensor:
