@@ -5,7 +5,7 @@ PROCS  ?= $(shell [ "$$(nvidia-smi -L 2>/dev/null | wc -l)" = 1 ] && echo 1 || e
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 
-.PHONY: install train test test-all test-slurm lint format docs parity anywhere clean
+.PHONY: install train test test-all test-slurm test-gpu lint format docs parity anywhere clean
 
 install: $(VENV)/.dev
 
@@ -35,6 +35,10 @@ test-all: lint
 # A real Slurm of its own, on this machine: minutes. Part of test-all.
 test-slurm: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/slurm -m "slow or not slow"
+
+# What only a GPU can show, on one of them; skipped where there is none.
+test-gpu: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/gpu -n 4
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

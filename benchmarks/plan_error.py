@@ -1,5 +1,5 @@
 """What `onecurve plan` says of memory against what ranks then take: `python benchmarks/plan_error.py [NAME ...]` writes
-plan_error.json, in about 10 minutes on 2 cores.
+plan_error.json, in about 10 minutes on 2 cores; on a GPU other cases, of one process, and plan_error_gpu.json.
 
 Each rank builds its strategy and takes two steps on zeros. Measured is the most memory that was given out at once: on
 GPUs torch.cuda.max_memory_allocated; on CPUs glibc's own record of it (`malloc_stats`: max mmap bytes), told to map all
@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -67,7 +68,55 @@ CASES: dict[str, tuple[int, tuple[str, ...]]] = {
     "llama, fsdp, recomputed": (2, ("strategy=fsdp", FULL, *LLAMA)),
     "llama, pipeline": (2, (*PIPELINE, *LLAMA)),
 }  # fmt: skip
+SHARDS = ("data=webdataset", "data.shards=none.tar")
+GPT2 = (
+    *SHARDS,
+    "model.layers=12", "model.width=768", "model.heads=12", "data.tokenizer=@50257", "data.sequence_length=1024",
+    "train.global_batch=16",
+)  # fmt: skip
+BILLION = (
+    *SHARDS,
+    "model=llama", "model.config.hidden_size=2048", "model.config.intermediate_size=5632",
+    "model.config.num_hidden_layers=16", "model.config.num_attention_heads=32", "model.config.num_key_value_heads=8",
+    "data.tokenizer=@32000", "data.sequence_length=2048", "train.global_batch=4",
+)  # fmt: skip
+GPU_CASES: dict[str, tuple[int, tuple[str, ...]]] = {
+    "gpt2 124M, fp32": (1, ("precision=fp32", *GPT2)),
+    "gpt2 124M, bf16": (1, (HALF, *GPT2)),
+    "gpt2 124M, bf16, selective": (1, (HALF, "train.activation_checkpointing=selective", *GPT2)),
+    "gpt2 124M, bf16, recomputed": (1, (HALF, FULL, *GPT2)),
+    "gpt2 124M, bf16, accumulated": (1, (HALF, "train.micro_batch=4", *GPT2)),
+    "gpt2 124M, fp16": (1, ("precision=fp16", *GPT2)),
+    "gpt2 124M, muon, bf16": (1, (HALF, "optimizer=muon", "train.micro_batch=4", *GPT2)),
+    "llama 1B, bf16": (1, (HALF, *BILLION)),
+    "llama 1B, bf16, recomputed": (1, (HALF, FULL, *BILLION)),
+    "llama 1B, bf16, 1 sequence": (1, (HALF, "train.micro_batch=1", *BILLION)),
+    "gpt2 124M, bf16, zero 1": (1, (HALF, "strategy=zero", "strategy.stage=1", *GPT2)),
+    "gpt2 124M, bf16, zero 3": (1, (HALF, "strategy=zero", "strategy.stage=3", *GPT2)),
+}
 COMMON = ("experiment=none",)
+
+
+def on_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+@cache
+def vocabulary(size: str) -> str:
+    """A tokenizer.json of that many tokens."""
+    from tokenizers import Tokenizer, models
+
+    words = {"<|endoftext|>": 0, **{f"w{number}": number for number in range(1, int(size))}}
+    file = Path(_scratch().name) / f"{size}.json"
+    Tokenizer(models.WordLevel(words, unk_token="w1")).save(str(file))
+    return str(file)
+
+
+@cache
+def _scratch() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory()
 
 
 def planned(procs: int, overrides: tuple[str, ...]) -> list[int]:
@@ -80,7 +129,7 @@ def planned(procs: int, overrides: tuple[str, ...]) -> list[int]:
     config = load([*COMMON, *overrides], procs)
     import torch
 
-    here = Precision.resolve(config.precision, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    here = Precision.resolve(config.precision, torch.device("cuda" if on_gpu() else "cpu"))
     precision = Precision(torch.device("cpu"), here.compute, here.param, here.reduce)
     return [parts.total for parts in Accountant(Subject(config, precision), config, procs).peaks()]
 
@@ -115,12 +164,12 @@ def rank(folder: str, *overrides: str) -> None:
     rows = config.train.global_batch // ranks.dp_size
     micro = min(config.train.micro_batch or rows, rows)
     batch = {name: value.expand(micro, *value.shape[1:]).clone() for name, value in example(config).items()}
-    on_gpu, before = ranks.device.type == "cuda", given_out()[0]
+    before = given_out()[0]
     strategy = build_strategy(config, ranks, cast(Any, inputs))
     for _ in range(2):
         strategy.train_step([batch] * (rows // micro))
         strategy.update(1e-4)
-    found = torch.cuda.max_memory_allocated() if on_gpu else given_out()[1] - before
+    found = torch.cuda.max_memory_allocated() if on_gpu() else given_out()[1] - before
     (Path(folder) / str(ranks.rank)).write_text(str(found))
     strategy.close()
     ranks.close()
@@ -155,9 +204,10 @@ def mapped() -> int:
 
 def main(names: list[str], again: bool) -> None:
     """`again`: only plan again, and compare with what was measured before."""
-    path = Path(__file__).with_suffix(".json")
+    path = Path(__file__).with_name("plan_error_gpu.json" if on_gpu() else "plan_error.json")
     result = json.loads(path.read_text()) if path.exists() and (names or again) else {"cases": {}}
-    for name, (procs, overrides) in CASES.items():
+    for name, (procs, written) in (GPU_CASES if on_gpu() else CASES).items():
+        overrides = tuple(re.sub("@([0-9]+)$", lambda found: vocabulary(found[1]), part) for part in written)
         row = result["cases"].get(name, {})
         if (names and not any(wanted in name for wanted in names)) or (again and not row):
             continue
