@@ -132,10 +132,10 @@ class Run:
         return json.loads((self.folder / "status.json").read_text())
 
     def curve(self) -> list[tuple]:
-        """What must be the same in every life: all but the timings."""
-        timings = {"step_s", "data_wait_s", "tokens_per_s"}
+        """What must be the same in every life: all but the timings, and what of a GPU's memory a life has used."""
+        of_a_life = {"step_s", "data_wait_s", "tokens_per_s", "mem_gib"}
         return [
-            tuple((name, str(value)) for name, value in row.items() if name not in timings) for row in self.metrics()
+            tuple((name, str(value)) for name, value in row.items() if name not in of_a_life) for row in self.metrics()
         ]
 
     def weights(self) -> dict[str, torch.Tensor]:

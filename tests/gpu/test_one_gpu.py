@@ -5,8 +5,10 @@ Several GPUs are not asked for: what processes do together is tested over gloo, 
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -80,8 +82,20 @@ def test_from_cpu_to_gpu_and_back(on_cpu: Run, tmp_path: Path) -> None:
     assert_same_curve(moved, on_cpu, 40)
 
 
-@pytest.mark.parametrize("overrides", [("precision=fp8",), ("precision=bf16", "train.compile=true")], ids=" ".join)
-def test_what_only_gpus_do_well(overrides: tuple[str, ...], on_cpu: Run, tmp_path: Path) -> None:
+def test_compiled_with_dropout_it_is_the_same_curve(tmp_path: Path) -> None:
+    deep = ("model.dropout=0.1", "model.layers=10", "optimizer.lr=0.0005")
+    eager, compiled = run(tmp_path / "eager", *deep), run(tmp_path / "compiled", *deep, "train.compile=true")
+    eager.train()
+    compiled.train()
+    assert_same_curve(compiled, eager, 40)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [("precision=fp8",), ("precision=bf16", "train.compile=true"), ("precision=fp8", "train.compile=true")],
+    ids=" ".join,
+)
+def test_what_only_gpus_do_well(overrides: tuple[str, ...], tmp_path: Path) -> None:
     if "precision=fp8" in overrides:
         pytest.importorskip("torchao")
     here = run(tmp_path / "run", *overrides, "model.width=64")
@@ -100,6 +114,22 @@ def test_out_of_memory_is_one_block(tmp_path: Path) -> None:
     assert done.returncode not in (0, 2), done.stderr
     first = next(line for line in done.stderr.splitlines() if line.startswith("onecurve: "))
     assert "out of memory" in first, done.stderr
+
+
+def test_told_to_stop_it_saves_and_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    shape = ("precision=bf16", "model.width=128", "train.steps=400", "eval.every=0", "checkpoint.every=1000")
+    undisturbed, stopped = run(tmp_path / "undisturbed", *shape), run(tmp_path / "stopped", *shape)
+    undisturbed.train()
+    process = stopped.start()
+    while stopped.last_step() < 20:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 75, process.communicate()[0]
+    assert stopped.status()["state"] == "interrupted"
+    assert 20 <= stopped.last_step() < 400
+    stopped.train()
+    assert_same_bits(stopped, undisturbed)
 
 
 def test_doctor(tmp_path: Path) -> None:
