@@ -192,5 +192,5 @@ def test_a_wheel_installed_elsewhere_trains(tmp_path: Path) -> None:
         [sys.executable, "-c", "import trainer, trainer.conf, launch.slurm; print(trainer.__file__)"], tmp_path, env=env
     )
     assert where.startswith(str(target))
-    assert (target / "launch" / "slurm" / "train.sbatch").is_file()
+    assert (target / "launch" / "slurm" / "job.sh").is_file()
     assert "nats/char" in run(trainer(*SMOKE), tmp_path, env=env)

@@ -218,12 +218,14 @@ def test_what_the_ranks_refuse_is_not_tried_again(submitted: Submitted) -> None:
 
 
 def test_a_chain_of_short_jobs(submitted: Submitted, undisturbed: Run) -> None:
-    submitted.overrides = (SLOWLY, "launch.requeue=false", "launch.chain=4", "launch.time_limit=25s")
+    """A minute of steps, half a minute for each job with its start: three are needed, more where starts are slow."""
+    slowly = "debug.faults=[data.next:delay@1:1+]"
+    submitted.overrides = (slowly, "launch.requeue=false", "launch.chain=6", "launch.time_limit=30s")
     submitted.submit()
-    assert len(submitted.jobs) == 4
+    assert len(submitted.jobs) == 6
     submitted.wait(lambda: submitted.run.status()["state"] == "finished", "the end of the run", 400)
     lives = [row for row in submitted.run.rows("events.jsonl") if row["kind"] in ("start", "resume")]
-    assert len(lives) >= 2, lives
+    assert len(lives) >= 3, lives
     submitted.wait(
         lambda: {submitted.state(job) for job in submitted.jobs} <= {"COMPLETED", "FAILED", "CANCELLED"}, "the chain"
     )
