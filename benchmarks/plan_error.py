@@ -58,6 +58,8 @@ CASES: dict[str, tuple[int, tuple[str, ...]]] = {
     "pipeline 1f1b, tokens": (4, (*PIPELINE, *TOKENS)),
     "pipeline gpipe, tokens": (2, (*PIPELINE, "strategy.schedule=gpipe", *TOKENS)),
     "pipeline zero bubble, tokens": (2, (*PIPELINE, "strategy.schedule=interleaved_zero_bubble", *TOKENS)),
+    "pipeline zbv, tokens": (2, (*PIPELINE, "strategy.schedule=zbv", *TOKENS)),
+    "pipeline zero bubble, weights": (2, (*PIPELINE, "strategy.schedule=interleaved_zero_bubble", *WEIGHTS)),
     "pipeline 2 x fsdp 2, tokens": (4, (*PIPELINE, "strategy.stages=2", "strategy.data_parallel=fsdp", *TOKENS)),
     "pipeline 2 x ddp 2, weights": (4, (*PIPELINE, "strategy.stages=2", *WEIGHTS)),
     "tensor 2, tokens": (2, ("strategy=fsdp", "strategy.tensor_parallel=2", *TOKENS)),

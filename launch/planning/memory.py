@@ -226,8 +226,7 @@ class Accountant:
             for parts in first_or_later(trace, work.part in done or self.passes > 1):
                 yield Parts(held[0], so_far + parts[0], held[2], under_way - retained + parts[1], received + gathered)
             if work.kind == "I":  # gradients of what the layers gave are kept for those of the weights
-                made = max(segment.peak for segment in trace.of(backward=True)) - trace.retained
-                waiting[work.part, work.number] = trace.retained + made
+                waiting[work.part, work.number] = trace.retained + trace.weighted
             if work.kind in ("B", "W"):
                 waiting.pop((work.part, work.number), None)
                 done.add(work.part)

@@ -8,17 +8,19 @@ itself is not seen, nor is what an allocator rounds up or cannot use.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
+_CAST = torch.ops.aten._to_copy.default
 OUTSIDE = -1  # in place of a block's number: what is in none
 REPRESENTATIVES = 3  # of blocks that are alike: the first, the last, and one for all between them
 
@@ -40,6 +42,8 @@ class Segment:
     flops: int = 0
     sent: int = 0
     """Bytes that go into collectives: those of layers which several processes share."""
+    weighted: int = 0
+    """Bytes that weights had a part in: as many are the gradients that those of the weights are computed from."""
     cast: bool = True
     """Whether copies that autocast keeps until the forward pass is over are among what is alive."""
 
@@ -73,15 +77,20 @@ class Trace:
     def sent(self) -> int:
         return sum(segment.sent for segment in self.segments)
 
+    @property
+    def weighted(self) -> int:
+        return sum(segment.weighted for segment in self.of(backward=False))
+
 
 class Live(TorchDispatchMode):
     """Counts what is alive of all that is made while it is entered."""
 
-    def __init__(self, not_counted: Sequence[Tensor] = ()) -> None:
+    def __init__(self, not_counted: Sequence[Tensor] = (), weights: Iterable[Tensor] = ()) -> None:
         super().__init__()
+        self._weights = {_number(weight) for weight in weights}  # and copies in another data type
         self._known: dict[int, tuple[Any, int]] = {}
         self._gradients: set[int] = set()
-        self.alive = self.done = self.flops = self.sent = 0
+        self.alive = self.done = self.flops = self.sent = self.weighted = 0
         self.peak = self.peak_with_gradients = 0
         for tensor in not_counted:
             self._follow(tensor, counted=False)
@@ -90,9 +99,12 @@ class Live(TorchDispatchMode):
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # what it does on this process's part comes by next
         result = func(*args, **(kwargs or {}))
+        weighted = any(isinstance(arg, Tensor) and _number(arg) in self._weights for arg in args)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
-                self._follow(leaf)
+                self._follow(leaf, weighted=weighted and func is not _CAST)
+                if weighted and func is _CAST:
+                    self._weights.add(_number(leaf))
         if func.namespace == "_c10d_functional" and isinstance(result, Tensor) and "wait" not in func.__name__:
             self.sent += max(result.nbytes, args[0].nbytes)
         self.flops += _flops(func, args, kwargs or {}, result)
@@ -100,24 +112,25 @@ class Live(TorchDispatchMode):
 
     def restart(self) -> None:
         """From now on peaks are of what comes."""
-        self.done, self.flops, self.sent = 0, 0, 0
+        self.done, self.flops, self.sent, self.weighted = 0, 0, 0, 0
         self.peak = self.peak_with_gradients = self.alive
 
     def is_gradient(self, tensor: Tensor) -> None:
         """It is the gradient of a parameter, and done: from now on counted apart."""
-        storage = _local(tensor).untyped_storage()
-        if id(storage) in self._known and id(storage) not in self._gradients:
-            self._gradients.add(id(storage))
-            size = self._known[id(storage)][1]
+        number = _number(tensor)
+        if number in self._known and number not in self._gradients:
+            self._gradients.add(number)
+            size = self._known[number][1]
             self.alive -= size
             self.done += size
 
-    def _follow(self, tensor: Tensor, counted: bool = True) -> None:
+    def _follow(self, tensor: Tensor, counted: bool = True, weighted: bool = False) -> None:
         storage = _local(tensor).untyped_storage()
         number = id(storage)
         if number in self._known:
             return
         size = storage.nbytes() if counted else 0
+        self.weighted += size if weighted else 0
         self._known[number] = weakref.ref(storage, lambda _: self._gone(number)), size
         self.alive += size
         self.peak = max(self.peak, self.alive)
@@ -125,6 +138,7 @@ class Live(TorchDispatchMode):
 
     def _gone(self, number: int) -> None:
         _, size = self._known.pop(number)
+        self._weights.discard(number)
         if number in self._gradients:
             self._gradients.discard(number)
         else:
@@ -133,6 +147,11 @@ class Live(TorchDispatchMode):
 
 def _local(tensor: Tensor) -> Tensor:
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def _number(tensor: Tensor) -> int:
+    """Of its storage, while that lives."""
+    return id(_local(tensor).untyped_storage())
 
 
 def _flops(func: Any, args: Any, kwargs: Any, result: Any) -> int:
@@ -167,7 +186,7 @@ def trace(
     Parameters of `module`, what it is `given` and `gradient` are not counted. All within a FakeTensorMode.
     """
     kept = [*module.parameters(), *module.buffers(), *given, *([] if gradient is None else [gradient])]
-    live = Live(kept)
+    live = Live(kept, module.parameters())
     segments: list[Segment] = []
     block_now, backward_now, cast_now = OUTSIDE, False, True
 
@@ -175,7 +194,7 @@ def trace(
         nonlocal block_now, backward_now, cast_now
         if behind not in (None, block_now):
             return  # the next one has begun
-        peaks = live.peak, live.peak_with_gradients, live.done, live.alive, live.flops, live.sent
+        peaks = live.peak, live.peak_with_gradients, live.done, live.alive, live.flops, live.sent, live.weighted
         segments.append(Segment(block_now, backward_now, *peaks, cast_now))
         live.restart()
         block_now, backward_now, cast_now = block, backward, cast
