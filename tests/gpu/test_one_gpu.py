@@ -134,8 +134,7 @@ def test_told_to_stop_it_saves_and_goes_on_to_the_same_bits(tmp_path: Path) -> N
 
 def test_doctor(tmp_path: Path) -> None:
     done = subprocess.run(onecurve("doctor"), capture_output=True, text=True, timeout=120, cwd=tmp_path)
-    print(done.stdout, done.stderr)
-    assert torch.cuda.get_device_name() in done.stdout
+    assert torch.cuda.get_device_name() in done.stdout, done.stdout + done.stderr
 
 
 WATCHED = """
@@ -158,4 +157,5 @@ def test_a_step_waits_for_nothing(tmp_path: Path) -> None:
         assert process.returncode == 0, process.stdout + process.stderr
         lines = process.stderr.splitlines()
         waits[steps] = sorted(line for line in lines if "synchronizing CUDA" in line)
+    assert waits[20], "the detector sees nothing, not even the readings at the end"
     assert waits[40] == waits[20]
