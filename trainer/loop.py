@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from trainer.fault_points import point
 from trainer.folder import Identity, RunFolder
 from trainer.objectives import Sums
 from trainer.optim.schedule import Schedule
+from trainer.resilience import interruption
 from trainer.resilience.agreement import AgreedStream
 from trainer.resilience.guard import Guard, Rollback
 from trainer.resilience.interruption import SAVE, STOP, Requests
@@ -32,6 +34,7 @@ from trainer.resilience.stragglers import Stragglers
 from trainer.resilience.timeledger import TimeLedger
 from trainer.strategies.base import Strategy, Update
 from trainer.topology import Topology
+from trainer.tracking import Row
 from trainer.tracking.journal import Journal
 
 VOTE_SECONDS = 5.0  # a request from outside waits no longer than this (or one step) for its vote
@@ -116,10 +119,11 @@ def go_on(job: Job, progress: Progress) -> Progress:
     while progress.step < config.train.steps:
         clock.switch("data_wait")
         point("data.next")
-        data = next(job.stream)
+        data = job.stream.take(partial(is_asked_to_stop, job))
         unread.data_wait += clock.switch("productive")
+        interruption.may_leave_at_once(False)
         point("step.weights", strategy.state)
-        sums = strategy.train_step(data.micro_batches)
+        sums = strategy.train_step(data.micro_batches, data.abandoned)
         point("step.after_backward")
         loss = mean_loss(strategy, sums) if guard.watches_loss else None
         update = strategy.update(job.schedule(data.step), guard.limit(loss))
@@ -133,40 +137,50 @@ def go_on(job: Job, progress: Progress) -> Progress:
         if _every(config.guard.replicas_every, progress.step):
             compare_replicas(job, progress.step)
 
-        last = progress.step == config.train.steps
-        evaluate_now = last or _every(config.eval.every, progress.step)
-        save_now = last or (saving.unit == "steps" and _every(saving.amount, progress.step))
-        if not (evaluate_now or save_now or len(unread.steps) >= read_every):
+        save_now = saving.unit == "steps" and _every(saving.amount, progress.step)
+        due = save_now or evaluation_is_due(job, progress.step) or progress.step == config.train.steps
+        if not due and len(unread.steps) < read_every:
             continue
 
-        votes, rows, bad = read_numbers(job, unread, progress, time.monotonic() - job.born)
+        votes, rows, bad = read_numbers(job, unread, progress)
         judge(job, rows, bad, unread.steps)
         job.stragglers.took(unread.data_wait, strategy.timer.read())
         job.journal.events(job.stragglers.look(progress.step, votes["elapsed"]))
         read_every = min(config.train.log_every, max(1, int(VOTE_SECONDS / votes["pace"])))
-        if evaluate_now and job.validation is not None:
-            clock.switch("evaluation")
-            rows[-1]["eval"] = evaluate(job)
-            clock.switch("productive")
+        now, last = readings(progress, votes["elapsed"]), progress.step == config.train.steps
+        stop = votes["stop"] + votes["abandoned"] > 0 and not last
+        evaluate_now = evaluation_is_due(job, progress.step) and not stop
         for event in job.quarantine.steps(unread.steps):
             job.journal.event("quarantined", **event)
         point("track.rows")
-        job.journal.rows(rows, unread.steps)
-        now = readings(progress, votes["elapsed"])
-        stop = votes["stop"] > 0 and not last
-        if stop or save_now or votes["save"] > 0 or saving.due(saved_at or now, now):
-            save(job, progress, rows[-1].get("eval"), must=stop or last)
-        saved_at, unread = now, Unread(pace=rows[-1]["step_s"])
+        job.journal.ledger(unread.steps)
+        job.journal.rows(rows[:-1] if evaluate_now else rows)
+        if stop or last or save_now or votes["save"] > 0 or saving.due(saved_at or now, now):
+            save(job, progress, rows[-1] if rows else None, must=stop or last)
+        if evaluate_now:
+            stop = not evaluate_step(job, progress, rows[-1])
+        saved_at, unread = now, Unread(pace=rows[-1]["step_s"] if rows else VOTE_SECONDS)
         if stop:
-            finish_saving(job)
+            end_as_asked(job, progress, rows[-1] if rows else None)
         clock.write(progress.step)
-        if stop:
-            job.requests.done(STOP)
-            asked = f"as asked{' by SIGUSR1' if votes['give_way'] > 0 else ''}"
-            raise Interrupted(f"stopped at step {progress.step} {asked}, saved: run the same command to continue")
     finish_saving(job)
     clock.write(progress.step)
     return progress
+
+
+def is_asked_to_stop(job: Job) -> bool:
+    """Whether this rank, which keeps all others waiting, should give up what it waits for."""
+    return job.requests.stop(look=True) or time.monotonic() - job.born > job.time_limit
+
+
+def end_as_asked(job: Job, progress: Progress, row: Row | None) -> None:
+    """Saves, unless this step is saved already, and raises Interrupted."""
+    save(job, progress, row, must=True)
+    finish_saving(job)
+    job.clock.write(progress.step)
+    job.requests.done(STOP)
+    asked = f"as asked{' by SIGUSR1' if vote(job)['give_way'] > 0 else ''}"
+    raise Interrupted(f"stopped at step {progress.step} {asked}, saved: run the same command to continue")
 
 
 def start(job: Job) -> Progress:
@@ -182,13 +196,31 @@ def start(job: Job) -> Progress:
         job.journal.event("quarantined", **event)
     job.stream.seek(progress.step, job.quarantine.left_out)
     point("start.restored")
-    if found is None and job.config.guard.bad_step == "rollback" and Interval.parse(job.config.checkpoint.every).amount:
+    if found:
+        finish_step(job, progress, found.manifest)
+    elif job.config.guard.bad_step == "rollback" and Interval.parse(job.config.checkpoint.every).amount:
         save(job, progress, None, must=False)  # where a bad step before the first checkpoint goes back to
     return progress
 
 
+def finish_step(job: Job, progress: Progress, manifest: dict[str, Any]) -> None:
+    """Does what an earlier attempt left undone of the step that it saved: the evaluation, and the step's row, which
+    waits for it. Raises Interrupted where a stop is asked for meanwhile."""
+    row, recorded = manifest.get("row"), job.journal.recorded(progress.step)
+    due = evaluation_is_due(job, progress.step)
+    if recorded and "eval" in recorded:
+        job.saver.evaluated(progress.step, recorded["eval"])
+    elif row and due:
+        job.journal.take_back(progress.step)
+        if not evaluate_step(job, progress, row):
+            end_as_asked(job, progress, row)
+    elif row and not recorded:
+        job.journal.rows([row])
+
+
 def go_back(job: Job) -> Progress:
     """Takes up the newest checkpoint, in the middle of the run: what came after it is done again."""
+    interruption.may_leave_at_once(True)
     found, events = newest(job.saver.folder, job.topology)
     if found is None:
         raise TrainingError(f"{job.saver.folder}: there is no checkpoint to go back to any more")
@@ -198,27 +230,20 @@ def go_back(job: Job) -> Progress:
     job.journal.events([*events, {"kind": "rollback"}])
     restore(job, found)
     job.stream.seek(progress.step, job.quarantine.left_out)
+    finish_step(job, progress, found.manifest)
     return progress
 
 
-def read_numbers(
-    job: Job, unread: Unread, progress: Progress, elapsed: float
-) -> tuple[dict[str, float], list[dict[str, Any]], list[bool]]:
+def read_numbers(job: Job, unread: Unread, progress: Progress) -> tuple[dict[str, float], list[Row], list[bool]]:
     """Reads the device's numbers since the last reading: the ranks' votes, one row a step, and whether that was bad.
-    One collective."""
+    Steps that a rank abandoned, and those behind them, were not done by any: they are taken out of `unread` and
+    `progress`. One collective."""
     point("numbers.read")
-    n, main = len(unread.steps), job.topology.is_main
+    n = len(unread.steps)
     sums = {f"sum/{name}": torch.stack([part[name] for part in unread.sums]) for name in unread.sums[0]}
-    save = job.requests.save() or (main and job.saver.overdue)
-    over = main and elapsed > job.time_limit
-    own = {
-        "stop": job.requests.stop() or over,
-        "give_way": job.requests.give_way(),
-        "save": save,
-        "elapsed": elapsed if main else 0.0,
-    }
-    own["pace"] = unread.pace / job.topology.world_size
-    votes = {f"vote/{name}": torch.full((n,), float(value), dtype=torch.float64) for name, value in own.items()}
+    own = {name: [value] * n for name, value in own_votes(job, unread.pace).items()}
+    own["abandoned"] = [float(data.abandoned) for data in unread.steps]
+    votes = {f"vote/{name}": torch.tensor(values, dtype=torch.float64) for name, values in own.items()}
     prints = {"fingerprint": torch.stack(unread.fingerprints)} if unread.fingerprints else {}
     judged = {name: torch.stack([getattr(update, name) for update in unread.updates]) for name in ("bad", "skipped")}
     numbers = job.strategy.reduce({**sums, **votes, **prints, **judged})
@@ -228,6 +253,9 @@ def read_numbers(
         part_ways(job, progress.step, int(parted[0]))
 
     step_s = (time.monotonic() - unread.since) / n
+    done = next((i for i, count in enumerate(numbers["vote/abandoned"]) if count > 0), n)
+    progress.step = job.clock.step = progress.step - (n - done)
+    del unread.steps[done:]
     rows = []
     for i, data in enumerate(unread.steps):
         count = int(numbers["sum/count"][i])
@@ -242,7 +270,27 @@ def read_numbers(
             **{name: f"{int(values[i]):x}" for name, values in numbers.items() if name in prints},
         })  # fmt: skip
         bad[i] |= not math.isfinite(loss)
-    return {name: numbers[f"vote/{name}"][-1] for name in own}, rows, bad
+    return {name: numbers[f"vote/{name}"][-1] for name in own}, rows, bad[:done]
+
+
+def own_votes(job: Job, pace: float) -> dict[str, float]:
+    """Returns what this rank brings to a vote, to be added up over all: `pace` becomes the mean of the seconds that
+    a step, or batch, took; `elapsed` the main rank's seconds since the start."""
+    main, elapsed = job.topology.is_main, time.monotonic() - job.born
+    return {
+        "stop": float(job.requests.stop() or (main and elapsed > job.time_limit)),
+        "give_way": float(job.requests.give_way()),
+        "save": float(job.requests.save() or (main and job.saver.overdue)),
+        "elapsed": elapsed if main else 0.0,
+        "pace": pace / job.topology.world_size,
+    }
+
+
+def vote(job: Job, pace: float = 0.0) -> dict[str, float]:
+    """Returns the sums of `own_votes` over all ranks. One collective."""
+    own = own_votes(job, pace)
+    votes = job.strategy.reduce({name: torch.tensor([value], dtype=torch.float64) for name, value in own.items()})
+    return {name: values[0] for name, values in votes.items()}
 
 
 def mean_loss(strategy: Strategy, sums: Sums) -> float:
@@ -251,27 +299,50 @@ def mean_loss(strategy: Strategy, sums: Sums) -> float:
     return total["loss"][0] / max(1.0, total["count"][0])
 
 
-def evaluate(job: Job) -> dict[str, float]:
-    """One pass over the validation split; the same numbers on every rank."""
-    totals: Sums = {}
-    for batch in job.validation or ():
+def evaluation_is_due(job: Job, step: int) -> bool:
+    last = step == job.config.train.steps
+    return job.validation is not None and (last or _every(job.config.eval.every, step))
+
+
+def evaluate_step(job: Job, progress: Progress, row: Row) -> bool:
+    """Evaluates, then records the step's row. Returns False where a stop is asked for meanwhile: the row is recorded
+    without, and the next attempt evaluates."""
+    job.clock.switch("evaluation")
+    evaluation = evaluate(job)
+    job.clock.switch("productive")
+    job.journal.rows([row if evaluation is None else {**row, "eval": evaluation}])
+    job.saver.evaluated(progress.step, evaluation)
+    return evaluation is not None
+
+
+def evaluate(job: Job) -> dict[str, float] | None:
+    """Returns what one pass over the validation split measures, the same on every rank; None where it was broken off
+    because a stop is asked for."""
+    totals, begun, vote_at = Sums(), time.monotonic(), 1
+    for number, batch in enumerate(job.validation or (), 1):
         point("eval.batch")
         for name, value in job.strategy.eval_step(batch).items():
             totals[name] = totals[name] + value if name in totals else value
+        if number == vote_at:
+            votes = vote(job, pace=(time.monotonic() - begun) / number)
+            if votes["stop"] > 0:
+                return None
+            vote_at += max(1, int(VOTE_SECONDS / votes["pace"]))
     sums = job.strategy.reduce({name: value.reshape(1) for name, value in totals.items()})
     return job.strategy.objective.summary({name: value[0] for name, value in sums.items()})
 
 
-def save(job: Job, progress: Progress, evaluation: dict[str, float] | None, must: bool) -> None:
-    """Saves as of now. A save that fails is reported and does not end the run. `evaluation`: what was measured now;
-    `must`: the run ends here."""
+def save(job: Job, progress: Progress, row: Row | None, must: bool) -> None:
+    """Saves as of now. A save that fails is reported and does not end the run. `row`: of this step, which may not be
+    recorded yet; `must`: the run ends here."""
     job.clock.switch("checkpoint")
     about = {
         "progress": asdict(progress),
         "identity": job.identity(progress.step),
         "config": job.config.resolved(),
         "topology": job.topology.describe(),
-        "evaluation": evaluation,
+        "evaluation": None,  # comes later: nothing that happens in an evaluation may cost the step
+        "row": row,
         "guard": job.guard.state(),
     }
     state = job.strategy.state()

@@ -81,9 +81,10 @@ class LossScaler:
         if self.enabled and gradients:
             torch._foreach_mul_(gradients, 1 / self.scale)
 
-    def accepts(self, norm: Tensor) -> bool:
-        """Whether the step with this gradient norm may be done; adapts the scale. Waits for the device, if enabled."""
-        if not self.enabled:
+    def accepts(self, norm: Tensor, targets: Tensor) -> bool:
+        """Whether the step with this gradient norm may be done; adapts the scale, unless the step was abandoned (its
+        number of targets is NaN). Waits for the device, if enabled."""
+        if not self.enabled or bool(targets.isnan()):
             return True
         fine = bool(norm.isfinite())
         self.growth_tracker = self.growth_tracker + 1 if fine else 0

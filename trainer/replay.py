@@ -319,7 +319,7 @@ def _strategy(config: Config, topology: Topology, inputs: Inputs, found: Found |
 def _without_update(strategy: Single) -> torch.Tensor:
     """A step that the run left out; fp16's scale takes note of it."""
     norm = let_go(strategy)
-    strategy.scaler.accepts(norm)
+    strategy.scaler.accepts(norm, strategy.targets)
     return norm
 
 

@@ -50,7 +50,7 @@ def run(config: Config, born: float) -> None:
     with folder, _log(folder.path, topology.rank):
         job, stopped, weights = None, None, {}
         if topology.is_main:
-            interruption.before_leaving_at_once(partial(settle, folder.path, interruption.TWICE, 4))
+            interruption.before_leaving_at_once(partial(settle, folder.path))
         fault_points.arm(config.debug.faults, folder.path, topology.rank)
         disk = Disk(folder.path)
         clock = TimeLedger(disk.appended(GOODPUT) if topology.is_main else None, born)

@@ -25,7 +25,7 @@ import xxhash
 
 from trainer.checkpoint.pieces import DTYPES, Box
 from trainer.errors import TrainingError
-from trainer.files import sync_folder
+from trainer.files import replace_file, sync_folder
 
 VERSION = 2
 MANIFEST, INDEX = "manifest.json", "index.json"
@@ -100,6 +100,16 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Writes the manifest, with its own checksum in it, and makes the folder durable."""
     write_file(folder / MANIFEST, [_written(manifest)])
     sync_folder(folder)
+
+
+def amend_manifest(folder: Path, **more: Any) -> bool:
+    """Replaces entries of a manifest that is there, as a whole and durably; returns whether that changed anything.
+    Raises Damaged; OSError; TrainingError if it is not for us."""
+    manifest = read_manifest(folder)
+    if manifest == (amended := {**manifest, **more}):
+        return False
+    replace_file(folder / MANIFEST, _written(amended))
+    return True
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -21,12 +21,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.checkpoint.format import INDEX, VERSION, folder_name, tensor_file, write_file, write_index, write_manifest
+from trainer.checkpoint.format import (
+    INDEX,
+    VERSION,
+    Damaged,
+    amend_manifest,
+    folder_name,
+    tensor_file,
+    write_file,
+    write_index,
+    write_manifest,
+)
 from trainer.checkpoint.mirror import Mirror
 from trainer.checkpoint.pieces import DTYPES, State, pieces
 from trainer.checkpoint.plan import Held, Plan, fingerprint, held_by
 from trainer.checkpoint.retention import Retention
-from trainer.errors import first_line
+from trainer.errors import OnecurveError, first_line
 from trainer.fault_points import point
 from trainer.files import replace_file, sync_folder
 from trainer.topology import Topology
@@ -108,6 +118,16 @@ class Saver:
         if self.problem is None:
             self.newest = events[0]["step"]
         return events
+
+    def evaluated(self, step: int, evaluation: dict[str, float] | None) -> None:
+        """Adds what was measured at this step to its checkpoint, once that is there; on the main rank."""
+        if evaluation and self.topology.is_main:
+            self._thread.submit(self._add_evaluation, step, evaluation)
+
+    def _add_evaluation(self, step: int, evaluation: dict[str, float]) -> None:
+        with suppress(Damaged, OnecurveError, OSError):  # no checkpoint of this step, or a disk that fails for now
+            if amend_manifest(self.folder / folder_name(step), evaluation=evaluation) and self.mirror is not None:
+                self.mirror.amend(self.folder / folder_name(step))
 
     def goes_on_from(self, step: int) -> None:
         """The run's state is now that of this checkpoint."""

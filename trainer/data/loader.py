@@ -81,6 +81,10 @@ class ReadAhead(Iterator[T], Generic[T]):
     def __next__(self) -> T:
         return self._shelf.take()
 
+    def wait(self, seconds: float) -> bool:
+        """Waits for the next item, or its error, no longer than this; returns whether it is there."""
+        return self._shelf.wait(seconds)
+
     def close(self) -> None:
         """Stop reading ahead and drop what was read. Returns within a second, whatever the makers do."""
         self._close()
@@ -125,9 +129,13 @@ class _Shelf(Generic[T]):
                 self._made[number] = (item, error)
             self._changed.notify_all()
 
+    def wait(self, seconds: float | None = None) -> bool:
+        with self._changed:
+            return self._changed.wait_for(lambda: self._closed or self._given in self._made, seconds)
+
     def take(self) -> T:
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._given in self._made)
+            self.wait()
             if self._closed:
                 raise StopIteration
             item, error = self._made[self._given]

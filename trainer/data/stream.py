@@ -26,6 +26,7 @@ Batch = dict[str, torch.Tensor]
 Row = Mapping[str, Any]
 
 _STEPS_AHEAD = 4
+_LATE_S = 0.5  # from when on a step that is waited for may be given up
 
 
 class Source(Protocol):
@@ -78,6 +79,8 @@ class StepData:
     """(number in the run, ledger entry) of each of this rank's sequences; empty if the ledger is off."""
     faults: list[tuple[Slot, Fault]]
     """(place, what is wrong) of those that were left out now."""
+    abandoned: bool = False
+    """Whether this rank gave up waiting for its samples: the step is not to be done by any rank."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +158,14 @@ class Share:
             faults=faults,
         )
 
+    def without_samples(self, done: int, like: StepData) -> StepData:
+        """Returns the step behind `done` finished ones with no sample in it, abandoned. `like`: an earlier step, for
+        the names and shapes of tensors."""
+        count = len(range(self.dp_rank, self.batches.size(done), self.dp_size))
+        nothing = {name: tensor[:0] for name, tensor in like.micro_batches[0].items()}
+        batches = [nothing] * len(range(0, count, self.micro_batch or count))
+        return StepData(done + 1, batches, self.batches.taken(done + 1), [], [], abandoned=True)
+
     def example(self) -> Batch:
         """A batch of one sequence that can be read."""
         return batch([self._any_row()])
@@ -189,6 +200,7 @@ class Stream:
         self._done = 0
         self._reader: Any = None
         self._make: Callable[[int], StepData] | None = None
+        self._last: StepData | None = None
         self.seek(0)
 
     @property
@@ -199,7 +211,7 @@ class Stream:
     def seek(self, done: int, left_out: Iterable[Slot] = ()) -> None:
         """Go to where `done` steps are done. `left_out`: what is left out besides what cannot be read."""
         self._stop()
-        self._done = done
+        self._done, self._last = done, None
         share = Share(**{**vars(self.share), "left_out": frozenset(left_out)})
         self._make = share.step
 
@@ -207,18 +219,33 @@ class Stream:
         return self
 
     def __next__(self) -> StepData:
+        return self.take()
+
+    def take(self, give_up: Callable[[], bool] = lambda: False) -> StepData:
+        """Returns the next step. While it is late, `give_up` is asked now and then: where it says so, the step and all
+        behind it are abandoned, until a `seek`. The first step is waited for in any case, and so is every step that is
+        read in this thread (`workers=0`)."""
         if self._make is None:
             raise StopIteration
-        if not self._workers:
+        if self._last is not None and self._last.abandoned:
+            data = self.share.without_samples(self._done, self._last)
+        elif not self._workers:
             data = self._make(self._done)
-            self._done += 1
-            return data
-        if self._reader is None:
-            depth = max(_STEPS_AHEAD, 2 * self._workers)
-            self._reader = read_ahead(
-                self._make, self._done, depth=depth, workers=self._workers, processes=self._processes
-            )
-        return next(self._reader)
+        else:
+            if self._reader is None:
+                depth = max(_STEPS_AHEAD, 2 * self._workers)
+                self._reader = read_ahead(
+                    self._make, self._done, depth=depth, workers=self._workers, processes=self._processes
+                )
+            while not self._reader.wait(_LATE_S) and not (self._last and give_up()):
+                pass
+            if self._reader.wait(0):
+                data = next(self._reader)
+            else:
+                assert self._last is not None
+                data = self.share.without_samples(self._done, self._last)
+        self._done, self._last = self._done + 1, data
+        return data
 
     def close(self) -> None:
         """Stop reading ahead, within a second. There is no next step until a `seek`."""

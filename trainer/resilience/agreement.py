@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 
 from trainer.data.faults import Fault
@@ -29,12 +29,12 @@ class AgreedStream:
     def close(self) -> None:
         self._stream.close()
 
-    def __iter__(self) -> AgreedStream:
-        return self
-
-    def __next__(self) -> StepData:
-        data, known = next(self._stream), dict[Slot, Fault]()
+    def take(self, give_up: Callable[[], bool] = lambda: False) -> StepData:
+        """Returns the next step; abandoned by all, where one of them gave it up."""
+        data, known = self._stream.take(give_up), dict[Slot, Fault]()
         while True:
+            if any(self._topology.gather(data.abandoned)):
+                return replace(data, abandoned=True)
             own = [[*slot, asdict(fault)] for slot, fault in data.faults]
             told = [[(Slot(*slot), Fault(**fault)) for *slot, fault in part] for part in self._topology.gather(own)]
             copies = self._topology.dp_size

@@ -5,35 +5,53 @@ A signal handler only sets a flag. The loop turns the flags of all ranks into on
 
 from __future__ import annotations
 
+import math
 import os
+import select
 import signal
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
+from trainer.errors import Interrupted
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 STOP, SAVE = "STOP", "SAVE"
 TWICE = "interrupted a second time: what came after the last checkpoint is not saved"
+EARLY = "stopped as asked{by}, before there was anything new to save: run the same command to continue"
+PATIENCE_S = 5.0  # how long a signal waits for the loop where nothing would be lost without it
+_LOOK_S = 0.25
 _asked: set[int] = set()  # the signals that came
-_last_words: Callable[[], None] | None = None
+_idle_since: float | None = None  # `time.monotonic()` since when there is nothing to save
+_last_words: Callable[[str, int], None] | None = None
 
 
 def listen() -> None:
     """From now on signals are requests. A second Ctrl-C ends the process at once, whatever it is doing: checkpoints
-    bear that at any instant."""
+    bear that at any instant. So does the first signal, after a moment, where nothing would be lost: a start that reads,
+    verifies or connects for minutes asks nobody."""
     _asked.clear()
+    may_leave_at_once(True)
     read, write = os.pipe()
     os.set_blocking(write, False)
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)
     # A thread: the main one may be in foreign code, where Python hears of no signal.
     threading.Thread(target=_watch, args=(read,), name="interrupts", daemon=True).start()
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in SIGNALS:
         signal.signal(number, _note)
 
 
-def before_leaving_at_once(last_words: Callable[[], None]) -> None:
-    """What is done when a second Ctrl-C ends the process."""
+def may_leave_at_once(idle: bool) -> None:
+    """Says whether nothing was done since the checkpoint that the run would go on from."""
+    global _idle_since
+    _idle_since = time.monotonic() if idle else None
+
+
+def before_leaving_at_once(last_words: Callable[[str, int], None]) -> None:
+    """Sets what is done, with a reason and an exit code, when a signal ends the process."""
     global _last_words
     _last_words = last_words
 
@@ -43,14 +61,24 @@ def _note(number: int, _frame: FrameType | None) -> None:
 
 
 def _watch(pipe: int) -> None:
-    interrupts = 0
-    while interrupts < 2:
-        interrupts += os.read(pipe, 64).count(signal.SIGINT)
-    os.write(2, f"\nonecurve: {TWICE}\n".encode())
+    came, asked_at = b"", math.inf
+    while came.count(signal.SIGINT) < 2:
+        if select.select([pipe], [], [], _LOOK_S if came else None)[0]:
+            came += bytes(number for number in os.read(pipe, 64) if number in SIGNALS)
+            asked_at = min(asked_at, time.monotonic() if came else math.inf)
+        elif _idle_since is not None and time.monotonic() > max(asked_at, _idle_since) + PATIENCE_S:
+            by = " by SIGUSR1" if signal.SIGUSR1 in came else ""
+            _leave(EARLY.format(by=by), Interrupted.exit_code, tell=os.environ.get("RANK", "0") == "0")
+    _leave(TWICE, 4)
+
+
+def _leave(reason: str, code: int, tell: bool = True) -> None:
+    if tell:
+        os.write(2, f"\nonecurve: {reason}\n".encode())
     with suppress(Exception):
         if _last_words is not None:
-            _last_words()
-    os._exit(4)
+            _last_words(reason, code)
+    os._exit(code)
 
 
 class Requests:
@@ -59,8 +87,9 @@ class Requests:
     def __init__(self, folder: Path, watch_files: bool):
         self.folder, self.watch_files = folder, watch_files
 
-    def stop(self) -> bool:
-        return bool(_asked) or (self.watch_files and (self.folder / STOP).exists())
+    def stop(self, look: bool = False) -> bool:
+        """`look`: for the file also on a rank that does not watch it, because it keeps the others waiting."""
+        return bool(_asked) or ((look or self.watch_files) and (self.folder / STOP).exists())
 
     def give_way(self) -> bool:
         """To stop for now: a batch system's signal, after which it is expected to queue again."""

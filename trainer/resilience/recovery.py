@@ -35,7 +35,8 @@ def judge(job: Job, rows: list[dict[str, Any]], bad: list[bool], steps: list[Ste
         try:
             event = job.guard.judge(row, may_go_back=job.saver.newest is not None)
         except TrainingError:
-            job.journal.rows(rows[: i + 1], steps[: i + 1])
+            job.journal.ledger(steps[: i + 1])
+            job.journal.rows(rows[: i + 1])
             raise
         job.journal.event(**event)
         if event["action"] == "rollback":

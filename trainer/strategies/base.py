@@ -37,8 +37,9 @@ class Strategy(Protocol):
         """Builds the model, parallelises it, then builds the optimizer on the final parameters."""
         ...
 
-    def train_step(self, micro_batches: Sequence[Batch]) -> Sums:
-        """Forward and backward of every micro-batch, no update. Gives this rank's sums, on the device."""
+    def train_step(self, micro_batches: Sequence[Batch], abandoned: bool = False) -> Sums:
+        """Forward and backward of every micro-batch, no update. Gives this rank's sums, on the device. Where one rank
+        has `abandoned` the step, its update changes nothing on any."""
         ...
 
     def update(self, lr: float, limit: Tensor | float = math.inf) -> Update:

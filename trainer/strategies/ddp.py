@@ -40,10 +40,10 @@ class DDP(Single):
     def sync(self, last: bool) -> AbstractContextManager[object]:
         return nullcontext() if last or not self.parallel else self.wrapped.no_sync()  # type: ignore[operator]
 
-    def train_step(self, micro_batches: Sequence[Batch]) -> Sums:
+    def train_step(self, micro_batches: Sequence[Batch], abandoned: bool = False) -> Sums:
         if self.parallel and not self.settled:
             self._settle_buckets(micro_batches[0])
-        return super().train_step(micro_batches)
+        return super().train_step(micro_batches, abandoned)
 
     def _settle_buckets(self, batch: Batch) -> None:
         """Two throw-away backward passes, in every life of a run.

@@ -91,10 +91,10 @@ class Pipeline(TensorParallel):
     def host(self, part: int) -> int:
         return hosts(self.config, self.topology.layout.stages, part)
 
-    def train_step(self, micro_batches: Sequence[Batch]) -> Sums:
+    def train_step(self, micro_batches: Sequence[Batch], abandoned: bool = False) -> Sums:
         if not self.parallel:
-            return super().train_step(micro_batches)
-        scale = self.scale_of(micro_batches)
+            return super().train_step(micro_batches, abandoned)
+        scale = self.scale_of(micro_batches, abandoned)
         names = self.measured.tracked[0]
         sums = {name: torch.zeros((), dtype=torch.float64, device=self.topology.device) for name in names}
         for batch, most in zip(micro_batches, self._most_rows(micro_batches), strict=True):

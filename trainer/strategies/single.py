@@ -93,8 +93,8 @@ class Single:
         norms = torch._foreach_norm(list(gradients), 2, wide(gradients[0]))
         return self.whole(torch.linalg.vector_norm(torch.stack(norms)))
 
-    def train_step(self, micro_batches: Sequence[Batch]) -> Sums:
-        scale, sums = self.scale_of(micro_batches), Sums()
+    def train_step(self, micro_batches: Sequence[Batch], abandoned: bool = False) -> Sums:
+        scale, sums = self.scale_of(micro_batches, abandoned), Sums()
         for number, batch in enumerate(micro_batches, 1):
             # For models that draw from torch's generator: the same draws in every life of the run.
             torch.manual_seed(int(batch["draws"][0]) if len(batch["draws"]) else 0)
@@ -106,13 +106,16 @@ class Single:
             self.add(sums, part)
         return sums
 
-    def scale_of(self, micro_batches: Sequence[Batch]) -> Tensor:
+    def scale_of(self, micro_batches: Sequence[Batch], abandoned: bool) -> Tensor:
         """What the loss, a sum over targets, is multiplied by: the rule that makes all strategies one curve.
 
         Divided by the count of targets of the whole step, over all ranks: a mean of means would weigh targets by the
         company they are in. Times the number of ranks whose gradients will be averaged. Times the scale of fp16.
+
+        A rank that abandons the step tells the others by a count that is not a number: the one message that all wait
+        for anyway. It makes every gradient such, so that every rank refuses the update.
         """
-        count = sum(self.objective.count(batch) for batch in micro_batches)
+        count = math.nan if abandoned else sum(self.objective.count(batch) for batch in micro_batches)
         counts = self.total(torch.full((), count, dtype=torch.float64, device=self.topology.device))
         self.targets = counts / self.topology.layout.processes
         return self.scaler.scale * self.averaged_over / self.targets.clamp(min=1)
@@ -142,7 +145,7 @@ class Single:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.options.clip_norm, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        overflow = not self.scaler.accepts(norm)
+        overflow = not self.scaler.accepts(norm, self.targets)
         bad, empty = self.judged(norm, limit)
         skipped = bad | empty | overflow
         step_unless(self.optimizer, skipped)

@@ -102,6 +102,10 @@ class Appender:
         FileIO(self.path, "a").close()
         return _step(self._waiting[-1]) if self._waiting else last
 
+    def last(self) -> Row | None:
+        """Returns the newest row, written or waiting; None where there is none."""
+        return json.loads(self._waiting[-1]) if self._waiting else jsonl.last(self.path)
+
     def mend(self) -> None:
         """Drops a torn last line of an earlier life."""
         with suppress(OSError):

@@ -27,18 +27,33 @@ class Journal:
         self.keep_ledger = keep_ledger
         self.step, self.started, self.told = 0, False, 0.0
 
-    def rows(self, rows: list[Row], steps: Sequence[StepData]) -> None:
-        """One row a step; the ledger's line of a step is on disk before its row."""
+    def ledger(self, steps: Sequence[StepData]) -> None:
+        """Records the samples of each step. All ranks call it, before the steps' rows are recorded."""
         if self.keep_ledger:
             parts = self.topology.gather([[data.step, data.entries] for data in steps])
             if self.trackers:
                 rows_of_steps = ledger.rows((step, entries) for part in parts for step, entries in part)
                 self.trackers.disk.appended(LEDGER).append(rows_of_steps)
+
+    def rows(self, rows: list[Row]) -> None:
+        """Records one row a step."""
+        if not rows:
+            return
         self.step = rows[-1]["step"]
         if self.trackers:
             self.trackers.rows(rows)
             if time.monotonic() > self.told + STATUS_SECONDS:
                 self._status("running")
+
+    def recorded(self, step: int) -> Row | None:
+        """Returns the newest row, on all ranks, if it is the one of this step."""
+        row = self.topology.broadcast(self.trackers.record.metrics.last() if self.trackers else None)
+        return row if row and row["step"] == step else None
+
+    def take_back(self, step: int) -> None:
+        """Takes the row of this step, if it is recorded, out of the record again."""
+        if self.trackers:
+            self.trackers.rewind(step - 1)
 
     def start(self, step: int, resumed: bool) -> None:
         """Cuts what was recorded after `step`: those steps are about to happen again, the same."""

@@ -62,6 +62,11 @@ def cut(path: Path, step: int) -> int:
     return row["step"] if row else 0
 
 
+def last(path: Path) -> Row | None:
+    """Returns the last whole row; None where there is none."""
+    return _cut(path, lambda row: True)
+
+
 def mend(path: Path) -> None:
     """Drops a torn last line, so that the file can be appended to."""
     _cut(path, lambda row: True)
