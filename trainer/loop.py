@@ -155,8 +155,8 @@ def go_on(job: Job, progress: Progress) -> Progress:
         point("track.rows")
         job.journal.ledger(unread.steps)
         job.journal.rows(rows[:-1] if evaluate_now else rows)
-        if stop or last or save_now or votes["save"] > 0 or saving.due(saved_at or now, now):
-            save(job, progress, rows[-1] if rows else None, must=stop or last)
+        if last or save_now or votes["save"] > 0 or saving.due(saved_at or now, now):
+            save(job, progress, rows[-1] if rows else None, must=last)
         if evaluate_now:
             stop = not evaluate_step(job, progress, rows[-1])
         saved_at, unread = now, Unread(pace=rows[-1]["step_s"] if rows else VOTE_SECONDS)

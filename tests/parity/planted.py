@@ -26,7 +26,7 @@ def bugs() -> Iterator[tuple[str, Cell, Callable[[Single], None]]]:
 
 
 def mean_of_means(strategy: Single) -> None:
-    def scale_of(micro_batches: Sequence[Batch]) -> Tensor:
+    def scale_of(micro_batches: Sequence[Batch], abandoned: bool) -> Tensor:
         count = sum(strategy.objective.count(batch) for batch in micro_batches)
         strategy.targets = torch.tensor(float(count))
         share = strategy.averaged_over / strategy.topology.dp_size
@@ -45,7 +45,7 @@ def multiplied(strategy: Single) -> None:
 
 def unscaled(strategy: Single) -> None:
     strategy.targets = torch.tensor(1.0)
-    strategy.scale_of = lambda micro_batches: torch.tensor(1.0)  # type: ignore[method-assign]
+    strategy.scale_of = lambda micro_batches, abandoned: torch.tensor(1.0)  # type: ignore[method-assign]
 
 
 def own_norm(strategy: Single) -> None:
