@@ -8,9 +8,12 @@ import hashlib
 import itertools
 import json
 import os
+import resource
 import stat
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -77,18 +80,22 @@ class Topology:
 
     def barrier(self) -> None:
         if self.control is not None:
-            dist.barrier(group=self.control)
+            dist.all_reduce(torch.zeros(1), group=self.control)  # dist.barrier would use the GPUs' part of the group
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's JSON-able `value` on every rank."""
-        if self.control is None:
+        return self.broadcast_all(value, self.control)
+
+    def broadcast_all(self, value: Any, group: dist.ProcessGroup | None) -> Any:
+        """`broadcast` on another group."""
+        if group is None:
             return value
         payload = _encoded(value) if self.is_main else torch.empty(0, dtype=torch.uint8)
         size = torch.tensor([len(payload)])
-        dist.broadcast(size, 0, group=self.control)
+        dist.broadcast(size, 0, group=group)
         if not self.is_main:
             payload = torch.empty(int(size), dtype=torch.uint8)
-        dist.broadcast(payload, 0, group=self.control)
+        dist.broadcast(payload, 0, group=group)
         return json.loads(payload.numpy().tobytes())
 
     def gather(self, value: Any) -> list[Any]:
@@ -96,18 +103,19 @@ class Topology:
         return self.gather_all(value, self.control)
 
     def gather_all(self, value: Any, group: dist.ProcessGroup | None) -> list[Any]:
-        """`gather` on another group. JSON in byte tensors: torch's object collectives unpickle what a peer sends."""
+        """`gather` on another group, of which each rank gets as many bytes as all of them have to say: one long value
+        does not cost as if all were as long. JSON in bytes: torch's object collectives unpickle what a peer sends."""
         if group is None:
             return [value]
-        payload = _encoded(value)
-        sizes = torch.zeros(self.world_size, dtype=torch.int64)
-        sizes[self.rank] = len(payload)
-        dist.all_reduce(sizes, group=group)
-        padded = torch.zeros(int(sizes.max()), dtype=torch.uint8)
-        padded[: len(payload)] = payload
-        parts = [torch.empty_like(padded) for _ in range(self.world_size)]
-        dist.all_gather(parts, padded, group=group)
-        return [json.loads(bytes(part[: int(size)].numpy())) for part, size in zip(parts, sizes, strict=True)]
+        payload, rank = _encoded(value), dist.get_rank(group)
+        ends = torch.zeros(dist.get_world_size(group), dtype=torch.int64)
+        ends[rank:] = len(payload)
+        dist.all_reduce(ends, group=group)
+        everything = torch.zeros(int(ends[-1]), dtype=torch.uint8)
+        everything[int(ends[rank]) - len(payload) : int(ends[rank])] = payload
+        dist.all_reduce(everything, group=group)
+        raw, edges = everything.numpy().tobytes(), [0, *ends.tolist()]
+        return [json.loads(raw[start:end]) for start, end in pairwise(edges)]
 
     def close(self) -> None:
         """Leaves together: a rank that goes while another still sends would make it fail."""
@@ -151,11 +159,22 @@ def join(timeout_s: int, layout: Layout = WHOLE, store: dist.Store | None = None
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "1000")  # collectives on record, for when one hangs
         timeout = datetime.timedelta(seconds=timeout_s)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        # Each process would open a connection to each other one, in every group: only those that are used are opened.
+        os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
+        raise_open_files()
         store = store or store_of(size, local_size, timeout)
         dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout, store=store)
-        control = dist.new_group(backend="gloo", timeout=timeout)
+        control = dist.group.WORLD  # the main thread's, as the strategy's collectives are; its CPU part is gloo
         saving = dist.new_group(backend="gloo", timeout=timeout)
     return Topology(rank, size, local_rank, local_size, device, rank, size, control, saving).used_as(layout)
+
+
+def raise_open_files() -> None:
+    """As many as this process may open: the soft limit is there for programs that cannot bear more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with suppress(ValueError, OSError):  # macOS: a hard limit that is larger than what can be set
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def store_of(size: int, local_size: int, timeout: datetime.timedelta) -> dist.Store | None:

@@ -1,7 +1,7 @@
 """What a checkpoint is on disk: a folder `step-00000100/` of
 
 - `rank-00000.safetensors`, ...: what each process wrote, in the safetensors format, one contiguous piece after another;
-- `index.json`: of each tensor its type, its shape, and where its pieces lie;
+- `index.json`: of each tensor its type, its shape, and by its layout in which files its pieces lie;
 - `manifest.json`, which came last: what the run was, size and checksum of every file, and its own checksum.
 
 Nothing in it is executed: JSON and numbers, of which none is believed before it is checked.
@@ -15,19 +15,23 @@ import json
 import os
 import re
 import stat
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import xxhash
 
+from trainer.checkpoint.layouts import Boxes, Layout, Table, layout_of, whole, wholes
 from trainer.checkpoint.pieces import DTYPES, Box
 from trainer.errors import TrainingError
 from trainer.files import replace_file, sync_folder
 
-VERSION = 2
+VERSION = 3
+READABLE = (2, VERSION)
 MANIFEST, INDEX = "manifest.json", "index.json"
 LARGEST_JSON = 1 << 30
 CHUNK = 8 << 20  # bytes that are written, hashed or read at a time
@@ -38,24 +42,42 @@ class Damaged(Exception):
 
 
 class Place(NamedTuple):
-    """Where a piece of a tensor lies: from byte `at` of a file."""
+    """A piece of a tensor and the file it lies in; where in there the file's header says."""
 
     file: str
-    at: int
     box: Box
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a checkpoint. Its pieces cover it, each element once."""
+    """A tensor in a checkpoint: of what each rank of the layout holds, this replica is saved. Its pieces cover it, each
+    element once."""
 
     dtype: str
     shape: tuple[int, ...]
-    places: list[Place]
+    layout: Layout
+    replica: int = 0
 
     @property
     def numel(self) -> int:
         return prod(self.shape)
+
+    @property
+    def places(self) -> list[Place]:
+        table = self.layout.table(self.shape)
+        return [self._place(table, row) for row in range(len(table.boxes))]
+
+    def meeting(self, box: Box) -> list[Place]:
+        """Where elements of this block lie."""
+        table = self.layout.table(self.shape)
+        return [self._place(table, row) for row in table.meeting(box)]
+
+    def written_by(self, rank: int) -> list[Box]:
+        table = self.layout.table(self.shape)
+        return [table.boxes[row] for row in table.rows_of(rank, self.replica)]
+
+    def _place(self, table: Table, row: int) -> Place:
+        return Place(tensor_file(int(table.ranks[row, self.replica])), table.boxes[row])
 
 
 def folder_name(step: int) -> str:
@@ -64,6 +86,18 @@ def folder_name(step: int) -> str:
 
 def tensor_file(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
+
+
+def rank_of(file: str) -> int:
+    """Who wrote a file of tensors. ValueError for another file."""
+    if not (match := re.fullmatch(r"rank-(\d{5,18})\.safetensors", file)):
+        raise ValueError(f"no file of tensors: {file!r}")
+    return int(match[1])
+
+
+def key_of(name: str, shape: tuple[int, ...], box: Box) -> str:
+    """The name of a piece in its file; of one that is not the whole tensor, with where it begins."""
+    return name if box.size == shape else f"{name}@{','.join(map(str, box.offset))}"
 
 
 def header(entries: Sequence[tuple[str, str, Box, int]], about: dict[str, str]) -> bytes:
@@ -124,8 +158,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise Damaged(f"manifest.json cannot be read: {error}") from None
     if raw != _written(manifest):
         raise Damaged("manifest.json does not match its own checksum")
-    if manifest.get("version") != VERSION:
-        raise TrainingError(f"{folder}: format version {manifest.get('version')}, this onecurve reads {VERSION}")
+    if manifest.get("version") not in READABLE:
+        known = " and ".join(map(str, READABLE))
+        raise TrainingError(f"{folder}: format version {manifest.get('version')}, this onecurve reads {known}")
     try:
         for name, stated in manifest["files"].items():
             if not re.fullmatch(r"[\w-][\w.-]*", name) or {"bytes": int, "xxh3": str} != {
@@ -140,9 +175,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def check_sizes(folder: Path, manifest: dict[str, Any]) -> None:
-    """Whether every file is there, of its size and a file. Raises Damaged; OSError."""
-    for name, stated in manifest["files"].items():
+def check_sizes(folder: Path, manifest: dict[str, Any], names: Sequence[str] | None = None) -> None:
+    """Whether these files (else all) are there, of their size and a file. Raises Damaged; OSError."""
+    for name in manifest["files"] if names is None else names:
+        stated = manifest["files"][name]
         try:
             found = (folder / name).lstat()
         except FileNotFoundError:
@@ -174,37 +210,146 @@ def verify(folder: Path) -> dict[str, Any]:
     manifest = read_manifest(folder)
     check_sizes(folder, manifest)
     check_contents(folder, manifest, list(manifest["files"]))
-    read_index(folder, manifest)
+    check_headers(folder, read_index(folder, manifest), list(manifest["files"]))
     return manifest
 
 
-def write_index(path: Path, files: Sequence[str], tensors: dict[str, Stored]) -> dict[str, Any]:
-    """As `write_file`."""
-    number = {name: i for i, name in enumerate(files)}
+def write_index(path: Path, tensors: dict[str, Stored]) -> dict[str, Any]:
+    """As `write_file`. A layout is told once for all its tensors."""
+    number = {layout: i for i, layout in enumerate(dict.fromkeys(stored.layout for stored in tensors.values()))}
     told = {
-        name: [stored.dtype, stored.shape, [[number[place.file], place.at, *place.box] for place in stored.places]]
-        for name, stored in tensors.items()
+        name: [stored.dtype, stored.shape, number[stored.layout], stored.replica] for name, stored in tensors.items()
     }
-    text = json.dumps({"files": list(files), "tensors": told}, separators=(",", ":"))
+    text = json.dumps({"layouts": [layout.told() for layout in number], "tensors": told}, separators=(",", ":"))
     return write_file(path, [text.encode()])
 
 
 def read_index(folder: Path, manifest: dict[str, Any]) -> dict[str, Stored]:
-    """Every tensor by name. Raises Damaged where it does not describe tensors that lie in the manifest's files."""
+    """`parse_index` of what is there. Also raises OSError."""
+    return parse_index(read_index_text(folder), manifest)
+
+
+def read_index_text(folder: Path) -> str:
+    """Raises Damaged; OSError."""
     try:
-        index = json.loads(_small(folder / INDEX))
-        files, sizes = index["files"], {name: stated["bytes"] for name, stated in manifest["files"].items()}
-        found = {}
-        for name, (dtype, shape, places) in index["tensors"].items():
-            made = [Place(files[file], at, Box(tuple(offset), tuple(size))) for file, at, offset, size in places]
-            found[name] = Stored(dtype, tuple(shape), made)
-            if problem := _problem(found[name], sizes):
-                raise Damaged(f"{INDEX}: '{name}': {problem}")
+        return _small(folder / INDEX).decode()
     except FileNotFoundError:
         raise Damaged(f"no {INDEX}") from None
+    except ValueError as error:
+        raise Damaged(f"{INDEX} cannot be read: {error!r}") from None
+
+
+def parse_index(text: str, manifest: dict[str, Any]) -> dict[str, Stored]:
+    """Every tensor by name. Raises Damaged where it does not describe tensors that fit into the manifest's files."""
+    try:
+        index = json.loads(text)
+        if manifest["version"] == 2:
+            found = _tensors_of_version_2(index)
+        else:
+            layouts = [layout_of(told) for told in index["layouts"]]
+            found = {
+                name: Stored(dtype, wholes(shape), layouts[whole(layout)], whole(replica))
+                for name, (dtype, shape, layout, replica) in index["tensors"].items()
+            }
+        _check_tensors(found, {name: stated["bytes"] for name, stated in manifest["files"].items()})
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
         raise Damaged(f"{INDEX} cannot be read: {error!r}") from None
     return found
+
+
+def _tensors_of_version_2(index: Any) -> dict[str, Stored]:
+    """Each piece with its place: the file's number, its first byte (which the file's header says, too), its block."""
+    ranks = [rank_of(file) for file in index["files"]]
+    found = {}
+    for name, (dtype, shape, places) in index["tensors"].items():
+        rows = [(ranks[whole(file)], Box(wholes(offset), wholes(size))) for file, _, offset, size in places]
+        found[name] = Stored(dtype, wholes(shape), Boxes(rows))
+    return found
+
+
+def _check_tensors(tensors: dict[str, Stored], sizes: dict[str, int]) -> None:
+    """Raises Damaged unless each tensor is made up by its pieces, and the files are large enough for all of them. A
+    table is looked at once, however many tensors have it."""
+    total, itemsizes = sum(sizes.values()), defaultdict[tuple[Layout, tuple[int, ...], int], int](int)
+    for name, stored in tensors.items():
+        if stored.dtype not in DTYPES:
+            raise Damaged(f"{INDEX}: '{name}': unknown type {stored.dtype!r}")
+        if stored.numel * DTYPES[stored.dtype].itemsize > total:
+            raise Damaged(f"{INDEX}: '{name}' is larger than all files")
+        itemsizes[stored.layout, stored.shape, stored.replica] += DTYPES[stored.dtype].itemsize
+    files = np.array(sorted(rank_of(file) for file in sizes if file != INDEX), np.int64)
+    needed = np.zeros(len(files))
+    for (layout, shape, replica), itemsize in itemsizes.items():
+        table = layout.table(shape)
+        table.raise_unless_whole(shape)
+        writers = table.ranks[:, replica]
+        if not np.isin(writers, files).all():
+            raise Damaged(f"{INDEX}: a piece lies in a file that is not there")
+        np.add.at(needed, np.searchsorted(files, writers), table.numel * float(itemsize))
+    for rank, size in zip(files.tolist(), needed.tolist(), strict=True):
+        if size > sizes[tensor_file(rank)]:
+            raise Damaged(f"{INDEX}: a piece lies beyond the end of {tensor_file(rank)}")
+
+
+def check_headers(folder: Path, tensors: dict[str, Stored], names: Sequence[str]) -> None:
+    """Whether each of these files holds the pieces that the index says. Raises Damaged; OSError."""
+    for name in names:
+        if name == INDEX:
+            continue
+        with open_file(folder / name) as file:
+            entries = read_header(file, name)
+        for tensor, stored in tensors.items():
+            for box in stored.written_by(rank_of(name)):
+                entries.find(tensor, stored, box)
+
+
+class Header:
+    """Where the pieces in a file lie, as the file itself says. Nothing is believed before it is checked, and that when
+    it is asked for."""
+
+    def __init__(self, file: str, told: Any, start: int, size: int):
+        self.file, self.told, self.start, self.size = file, told, start, size
+
+    def find(self, name: str, stored: Stored, box: Box) -> int:
+        """The first byte of a piece of a tensor. Raises Damaged."""
+        key = key_of(name, stored.shape, box)
+        try:
+            entry = self.told[key]
+            begin, end = wholes(entry["data_offsets"])
+            if entry["dtype"] != stored.dtype or tuple(entry["shape"]) != box.size:
+                raise ValueError("of another type or shape")
+            if end - begin != box.numel * DTYPES[stored.dtype].itemsize or self.start + end > self.size:
+                raise ValueError("it lies beyond the end")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise Damaged(f"{self.file}: not what {INDEX} says of '{key}': {error!r}") from None
+        return self.start + begin
+
+
+def read_header(file: Any, name: str) -> Header:
+    """Of an open file of tensors. Raises Damaged; OSError."""
+    size = os.fstat(file.fileno()).st_size
+    try:
+        length = int.from_bytes(_exactly(file, 8), "little")
+        if length > min(size, LARGEST_JSON):
+            raise ValueError("it is absurdly large")
+        return Header(name, json.loads(_exactly(file, length)), 8 + length, size)
+    except (ValueError, EOFError, RecursionError) as error:
+        raise Damaged(f"{name}: its header cannot be read: {error!r}") from None
+
+
+def _exactly(file: Any, count: int) -> bytes:
+    data = bytearray(count)
+    fill(file, data)
+    return bytes(data)
+
+
+def fill(file: Any, data: bytearray) -> None:
+    """Reads so many bytes. Raises EOFError, OSError."""
+    filled = 0
+    while filled < len(data):
+        if not (got := file.readinto(memoryview(data)[filled:])):
+            raise EOFError("it ends too early")
+        filled += got
 
 
 def open_file(path: Path) -> Any:
@@ -220,37 +365,6 @@ def open_file(path: Path) -> Any:
         file.close()
         raise Damaged(f"{path.name} is no file")
     return file
-
-
-def _problem(stored: Stored, sizes: dict[str, int]) -> str | None:
-    """Why these are not all pieces of such a tensor. No number is used before it is known to be a sensible one."""
-    numbers = [*stored.shape, *(n for place in stored.places for n in (place.at, *place.box.offset, *place.box.size))]
-    if stored.dtype not in DTYPES:
-        return f"unknown type {stored.dtype!r}"
-    if not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
-        return "sizes and offsets are whole numbers"
-    whole, itemsize = Box((0,) * len(stored.shape), stored.shape), DTYPES[stored.dtype].itemsize
-    for place in stored.places:
-        if len(place.box.offset) != len(stored.shape) or len(place.box.size) != len(stored.shape):
-            return "a piece has other dimensions"
-        if place.box.meet(whole) != place.box:
-            return "a piece lies outside"
-        if place.at + place.box.numel * itemsize > sizes[place.file]:
-            return f"a piece lies beyond the end of {place.file}"
-    if sum(place.box.numel for place in stored.places) != prod(stored.shape) or _overlap(stored.places):
-        return "its pieces do not make it up"
-    return None
-
-
-def _overlap(places: Sequence[Place]) -> bool:
-    """Whether an element is in two of them. Sorted by where they begin, only a few lie beside each other."""
-    beside: list[Box] = []
-    for _, _, box in sorted(places, key=lambda place: place.box.offset):
-        beside = [other for other in beside if not box.offset or other.offset[0] + other.size[0] > box.offset[0]]
-        if any(box.meet(other) for other in beside):
-            return True
-        beside.append(box)
-    return False
 
 
 def _small(path: Path) -> bytes:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,12 +16,15 @@ from torch import Tensor
 from trainer.checkpoint.format import (
     CHUNK,
     Damaged,
-    Place,
     Stored,
     check_contents,
+    check_headers,
     check_sizes,
+    fill,
     open_file,
-    read_index,
+    parse_index,
+    read_header,
+    read_index_text,
     read_manifest,
 )
 from trainer.checkpoint.mirror import Mirror
@@ -38,14 +40,24 @@ OPTIONAL = ("scaler/", "optimizer/ema")  # begins anew where a checkpoint has no
 class Found:
     path: Path
     manifest: dict[str, Any]
+    index_text: str | None = None  # where it was read already
 
     @cached_property
     def index(self) -> dict[str, Stored]:
         """Where each tensor lies. Raises TrainingError where it cannot be believed."""
         try:
-            return read_index(self.path, self.manifest)
+            return parse_index(self.index_text or read_index_text(self.path), self.manifest)
         except Damaged as damage:
             raise TrainingError(f"{self.path}: {damage}") from None
+
+
+class _Order(NamedTuple):
+    """`tensor`, memory of the run, takes the block `box` out of a piece of the tensor `name`."""
+
+    name: str
+    piece: Box
+    box: Box
+    tensor: Tensor
 
 
 def newest(
@@ -76,9 +88,9 @@ def _newest(
     names = _agreed(topology, lambda: [path.name for path in candidates(folder)])
     damaged = _agreed(topology, lambda: any(path.name.startswith(".damaged-") for path in folder.iterdir()))
     for path in (folder / name for name in reversed(names)):
-        manifest, reason = _checked(path, topology, contents)
+        manifest, index, reason = _checked(path, topology, contents)
         if reason is None:
-            return Found(path, manifest), events, damaged
+            return Found(path, manifest, index), events, damaged
         damaged = True
         if set_aside:
             event = {"checkpoint": path.name, "reason": reason}
@@ -107,7 +119,7 @@ def newest_for(
 
 def read(found: Found, state: State) -> None:
     """Fills what this process holds of `state` in place, from the values of the same names, in whatever pieces they
-    were saved. Only what is needed is read, a few MB at a time.
+    were saved. Only files with something that is needed are opened, and only that is read, a few MB at a time.
 
     Raises TrainingError if one is not there, or in another shape. What may be switched on between lives is left as it
     is where the checkpoint has none.
@@ -118,20 +130,22 @@ def read(found: Found, state: State) -> None:
     wrong = [name for name, held in wanted.items() if name not in stored or stored[name].shape != shape_of(held)]
     if wrong:
         raise TrainingError(f"{found.path}: does not hold {sorted(wrong)[0]} in this shape")
-    orders: defaultdict[str, list[tuple[Place, str, Box, Tensor]]] = defaultdict(list)
+    orders: defaultdict[str, list[_Order]] = defaultdict(list)
     for name, held in wanted.items():
         for box, tensor in pieces(held):
-            for place in stored[name].places:
-                if both := place.box.meet(box):
-                    orders[place.file].append((place, stored[name].dtype, both, both.within(box, tensor)))
-    with ExitStack() as files, torch.no_grad():
-        for name, its in orders.items():
-            try:
-                file = files.enter_context(open_file(found.path / name))
-                for place, dtype, box, tensor in sorted(its, key=lambda order: order[0].at):
-                    _fill(file, place, dtype, box, tensor)
-            except (OSError, EOFError, Damaged) as error:
-                raise TrainingError(f"{found.path / name}: cannot be read: {error}") from error
+            for place in stored[name].meeting(box):
+                both = place.box.meet(box)
+                assert both is not None
+                orders[place.file].append(_Order(name, place.box, both, both.within(box, tensor)))
+    for name, its in orders.items():
+        try:
+            with open_file(found.path / name) as file, torch.no_grad():
+                header = read_header(file, name)
+                starts = [header.find(order.name, stored[order.name], order.piece) for order in its]
+                for at, order in sorted(zip(starts, its, strict=True), key=lambda pair: pair[0]):
+                    _fill(file, at, stored[order.name].dtype, order)
+        except (OSError, EOFError, Damaged) as error:
+            raise TrainingError(f"{found.path / name}: cannot be read: {error}") from error
 
 
 def read_all(found: Found, prefix: str = "") -> dict[str, Tensor]:
@@ -143,64 +157,66 @@ def read_all(found: Found, prefix: str = "") -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
-def _fill(file: Any, place: Place, dtype: str, box: Box, tensor: Tensor) -> None:
-    """`tensor` takes the block `box` of the piece at `place`: rows (of dimension 0) that lie behind each other."""
+def _fill(file: Any, at: int, dtype: str, order: _Order) -> None:
+    """`order.tensor` takes the block `order.box` of the piece that lies there: rows (of dimension 0) that lie behind
+    each other."""
+    piece, box, tensor = order.piece, order.box, order.tensor
     if not box.size:
-        tensor.copy_(_values(file, place.at, dtype, 1).view(()))
+        tensor.copy_(_values(file, at, dtype, 1).view(()))
         return
-    row = place.box.numel // place.box.size[0]
+    row = piece.numel // piece.size[0]
     step = max(1, CHUNK // (row * DTYPES[dtype].itemsize))
-    first = box.offset[0] - place.box.offset[0]
-    inner, outer = Box(box.offset[1:], box.size[1:]), Box(place.box.offset[1:], place.box.size[1:])
+    first = box.offset[0] - piece.offset[0]
+    inner, outer = Box(box.offset[1:], box.size[1:]), Box(piece.offset[1:], piece.size[1:])
     for done in range(0, box.size[0], step):
         rows = min(step, box.size[0] - done)
-        values = _values(file, place.at + (first + done) * row * DTYPES[dtype].itemsize, dtype, rows * row)
-        values = values.view(rows, *place.box.size[1:])
+        values = _values(file, at + (first + done) * row * DTYPES[dtype].itemsize, dtype, rows * row)
+        values = values.view(rows, *piece.size[1:])
         tensor[done : done + rows].copy_(Box((0, *inner.offset), (rows, *inner.size)).within(
             Box((0, *outer.offset), (rows, *outer.size)), values
         ))  # fmt: skip
 
 
 def _values(file: Any, at: int, dtype: str, count: int) -> Tensor:
-    data, filled = bytearray(count * DTYPES[dtype].itemsize), 0
+    data = bytearray(count * DTYPES[dtype].itemsize)
     file.seek(at)
-    while filled < len(data):
-        if not (got := file.readinto(memoryview(data)[filled:])):
-            raise EOFError("it ends too early")
-        filled += got
+    fill(file, data)
     return torch.frombuffer(data, dtype=DTYPES[dtype])
 
 
-def _checked(path: Path, topology: Topology, contents: bool) -> tuple[dict[str, Any], str | None]:
-    """Its manifest, and what is wrong with it, the same on all ranks."""
+def _checked(path: Path, topology: Topology, contents: bool) -> tuple[dict[str, Any], str | None, str | None]:
+    """Its manifest, the text of its index, and what is wrong with it, the same on all ranks. One rank reads the two and
+    hands them on; of the files each looks at its share."""
 
     def looked() -> list[Any]:
         try:
             manifest = read_manifest(path)
-            check_sizes(path, manifest)
-            read_index(path, manifest) if not contents else None
-            return [manifest, None]
+            index = read_index_text(path)
+            parse_index(index, manifest)
+            return [manifest, index, None]
         except Damaged as damage:
-            return [None, str(damage)]
+            return [None, None, str(damage)]
 
-    manifest, reason = _agreed(topology, looked)
-    if reason is not None or not contents:
-        return manifest, reason
+    manifest, index, reason = _agreed(topology, looked)
+    if reason is not None:
+        return manifest, index, reason
+    found = Found(path, manifest, index)
 
-    def hashed() -> str | None:
+    def looked_through() -> str | None:
+        names = list(manifest["files"])[topology.rank :: topology.world_size]
         try:
-            check_contents(path, manifest, list(manifest["files"])[topology.rank :: topology.world_size])
-            if topology.is_main:
-                read_index(path, manifest)
+            check_sizes(path, manifest, names)
+            check_contents(path, manifest, names if contents else [])
+            check_headers(path, found.index, names)
         except Damaged as damage:
             return str(damage)
         return None
 
-    parts = topology.gather(_attempt(hashed))
+    parts = topology.gather(_attempt(looked_through))
     for _, error in parts:
         if error is not None:
             raise TrainingError(f"{path}: {error}")
-    return manifest, next((reason for reason, _ in parts if reason), None)
+    return manifest, index, next((reason for reason, _ in parts if reason), None)
 
 
 def _agreed(topology: Topology, make: Callable[[], Any]) -> Any:

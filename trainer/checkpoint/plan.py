@@ -1,24 +1,36 @@
-"""Who writes what: of all processes that hold a piece, one writes it. Made once a run, the same on every process."""
+"""Who writes what: of all processes that hold a piece, one writes it. Made once a run, the same on every process.
+
+What ranks hold follows from few descriptions (a mesh, an even split) that thousands of tensors and ranks share. They
+are exchanged, each distinct one once; then every rank computes the plan of all and the pieces of its own.
+"""
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+import xxhash
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from trainer.checkpoint.format import Place, Stored, header, tensor_file
-from trainer.checkpoint.pieces import DTYPES, NAMES, Box, State, dtype_of, pieces, shape_of
+from trainer.checkpoint.format import Stored, header, key_of
+from trainer.checkpoint.layouts import Boxes, Even, Grid, Ints, Layout, Table, layout_of
+from trainer.checkpoint.pieces import DTYPES, NAMES, Box, Fragment, State, dtype_of, pieces, shape_of
 from trainer.errors import TrainingError
+from trainer.topology import Topology
 
 SMALL = 1 << 16  # bytes; the bits of smaller tensors are summed up together
+WRITERS = 64  # of the replicas of a tensor, so many may be asked to write it: whoever reads all opens no more files
 
 
 class Held(NamedTuple):
-    """A piece of a tensor, as a process tells the others of it."""
+    """A piece of a tensor."""
 
     name: str
     dtype: str
@@ -28,11 +40,6 @@ class Held(NamedTuple):
     @property
     def nbytes(self) -> int:
         return self.box.numel * DTYPES[self.dtype].itemsize
-
-    @classmethod
-    def read(cls, row: Sequence[Any]) -> Held:
-        name, dtype, shape, (offset, size) = row
-        return cls(name, dtype, tuple(shape), Box(tuple(offset), tuple(size)))
 
 
 def held_by(state: State) -> list[tuple[Held, Tensor]]:
@@ -46,58 +53,199 @@ def held_by(state: State) -> list[tuple[Held, Tensor]]:
     return found
 
 
+Sections = dict[str, str]
+"""What a rank holds: descriptions of tensors that lie alike, JSON by its digest. Most are the same on many ranks."""
+
+
+def describe(state: State, rank: int, world: int) -> Sections:
+    """`state` as the rank `rank` of `world` holds it."""
+    rows: defaultdict[tuple[str, Any], list[Any]] = defaultdict(list)
+    layouts: dict[Any, Any] = {}
+    grids: dict[Any, Grid] = {}
+    for name, value in state.items():
+        key, layout, blocks = _described(value, rank, world, grids)
+        if layout is not None:
+            layouts[key] = layout
+            rows[name.rpartition("/")[0], key].append([name, NAMES[dtype_of(value)], shape_of(value), *blocks])
+    texts = [json.dumps([layouts[key], its], separators=(",", ":")) for (_, key), its in rows.items()]
+    return {_digest(text): text for text in texts}
+
+
+def _digest(text: str) -> str:
+    return xxhash.xxh3_128_hexdigest(text.encode())
+
+
+def _described(value: Tensor | Fragment, rank: int, world: int, grids: dict[Any, Grid]) -> tuple[Any, Any, list[Any]]:
+    """What tensors of one layout have in common, the layout as JSON (None where nothing is held), and the blocks of a
+    tensor that no layout describes."""
+    shape = shape_of(value)
+    if isinstance(value, Fragment):
+        if (value.start, len(value.values)) == Even.span(shape, rank, world):
+            return "even", {"even": world}, []
+    elif not isinstance(value, DTensor):
+        return "whole", {}, []
+    else:
+        key = value.device_mesh, value.placements
+        grid = grids.get(key) or grids.setdefault(key, Grid.of(*key))
+        if _agrees(grid, shape, rank, [box for box, _ in pieces(value)]):
+            return key, grid.told(), []
+    boxes = [box for box, _ in pieces(value)]
+    return "boxes", {"boxes": []} if boxes else None, [boxes]
+
+
+def _agrees(grid: Grid, shape: tuple[int, ...], rank: int, boxes: list[Box]) -> bool:
+    """Whether the grid says of this rank what torch says."""
+    table = grid.table(shape)
+    return boxes == [table.boxes[row] for row in table.rows_held_by(rank)]
+
+
+def exchange(sections: Sections, topology: Topology) -> list[tuple[list[int], Any]]:
+    """All ranks' sections, each once, with the ranks that have it. Each is sent by the first of them alone."""
+    holders: defaultdict[str, list[int]] = defaultdict(list)
+    for rank, digests in enumerate(topology.gather(list(sections))):
+        for digest in digests:
+            holders[digest].append(rank)
+    own = [text for digest, text in sections.items() if holders[digest][0] == topology.rank]
+    texts = [text for part in topology.gather(own) for text in part]
+    return [(holders[_digest(text)], json.loads(text)) for text in texts]
+
+
+class Holding(NamedTuple):
+    """A tensor, and how ranks hold it: more than one layout where several groups do (both ends of a pipeline, or the
+    ranks of tensor parallel that do not split it)."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    layouts: list[Layout]
+
+
+def holdings(shared: Sequence[tuple[list[int], Any]]) -> dict[str, Holding]:
+    """By tensor. Raises TrainingError where ranks differ on its type or shape."""
+    found: dict[str, Holding] = {}
+    for ranks, (told, rows) in shared:
+        layout = _layout(told, ranks)
+        for name, dtype, shape, *blocks in rows:
+            holding = found.setdefault(name, Holding(dtype, tuple(shape), []))
+            if (holding.dtype, holding.shape) != (dtype, tuple(shape)):
+                raise TrainingError(f"'{name}' is {holding.shape} on one process, {tuple(shape)} on another")
+            holding.layouts.append(layout or _boxes(ranks, blocks[0]))
+    return {name: holding for name, holding in found.items() if 0 not in holding.shape}
+
+
+def _layout(told: Any, ranks: list[int]) -> Layout | None:
+    """None where each tensor has its own."""
+    match told:
+        case {"boxes": _}:
+            return None
+        case {"even": world}:
+            return Even(world, ranks)
+        case {"mesh": _}:
+            return layout_of(told)
+    return Grid(np.array(ranks))
+
+
+def _boxes(ranks: list[int], blocks: Any) -> Layout:
+    return Boxes([(ranks[0], Box(tuple(offset), tuple(size))) for offset, size in blocks])
+
+
 @dataclass(frozen=True)
 class Plan:
-    """`files[rank]`: the pieces that a process writes, in their order, each with its first byte behind the header."""
+    """`tensors`: what the index will say. `tables`: who holds what of each. `sizes`: bytes that each rank writes behind
+    the header of its file."""
 
-    files: list[list[tuple[Held, int]]]
-    shared: dict[Held, list[int]]
-    """Pieces that several processes hold: by whom. They have to agree."""
+    tensors: dict[str, Stored]
+    tables: dict[str, Table]
+    sizes: Ints
 
     @classmethod
-    def of(cls, held: Sequence[Sequence[Held]]) -> Plan:
-        """`held[rank]`: what each process holds. Those with the least to write take what several have."""
-        holders: defaultdict[Held, list[int]] = defaultdict(list)
-        for rank, its in enumerate(held):
-            for piece in its:
-                holders[piece].append(rank)
-        mine: list[list[Held]] = [[] for _ in held]
-        load = [0] * len(held)
-        for piece in sorted(holders, key=lambda piece: (len(holders[piece]) > 1, -piece.nbytes, piece)):
-            writer = min(holders[piece], key=load.__getitem__)
-            mine[writer].append(piece)
-            load[writer] += piece.nbytes
-        return cls([_laid_out(its) for its in mine], {piece: by for piece, by in holders.items() if len(by) > 1})
+    def of(cls, state: State, topology: Topology) -> Plan:
+        """All ranks call it. Raises TrainingError for a state that cannot be saved."""
+        shared = exchange(describe(state, topology.rank, topology.world_size), topology)
+        return cls.from_holdings(holdings(shared), topology.world_size)
 
-    def size(self, rank: int) -> int:
-        """Of the tensors that this process writes."""
-        if not self.files[rank]:
-            return 0
-        last, at = self.files[rank][-1]
-        return at + last.nbytes
+    @classmethod
+    def from_holdings(cls, held: Mapping[str, Holding], world: int) -> Plan:
+        """Those with the least to write take what several have."""
+        tables = dict(_tables(held))
+        sizes, tensors = np.zeros(world, np.int64), {}
+        nbytes = {name: prod(it.shape) * DTYPES[it.dtype].itemsize for name, it in held.items()}
+        for name in sorted(held, key=lambda name: (tables[name].ranks.shape[1] > 1, -nbytes[name], name)):
+            dtype, shape, layouts = held[name]
+            table = tables[name]
+            count = table.ranks.shape[1]
+            replicas = np.arange(min(count, WRITERS)) * count // min(count, WRITERS)
+            busiest = sizes[table.ranks[:, replicas]].max(axis=0)
+            replica = int(replicas[busiest.argmin()])
+            np.add.at(sizes, table.ranks[:, replica], table.numel * DTYPES[dtype].itemsize)
+            tensors[name] = Stored(dtype, shape, *_layout_of_replica(layouts, shape, table, replica))
+        return cls(tensors, tables, sizes)
 
-    def header(self, rank: int, about: dict[str, str]) -> bytes:
-        return header([(_key(piece), piece.dtype, piece.box, at) for piece, at in self.files[rank]], about)
-
-    def tensors(self, about: dict[str, str]) -> dict[str, Stored]:
-        """Where everything will lie."""
-        found: dict[str, Stored] = {}
-        for rank in range(len(self.files)):
-            start = len(self.header(rank, about))
-            for piece, at in self.files[rank]:
-                stored = found.setdefault(piece.name, Stored(piece.dtype, piece.shape, []))
-                if (stored.dtype, stored.shape) != (piece.dtype, piece.shape):
-                    raise TrainingError(f"'{piece.name}' is {stored.shape} on one process, {piece.shape} on another")
-                stored.places.append(Place(tensor_file(rank), start + at, piece.box))
-        return found
+    def file(self, rank: int) -> list[tuple[Held, int]]:
+        """The pieces that a process writes, in their order, each with its first byte behind the header."""
+        own = [
+            Held(name, stored.dtype, stored.shape, box)
+            for name, stored in self.tensors.items()
+            for box in stored.written_by(rank)
+        ]
+        return _laid_out(own)
 
     def to_agree_on(self, rank: int) -> dict[str, list[Held]]:
-        """What this process has to agree on with others, by who they are ("0,2"): weights, which show the rest too."""
+        """What this process has to agree on with others, by a digest of who they are: weights, which show the rest
+        too."""
         found: defaultdict[str, list[Held]] = defaultdict(list)
-        for piece, ranks in self.shared.items():
-            if rank in ranks and piece.name.startswith("model/"):
-                found[",".join(map(str, ranks))].append(piece)
+        groups: dict[tuple[Table, int], str] = {}
+        for name, table in self.tables.items():
+            if not name.startswith("model/") or table.ranks.shape[1] == 1:
+                continue
+            for row in table.rows_held_by(rank):
+                if (table, row) not in groups:
+                    holders = np.unique(table.ranks[row])
+                    groups[table, row] = xxhash.xxh3_64_hexdigest(holders.tobytes()) if len(holders) > 1 else ""
+                if group := groups[table, row]:
+                    stored = self.tensors[name]
+                    found[group].append(Held(name, stored.dtype, stored.shape, table.boxes[row]))
         return found
+
+
+def _tables(held: Mapping[str, Holding]) -> Iterator[tuple[str, Table]]:
+    """Made and checked once for all tensors of one shape that lie alike."""
+    made: dict[Any, Table] = {}
+    for name, (_, shape, layouts) in held.items():
+        key = shape, *layouts
+        if key not in made:
+            made[key] = _merged([layout.table(shape) for layout in layouts], shape)
+            try:
+                made[key].raise_unless_whole(shape)
+            except ValueError as error:
+                raise TrainingError(f"'{name}' cannot be saved, of what all processes hold of it {error}") from None
+        yield name, made[key]
+
+
+def _merged(tables: Sequence[Table], shape: tuple[int, ...]) -> Table:
+    """One of all: of the same blocks the holders beside each other, of others the blocks behind each other."""
+    first = tables[0]
+    if all(table.boxes == first.boxes for table in tables):
+        return first if len(tables) == 1 else Table(first.offset, first.size, np.hstack([it.ranks for it in tables]))
+    holders: defaultdict[Box, list[int]] = defaultdict(list)
+    for table in tables:
+        for box, ranks in zip(table.boxes, table.ranks.tolist(), strict=True):
+            holders[box] += ranks
+    width = max(map(len, holders.values()))
+    ranks = [(its * width)[:width] for its in holders.values()]  # a table has as many columns in each row
+    offset, size = (np.array([box[i] for box in holders], np.int64).reshape(len(holders), len(shape)) for i in (0, 1))
+    return Table(offset, size, np.array(ranks))
+
+
+def _layout_of_replica(
+    layouts: Sequence[Layout], shape: tuple[int, ...], table: Table, replica: int
+) -> tuple[Layout, int]:
+    """As the index tells it: one of the layouts with its own number of the replica, or block by block."""
+    if all(layout.table(shape).boxes == table.boxes for layout in layouts):
+        for layout in layouts:
+            if replica < (columns := layout.table(shape).ranks.shape[1]):
+                return layout, replica
+            replica -= columns
+    return Boxes(list(zip(table.ranks[:, replica].tolist(), table.boxes, strict=True))), 0
 
 
 def fingerprint(tensors: Sequence[Tensor]) -> Tensor:
@@ -133,6 +281,6 @@ def _laid_out(its: Sequence[Held]) -> list[tuple[Held, int]]:
     return found
 
 
-def _key(piece: Held) -> str:
-    """The name of a piece in its file; of one that is not the whole tensor, with where it begins."""
-    return piece.name if piece.box.size == piece.shape else f"{piece.name}@{','.join(map(str, piece.box.offset))}"
+def header_of(file: Sequence[tuple[Held, int]], about: dict[str, str]) -> bytes:
+    """The beginning of a file of these pieces."""
+    return header([(key_of(its.name, its.shape, its.box), its.dtype, its.box, at) for its, at in file], about)

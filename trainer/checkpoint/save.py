@@ -11,7 +11,7 @@ from __future__ import annotations
 import shutil
 import time
 import uuid
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -34,7 +34,7 @@ from trainer.checkpoint.format import (
 )
 from trainer.checkpoint.mirror import Mirror
 from trainer.checkpoint.pieces import DTYPES, State, pieces
-from trainer.checkpoint.plan import Held, Plan, fingerprint, held_by
+from trainer.checkpoint.plan import Held, Plan, fingerprint, header_of, held_by
 from trainer.checkpoint.retention import Retention
 from trainer.errors import OnecurveError, first_line
 from trainer.fault_points import point
@@ -44,6 +44,7 @@ from trainer.topology import Topology
 WRITER = ".writer"  # says which life of the run may publish here: an older one that still writes may not
 PAUSES_S = (1.0, 5.0)  # before a save that failed is tried again
 OVERDUE_S = 60.0  # after all tries have failed, the next save comes after this time at the latest
+SHOWN = 16  # ranks in a message
 Event = dict[str, Any]
 
 
@@ -212,7 +213,8 @@ class Saver:
             return None
         if (free := shutil.disk_usage(attempt).free) < size:
             raise OSError(f"no space left: {size:,} bytes are to be written, {free:,} are free")
-        return write_file(attempt / tensor_file(rank), [self._layout.plan.header(rank, word), buffer.numpy().data])
+        written = write_file(attempt / tensor_file(rank), [header_of(self._layout.file, word), buffer.numpy().data])
+        return {**written, "tensors": size}
 
     def _publish(
         self,
@@ -225,17 +227,13 @@ class Saver:
         """Raises OSError; RuntimeError where what was written is not what was planned."""
         assert self._layout is not None
         point("checkpoint.before_manifest")
-        plan = self._layout.plan
         files = {tensor_file(rank): file for rank, file in enumerate(written) if file}
-        sizes = {name: file["bytes"] for name, file in files.items()}
-        planned = {
-            tensor_file(rank): len(plan.header(rank, word)) + plan.size(rank)
-            for rank, its in enumerate(plan.files)
-            if its
-        }
+        sizes = {name: file.pop("tensors") for name, file in files.items()}
+        planned = {tensor_file(rank): size for rank, size in enumerate(self._layout.plan.sizes.tolist()) if size}
         if sizes != planned:
-            raise RuntimeError(f"planned were {planned}, written {sizes}")
-        files[INDEX] = write_index(attempt / INDEX, list(sizes), plan.tensors(word))
+            wrong = min(name for name in {**sizes, **planned} if sizes.get(name) != planned.get(name))
+            raise RuntimeError(f"{wrong}: planned were {planned.get(wrong)} bytes, written {sizes.get(wrong)}")
+        files[INDEX] = write_index(attempt / INDEX, self._layout.plan.tensors)
         write_manifest(attempt, {"version": VERSION, "step": step, **word, **about, "files": files})
         if (self.folder / WRITER).read_text() != self.life:
             raise RuntimeError("another process trains in this folder by now, and saves there")
@@ -257,18 +255,18 @@ class _Layout:
     def __init__(self, state: State, topology: Topology):
         held, rank = held_by(state), topology.rank
         self.names, self.device = list(state), topology.device
-        self.plan = Plan.of(
-            [[Held.read(row) for row in rows] for rows in topology.gather([piece for piece, _ in held])]
+        self.plan = Plan.of(state, topology)
+        self.file = self.plan.file(rank)
+        self.buffer = torch.empty(
+            int(self.plan.sizes[rank]), dtype=torch.uint8, pin_memory=topology.device.type == "cuda"
         )
-        self.plan.tensors({})  # a state that cannot be saved is found here
-        self.buffer = torch.empty(self.plan.size(rank), dtype=torch.uint8, pin_memory=topology.device.type == "cuda")
         number = {piece: i for i, (piece, _) in enumerate(held)}
-        self._from = [number[piece] for piece, _ in self.plan.files[rank]]
-        self._to = [_view(self.buffer, piece, at) for piece, at in self.plan.files[rank]]
-        own, shared = {piece for piece, _ in self.plan.files[rank]}, self.plan.to_agree_on(rank)
-        self._others = {who: [number[piece] for piece in its if piece not in own] for who, its in shared.items()}
-        copied = {piece: view for (piece, _), view in zip(self.plan.files[rank], self._to, strict=True)}
-        self._own = {who: [copied[piece] for piece in its if piece in own] for who, its in shared.items()}
+        self._from = [number[piece] for piece, _ in self.file]
+        self._to = [_view(self.buffer, piece, at) for piece, at in self.file]
+        copied = {piece: view for (piece, _), view in zip(self.file, self._to, strict=True)}
+        shared = self.plan.to_agree_on(rank)
+        self._others = {group: [number[it] for it in its if it not in copied] for group, its in shared.items()}
+        self._own = {group: [copied[it] for it in its if it in copied] for group, its in shared.items()}
 
     def copy(self, state: State) -> dict[str, int]:
         """Gives fingerprints of the weights that others hold, too, and write: by the next step they are others."""
@@ -293,9 +291,12 @@ def _view(buffer: Tensor, piece: Held, at: int) -> Tensor:
 
 def _disagreement(parts: Sequence[dict[str, Any]]) -> str | None:
     """Copies of the same weights that differ: one of them is wrong, and none should be saved."""
-    seen: dict[str, int] = {}
-    for part in parts:
-        for who, print_ in part["prints"].items():
-            if seen.setdefault(who, print_) != print_:
-                return f"ranks {who} hold other values of weights that should be the same"
+    groups: defaultdict[str, dict[int, int]] = defaultdict(dict)
+    for rank, part in enumerate(parts):
+        for group, print_ in part["prints"].items():
+            groups[group][rank] = print_
+    for prints in groups.values():
+        if len(set(prints.values())) > 1:
+            ranks = ",".join(map(str, prints)) if len(prints) <= SHOWN else f"{min(prints)} to {max(prints)}"
+            return f"ranks {ranks} hold other values of weights that should be the same"
     return None

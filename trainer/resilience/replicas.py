@@ -22,17 +22,16 @@ class Replicas:
         where it has no majority. All ranks call it, and hear the same."""
         held = held_by(state)
         if self._pieces is None:
-            rows = self.topology.gather([piece for piece, _ in held])
-            plan = Plan.of([[Held.read(row) for row in its] for its in rows])
-            self._pieces = {who: set(its) for who, its in plan.to_agree_on(self.topology.rank).items()}
+            shared = Plan.of(state, self.topology).to_agree_on(self.topology.rank)
+            self._pieces = {group: set(its) for group, its in shared.items()}
         own = {
-            who: int(fingerprint([tensor for piece, tensor in held if piece in its]))
-            for who, its in self._pieces.items()
+            group: int(fingerprint([tensor for piece, tensor in held if piece in its]))
+            for group, its in self._pieces.items()
         }
         groups: defaultdict[str, dict[int, int]] = defaultdict(dict)
         for rank, prints in enumerate(self.topology.gather(own)):
-            for who, print_ in prints.items():
-                groups[who][rank] = print_
+            for group, print_ in prints.items():
+                groups[group][rank] = print_
         odd = {rank for prints in groups.values() for rank in _minority(prints)}
         return sorted(odd) or None
 

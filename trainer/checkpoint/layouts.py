@@ -1,0 +1,229 @@
+"""How a tensor lies over ranks. A layout holds for any shape: what one says of a mesh and its sharded dimensions stands
+for all tensors that are sharded so, and costs as much for one tensor as for thousands.
+
+- `Grid`: a mesh of ranks. Along some of its dimensions the tensor is sharded (FSDP, tensor parallel), along the others
+  replicated; one that several ranks hold whole lies on a mesh along which nothing is sharded.
+- `Even`: flat stretches of equal length, one a rank (ZeRO 3).
+- `Boxes`: blocks told one by one, where nothing shorter describes them (ZeRO 1 and 2; format version 2).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.distributed.tensor import DeviceMesh, Placement
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from trainer.checkpoint.pieces import Box, stretch
+
+Ints = NDArray[np.int64]
+Shape = tuple[int, ...]
+LARGEST = 1 << 62  # of a size or an offset
+
+
+class Table:
+    """All blocks of a tensor of one shape: block i begins at `offset[i]` and is `size[i]` large; the ranks `ranks[i]`
+    hold it, one in each column. No block is empty."""
+
+    def __init__(self, offset: Ints, size: Ints, ranks: Ints):
+        filled = size.all(axis=1)
+        self.offset, self.size, self.ranks = offset[filled], size[filled], ranks[filled]
+        self._meeting: dict[Box, list[int]] = {}
+        self._rows: dict[int, dict[int, list[int]]] = {}
+
+    @cached_property
+    def boxes(self) -> list[Box]:
+        return [Box(tuple(a), tuple(n)) for a, n in zip(self.offset.tolist(), self.size.tolist(), strict=True)]
+
+    @cached_property
+    def numel(self) -> Ints:
+        """Of each block."""
+        return self.size.prod(axis=1, dtype=np.int64)
+
+    def rows_of(self, rank: int, replica: int) -> list[int]:
+        """The blocks that a rank holds in this column."""
+        if replica not in self._rows:
+            rows: defaultdict[int, list[int]] = defaultdict(list)
+            for row, holder in enumerate(self.ranks[:, replica].tolist()):
+                rows[holder].append(row)
+            self._rows[replica] = dict(rows)
+        return self._rows[replica].get(rank, [])
+
+    def rows_held_by(self, rank: int) -> list[int]:
+        """The blocks that a rank holds in any column."""
+        return np.flatnonzero((self.ranks == rank).any(axis=1)).tolist()
+
+    def meeting(self, box: Box) -> list[int]:
+        """The blocks that have elements in common with this one."""
+        if box not in self._meeting:
+            begin, size = np.array(box.offset, np.int64), np.array(box.size, np.int64)
+            hit = (self.offset < begin + size).all(axis=1) & (begin < self.offset + self.size).all(axis=1)
+            self._meeting[box] = np.flatnonzero(hit).tolist()
+        return self._meeting[box]
+
+    def raise_unless_whole(self, shape: Shape) -> None:
+        """Raises ValueError unless the blocks make up a tensor of this shape, each element once."""
+        whole = Box((0,) * len(shape), shape)
+        if any(box.meet(whole) != box for box in self.boxes):
+            raise ValueError("a piece lies outside")
+        if sum(box.numel for box in self.boxes) != prod(shape) or _overlap(self.boxes):
+            raise ValueError("its pieces do not make it up")
+
+
+class Layout:
+    """Tables are made once a shape."""
+
+    _tables: dict[Shape, Table]
+
+    def table(self, shape: Shape) -> Table:
+        if shape not in self._tables:
+            self._tables[shape] = self._made(shape)
+        return self._tables[shape]
+
+    def _made(self, shape: Shape) -> Table:
+        raise NotImplementedError
+
+    def told(self) -> dict[str, Any]:
+        """As JSON, for `layout_of`."""
+        raise NotImplementedError
+
+
+@dataclass(eq=False)
+class Grid(Layout):
+    """`shards`: pairs of a dimension of the mesh and the one of the tensor that is cut along it, in the order of the
+    cuts: each into pieces as large as the first, as `torch.chunk` does."""
+
+    mesh: Ints
+    shards: tuple[tuple[int, int], ...] = ()
+    _tables: dict[Shape, Table] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(cls, mesh: DeviceMesh, placements: Sequence[Placement]) -> Grid:
+        """Of a DTensor. FSDP cuts what tensor parallel has cut already, though its dimension of the mesh comes first:
+        torch calls that a strided shard."""
+        cuts = [(isinstance(placement, _StridedShard), axis) for axis, placement in enumerate(placements)]
+        dims = {axis: getattr(placement, "dim", None) for axis, placement in enumerate(placements)}
+        ordered = [(axis, dims[axis]) for _, axis in sorted(cuts)]
+        return cls(mesh.mesh.numpy().astype(np.int64), tuple((axis, dim) for axis, dim in ordered if dim is not None))
+
+    def _made(self, shape: Shape) -> Table:
+        offset = np.zeros((*self.mesh.shape, len(shape)), np.int64)
+        size = np.broadcast_to(np.array(shape, np.int64), offset.shape).copy()
+        for axis, dim in self.shards:
+            if dim >= len(shape):
+                raise ValueError("it is sharded in a dimension that it has not")
+            count, length = self.mesh.shape[axis], size[..., dim].copy()
+            chunk = -(-length // count)
+            at = np.arange(count).reshape([-1 if i == axis else 1 for i in range(self.mesh.ndim)])
+            start = np.minimum(at * chunk, length)
+            offset[..., dim] += start
+            size[..., dim] = np.minimum(chunk, length - start)
+        cut = [axis for axis, _ in self.shards]
+        order = [*cut, *(axis for axis in range(self.mesh.ndim) if axis not in cut)]
+        rows = prod(self.mesh.shape[axis] for axis in cut)
+
+        def by_row(values: Ints, dims: int) -> Ints:
+            """One row a piece, with a column a replica."""
+            values = values.transpose([*order, *range(self.mesh.ndim, values.ndim)])
+            return values.reshape(rows, self.mesh.size // rows, *([dims] if values.ndim > self.mesh.ndim else []))
+
+        return Table(by_row(offset, len(shape))[:, 0], by_row(size, len(shape))[:, 0], by_row(self.mesh, 0))
+
+    def told(self) -> dict[str, Any]:
+        return {"mesh": self.mesh.tolist(), "shards": self.shards}
+
+
+@dataclass(eq=False)
+class Even(Layout):
+    """Rank r of `world` holds the elements from r * n on, n at most, of the flattened tensor, where n is as small as it
+    can be. `ranks`: those of them that hold their share."""
+
+    world: int
+    ranks: list[int]
+    _tables: dict[Shape, Table] = field(default_factory=dict, repr=False)
+
+    @staticmethod
+    def span(shape: Shape, rank: int, world: int) -> tuple[int, int]:
+        """First element and how many."""
+        numel = prod(shape)
+        length = -(-numel // world)
+        return rank * length, min(length, max(0, numel - rank * length))
+
+    def _made(self, shape: Shape) -> Table:
+        rows = []
+        for rank in self.ranks:
+            start, count = self.span(shape, rank, self.world)
+            rows += [(rank, box) for box in stretch(shape, start, start + count)]
+        return _table(rows, len(shape))
+
+    def told(self) -> dict[str, Any]:
+        return {"even": self.world, "ranks": self.ranks}
+
+
+@dataclass(eq=False)
+class Boxes(Layout):
+    rows: list[tuple[int, Box]]  # which rank, which block
+    _tables: dict[Shape, Table] = field(default_factory=dict, repr=False)
+
+    def _made(self, shape: Shape) -> Table:
+        if any(len(box.offset) != len(shape) or len(box.size) != len(shape) for _, box in self.rows):
+            raise ValueError("a piece has other dimensions")
+        return _table(self.rows, len(shape))
+
+    def told(self) -> dict[str, Any]:
+        return {"boxes": [[rank, *box] for rank, box in self.rows]}
+
+
+def layout_of(told: Any) -> Layout:
+    """Raises ValueError or TypeError for what describes none."""
+    match told:
+        case {"mesh": mesh, "shards": shards}:
+            ranks = np.array(mesh)
+            if ranks.dtype != np.int64 or ranks.ndim == 0 or (ranks < 0).any() or len(np.unique(ranks)) != ranks.size:
+                raise ValueError("a mesh is of ranks, each once")
+            if not ranks.size or len({axis for axis, _ in shards}) != len(shards):
+                raise ValueError("a mesh is cut along each of its dimensions once")
+            if any(whole(axis) >= ranks.ndim for axis, _ in shards):
+                raise ValueError("a mesh has fewer dimensions")
+            return Grid(ranks, tuple((axis, whole(dim)) for axis, dim in shards))
+        case {"even": world, "ranks": list(ranks)}:
+            if len(set(ranks)) != len(ranks) or any(whole(rank) >= whole(world) for rank in ranks):
+                raise ValueError("shares are of ranks, each once")
+            return Even(world, ranks)
+        case {"boxes": list(rows)}:
+            return Boxes([(whole(rank), Box(wholes(offset), wholes(size))) for rank, offset, size in rows])
+    raise ValueError("a layout is a mesh, even or boxes")
+
+
+def whole(number: Any) -> int:
+    if type(number) is not int or not 0 <= number < LARGEST:
+        raise ValueError("sizes and offsets are whole numbers")
+    return number
+
+
+def wholes(numbers: Any) -> Shape:
+    return tuple(map(whole, numbers))
+
+
+def _table(rows: Sequence[tuple[int, Box]], dims: int) -> Table:
+    offset = np.array([box.offset for _, box in rows], np.int64).reshape(len(rows), dims)
+    size = np.array([box.size for _, box in rows], np.int64).reshape(len(rows), dims)
+    return Table(offset, size, np.array([[rank] for rank, _ in rows], np.int64).reshape(len(rows), 1))
+
+
+def _overlap(boxes: Sequence[Box]) -> bool:
+    """Whether an element is in two of them. Sorted by where they begin, only a few lie beside each other."""
+    beside: list[Box] = []
+    for box in sorted(boxes, key=lambda box: box.offset):
+        beside = [other for other in beside if not box.offset or other.offset[0] + other.size[0] > box.offset[0]]
+        if any(box.meet(other) for other in beside):
+            return True
+        beside.append(box)
+    return False
