@@ -113,7 +113,7 @@ class Single:
         company they are in. Times the number of ranks whose gradients will be averaged. Times the scale of fp16.
 
         A rank that abandons the step tells the others by a count that is not a number: the one message that all wait
-        for anyway. It makes every gradient such, so that every rank refuses the update.
+        for anyway. Every rank then refuses the update.
         """
         count = math.nan if abandoned else sum(self.objective.count(batch) for batch in micro_batches)
         counts = self.total(torch.full((), count, dtype=torch.float64, device=self.topology.device))
@@ -153,8 +153,9 @@ class Single:
         return Update(norm, skipped, bad & (not overflow))
 
     def judged(self, norm: Tensor, limit: Tensor | float) -> tuple[Tensor, Tensor]:
-        """Whether the norm is too large or no number, and whether there was no target at all."""
-        return (norm < limit).logical_not(), (self.targets == 0).to(norm.device)
+        """Whether the norm is too large or no number, and whether there was no target at all or the step was abandoned
+        (where all ranks did so, there is no gradient that could show it)."""
+        return (norm < limit).logical_not(), (self.targets > 0).logical_not().to(norm.device)
 
     @torch.no_grad()
     def eval_step(self, batch: Batch) -> Sums:
