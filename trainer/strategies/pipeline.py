@@ -24,6 +24,7 @@ from trainer.config.pipelines import SCHEDULES, micro_batches
 from trainer.errors import ConfigError
 from trainer.models import ModelFactory, without_values
 from trainer.objectives import Batch, Sums
+from trainer.strategies.filling import cut_back, rows_from, rows_of
 from trainer.strategies.fsdp import materialise, shard
 from trainer.strategies.layers import prepare
 from trainer.strategies.single import to_device, wide
@@ -95,6 +96,7 @@ class Pipeline(TensorParallel):
         if not self.parallel:
             return super().train_step(micro_batches)
         scale = self.scale_of(micro_batches)
+        self.buffers.remember()
         names = self.measured.tracked[0]
         sums = {name: torch.zeros((), dtype=torch.float64, device=self.topology.device) for name in names}
         for batch, most in zip(micro_batches, self._most_rows(micro_batches), strict=True):
@@ -117,25 +119,28 @@ class Pipeline(TensorParallel):
     def _most_rows(self, micro_batches: Sequence[Batch]) -> list[int]:
         """How many sequences each has where it has most. What was left out of a batch makes it shorter on one copy, but
         copies that gather parameters from each other must follow one order."""
-        rows = torch.tensor([_rows_of(batch) for batch in micro_batches])
+        rows = torch.tensor([rows_of(batch) for batch in micro_batches])
         if self.sharded:
             dist.all_reduce(rows, dist.ReduceOp.MAX, group=self.topology.control)
         return rows.tolist()
 
     def _pass(self, batch: Batch, most: int, scale: Tensor, sums: Sums) -> None:
         """Forward and backward of one of the loop's micro-batches, which is cut into the pipeline's."""
-        rows = _rows_of(batch)
+        rows, most = rows_of(batch), most or self.options.micro_batch
         count = micro_batches(self.config, self.topology.layout.stages, most)
         size = max(1, -(-most // count))
-        pieces = [to_device(_piece(batch, number * size, size), self.topology.device) for number in range(count)]
+        present = [min(size, max(0, rows - number * size)) for number in range(count)]
+        spare = self.spare() if rows < count * size else None
+        pieces = [
+            to_device(rows_from(batch, number * size, size, spare), self.topology.device) for number in range(count)
+        ]
         for stage in self.stages.values():
-            stage.batches = pieces
+            stage.batches, stage.present = pieces, present
 
         def loss(outputs: Tensor, number: Tensor) -> Tensor:
-            """Of the rows that are there: the last pieces may be filled up with empty ones."""
-            there = min(size, max(0, rows - int(number) * size))
-            piece = {name: value[:there] for name, value in pieces[int(number)].items()}
-            part = self.objective.loss(self.outputs(outputs)[:there], piece)
+            """Of the rows that are there: the last pieces may be filled up."""
+            there = present[int(number)]
+            part = self.objective.loss(self.outputs(outputs)[:there], cut_back(pieces[int(number)], there))
             fault_points.point("step.loss", [part["loss"]])
             self.add(sums, part)
             return part["loss"] * scale.to(wide(part["loss"]))
@@ -205,8 +210,9 @@ class Pipeline(TensorParallel):
         """One pass through the parts in their order; the batches of an evaluation follow each other in the pipeline."""
         if not self.parallel:
             return super().eval_step(batch)
-        rows, x, sums = _rows_of(batch), None, Sums()
-        filled = to_device(_piece(batch, 0, max(1, rows)), self.topology.device)
+        rows, x, sums = rows_of(batch), None, Sums()
+        spare = None if rows else self.spare()
+        filled = to_device(rows_from(batch, 0, rows or self.options.micro_batch, spare), self.topology.device)
         self.model.eval()
         for part in range(len(self.parts)):
             before, here = self.host(max(0, part - 1)), self.host(part)
@@ -218,15 +224,14 @@ class Pipeline(TensorParallel):
                 x = torch.empty_like(self._hidden(len(filled["draws"])), device=self.topology.device)
                 dist.recv(x, group=self.group, group_src=before)
             stage = self.stages[part]
-            stage.batches, stage.number = [filled], 0
+            stage.batches, stage.present, stage.number = [filled], [rows], 0
             x = stage(x) if part else stage()
             for module in stage.modules():
                 if isinstance(module, FSDPModule):
                     module.reshard()
         self.model.train()
         if len(self.parts) - 1 in self.stages:
-            there = {name: value[:rows] for name, value in filled.items()}
-            self.add(sums, self.objective.evaluate(self.outputs(x)[:rows], there))  # type: ignore[arg-type, index]
+            self.add(sums, self.objective.evaluate(self.outputs(x)[:rows], cut_back(filled, rows)))  # type: ignore[arg-type, index]
             return sums
         zero = torch.zeros((), dtype=torch.float64, device=self.topology.device)
         return dict.fromkeys(self.measured.tracked[1], zero)
@@ -258,20 +263,6 @@ class Pipeline(TensorParallel):
         first, last = ranks[self.host(0)].flatten().tolist(), ranks[self.host(len(self.parts) - 1)].flatten().tolist()
         groups = {pair: dist.new_group(list(pair)) for pair in zip(first, last, strict=True)}
         return next((group for pair, group in groups.items() if self.topology.rank in pair), None)
-
-
-def _rows_of(batch: Batch) -> int:
-    return len(next(iter(batch.values())))
-
-
-def _piece(batch: Batch, first: int, size: int) -> Batch:
-    """`size` rows of a batch from `first` on; what is not there is filled up with zeros."""
-    piece = {}
-    for name, value in batch.items():
-        part = value[first : first + size]
-        missing = value.new_zeros((size - len(part), *value.shape[1:]))
-        piece[name] = torch.cat([part, missing]) if len(missing) else part
-    return piece
 
 
 def _rows(example: Tensor, rows: int) -> Tensor:

@@ -22,7 +22,7 @@ from trainer.models import ModelFactory, without_values
 from trainer.objectives import Batch, Sums
 from trainer.strategies.base import OptimizerFactory, Update
 from trainer.strategies.layers import prepare
-from trainer.strategies.single import Single, to_device
+from trainer.strategies.single import Single
 from trainer.strategies.zero_engine import (
     cpu_optimizer,
     deepspeed_config,
@@ -103,9 +103,11 @@ class Zero(Single):
         return self.engine
 
     def loss_of(self, model: nn.Module, batch: Batch) -> Sums:
-        batch = to_device(batch, self.topology.device)
         with released_saved() if self.config.stage == 3 else nullcontext():
-            return self.objective.loss(model(batch), batch)
+            return super().loss_of(model, batch)
+
+    def casting(self) -> AbstractContextManager[object]:
+        return nullcontext()  # it is inside of the model, see `wrap`
 
     def sync(self, last: bool) -> AbstractContextManager[object]:
         self.engine.set_gradient_accumulation_boundary(last)
@@ -125,6 +127,7 @@ class Zero(Single):
         else:
             self.engine.zero_grad()
         bad, empty = self.judged(self.measured, limit)
+        self.buffers.settle(bad | empty)
         return Update(self.measured, bad | empty, bad)
 
     def accepts(self, norm: Tensor) -> bool:
