@@ -19,7 +19,7 @@ import torch
 
 from trainer.build import build_strategy, check_machine
 from trainer.checkpoint.format import Damaged, verify
-from trainer.checkpoint.load import Found, read
+from trainer.checkpoint.load import Found
 from trainer.checkpoint.retention import candidates, step_of
 from trainer.config import Config, schema
 from trainer.config.check import check
@@ -33,6 +33,7 @@ from trainer.given import open_given
 from trainer.inputs import DATASETS, Inputs, open_inputs, open_shards
 from trainer.objectives import Batch
 from trainer.resilience import quarantine
+from trainer.resilience.recovery import take_up
 from trainer.sampling import open_run
 from trainer.strategies.buffers import untouched
 from trainer.strategies.single import Single
@@ -310,11 +311,8 @@ def _strategy(config: Config, topology: Topology, inputs: Inputs, found: Found |
     strategy = build_strategy(config, topology, inputs, given.fill if given else None)
     assert isinstance(strategy, Single)
     if found:
-        state: dict[str, Any] = dict(strategy.state())
-        if found.manifest["config"]["optimizer"]["name"] != config.optimizer.name:  # another one began anew
-            state = {name: tensor for name, tensor in state.items() if not name.startswith("optimizer/")}
-        read(found, state)
-        strategy.load_state(state)
+        same = found.manifest["config"]["optimizer"]["name"] == config.optimizer.name
+        take_up(strategy, found, same_optimizer=same)
     return strategy
 
 

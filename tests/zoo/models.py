@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from trainer.config import Plugin
 
@@ -220,7 +221,7 @@ class LayerScale(Net):
 
 
 class Alternating(Net):
-    """A head that only batches which begin with an even number use: in a step maybe one process, or none."""
+    """A layer for sequences that begin with an even number: in a step maybe only one process uses it, or none."""
 
     head_parts = ("head", "extra")
 
@@ -229,6 +230,7 @@ class Alternating(Net):
         self.extra = nn.Linear(WIDTH, WIDTH)
 
     def project(self, x: Tensor, batch: Batch) -> Tensor:
-        if int(batch["inputs"][0, 0]) % 2 == 0:
-            x = x + self.extra(x)
+        even = batch["inputs"][:, :1, None] % 2 == 0
+        if isinstance(even, FakeTensor) or even.any():
+            x = x + torch.where(even, self.extra(x), 0.0)
         return self.head(x)

@@ -32,6 +32,7 @@ class DDP(Single):
             bucket_cap_mb=self.config.bucket_mb,
             gradient_as_bucket_view=self.config.bucket_view,
             static_graph=self.config.static_graph,
+            find_unused_parameters=self.config.find_unused_parameters,
             broadcast_buffers=False,  # they are settled behind each update
         )
         if self.precision.reduce != self.precision.param:

@@ -24,12 +24,14 @@ from trainer.config.pipelines import SCHEDULES, micro_batches
 from trainer.errors import ConfigError
 from trainer.models import ModelFactory, without_values
 from trainer.objectives import Batch, Sums
+from trainer.optim.groups import names
 from trainer.strategies.filling import cut_back, rows_from, rows_of
 from trainer.strategies.fsdp import materialise, shard
 from trainer.strategies.layers import prepare
 from trainer.strategies.single import to_device, wide
 from trainer.strategies.stages import Stage, balance, cut, hosts, measure
 from trainer.strategies.tensor import TensorParallel, local, spread_norm
+from trainer.strategies.used import Used, largest
 
 
 class Numbered(PipelineStage):
@@ -44,6 +46,7 @@ class Pipeline(TensorParallel):
     """`Single` on the parts of a model; alone, without a process group, it is `Single`."""
 
     config: schema.Pipeline
+    used: Used | None = None
 
     def build(self, model_factory: ModelFactory) -> nn.Module:
         if not self.parallel:
@@ -60,8 +63,10 @@ class Pipeline(TensorParallel):
         with without_values():
             model = model_factory.build()
             self.names = [(name, value.shape, value.dtype) for name, value in model.state_dict().items()]
+            self.trained = names(model)
             tied = cut(model, [block for part in mine for block in self.parts[part]], first, last)
         split_over = self.host(0) != self.host(len(self.parts) - 1)
+        tied = [name for name in tied if name in self.trained]
         self.tied = tied if split_over and (first or last) else []
         self.tells = last and self.mesh.get_local_rank("tensor") == 0
         prepare(model, self.options.activation_checkpointing, self.options.compile)
@@ -78,10 +83,23 @@ class Pipeline(TensorParallel):
                     "strategy.schedule=interleaved_zero_bubble"
                 )
             for stage in self.stages.values():
-                shard(stage, stage.blocks, self.copies, self.precision, reshard_after_forward=False)
+                shard(
+                    stage,
+                    stage.blocks,
+                    self.copies,
+                    self.precision,
+                    reshard_after_forward=False,
+                    find_unused=self.config.find_unused_parameters,
+                )
         materialise(model, device, device)
         model_factory.fill(model)
-        self.ends = self._group_of_ends() if tied and split_over else None
+        self.tied_somewhere = bool(tied and split_over)
+        self.ends = self._group_of_ends() if self.tied_somewhere else None
+        self.own = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        if self.sharded and self.config.find_unused_parameters:
+            self.used = Used(self.trained, model, device)
+            for stage in self.stages.values():
+                self.used.watch_groups(stage)
         self.schedules: dict[tuple[int, int], PipelineScheduleSingle | PipelineScheduleMulti] = {}
         return model
 
@@ -101,12 +119,27 @@ class Pipeline(TensorParallel):
         sums = {name: torch.zeros((), dtype=torch.float64, device=self.topology.device) for name in names}
         for batch, most in zip(micro_batches, self._most_rows(micro_batches), strict=True):
             self._pass(batch, most, scale, sums)
+        self._agree_on_gradients()
         gradients = dict(self._gradients())
         if self.topology.dp_size > 1 and not self.sharded:
             self._add_up(list(gradients.values()), self.copies.get_group())
         if self.ends is not None and self.tied:
-            self._add_up([gradients[name] for name in self.tied], self.ends)
+            self._add_up([gradients[name] for name in self.tied if name in gradients], self.ends)
         return sums
+
+    def _agree_on_gradients(self) -> None:
+        """What a replica, or the other end of the model, has a gradient of, this process has one of: maybe zero."""
+        if self.used:
+            for name in self.used.nowhere() & self.own.keys():
+                self.own[name].grad = None
+        elif not self.sharded and (self.topology.dp_size > 1 or self.tied_somewhere):
+            here = [name in self.own and self.own[name].grad is not None for name in self.trained]
+            anywhere = largest(here, self.topology.device)
+            if all(present or name not in self.own for present, name in zip(here, self.trained, strict=True)):
+                return  # the common case, in which the host need not wait for the others' answer
+            for name, used in zip(self.trained, anywhere.tolist(), strict=True):
+                if used and name in self.own and self.own[name].grad is None:
+                    self.own[name].grad = torch.zeros_like(self.own[name])
 
     def _gradients(self) -> Iterator[tuple[str, Tensor]]:
         """Of this process's parts, laid out as the parameters are: some come as parts of a sum."""
