@@ -86,6 +86,8 @@ def model_factory(
 
     def make() -> nn.Module:
         model = plugin(config, "model")(config.model, tokenizer.vocab_size, config.data.sequence_length)
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ConfigError(f"model={config.model.name}: all of its parameters are frozen, nothing would be trained")
         return model if config.precision.param == "fp32" else of_type(model, DTYPES[config.precision.param])
 
     return ModelFactory(make, config.run.seed, example, given)
@@ -121,7 +123,12 @@ def build_strategy(config: Config, topology: Topology, inputs: Inputs, given: Fi
         topology,
         precision,
         objective,
-        StepOptions(train.clip_norm, train.activation_checkpointing, train.compile),
+        StepOptions(
+            train.clip_norm,
+            train.activation_checkpointing,
+            train.compile,
+            train.micro_batch or train.global_batch // topology.dp_size,
+        ),
     )
     factory = model_factory(config, tokenizer, inputs.stream.share.example, given)
     if precision.compute == "fp8":

@@ -25,6 +25,11 @@ _KNOWN = (
         "a process did not come to what all do together within launch.timeout_s: it hangs, is much slower, or the "
         "network between them is gone; logs/hang-* tell where each was, `onecurve doctor` measures the network",
     ),
+    (
+        r"Expected to have finished reduction in the prior iteration",
+        "a parameter of the model had no gradient on some process: strategy.find_unused_parameters=true, or freeze "
+        "what is never used (requires_grad=False); TORCH_DISTRIBUTED_DEBUG=DETAIL names it",
+    ),
     (r"Address already in use", "another program has the port: start again, or choose another --master-port"),
     (r"ncclSystemError|NCCL.*(socket|network|IB)", "launch.interface and launch.nccl_debug=INFO: NCCL finds no way"),
     (r"NCCL", "look for the first NCCL warning in logs/, with launch.nccl_debug=INFO or NCCL_DEBUG=INFO"),

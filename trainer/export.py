@@ -67,10 +67,18 @@ class Weights:
 
         def make() -> Tensor:
             value = self._read(source, stored)
-            value = value / self._ema_weight(name, stored) if averaged else value
+            if averaged:
+                value = self._averaged(name, value, stored)
             return family.theirs(name, value).to(dtype).contiguous()
 
         return family.name(name), Later(dtype, tuple(family.theirs(name, held).shape), make)
+
+    def _averaged(self, name: str, average: Tensor, stored: dict[str, Stored]) -> Tensor:
+        """The average of a parameter; of one that no step has updated, what it is."""
+        source = f"{EMA_WEIGHT}{name}"
+        if not average.any() and source in stored and not self._read(source, stored):
+            return self._read(f"model/{name}", stored)
+        return average / self._ema_weight(name, stored)
 
     def _ema_weight(self, name: str, stored: dict[str, Stored]) -> Tensor:
         """What an average has of the weights so far: it began as 0."""

@@ -19,7 +19,7 @@ import torch
 
 from trainer.build import build_strategy, check_machine
 from trainer.checkpoint.format import Damaged, verify
-from trainer.checkpoint.load import Found, read
+from trainer.checkpoint.load import Found
 from trainer.checkpoint.retention import candidates, step_of
 from trainer.config import Config, schema
 from trainer.config.check import check
@@ -33,7 +33,9 @@ from trainer.given import open_given
 from trainer.inputs import DATASETS, Inputs, open_inputs, open_shards
 from trainer.objectives import Batch
 from trainer.resilience import quarantine
+from trainer.resilience.recovery import take_up
 from trainer.sampling import open_run
+from trainer.strategies.buffers import untouched
 from trainer.strategies.single import Single
 from trainer.topology import ALONE, Topology
 from trainer.tracking import jsonl
@@ -124,7 +126,7 @@ class Replay:
     def part(self, row: Batch, *, gradient: bool) -> Part:
         """What the row is in the step."""
         torch.manual_seed(int(row["draws"][0]))  # as the strategy's step does
-        with torch.set_grad_enabled(gradient):
+        with torch.set_grad_enabled(gradient), untouched(self.strategy.model):
             sums = self.strategy.loss_of(self.strategy.wrapped, row)
         norm, loss = None, float(sums["loss"].detach())
         if gradient:
@@ -148,7 +150,8 @@ class Replay:
         return self.tokenizer.decode(ids[: sum(piece.end_token - piece.first_token for piece in sample.pieces) or None])
 
     def _measured(self, micro_batches: Sequence[Batch]) -> Numbers:
-        sums = self.strategy.train_step(micro_batches)
+        with untouched(self.strategy.model):
+            sums = self.strategy.train_step(micro_batches)
         return Numbers(float(sums["loss"]) / max(1, int(sums["count"])), float(let_go(self.strategy)))
 
 
@@ -308,17 +311,15 @@ def _strategy(config: Config, topology: Topology, inputs: Inputs, found: Found |
     strategy = build_strategy(config, topology, inputs, given.fill if given else None)
     assert isinstance(strategy, Single)
     if found:
-        state: dict[str, Any] = dict(strategy.state())
-        if found.manifest["config"]["optimizer"]["name"] != config.optimizer.name:  # another one began anew
-            state = {name: tensor for name, tensor in state.items() if not name.startswith("optimizer/")}
-        read(found, state)
-        strategy.load_state(state)
+        same = found.manifest["config"]["optimizer"]["name"] == config.optimizer.name
+        take_up(strategy, found, same_optimizer=same)
     return strategy
 
 
 def _without_update(strategy: Single) -> torch.Tensor:
     """A step that the run left out; fp16's scale takes note of it."""
     norm = let_go(strategy)
+    strategy.buffers.put_back()
     strategy.scaler.accepts(norm, strategy.targets)
     return norm
 

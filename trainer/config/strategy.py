@@ -36,7 +36,17 @@ class Single(Strategy):
     pass
 
 
-class DDP(Strategy):
+class FindsUnused(Strategy):
+    """What strategies have in common that must agree on what was used."""
+
+    find_unused_parameters: bool = Field(
+        description="A step may use a parameter on one process and not on another, or on none, as models with branches "
+        "do. Costs a small exchange, which is waited for, in every step. Modules that hold sharded layers must be "
+        "called on every process all the same."
+    )
+
+
+class DDP(FindsUnused):
     bucket_mb: Count = Field(description="Size of a gradient bucket in MiB; one all-reduce each.")
     bucket_view: bool = Field(
         description="Gradients are views of the buckets that are sent: one copy of them less in memory."
@@ -66,7 +76,7 @@ class TensorParallel(Strategy):
         return Layout(tensor=self.tensor_parallel)
 
 
-class Sharded(Strategy):
+class Sharded(FindsUnused):
     """What FSDP has in common with and without copies."""
 
     reshard_after_forward: bool = Field(
@@ -104,7 +114,7 @@ class Zero(Strategy):
     bucket_mb: Count = Field(description="Size of DeepSpeed's communication buckets in MiB.")
 
 
-class Pipeline(TensorParallel):
+class Pipeline(FindsUnused, TensorParallel):
     stages: Count | None = Field(
         description="Processes that a copy of the model is spread over, each with a part of its layers; the more "
         "processes there are, the more copies. null: all processes hold one copy."

@@ -16,7 +16,9 @@ def step_unless(optimizer: torch.optim.Optimizer, refused: Tensor) -> None:
     device; for the others this waits to know.
     """
     fused: Any = optimizer
-    example = optimizer.param_groups[0]["params"][0]
+    example = next((parameter for group in optimizer.param_groups for parameter in group["params"]), None)
+    if example is None:  # a stage of a pipeline that is frozen
+        return
     hooks = optimizer._optimizer_step_post_hooks  # an average of weights would count a step that was not done
     if hooks or not optimizer.defaults.get("fused") or example.device.type != refused.device.type:
         if not bool(refused):

@@ -24,17 +24,19 @@ def kind(model: nn.Module, name: str) -> str:
 def by_decay(
     model: nn.Module, names: Iterable[str], weight_decay: float, no_decay: Iterable[str]
 ) -> list[dict[str, Any]]:
-    """Parameter groups of these parameters, in this order: with and without decay; none that is empty."""
+    """Parameter groups of these parameters, in this order: with and without decay; none that is empty, unless both are:
+    a stage of a pipeline may have nothing that is trained."""
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name in names:
         groups[kind(model, name) not in no_decay].append(model.get_parameter(name))
-    return [
+    made = [
         {"params": parameters, "weight_decay": weight_decay if decayed else 0.0}
         for decayed, parameters in groups.items()
         if parameters
     ]
+    return made or [{"params": [], "weight_decay": 0.0}]
 
 
 def names(model: nn.Module) -> list[str]:
-    """Of all parameters, tied ones once."""
-    return [name for name, _ in model.named_parameters()]
+    """The names of all parameters that are trained, tied ones once. A frozen one is in no optimizer."""
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]

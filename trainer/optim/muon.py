@@ -99,7 +99,7 @@ def muon(config: schema.Muon, model: nn.Module) -> torch.optim.Optimizer:
         groups = by_decay(model, hidden, config.weight_decay, config.no_decay)
         dtype = _DTYPES[config.newton_schulz_dtype]
         parts.append(Muon(groups, config.lr, config.momentum, steps=config.newton_schulz_steps, dtype=dtype))
-    if rest:
+    if rest or not hidden:
         groups = by_decay(model, rest, config.weight_decay, config.no_decay)
         parts.append(torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True))
     return Together(parts)

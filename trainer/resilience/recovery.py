@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from trainer.checkpoint.load import Found, read
+from trainer.checkpoint.load import OPTIONAL, Found, read
+from trainer.checkpoint.pieces import values
 from trainer.data.stream import StepData
 from trainer.errors import TrainingError
 from trainer.resilience.guard import Rollback
+from trainer.strategies.base import Strategy
+
+OPTIMIZER = "optimizer/"
+NAMED = 20  # parameters in an event
 
 if TYPE_CHECKING:
     from trainer.loop import Job
@@ -15,13 +21,40 @@ if TYPE_CHECKING:
 
 def restore(job: Job, found: Found) -> None:
     """Fills the strategy with what a checkpoint holds."""
-    state = dict(job.strategy.state())
-    if found.manifest["config"]["optimizer"]["name"] != job.config.optimizer.name:  # another one begins anew
-        state = {name: tensor for name, tensor in state.items() if not name.startswith("optimizer/")}
-    read(found, state)
-    job.strategy.load_state(state)
+    same = found.manifest["config"]["optimizer"]["name"] == job.config.optimizer.name
+    reset = take_up(job.strategy, found, same_optimizer=same)
+    names = sorted({name for others in job.topology.gather(reset if same else []) for name in others})
+    if names:
+        job.journal.event(kind="optimizer_state_reset", count=len(names), parameters=names[:NAMED])
     job.guard.load_state(found.manifest.get("guard", {}))
     job.saver.goes_on_from(found.manifest["step"])
+
+
+def take_up(strategy: Strategy, found: Found, *, same_optimizer: bool) -> list[str]:
+    """Fills a strategy. State that another optimizer kept is of no use: that of parameters of which the checkpoint has
+    other kinds than are kept now (`optimizer.adamw_modules` was changed, or all of it) begins anew. Returns their
+    names."""
+    state = dict(strategy.state())
+    now, then = _kinds(state), _kinds(found.index)
+    reset = [name for name, kinds in now.items() if not same_optimizer or kinds != then.get(name)]
+    anew = {path for path in state if path.startswith(OPTIMIZER) and path.split("/", 2)[2] in set(reset)}
+    for path in anew:
+        values(state[path]).zero_()
+    read(found, {path: tensor for path, tensor in state.items() if path not in anew})
+    strategy.load_state(state)
+    return reset
+
+
+def _kinds(paths: Iterable[str]) -> dict[str, set[str]]:
+    """What an optimizer keeps of each parameter, besides what may be switched on and off."""
+    kinds: dict[str, set[str]] = {}
+    for path in paths:
+        if path.startswith(OPTIMIZER):
+            _, kind, name = path.split("/", 2)
+            of_parameter = kinds.setdefault(name, set())
+            if not path.startswith(OPTIONAL):
+                of_parameter.add(kind)
+    return kinds
 
 
 def judge(job: Job, rows: list[dict[str, Any]], bad: list[bool], steps: list[StepData]) -> None:

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from trainer.config import strategy as schema
 from trainer.objectives import Batch, Sums
+from trainer.strategies.buffers import untouched
 from trainer.strategies.single import Single
 
 
@@ -31,6 +32,8 @@ class DDP(Single):
             bucket_cap_mb=self.config.bucket_mb,
             gradient_as_bucket_view=self.config.bucket_view,
             static_graph=self.config.static_graph,
+            find_unused_parameters=self.config.find_unused_parameters,
+            broadcast_buffers=False,  # they are settled behind each update
         )
         if self.precision.reduce != self.precision.param:
             # (A function of its own, because DDP refuses annotations that are text.)
@@ -49,12 +52,15 @@ class DDP(Single):
         """Two throw-away backward passes, in every life of a run.
 
         DDP rebuilds its buckets after the first backward. From 3 ranks on this changes the order of the sums, so a
-        resumed run would differ from the uninterrupted one in the last bits.
+        resumed run would differ from the uninterrupted one in the last bits. With a whole micro-batch, as the compiler
+        takes a second size for a sign that all sizes vary. Nothing else is left behind: buffers, generators.
         """
-        first = {name: tensor[:1] for name, tensor in batch.items()}
-        for _ in range(2):
-            self.loss_of(self.wrapped, first)["loss"].backward()
-            self.optimizer.zero_grad(set_to_none=True)
+        devices = [self.topology.device] if self.topology.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            for _ in range(2):
+                with untouched(self.model):
+                    self.loss_of(self.wrapped, batch)["loss"].backward()
+                self.optimizer.zero_grad(set_to_none=True)
         self.settled = True
 
 

@@ -6,6 +6,7 @@ et al. 2020, "ZeRO"; Zhao et al. 2023, "PyTorch FSDP").
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -16,9 +17,12 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 
 from trainer.config import strategy as schema
 from trainer.models import ModelFactory, without_values
+from trainer.optim.groups import names
 from trainer.precision import Precision
+from trainer.strategies.base import Update
 from trainer.strategies.layers import prepare
 from trainer.strategies.tensor import TensorParallel
+from trainer.strategies.used import Used
 
 
 class FSDP(TensorParallel):
@@ -28,6 +32,7 @@ class FSDP(TensorParallel):
     """
 
     config: schema.Sharded
+    used: Used | None = None
     casts_kept = False  # a layer's weights are let go of behind it: so are copies of them
 
     def build(self, model_factory: ModelFactory) -> nn.Module:
@@ -46,12 +51,25 @@ class FSDP(TensorParallel):
             reshard_after_forward=self.config.reshard_after_forward,
             gather=self.config.gather,
             cpu_offload=self.config.cpu_offload,
+            find_unused=self.config.find_unused_parameters,
         )
         device = self.topology.device
         materialise(model, torch.device("cpu") if self.config.cpu_offload else device, device)
         model_factory.fill(model)
         self.averaged_over = 1  # gradients are summed
         return model
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        if self.parallel and self.config.find_unused_parameters:
+            self.used = Used(names(model), model, self.topology.device)
+            self.used.watch_groups(model)
+        return super().wrap(model)
+
+    def update(self, lr: float, limit: Tensor | float = math.inf) -> Update:
+        if self.used:  # what no process has used was filled up with zeros, too
+            for name in self.used.nowhere():
+                self.model.get_parameter(name).grad = None
+        return super().update(lr, limit)
 
     def copies(self, mesh: DeviceMesh) -> DeviceMesh:
         """The processes that the model is sharded over: all in a row."""
@@ -84,6 +102,7 @@ def shard(
     reshard_after_forward: bool,
     gather: str = "param",
     cpu_offload: bool = False,
+    find_unused: bool = False,
 ) -> None:
     """Shards each layer, then what is outside of layers with the module itself.
 
@@ -106,6 +125,7 @@ def shard(
         if isinstance(part, FSDPModule):  # a sum: counts differ between ranks, so no mean of means is right
             part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)
+            part.set_reduce_scatter_unused_params(find_unused)
 
 
 @torch.no_grad()

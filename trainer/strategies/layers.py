@@ -5,7 +5,8 @@ In this order, so that the compiler sees the recomputation. All act in place: pa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -13,6 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from trainer.strategies.buffers import copies, untouched
+
+Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
 
 _EXPENSIVE = {
     torch.ops.aten.mm.default,
@@ -33,7 +38,8 @@ def prepare(model: nn.Module, activation_checkpointing: str, compile: bool) -> N
         torch._dynamo.config.allow_unspec_int_on_nn_module = True
     for layer in getattr(model, "blocks", [model]):
         if activation_checkpointing != "none":
-            layer.forward = _recompute(layer.forward, activation_checkpointing == "selective")
+            observed = None if compile else layer  # compiled, the recomputation is pure already
+            layer.forward = _recompute(layer.forward, activation_checkpointing == "selective", observed)
         if compile:
             layer.compile()
 
@@ -57,12 +63,33 @@ def _fits(linear: nn.Linear, _name: str) -> bool:
     return all(size % 16 == 0 for size in (linear.in_features, linear.out_features))
 
 
-def _recompute(forward: Callable[..., Any], selective: bool) -> Callable[..., Any]:
-    """`forward` with its activations recomputed in the backward pass; selective keeps the expensive products."""
+def _recompute(forward: Callable[..., Any], selective: bool, layer: nn.Module | None) -> Callable[..., Any]:
+    """`forward` with its activations recomputed in the backward pass; selective keeps the expensive products.
+
+    `layer`, if it has buffers, is recomputed with the values they had, and they are changed once.
+    """
     keywords: dict[str, Any] = {"use_reentrant": False}
     if selective:
         keywords["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_expensive)
+    if layer is not None and any(True for _ in layer.buffers()):
+        keywords["context_fn"] = partial(_of_same_buffers, layer, keywords.get("context_fn", _no_contexts))
     return partial(checkpoint, forward, **keywords)
+
+
+def _of_same_buffers(layer: nn.Module, inner: Callable[[], Contexts]) -> Contexts:
+    """`inner`'s contexts of a forward pass that begins now, and of its recomputation."""
+    (first, again), then = inner(), copies(layer)
+
+    @contextmanager
+    def recomputed() -> Iterator[None]:
+        with again, untouched(layer, then):
+            yield
+
+    return first, recomputed()
+
+
+def _no_contexts() -> Contexts:
+    return nullcontext(), nullcontext()
 
 
 def _keep_expensive(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:

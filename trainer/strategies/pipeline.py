@@ -24,11 +24,14 @@ from trainer.config.pipelines import SCHEDULES, micro_batches
 from trainer.errors import ConfigError
 from trainer.models import ModelFactory, without_values
 from trainer.objectives import Batch, Sums
+from trainer.optim.groups import names
+from trainer.strategies.filling import cut_back, rows_from, rows_of
 from trainer.strategies.fsdp import materialise, shard
 from trainer.strategies.layers import prepare
 from trainer.strategies.single import to_device, wide
 from trainer.strategies.stages import Stage, balance, cut, hosts, measure
 from trainer.strategies.tensor import TensorParallel, local, spread_norm
+from trainer.strategies.used import Used, largest
 
 
 class Numbered(PipelineStage):
@@ -43,6 +46,7 @@ class Pipeline(TensorParallel):
     """`Single` on the parts of a model; alone, without a process group, it is `Single`."""
 
     config: schema.Pipeline
+    used: Used | None = None
 
     def build(self, model_factory: ModelFactory) -> nn.Module:
         if not self.parallel:
@@ -59,8 +63,10 @@ class Pipeline(TensorParallel):
         with without_values():
             model = model_factory.build()
             self.names = [(name, value.shape, value.dtype) for name, value in model.state_dict().items()]
+            self.trained = names(model)
             tied = cut(model, [block for part in mine for block in self.parts[part]], first, last)
         split_over = self.host(0) != self.host(len(self.parts) - 1)
+        tied = [name for name in tied if name in self.trained]
         self.tied = tied if split_over and (first or last) else []
         self.tells = last and self.mesh.get_local_rank("tensor") == 0
         prepare(model, self.options.activation_checkpointing, self.options.compile)
@@ -77,10 +83,23 @@ class Pipeline(TensorParallel):
                     "strategy.schedule=interleaved_zero_bubble"
                 )
             for stage in self.stages.values():
-                shard(stage, stage.blocks, self.copies, self.precision, reshard_after_forward=False)
+                shard(
+                    stage,
+                    stage.blocks,
+                    self.copies,
+                    self.precision,
+                    reshard_after_forward=False,
+                    find_unused=self.config.find_unused_parameters,
+                )
         materialise(model, device, device)
         model_factory.fill(model)
-        self.ends = self._group_of_ends() if tied and split_over else None
+        self.tied_somewhere = bool(tied and split_over)
+        self.ends = self._group_of_ends() if self.tied_somewhere else None
+        self.own = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        if self.sharded and self.config.find_unused_parameters:
+            self.used = Used(self.trained, model, device)
+            for stage in self.stages.values():
+                self.used.watch_groups(stage)
         self.schedules: dict[tuple[int, int], PipelineScheduleSingle | PipelineScheduleMulti] = {}
         return model
 
@@ -95,16 +114,32 @@ class Pipeline(TensorParallel):
         if not self.parallel:
             return super().train_step(micro_batches, abandoned)
         scale = self.scale_of(micro_batches, abandoned)
+        self.buffers.remember()
         names = self.measured.tracked[0]
         sums = {name: torch.zeros((), dtype=torch.float64, device=self.topology.device) for name in names}
         for batch, most in zip(micro_batches, self._most_rows(micro_batches), strict=True):
             self._pass(batch, most, scale, sums)
+        self._agree_on_gradients()
         gradients = dict(self._gradients())
         if self.topology.dp_size > 1 and not self.sharded:
             self._add_up(list(gradients.values()), self.copies.get_group())
         if self.ends is not None and self.tied:
-            self._add_up([gradients[name] for name in self.tied], self.ends)
+            self._add_up([gradients[name] for name in self.tied if name in gradients], self.ends)
         return sums
+
+    def _agree_on_gradients(self) -> None:
+        """What a replica, or the other end of the model, has a gradient of, this process has one of: maybe zero."""
+        if self.used:
+            for name in self.used.nowhere() & self.own.keys():
+                self.own[name].grad = None
+        elif not self.sharded and (self.topology.dp_size > 1 or self.tied_somewhere):
+            here = [name in self.own and self.own[name].grad is not None for name in self.trained]
+            anywhere = largest(here, self.topology.device)
+            if all(present or name not in self.own for present, name in zip(here, self.trained, strict=True)):
+                return  # the common case, in which the host need not wait for the others' answer
+            for name, used in zip(self.trained, anywhere.tolist(), strict=True):
+                if used and name in self.own and self.own[name].grad is None:
+                    self.own[name].grad = torch.zeros_like(self.own[name])
 
     def _gradients(self) -> Iterator[tuple[str, Tensor]]:
         """Of this process's parts, laid out as the parameters are: some come as parts of a sum."""
@@ -117,25 +152,28 @@ class Pipeline(TensorParallel):
     def _most_rows(self, micro_batches: Sequence[Batch]) -> list[int]:
         """How many sequences each has where it has most. What was left out of a batch makes it shorter on one copy, but
         copies that gather parameters from each other must follow one order."""
-        rows = torch.tensor([_rows_of(batch) for batch in micro_batches])
+        rows = torch.tensor([rows_of(batch) for batch in micro_batches])
         if self.sharded:
             dist.all_reduce(rows, dist.ReduceOp.MAX, group=self.topology.control)
         return rows.tolist()
 
     def _pass(self, batch: Batch, most: int, scale: Tensor, sums: Sums) -> None:
         """Forward and backward of one of the loop's micro-batches, which is cut into the pipeline's."""
-        rows = _rows_of(batch)
+        rows, most = rows_of(batch), most or self.options.micro_batch
         count = micro_batches(self.config, self.topology.layout.stages, most)
         size = max(1, -(-most // count))
-        pieces = [to_device(_piece(batch, number * size, size), self.topology.device) for number in range(count)]
+        present = [min(size, max(0, rows - number * size)) for number in range(count)]
+        spare = self.spare() if rows < count * size else None
+        pieces = [
+            to_device(rows_from(batch, number * size, size, spare), self.topology.device) for number in range(count)
+        ]
         for stage in self.stages.values():
-            stage.batches = pieces
+            stage.batches, stage.present = pieces, present
 
         def loss(outputs: Tensor, number: Tensor) -> Tensor:
-            """Of the rows that are there: the last pieces may be filled up with empty ones."""
-            there = min(size, max(0, rows - int(number) * size))
-            piece = {name: value[:there] for name, value in pieces[int(number)].items()}
-            part = self.objective.loss(self.outputs(outputs)[:there], piece)
+            """Of the rows that are there: the last pieces may be filled up."""
+            there = present[int(number)]
+            part = self.objective.loss(self.outputs(outputs)[:there], cut_back(pieces[int(number)], there))
             fault_points.point("step.loss", [part["loss"]])
             self.add(sums, part)
             return part["loss"] * scale.to(wide(part["loss"]))
@@ -205,8 +243,9 @@ class Pipeline(TensorParallel):
         """One pass through the parts in their order; the batches of an evaluation follow each other in the pipeline."""
         if not self.parallel:
             return super().eval_step(batch)
-        rows, x, sums = _rows_of(batch), None, Sums()
-        filled = to_device(_piece(batch, 0, max(1, rows)), self.topology.device)
+        rows, x, sums = rows_of(batch), None, Sums()
+        spare = None if rows else self.spare()
+        filled = to_device(rows_from(batch, 0, rows or self.options.micro_batch, spare), self.topology.device)
         self.model.eval()
         for part in range(len(self.parts)):
             before, here = self.host(max(0, part - 1)), self.host(part)
@@ -218,15 +257,14 @@ class Pipeline(TensorParallel):
                 x = torch.empty_like(self._hidden(len(filled["draws"])), device=self.topology.device)
                 dist.recv(x, group=self.group, group_src=before)
             stage = self.stages[part]
-            stage.batches, stage.number = [filled], 0
+            stage.batches, stage.present, stage.number = [filled], [rows], 0
             x = stage(x) if part else stage()
             for module in stage.modules():
                 if isinstance(module, FSDPModule):
                     module.reshard()
         self.model.train()
         if len(self.parts) - 1 in self.stages:
-            there = {name: value[:rows] for name, value in filled.items()}
-            self.add(sums, self.objective.evaluate(self.outputs(x)[:rows], there))  # type: ignore[arg-type, index]
+            self.add(sums, self.objective.evaluate(self.outputs(x)[:rows], cut_back(filled, rows)))  # type: ignore[arg-type, index]
             return sums
         zero = torch.zeros((), dtype=torch.float64, device=self.topology.device)
         return dict.fromkeys(self.measured.tracked[1], zero)
@@ -258,20 +296,6 @@ class Pipeline(TensorParallel):
         first, last = ranks[self.host(0)].flatten().tolist(), ranks[self.host(len(self.parts) - 1)].flatten().tolist()
         groups = {pair: dist.new_group(list(pair)) for pair in zip(first, last, strict=True)}
         return next((group for pair, group in groups.items() if self.topology.rank in pair), None)
-
-
-def _rows_of(batch: Batch) -> int:
-    return len(next(iter(batch.values())))
-
-
-def _piece(batch: Batch, first: int, size: int) -> Batch:
-    """`size` rows of a batch from `first` on; what is not there is filled up with zeros."""
-    piece = {}
-    for name, value in batch.items():
-        part = value[first : first + size]
-        missing = value.new_zeros((size - len(part), *value.shape[1:]))
-        piece[name] = torch.cat([part, missing]) if len(missing) else part
-    return piece
 
 
 def _rows(example: Tensor, rows: int) -> Tensor:

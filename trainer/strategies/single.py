@@ -20,6 +20,8 @@ from trainer.objectives import Batch, Objective, Sums
 from trainer.optim.conditional import step_unless
 from trainer.precision import Precision
 from trainer.strategies.base import OptimizerFactory, Update
+from trainer.strategies.buffers import Buffers, untouched
+from trainer.strategies.filling import cut_back, rows_from, rows_of
 from trainer.strategies.layers import prepare
 from trainer.strategies.timer import ForwardTimer
 from trainer.topology import Topology
@@ -32,11 +34,13 @@ class StepOptions:
     clip_norm: float
     activation_checkpointing: str
     compile: bool
+    micro_batch: int = 1  # sequences of a forward pass, where none are missing
 
 
 class Single:
     config: schema.Plugin
     targets: Tensor  # of the step, over all processes
+    materialised = False  # the optimizer's state, of every parameter
     casts_kept = True  # by autocast, of weights, until the forward pass is over
 
     def __init__(
@@ -55,9 +59,13 @@ class Single:
         self.tells = topology.speaks  # of all ranks that train on the same sequences, one's sums count
 
     def setup(self, model_factory: ModelFactory, optimizer_factory: OptimizerFactory) -> None:
+        self.example = model_factory.example
         self.model = self.build(model_factory)
         self.optimizer = optimizer_factory(self.model)
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        layout = self.topology.layout
+        replicas = self.topology.mesh()["data"].get_group() if layout.processes > 1 else None
+        self.buffers = Buffers(self.model, self.topology.dp_size, replicas)
         self.wrapped = self.wrap(self.model)
 
     def build(self, model_factory: ModelFactory) -> nn.Module:
@@ -90,11 +98,14 @@ class Single:
 
     def norm(self, gradients: Sequence[Tensor]) -> Tensor:
         """The global norm of the gradients of the whole model, of which these are here; fp32 of gradients in bf16."""
+        if not gradients:
+            return torch.zeros((), device=self.topology.device)
         norms = torch._foreach_norm(list(gradients), 2, wide(gradients[0]))
         return self.whole(torch.linalg.vector_norm(torch.stack(norms)))
 
     def train_step(self, micro_batches: Sequence[Batch], abandoned: bool = False) -> Sums:
         scale, sums = self.scale_of(micro_batches, abandoned), Sums()
+        self.buffers.remember()
         for number, batch in enumerate(micro_batches, 1):
             # For models that draw from torch's generator: the same draws in every life of the run.
             torch.manual_seed(int(batch["draws"][0]) if len(batch["draws"]) else 0)
@@ -128,10 +139,30 @@ class Single:
             sums[name] = sums[name] + value if name in sums else value
 
     def loss_of(self, model: nn.Module, batch: Batch) -> Sums:
-        batch = to_device(batch, self.topology.device)
-        with self.precision.autocast(cache=self.casts_kept):
-            outputs = model(batch)
-        return self.objective.loss(self.outputs(outputs), batch)
+        return self.objective.loss(*self.computed(model, batch))
+
+    def computed(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Batch]:
+        """What the objective is given: the model's outputs and the batch, both on the device.
+
+        A batch without a row is filled up to a whole micro-batch (batch norm refuses a single row), and its outputs are
+        cut back to none; the model's buffers hear nothing of it.
+        """
+        device = self.topology.device
+        if rows_of(batch):
+            batch = to_device(batch, device)
+            with self.casting():
+                return self.outputs(model(batch)), batch
+        filled = to_device(rows_from(batch, 0, self.options.micro_batch, self.spare()), device)
+        with self.casting(), untouched(self.model):
+            return self.outputs(model(filled))[:0], cut_back(filled, 0)
+
+    def spare(self) -> Batch | None:
+        """A row that a batch can be filled up with."""
+        return self.example() if self.example else None
+
+    def casting(self) -> AbstractContextManager[object]:
+        """Around a forward pass: matrix products in the type that precision asks for."""
+        return self.precision.autocast(cache=self.casts_kept)
 
     def outputs(self, outputs: Tensor) -> Tensor:
         """What the objective is given of what the model gives."""
@@ -150,6 +181,7 @@ class Single:
         skipped = bad | empty | overflow
         step_unless(self.optimizer, skipped)
         self.optimizer.zero_grad(set_to_none=True)
+        self.buffers.settle(skipped)
         return Update(norm, skipped, bad & (not overflow))
 
     def judged(self, norm: Tensor, limit: Tensor | float) -> tuple[Tensor, Tensor]:
@@ -160,12 +192,10 @@ class Single:
     @torch.no_grad()
     def eval_step(self, batch: Batch) -> Sums:
         self.model.eval()
-        batch = to_device(batch, self.topology.device)
-        with self.precision.autocast(cache=self.casts_kept):
-            outputs = self.model(batch)
+        outputs, batch = self.computed(self.model, batch)
         self.model.train()
         sums = Sums()
-        self.add(sums, self.objective.evaluate(self.outputs(outputs), batch))
+        self.add(sums, self.objective.evaluate(outputs, batch))
         return sums
 
     def reduce(self, sums: Mapping[str, Tensor]) -> dict[str, list[float]]:
@@ -181,7 +211,7 @@ class Single:
         self._materialise()
         state = {f"model/{name}": tensor.detach() for name, tensor in self.model.state_dict().items()}
         for name, parameter in self.model.named_parameters():
-            for kind, value in self.optimizer.state[parameter].items():
+            for kind, value in self.optimizer.state.get(parameter, {}).items():
                 state[f"optimizer/{kind}/{name}"] = value
         return state | self.scaler.state()
 
@@ -201,23 +231,28 @@ class Single:
         del self.wrapped
 
     def _materialise(self) -> None:
-        """Makes the optimizer's state, which torch creates only at the first step, so that it can be read into.
+        """Makes the optimizer's state of every parameter that is trained, so that it can be read into, and is the same
+        in every attempt. torch creates it only with a parameter's first gradient.
 
         A step of no length does it for any optimizer; then the state is what it is before a first step, zero.
         """
-        if self.optimizer.state:
+        if self.materialised:
+            return
+        self.materialised = True
+        new = [parameter for parameter in self.parameters if not self.optimizer.state.get(parameter)]
+        if not new:
             return
         rates = [group["lr"] for group in self.optimizer.param_groups]
         for group in self.optimizer.param_groups:
             group["lr"] = 0.0
-        for parameter in self.parameters:
+        for parameter in new:
             parameter.grad = torch.zeros_like(parameter)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
-        for values in self.optimizer.state.values():
-            for value in values.values():
+        for parameter in new:
+            for value in self.optimizer.state[parameter].values():
                 value.copy_(torch.zeros_like(plain(value)))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import cast
@@ -19,6 +19,7 @@ from trainer.config.strategy import Pipeline
 from trainer.errors import ConfigError
 from trainer.models import Cuttable, ModelFactory
 from trainer.objectives import Batch, Objective
+from trainer.strategies.buffers import untouched
 
 # Attention on a CPU, which torch's counter does not know.
 _ATTENTION = {
@@ -188,7 +189,8 @@ class Stage(nn.Module):
     """A part of a model: its blocks of that range, and the ends if it has them.
 
     Called with what the part before it gave, it computes micro-batch `number` of `batches`, which every process of the
-    pipeline has. Its modules are those of the model, whose names are the ones that count.
+    pipeline has. `present`: how many rows of each are not only there to fill it up. Its modules are those of the model,
+    whose names are the ones that count.
     """
 
     def __init__(
@@ -208,12 +210,13 @@ class Stage(nn.Module):
         ends += modules_of(model, whole.head_parts) if heads else []
         self.ends = nn.ModuleList(dict.fromkeys(ends))
         self.batches: Sequence[Batch] = []
+        self.present: Sequence[int] = []
         self.number = 0
 
     def forward(self, x: Tensor | None = None) -> Tensor:
         """The first part is given no `x`."""
         model, batch = cast(Cuttable, self.model[0]), self.batches[self.number]
-        with self.autocast():
+        with self.autocast(), nullcontext() if self.present[self.number] else untouched(self.model[0]):
             if self.embeds:
                 x = model.embed(batch)
             assert x is not None

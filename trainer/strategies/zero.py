@@ -7,7 +7,7 @@ Its engine reduces, clips and steps. Everything else is ours: the loss's scale, 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -20,9 +20,11 @@ from trainer.checkpoint.pieces import Fragment, values
 from trainer.config import strategy as schema
 from trainer.models import ModelFactory, without_values
 from trainer.objectives import Batch, Sums
+from trainer.optim.groups import names
 from trainer.strategies.base import OptimizerFactory, Update
 from trainer.strategies.layers import prepare
-from trainer.strategies.single import Single, to_device
+from trainer.strategies.single import Single
+from trainer.strategies.used import Used
 from trainer.strategies.zero_engine import (
     cpu_optimizer,
     deepspeed_config,
@@ -32,6 +34,7 @@ from trainer.strategies.zero_engine import (
     piece,
     released_saved,
 )
+from trainer.strategies.zero_unused import Unused, put_back_after_steps
 
 
 class Zero(Single):
@@ -39,6 +42,7 @@ class Zero(Single):
 
     config: schema.Zero
     own_group = False
+    unused: Sequence[Unused] = ()  # in this step
     measured: Tensor  # the gradient norm of the step
     limit: Tensor | float
 
@@ -100,12 +104,18 @@ class Zero(Single):
             judge_norm(self.engine, self.config.stage, self.accepts)
         self.flat = flat_tensors(self.engine, self.parameters)
         self.optimizer = self.engine.optimizer.optimizer if self.config.stage else self.engine.optimizer
+        self.used = Used(names(model), model, self.topology.device)
+        self.used.watch()
+        if self.config.stage:
+            put_back_after_steps(self.optimizer, lambda: self.unused)
         return self.engine
 
     def loss_of(self, model: nn.Module, batch: Batch) -> Sums:
-        batch = to_device(batch, self.topology.device)
         with released_saved() if self.config.stage == 3 else nullcontext():
-            return self.objective.loss(model(batch), batch)
+            return super().loss_of(model, batch)
+
+    def casting(self) -> AbstractContextManager[object]:
+        return nullcontext()  # it is inside of the model, see `wrap`
 
     def sync(self, last: bool) -> AbstractContextManager[object]:
         self.engine.set_gradient_accumulation_boundary(last)
@@ -118,6 +128,11 @@ class Zero(Single):
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.limit = limit
+        nowhere = [self.model.get_parameter(name) for name in self.used.nowhere()]
+        self.unused = [Unused.of(self.engine, self.optimizer, self.flat[parameter], parameter) for parameter in nowhere]
+        if self.config.stage == 0:
+            for parameter in nowhere:
+                parameter.grad = None
         if self.config.stage:
             self.engine.step()  # asks `accepts`
         elif self.accepts(self.norm([parameter.grad for parameter in self.parameters if parameter.grad is not None])):
@@ -125,6 +140,7 @@ class Zero(Single):
         else:
             self.engine.zero_grad()
         bad, empty = self.judged(self.measured, limit)
+        self.buffers.settle(bad | empty)
         return Update(self.measured, bad | empty, bad)
 
     def accepts(self, norm: Tensor) -> bool:
@@ -147,15 +163,16 @@ class Zero(Single):
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor | Fragment]) -> None:
-        own = self.state()
+        own, counts = self.state(), dict[tuple[int, str], float]()
         for path, given in state.items():
             values(own[path]).copy_(values(given))
             what, _, name = path.partition("/")
             kind, _, name = name.partition("/")
             if what == "optimizer":
                 its = self._optimizer_state(self.model.get_parameter(name))
-                if not isinstance(its[kind], Tensor):  # of a count of steps `own` is a copy
-                    its[kind] = type(its[kind])(values(given).item())
+                if not _of_elements(its[kind]):  # a count of steps, of which `own` is a copy
+                    counts[id(its), kind] = max(counts.get((id(its), kind), -math.inf), values(given).item())
+                    its[kind] = _count(counts[id(its), kind], its[kind])
         if self.config.stage:
             self.engine.optimizer.refresh_fp32_params()  # on which the optimizer steps
 
@@ -189,9 +206,9 @@ class Zero(Single):
 
     def _piece(self, parameter: Any, value: Any) -> Tensor | Fragment:
         """The same of the optimizer's state."""
-        if not isinstance(value, Tensor):  # a count of steps
-            return torch.tensor(float(value))
-        if not (value.dim() and self.config.stage):
+        if not _of_elements(value):  # of a flat tensor: parameters that were used less often have its largest one
+            return torch.tensor(float(value), dtype=value.dtype if isinstance(value, Tensor) else None)
+        if not self.config.stage:
             return value
         start, size, offset = piece(self.engine, parameter)
         return Fragment(value.view(-1)[start : start + size], getattr(parameter, "ds_shape", parameter.shape), offset)
@@ -227,6 +244,15 @@ class Zero(Single):
         for its in self.optimizer.state.values():
             for kind, value in its.items():
                 its[kind] = value.zero_() if isinstance(value, Tensor) else type(value)()
+
+
+def _of_elements(value: Any) -> bool:
+    """Whether this state of an optimizer is a number for each element; else it is one of all of them: a count."""
+    return isinstance(value, Tensor) and value.dim() > 0
+
+
+def _count(number: float, like: Any) -> Any:
+    return torch.full_like(like, number) if isinstance(like, Tensor) else type(like)(number)
 
 
 def _elements(layer: nn.Module) -> int:

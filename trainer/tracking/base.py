@@ -40,7 +40,7 @@ class Tracker(Protocol):
         """Something that happened: {"time": ISO 8601 in UTC, "kind", "step", ...free fields}.
 
         Kinds: start, resume, config_changed, checkpoint, checkpoint_failed, checkpoint_damaged, tracker_off,
-        disk_failed, disk_recovered, interrupted, finished, failed.
+        disk_failed, disk_recovered, interrupted, finished, failed, optimizer_state_reset.
         """
 
     def close(self, status: Row) -> None:

@@ -1,0 +1,107 @@
+"""Buffers: what a model keeps besides parameters, and a forward pass may change (running statistics, counters).
+
+Those that are saved are state as weights are: the same on all replicas behind every update, and changed by no pass that
+does not count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+Slot = tuple[nn.Module, str]  # looked up each time: a forward pass may put another tensor there
+
+
+class Buffers:
+    """The persistent buffers of a model. `group`: the processes that train replicas of it; None where it is all of
+    them, or this one alone."""
+
+    def __init__(self, model: nn.Module, replicas: int, group: dist.ProcessGroup | None):
+        self.slots = [slot for slot in slots(model) if slot[1] not in slot[0]._non_persistent_buffers_set]
+        self.replicas, self.group = replicas, group
+        self.before: list[Tensor] = []
+
+    def remember(self) -> None:
+        """Keeps the values of now, which `settle` and `put_back` may go back to."""
+        self.before = [buffer.clone() for buffer in self._tensors()]
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Undoes what forward passes did since `remember`."""
+        for buffer, before in zip(self._tensors(), self.before, strict=True):
+            buffer.copy_(before)
+
+    @torch.no_grad()
+    def settle(self, refused: Tensor) -> None:
+        """Ends a step. Each replica changed its buffers by its own batches: numbers become the mean of what all made of
+        them, integers the largest. If `refused` (a bool scalar, the same on all processes) they are what they were.
+
+        Sums are fp64: those of equal values, divided again, are these values, so constants stay what they are.
+        """
+        buffers = self._tensors()
+        if self.replicas == 1:
+            means = buffers
+        else:
+            means = list(buffers)
+            floating = [number for number, buffer in enumerate(buffers) if buffer.is_floating_point()]
+            whole = [number for number, buffer in enumerate(buffers) if not buffer.is_floating_point()]
+            for numbers, dtype in ((floating, torch.float64), (whole, torch.int64)):
+                settled = self._reduced([buffers[number] for number in numbers], dtype)
+                for number, mean in zip(numbers, settled, strict=True):
+                    means[number] = mean
+        for buffer, mean, before in zip(buffers, means, self.before, strict=True):
+            buffer.copy_(torch.where(refused.to(buffer.device), before, mean.to(buffer.dtype)))
+
+    def _reduced(self, buffers: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+        """The mean over all replicas, or of integers the maximum: one collective."""
+        if not buffers:
+            return []
+        flat = torch.cat([buffer.reshape(-1).to(dtype) for buffer in buffers])
+        dist.all_reduce(flat, dist.ReduceOp.SUM if dtype.is_floating_point else dist.ReduceOp.MAX, group=self.group)
+        flat = flat / self.replicas if dtype.is_floating_point else flat
+        parts = flat.split([buffer.numel() for buffer in buffers])
+        return [part.view(buffer.shape) for part, buffer in zip(parts, buffers, strict=True)]
+
+    def _tensors(self) -> list[Tensor]:
+        found = [module._buffers[name] for module, name in self.slots]
+        tensors = [buffer.detach() for buffer in found if buffer is not None]
+        return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+
+
+def slots(model: nn.Module) -> list[Slot]:
+    """Where the buffers of a model are; each tensor once."""
+    found: dict[int, Slot] = {}
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                found.setdefault(id(buffer), (module, name))
+    return list(found.values())
+
+
+def copies(model: nn.Module) -> dict[int, Tensor]:
+    """Copies of all buffers of a model, by the identity of the tensors that are there now."""
+    found = [module._buffers[name] for module, name in slots(model)]
+    return {id(buffer): buffer.detach().clone() for buffer in found if buffer is not None}
+
+
+@contextmanager
+def untouched(model: nn.Module, instead: dict[int, Tensor] | None = None) -> Iterator[None]:
+    """Forward passes within see and change copies of the buffers, or `instead` (of `copies`) these values.
+
+    The model gets its own tensors back. So nothing is written that a graph may have saved.
+    """
+    values = copies(model)
+    values.update({key: value.clone() for key, value in (instead or {}).items() if key in values})
+    found = [(module, name, buffer) for module in model.modules() for name, buffer in module._buffers.items()]
+    for module, name, buffer in found:
+        module._buffers[name] = None if buffer is None else values[id(buffer)]
+    try:
+        yield
+    finally:
+        for module, name, buffer in found:
+            module._buffers[name] = buffer

@@ -1,0 +1,66 @@
+"""Which parameters have a gradient in a step. One that has none on any process is not updated and does not decay.
+
+torch says it by `grad is None`, which is lost where gradients are sent, sharded or flattened together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+
+class Used:
+    """Notes what gets a gradient on this process. `names`: of all parameters that are trained, the same on every
+    process; `model` may be only a part of it."""
+
+    def __init__(self, names: Sequence[str], model: nn.Module, device: torch.device):
+        self.names, self.model, self.device = names, model, device
+        self.noted: set[str] = set()
+
+    def watch(self) -> None:
+        """By hooks on the parameters themselves."""
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(partial(self._note, name))
+
+    def watch_groups(self, sharded: nn.Module) -> None:
+        """By FSDP2, whose parameters are other tensors in a backward pass than those of the model. `sharded`: what was
+        given to it."""
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        for module in sharded.modules():
+            if isinstance(module, FSDPModule):
+                for group in module._get_fsdp_state()._fsdp_param_groups:
+                    observed: Any = group
+                    observed.post_backward = partial(self._reduce, group, group.post_backward, names)
+
+    def nowhere(self) -> set[str]:
+        """Those that no process has a gradient of since it was asked last. A collective; the host waits for it."""
+        found = largest([name in self.noted for name in self.names], self.device).tolist()
+        self.noted.clear()
+        return {name for name, used in zip(self.names, found, strict=True) if not used}
+
+    def _note(self, name: str, _parameter: Tensor) -> None:
+        self.noted.add(name)
+
+    def _reduce(self, group: Any, reduce: Callable[..., None], names: dict[int, str], *arguments: Any) -> None:
+        for held in group.fsdp_params:
+            gradient = getattr(held, "unsharded_accumulated_grad", None)
+            if gradient is None and hasattr(held, "_unsharded_param"):
+                gradient = held.unsharded_param.grad
+            if gradient is not None:
+                self.noted.add(names[id(held.sharded_param)])
+        reduce(*arguments)
+
+
+def largest(flags: Sequence[bool], device: torch.device) -> Tensor:
+    """Each flag as any process has it, as int32 on the device."""
+    found = torch.tensor(flags, dtype=torch.int32, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+    return found
