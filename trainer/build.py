@@ -121,7 +121,9 @@ def build_strategy(config: Config, topology: Topology, inputs: Inputs, given: Fi
         topology,
         precision,
         objective,
-        StepOptions(train.clip_norm, train.activation_checkpointing, train.compile),
+        StepOptions(
+            train.clip_norm, train.activation_checkpointing, train.compile, unequal=inputs.stream.share.tolerant
+        ),
     )
     factory = model_factory(config, tokenizer, inputs.stream.share.example, given)
     if precision.compute == "fp8":

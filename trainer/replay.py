@@ -32,6 +32,7 @@ from trainer.folder import CATALOGUE, CHECKPOINTS
 from trainer.given import open_given
 from trainer.inputs import DATASETS, Inputs, open_inputs, open_shards
 from trainer.objectives import Batch
+from trainer.randomness import seed_torch
 from trainer.resilience import quarantine
 from trainer.sampling import open_run
 from trainer.strategies.single import Single
@@ -123,7 +124,7 @@ class Replay:
 
     def part(self, row: Batch, *, gradient: bool) -> Part:
         """What the row is in the step."""
-        torch.manual_seed(int(row["draws"][0]))  # as the strategy's step does
+        seed_torch(int(row["draws"][0]), self.strategy.topology.device)  # as the strategy's step does
         with torch.set_grad_enabled(gradient):
             sums = self.strategy.loss_of(self.strategy.wrapped, row)
         norm, loss = None, float(sums["loss"].detach())

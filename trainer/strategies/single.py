@@ -19,6 +19,7 @@ from trainer.models import ModelFactory
 from trainer.objectives import Batch, Objective, Sums
 from trainer.optim.conditional import step_unless
 from trainer.precision import Precision
+from trainer.randomness import seed_torch
 from trainer.strategies.base import OptimizerFactory, Update
 from trainer.strategies.layers import prepare
 from trainer.strategies.timer import ForwardTimer
@@ -32,6 +33,8 @@ class StepOptions:
     clip_norm: float
     activation_checkpointing: str
     compile: bool
+    unequal: bool = False
+    """Whether processes may have micro-batches of different sizes: what cannot be read is left out of them."""
 
 
 class Single:
@@ -97,7 +100,7 @@ class Single:
         scale, sums = self.scale_of(micro_batches), Sums()
         for number, batch in enumerate(micro_batches, 1):
             # For models that draw from torch's generator: the same draws in every life of the run.
-            torch.manual_seed(int(batch["draws"][0]) if len(batch["draws"]) else 0)
+            seed_torch(int(batch["draws"][0]) if len(batch["draws"]) else 0, self.topology.device)
             with self.sync(last=number == len(micro_batches)):
                 with self.timer.running():
                     part = self.loss_of(self.wrapped, batch)
