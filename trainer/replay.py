@@ -306,7 +306,7 @@ def _strategy(config: Config, topology: Topology, inputs: Inputs, found: Found |
     given = open_given(config, topology, inputs.tokenizer) if found is None else None
     if given and not given.places:
         raise ConfigError(f"model.weights={config.model.weights}: gone, and no checkpoint lies before the step")
-    strategy = build_strategy(config, topology, inputs, given.fill if given else None)
+    strategy = build_strategy(config, topology, inputs, given.fill if given else None, loaded=found is not None)
     assert isinstance(strategy, Single)
     if found:
         state: dict[str, Any] = dict(strategy.state())

@@ -24,7 +24,7 @@ from trainer.precision import Precision
 from trainer.strategies.single import StepOptions
 from trainer.topology import Topology
 
-STEPS, SEQUENCES = 3, 16
+STEPS, SEQUENCES = 2, 16
 
 
 def config_of(overrides: str, processes: int) -> Config:

@@ -11,13 +11,14 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from trainer.config import strategy as schema
 from trainer.errors import TrainingError
-from trainer.models import ModelFactory, without_values
+from trainer.models import ModelFactory, materialise, without_values
 from trainer.precision import DTYPES, Precision
 from trainer.strategies.layers import prepare
 from trainer.strategies.tensor import TensorParallel
@@ -51,7 +52,7 @@ class FSDP(TensorParallel):
         )
         device = self.topology.device
         materialise(model, torch.device("cpu") if self.config.cpu_offload else device, device)
-        model_factory.fill(model)
+        model_factory.fill(model, dist.group.WORLD)
         self.averaged_over = 1  # gradients are summed
         return model
 
@@ -144,16 +145,3 @@ def none_left(model: nn.Module) -> Iterator[None]:
                 f"{name or 'the model'}: has gradients from an earlier micro-batch of the step, but none from the last "
                 "one, so strategy=hsdp cannot sum them; use strategy.reduce=last"
             )
-
-
-@torch.no_grad()
-def materialise(model: nn.Module, held_on: torch.device, computed_on: torch.device) -> None:
-    """Memory for this rank's shards, still without values. Buffers keep theirs, where the model is computed."""
-    buffers = [
-        (module, name, buffer.to(computed_on))
-        for module in model.modules()
-        for name, buffer in module.named_buffers(recurse=False)
-    ]
-    model.to_empty(device=held_on)
-    for module, name, buffer in buffers:
-        setattr(module, name, buffer)

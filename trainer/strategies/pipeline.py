@@ -23,11 +23,11 @@ from trainer import fault_points
 from trainer.config import strategy as schema
 from trainer.config.pipelines import SCHEDULES, micro_batches
 from trainer.errors import ConfigError
-from trainer.models import ModelFactory, without_values
+from trainer.models import ModelFactory, materialise, without_values
 from trainer.objectives import Batch, Sums
 from trainer.randomness import seed_torch
 from trainer.strategies.buckets import add_up
-from trainer.strategies.fsdp import materialise, shard
+from trainer.strategies.fsdp import shard
 from trainer.strategies.layers import prepare
 from trainer.strategies.single import to_device, wide
 from trainer.strategies.stages import Stage, balance, cut, hosts, measure
@@ -82,7 +82,7 @@ class Pipeline(TensorParallel):
             for stage in self.stages.values():
                 shard(stage, stage.blocks, self.copies, self.precision, reshard_after_forward=False)
         materialise(model, device, device)
-        model_factory.fill(model)
+        model_factory.fill(model, self._peers())
         self.ends = self._group_of_ends() if tied and split_over else None
         self.schedules: dict[tuple[int, int], PipelineScheduleSingle | PipelineScheduleMulti] = {}
         return model
@@ -261,6 +261,13 @@ class Pipeline(TensorParallel):
                     dist.recv(value, group=self.group, group_src=owner)
             if self.topology.is_main:
                 yield name, value.cpu()  # type: ignore[union-attr]
+
+    def _peers(self) -> dist.ProcessGroup | None:
+        """The processes with the same parts of the model, or with shards of them."""
+        data, tensor = self.mesh["data"], self.mesh["tensor"]
+        if data.size() > 1 and tensor.size() > 1:
+            return self.topology.mesh_of(stage=self.mesh.size(0), peer=data.size() * tensor.size())["peer"].get_group()
+        return next((mesh.get_group() for mesh in (data, tensor) if mesh.size() > 1), None)
 
     def _group_of_ends(self) -> dist.ProcessGroup | None:
         """The processes that have the two ends of one copy; every process takes part in making all of these groups."""

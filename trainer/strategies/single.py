@@ -65,7 +65,8 @@ class Single:
 
     def build(self, model_factory: ModelFactory) -> nn.Module:
         """The model with its initial weights, on the device, its layers prepared."""
-        model = model_factory().to(self.topology.device)
+        device = self.topology.device
+        model = model_factory(device, dist.group.WORLD) if self.parallel else model_factory().to(device)
         prepare(model, self.options.activation_checkpointing, self.options.compile)
         return model
 
