@@ -81,8 +81,10 @@ def model_factory(
     tokenizer: Tokenizer,
     example: Callable[[], dict[str, torch.Tensor]] | None = None,
     given: Fill | None = None,
+    loaded: bool = False,
 ) -> ModelFactory:
-    """What makes the model and gives it its initial weights: drawn ones, unless others are given."""
+    """What makes the model and gives it its initial weights: drawn ones, unless others are given, or all of them are
+    loaded from a checkpoint."""
 
     def make() -> nn.Module:
         model = plugin(config, "model")(config.model, tokenizer.vocab_size, config.data.sequence_length)
@@ -90,7 +92,7 @@ def model_factory(
             raise ConfigError(f"model={config.model.name}: all of its parameters are frozen, nothing would be trained")
         return model if config.precision.param == "fp32" else of_type(model, DTYPES[config.precision.param])
 
-    return ModelFactory(make, config.run.seed, example, given)
+    return ModelFactory(make, config.run.seed, example, given, loaded)
 
 
 def check_machine(config: Config, device: torch.device) -> None:
@@ -112,8 +114,11 @@ def check_machine(config: Config, device: torch.device) -> None:
         raise ConfigError(problems)
 
 
-def build_strategy(config: Config, topology: Topology, inputs: Inputs, given: Fill | None = None) -> Strategy:
-    """The strategy, set up: model on its device, with its own initial values or those given, optimizer made."""
+def build_strategy(
+    config: Config, topology: Topology, inputs: Inputs, given: Fill | None = None, loaded: bool = False
+) -> Strategy:
+    """The strategy, set up: model on its device, with its own initial values or those given, optimizer made. `loaded`:
+    a checkpoint's values follow, so the model has none."""
     tokenizer = inputs.tokenizer
     objective = plugin(config, "objective")(config.objective, tokenizer.token_bytes, tokenizer.token_chars)
     train = config.train
@@ -128,9 +133,10 @@ def build_strategy(config: Config, topology: Topology, inputs: Inputs, given: Fi
             train.activation_checkpointing,
             train.compile,
             train.micro_batch or train.global_batch // topology.dp_size,
+            unequal=inputs.stream.share.tolerant,
         ),
     )
-    factory = model_factory(config, tokenizer, inputs.stream.share.example, given)
+    factory = model_factory(config, tokenizer, inputs.stream.share.example, given, loaded)
     if precision.compute == "fp8":
         build = factory.build
         factory = replace(factory, build=lambda: in_fp8(build()))
@@ -182,7 +188,7 @@ def build(
 ) -> Job:
     """Everything the loop talks to. `given`: weights that a run which has no checkpoint yet starts with."""
     checkpoint = config.checkpoint
-    strategy = build_strategy(config, topology, inputs, given if folder.found is None else None)
+    strategy = build_strategy(config, topology, inputs, given, loaded=folder.found is not None)
     if topology.is_main:
         for name, content in getattr(strategy, "files", {}).items():  # what it made of the config, to be looked at
             replace_file(folder.path / name, json.dumps(content, indent=2).encode())

@@ -7,6 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from hashlib import blake2b
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 
 def key(*parts: int | str) -> int:
@@ -24,6 +28,21 @@ def keys(*parts: int | str) -> Callable[[int], int]:
         return int.from_bytes(whole.digest(), "little") >> 1
 
     return of
+
+
+def seed_torch(seed: int, device: torch.device) -> None:
+    """Seeds the generators that a model on `device` draws from by default: its own, and the CPU's.
+
+    `torch.manual_seed` seeds all devices of the machine, and looks each kind of them up: a hundred times the cost.
+    """
+    import torch  # late: readers of data have no use for it
+
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        torch.cuda.default_generators[index].manual_seed(seed)
+    elif device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed)
 
 
 def _hash(*parts: int | str) -> blake2b:

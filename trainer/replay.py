@@ -32,6 +32,7 @@ from trainer.folder import CATALOGUE, CHECKPOINTS
 from trainer.given import open_given
 from trainer.inputs import DATASETS, Inputs, open_inputs, open_shards
 from trainer.objectives import Batch
+from trainer.randomness import seed_torch
 from trainer.resilience import quarantine
 from trainer.resilience.recovery import take_up
 from trainer.sampling import open_run
@@ -125,7 +126,7 @@ class Replay:
 
     def part(self, row: Batch, *, gradient: bool) -> Part:
         """What the row is in the step."""
-        torch.manual_seed(int(row["draws"][0]))  # as the strategy's step does
+        seed_torch(int(row["draws"][0]), self.strategy.topology.device)  # as the strategy's step does
         with torch.set_grad_enabled(gradient), untouched(self.strategy.model):
             sums = self.strategy.loss_of(self.strategy.wrapped, row)
         norm, loss = None, float(sums["loss"].detach())
@@ -308,7 +309,7 @@ def _strategy(config: Config, topology: Topology, inputs: Inputs, found: Found |
     given = open_given(config, topology, inputs.tokenizer) if found is None else None
     if given and not given.places:
         raise ConfigError(f"model.weights={config.model.weights}: gone, and no checkpoint lies before the step")
-    strategy = build_strategy(config, topology, inputs, given.fill if given else None)
+    strategy = build_strategy(config, topology, inputs, given.fill if given else None, loaded=found is not None)
     assert isinstance(strategy, Single)
     if found:
         same = found.manifest["config"]["optimizer"]["name"] == config.optimizer.name

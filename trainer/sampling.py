@@ -45,14 +45,14 @@ def load_run(folder: Path, plugins: Sequence[str] = ()) -> tuple[Config, nn.Modu
     found, _ = newest(folder / CHECKPOINTS, set_aside=False)
     if found is None:
         raise ConfigError(f"{folder}: has no checkpoint yet")
-    model = model_factory(config, tokenizer)()
+    model = model_factory(config, tokenizer, loaded=True)()
     read(found, {f"model/{name}": tensor for name, tensor in model.state_dict().items()})
     return config, model, tokenizer
 
 
 def with_weights(config: Config, tokenizer: Tokenizer, weights: Mapping[str, Tensor]) -> nn.Module:
     """A model on the CPU that holds `weights`."""
-    model = model_factory(config, tokenizer)()
+    model = model_factory(config, tokenizer, loaded=True)()
     model.load_state_dict(dict(weights))
     return model
 

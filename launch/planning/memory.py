@@ -123,6 +123,8 @@ class Accountant:
         held = share.held, 0 if self.passes == 1 else share.trained, share.state
         if strategy.cpu_offload:
             held = 0, 0, 0
+        if strategy.reduce == "last" and self.passes > 1:  # whole, until the last micro-batch
+            held = held[0], Share(self.built.parameters).trained, held[2]
         kept = 0 if strategy.reshard_after_forward else sum(unit)
         rest_gradients = 0  # of what is outside of blocks: whole until the pass is over
         for segment in trace.segments:

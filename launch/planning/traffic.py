@@ -8,6 +8,7 @@ from launch.planning.memory import Accountant
 from launch.planning.parts import Share
 from trainer.config import schema
 from trainer.precision import DTYPES
+from trainer.strategies.fsdp import sums_round
 
 
 class Sent(NamedTuple):
@@ -53,10 +54,12 @@ def traffic(of: Accountant, place: int = 0) -> list[Sent]:
         often = share.padded + (blocks if strategy.reshard_after_forward else 0)
         n, near = share.shards, share.shards * tensor
         sent.append(Sent("gathering of parameters", round(shared(n) * often * gather * of.passes), near, False))
-        scattered = round(shared(n) * share.padded * reduced * of.passes)
+        often_reduced = of.passes if strategy.reduce == "each" else 1
+        scattered = round(shared(n) * share.padded * reduced * often_reduced)
         sent.append(Sent("scattering of gradients", scattered, near, False))
         if isinstance(strategy, schema.HSDP) and (groups := copies // n) > 1:
-            summed = round(2 * shared(groups) * share.trained * reduced * of.passes)
+            rounds = sums_round(of.subject.precision, strategy.gather)
+            summed = round(2 * shared(groups) * share.trained * reduced * (often_reduced if rounds else 1))
             sent.append(Sent("all-reduce between groups", summed, of.procs, False))
         within = of.trace().sent * of.passes if tensor > 1 else 0
     else:

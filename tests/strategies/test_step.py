@@ -14,11 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.strategies import ragged
 from trainer import topology
 from trainer.config import schema
-from trainer.models import ModelFactory
+from trainer.models import ModelFactory, materialise
 from trainer.models.gpt import GPT
 from trainer.optim.adamw import adamw
 from trainer.precision import Precision
-from trainer.strategies.fsdp import materialise
 from trainer.strategies.layers import in_fp8
 from trainer.strategies.single import Single, StepOptions
 from trainer.topology import ALONE

@@ -26,7 +26,7 @@ def main(of_first: int) -> None:
     joined = topology.join(timeout_s=60)
     config = load(overrides, joined.world_size)
     ranks = joined.used_as(config.layout(joined.world_size))
-    options = StepOptions(clip_norm=cells.CLIP, activation_checkpointing="none", compile=False)
+    options = StepOptions(clip_norm=cells.CLIP, activation_checkpointing="none", compile=False, unequal=True)
     strategy = plugin(config, "strategy")(config.strategy, ranks, Precision(ranks.device), ragged.Objective(), options)
     strategy.setup(cells.factory(config.model, torch.float32), ragged.optimizer)
     rows = slice(0, of_first) if ranks.dp_rank == 0 else slice(of_first, None)

@@ -87,6 +87,11 @@ class Sharded(FindsUnused):
         description="In which of precision's data types parameters are gathered. compute: half the traffic under bf16, "
         "but norms and embeddings then compute in it too, and the curve is no longer quite that of other strategies."
     )
+    reduce: Literal["each", "last"] = Field(
+        description="After which micro-batch of a step gradients are summed over the processes that share the model. "
+        "each: after each one, and a process keeps its shard of the sum. last: once a step, which sends less the more "
+        "micro-batches there are, but every process keeps the gradients of the whole model until then."
+    )
     cpu_offload: bool = Field(
         description="Parameters, gradients and optimizer state stay in host memory and are copied to the device layer "
         "by layer; the optimizer steps on the CPU."

@@ -7,7 +7,18 @@ from typing import Any
 
 from trainer.config.pipelines import SCHEDULES, allowed_micro_batches
 from trainer.config.schema import GPT, AdamW, Train
-from trainer.config.strategy import FSDP, HSDP, WHOLE, Layout, Pipeline, Precision, Strategy, TensorParallel, Zero
+from trainer.config.strategy import (
+    FSDP,
+    HSDP,
+    WHOLE,
+    Layout,
+    Pipeline,
+    Precision,
+    Sharded,
+    Strategy,
+    TensorParallel,
+    Zero,
+)
 
 
 def layout_of(strategy: Any, world_size: int) -> Layout:
@@ -40,8 +51,21 @@ def problems(has: Mapping[str, Any], world_size: int) -> Iterator[str]:
             f"precision.compute={precision.compute}: weights that are held in bf16 (precision.param) are computed with "
             "in bf16 or fp8; nearest: precision.compute=bf16"
         )
+    if isinstance(strategy, Sharded) and isinstance(precision, Precision):
+        yield from _kept_gradients(strategy, precision)
     if getattr(strategy, "gather", "") == "compute" and getattr(precision, "compute", "") == "fp16":
         yield "strategy.gather=compute: not with precision.compute=fp16, whose range weights may leave; nearest: param"
+
+
+def _kept_gradients(strategy: Sharded, precision: Precision) -> Iterator[str]:
+    shorter = strategy.gather == "compute" and precision.compute != "fp32"  # auto may become bf16
+    sent_short = precision.param == "fp32" and (shorter or precision.reduce == "bf16")
+    if strategy.reduce == "last" and sent_short:
+        yield (
+            "strategy.reduce=last: not where gradients are sent in bf16 but held in fp32 (precision.reduce=bf16, or "
+            "strategy.gather=compute): the sum over micro-batches would be rounded to bf16; nearest: "
+            "strategy.reduce=each"
+        )
 
 
 def _tensor_parallel(strategy: TensorParallel, has: Mapping[str, Any], world_size: int) -> Iterator[str]:

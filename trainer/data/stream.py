@@ -159,11 +159,14 @@ class Share:
         )
 
     def without_samples(self, done: int, like: StepData) -> StepData:
-        """Returns the step behind `done` finished ones with no sample in it, abandoned. `like`: an earlier step, for
-        the names and shapes of tensors."""
+        """Returns the step behind `done` finished ones, abandoned: zeros in place of samples. `like`: an earlier step,
+        for the names, shapes and types of its tensors."""
         count = len(range(self.dp_rank, self.batches.size(done), self.dp_size))
-        nothing = {name: tensor[:0] for name, tensor in like.micro_batches[0].items()}
-        batches = [nothing] * len(range(0, count, self.micro_batch or count))
+        size, example = self.micro_batch or count, like.micro_batches[0]
+        batches = [
+            {name: tensor.new_zeros((min(size, count - i), *tensor.shape[1:])) for name, tensor in example.items()}
+            for i in range(0, count, size)
+        ]
         return StepData(done + 1, batches, self.batches.taken(done + 1), [], [], abandoned=True)
 
     def example(self) -> Batch:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
     from torch.distributed.tensor.parallel import ParallelStyle
 
 
+CPU = torch.device("cpu")
 Fill = Callable[[str, Tensor], None]  # fills the value of the parameter of that name
 
 
@@ -64,21 +68,86 @@ class TensorParallel(Model, Protocol):
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, seed: int, given: Fill | None = None) -> None:
+def initialise(
+    model: nn.Module, seed: int, given: Fill | None = None, holders: dist.ProcessGroup | None = None
+) -> None:
     """Every parameter by (seed, its name): the same weights in any order, on any rank, under any sharding. Or by what
-    is `given`."""
-    for name, parameter in model.named_parameters():
-        value = torch.empty(parameter.shape, dtype=torch.float32)
-        if given is None:
-            generator = torch.Generator().manual_seed(key(seed, "init", name))
-            model.initialise(name, value, generator)  # type: ignore[operator]
-        else:
-            given(name, value)
-        if isinstance(parameter, DTensor):  # every rank takes its part of what all of them have made
-            parts = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
-            parameter.to_local().copy_(parts.to_local())
+    is `given`. `holders`: as for `initial_values`."""
+    for parameter, value in initial_values(model, seed, given, holders):
+        if isinstance(parameter, DTensor):  # every rank takes its shard of what it was sent
+            shards = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+            parameter.to_local().copy_(shards.to_local())
         else:
             parameter.copy_(value)
+
+
+@torch.no_grad()
+def initial_values(
+    model: nn.Module,
+    seed: int,
+    given: Fill | None = None,
+    holders: dist.ProcessGroup | None = None,
+    device: torch.device | None = None,
+) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """Each parameter with its whole initial value in fp32, on `device` or where the parameter is.
+
+    `holders` are the processes that hold the parameters, or shards of them. The parameters are dealt out to them, so
+    that each value is drawn or read by one process, which sends it to the others; as many as there are processes are
+    drawn at the same time, and one is in memory besides. None: this process draws all.
+    """
+    rank, size = (dist.get_rank(holders), dist.get_world_size(holders)) if holders else (0, 1)
+    named = iter(model.named_parameters())
+    while dealt := list(islice(named, size)):
+        drawn = _drawn(model, *dealt[rank], seed, given) if rank < len(dealt) else None
+        for owner, (_, parameter) in enumerate(dealt):
+            where = device or _sent_from(parameter)
+            if owner == rank and drawn is not None:
+                value, drawn = drawn.to(where), None
+            else:
+                value = torch.empty(parameter.shape, dtype=torch.float32, device=where)
+            if holders:
+                dist.broadcast(value, group=holders, group_src=owner)
+            yield parameter, value
+
+
+def _sent_from(parameter: Tensor) -> torch.device:
+    """Where the processes of a mesh compute, also if they hold their shards elsewhere; else where the parameter is."""
+    return torch.device(parameter.device_mesh.device_type) if isinstance(parameter, DTensor) else parameter.device
+
+
+def _drawn(model: nn.Module, name: str, parameter: Tensor, seed: int, given: Fill | None) -> Tensor:
+    value = torch.empty(parameter.shape, dtype=torch.float32)
+    if given is None:
+        model.initialise(name, value, torch.Generator().manual_seed(key(seed, "init", name)))  # type: ignore[operator]
+    else:
+        given(name, value)
+    return value
+
+
+def no_value(tensor: Tensor) -> Tensor:
+    """Fills it with what shows at once where a checkpoint should have had a value."""
+    return tensor.fill_(math.nan if tensor.is_floating_point() else 0)
+
+
+@torch.no_grad()
+def materialise(model: nn.Module, held_on: torch.device, computed_on: torch.device) -> None:
+    """Memory for the parameters of a model that was made without values, or this rank's shards of them; tied ones stay
+    tied. Buffers keep their values, and are where the model is computed."""
+    buffers = [
+        (module, name, buffer.to(computed_on))
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if parameter.is_meta and not isinstance(parameter, DTensor):  # of which `to_empty` unties what is tied
+                if parameter not in made:
+                    made[parameter] = nn.Parameter(torch.empty_like(parameter, device=held_on), parameter.requires_grad)
+                setattr(module, name, made[parameter])
+    model.to_empty(device=held_on)
+    for module, name, buffer in buffers:
+        setattr(module, name, buffer)
 
 
 def of_type(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -95,20 +164,40 @@ def of_type(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 @dataclass(frozen=True)
 class ModelFactory:
     """A model in two steps, for those who shard it in between: `build` makes it, `fill` gives it its initial values.
-    Called, it does both: the whole model, on the CPU. `example`: a batch [1, ...] of the run, on the CPU, of which only
-    shapes and types matter. `given` takes the place of the model's own initial values."""
+    Called, it does both: the whole model. `example`: a batch [1, ...] of the run, on the CPU, of which only shapes and
+    types matter. `given` takes the place of the model's own initial values. `loaded`: a checkpoint gives all values, so
+    none are drawn or read."""
 
     build: Callable[[], nn.Module]
     seed: int
     example: Callable[[], dict[str, Tensor]] | None = None
     given: Fill | None = None
+    loaded: bool = False
 
-    def fill(self, model: nn.Module) -> None:
-        initialise(model, self.seed, self.given)
+    def fill(self, model: nn.Module, holders: dist.ProcessGroup | None = None) -> None:
+        """`holders`: the processes that hold this model's parameters, and all fill it at the same time."""
+        if not self.loaded:
+            initialise(model, self.seed, self.given, holders)
+            return
+        with torch.no_grad():
+            for parameter in model.parameters():
+                no_value(parameter.to_local() if isinstance(parameter, DTensor) else parameter)
 
-    def __call__(self) -> nn.Module:
-        model = self.build()
-        self.fill(model)
+    def values(
+        self, model: nn.Module, holders: dist.ProcessGroup | None, device: torch.device
+    ) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """What `fill` gives each parameter, whole, for who places it himself."""
+        if not self.loaded:
+            yield from initial_values(model, self.seed, self.given, holders, device)
+            return
+        for parameter in model.parameters():
+            yield parameter, no_value(torch.empty(parameter.shape, dtype=torch.float32, device=device))
+
+    def __call__(self, device: torch.device = CPU, holders: dist.ProcessGroup | None = None) -> nn.Module:
+        with without_values():
+            model = self.build()
+        materialise(model, device, device)
+        self.fill(model, holders)
         return model
 
 

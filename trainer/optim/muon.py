@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from trainer.config import schema
 from trainer.optim.groups import by_decay, kind, names
+from trainer.optim.owners import of_whole
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan's: as steep at 0 as the quintic stays near 1 elsewhere
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -44,32 +45,39 @@ class Muon(torch.optim.Optimizer):
         """One step along the gradients; gives what `closure`, called first, gives."""
         with torch.enable_grad():
             loss = closure() if closure else None
-        for group in self.param_groups:
-            lr, momentum = group["lr"], group["momentum"]
-            for parameter in group["params"]:
-                if (gradient := parameter.grad) is None:
-                    continue
-                state = self.state[parameter]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(parameter)
-                average = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
-                direction = orthogonal(gradient.lerp(average, momentum), self.steps, self.dtype)  # Nesterov's
-                parameter.mul_(1 - lr * group["weight_decay"])
-                parameter.add_(direction, alpha=-lr * 0.2 * math.sqrt(max(parameter.shape)))
+        moved = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+
+        def momentum(number: int) -> Tensor:
+            parameter, group = moved[number]
+            return self._momentum(parameter, group["momentum"])
+
+        parameters = [parameter for parameter, _ in moved]
+        for number, direction in of_whole(parameters, momentum, lambda matrix: orthogonal(matrix, self.steps)):
+            parameter, lr = parameters[number], moved[number][1]["lr"]
+            parameter.mul_(1 - lr * moved[number][1]["weight_decay"])
+            parameter.add_(direction.to(parameter.dtype), alpha=-lr * 0.2 * math.sqrt(max(parameter.shape)))
         return loss
 
+    def _momentum(self, parameter: Tensor, momentum: float) -> Tensor:
+        """Nesterov's, in the data type of the Newton-Schulz steps."""
+        state, gradient = self.state[parameter], parameter.grad
+        assert gradient is not None
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        average = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
+        return gradient.lerp(average, momentum).to(self.dtype)
 
-def orthogonal(matrix: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
+
+def orthogonal(matrix: Tensor, steps: int) -> Tensor:
     """About U V^T of the matrix U S V^T, [m, n]: Newton-Schulz steps of a quintic bring all singular values near 1."""
     a, b, c = _COEFFICIENTS
-    x = matrix.to(dtype)
-    if tall := x.shape[0] > x.shape[1]:
-        x = x.T
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.T if tall else matrix
     x = x / x.norm().clamp(min=1e-7)
     for _ in range(steps):
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.T if tall else x).to(matrix.dtype)
+    return x.T if tall else x
 
 
 class Together(torch.optim.Optimizer):

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from trainer.config import strategy as schema
-from trainer.models import ModelFactory, without_values
+from trainer.errors import TrainingError
+from trainer.models import ModelFactory, materialise, without_values
 from trainer.optim.groups import names
-from trainer.precision import Precision
+from trainer.precision import DTYPES, Precision
 from trainer.strategies.base import Update
 from trainer.strategies.layers import prepare
 from trainer.strategies.tensor import TensorParallel
@@ -55,7 +58,7 @@ class FSDP(TensorParallel):
         )
         device = self.topology.device
         materialise(model, torch.device("cpu") if self.config.cpu_offload else device, device)
-        model_factory.fill(model)
+        model_factory.fill(model, dist.group.WORLD)
         self.averaged_over = 1  # gradients are summed
         return model
 
@@ -75,6 +78,11 @@ class FSDP(TensorParallel):
         """The processes that the model is sharded over: all in a row."""
         return mesh["data"]
 
+    def sync(self, last: bool) -> AbstractContextManager[object]:
+        if self.parallel and self.config.reduce == "last":
+            self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
+        return nullcontext()
+
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in self.model.state_dict().items():
             gathered = self.whole(tensor.detach())
@@ -91,6 +99,13 @@ class HSDP(FSDP):
         """Copies x shards of one."""
         size = self.config.shard_size or self.topology.local_size
         return self.topology.mesh_of(replicate=self.topology.dp_size // size, shard=size)
+
+    def sync(self, last: bool) -> AbstractContextManager[object]:
+        """Groups of processes send to each other once a step: until then each adds up its own micro-batches."""
+        if not self.parallel or self.config.reduce == "last" or sums_round(self.precision, self.config.gather):
+            return super().sync(last)
+        self.model.set_requires_all_reduce(last)  # type: ignore[operator]
+        return none_left(self.model) if last else nullcontext()
 
 
 def shard(
@@ -128,14 +143,25 @@ def shard(
             part.set_reduce_scatter_unused_params(find_unused)
 
 
-@torch.no_grad()
-def materialise(model: nn.Module, held_on: torch.device, computed_on: torch.device) -> None:
-    """Memory for this rank's shards, still without values. Buffers keep theirs, where the model is computed."""
-    buffers = [
-        (module, name, buffer.to(computed_on))
-        for module in model.modules()
-        for name, buffer in module.named_buffers(recurse=False)
-    ]
-    model.to_empty(device=held_on)
-    for module, name, buffer in buffers:
-        setattr(module, name, buffer)
+def sums_round(precision: Precision, gather: str) -> bool:
+    """Whether gradients are sent in a shorter type than they are held in. FSDP2 keeps sums over micro-batches that are
+    not all-reduced yet in the type that it sends, where a sum of many would lose its last terms."""
+    held = DTYPES[precision.param]
+    sent = precision.compute_dtype if gather == "compute" else held
+    if precision.reduce != precision.param:
+        sent = precision.reduce_dtype
+    return sent.itemsize < held.itemsize
+
+
+@contextmanager
+def none_left(model: nn.Module) -> Iterator[None]:
+    """Around the last backward pass of a step. FSDP2 (torch 2.13) all-reduces the sums of a layer that this pass
+    reaches; those of another layer would be lost, and be added to the next step's."""
+    yield
+    for name, module in model.named_modules():
+        groups = module._get_fsdp_state()._fsdp_param_groups if isinstance(module, FSDPModule) else ()
+        if any(group._partial_reduce_output is not None for group in groups):
+            raise TrainingError(
+                f"{name or 'the model'}: has gradients from an earlier micro-batch of the step, but none from the last "
+                "one, so strategy=hsdp cannot sum them; use strategy.reduce=last"
+            )

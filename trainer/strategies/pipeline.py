@@ -13,20 +13,23 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle, get_schedule_class
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from trainer import fault_points
 from trainer.config import strategy as schema
 from trainer.config.pipelines import SCHEDULES, micro_batches
 from trainer.errors import ConfigError
-from trainer.models import ModelFactory, without_values
+from trainer.models import ModelFactory, materialise, without_values
 from trainer.objectives import Batch, Sums
 from trainer.optim.groups import names
+from trainer.randomness import seed_torch
+from trainer.strategies.buckets import add_up
 from trainer.strategies.filling import cut_back, rows_from, rows_of
-from trainer.strategies.fsdp import materialise, shard
+from trainer.strategies.fsdp import shard
 from trainer.strategies.layers import prepare
 from trainer.strategies.single import to_device, wide
 from trainer.strategies.stages import Stage, balance, cut, hosts, measure
@@ -92,7 +95,7 @@ class Pipeline(TensorParallel):
                     find_unused=self.config.find_unused_parameters,
                 )
         materialise(model, device, device)
-        model_factory.fill(model)
+        model_factory.fill(model, self._peers())
         self.tied_somewhere = bool(tied and split_over)
         self.ends = self._group_of_ends() if self.tied_somewhere else None
         self.own = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -143,18 +146,30 @@ class Pipeline(TensorParallel):
 
     def _gradients(self) -> Iterator[tuple[str, Tensor]]:
         """Of this process's parts, laid out as the parameters are: some come as parts of a sum."""
+        self._add_up_within_layers()
         for name, parameter in self.model.named_parameters():
             if isinstance(parameter, DTensor) and isinstance(parameter.grad, DTensor):
                 parameter.grad = parameter.grad.redistribute(placements=parameter.placements)
             if parameter.grad is not None:
                 yield name, parameter.grad
 
+    def _add_up_within_layers(self) -> None:
+        """Sums over the processes that share a layer, of parameters that all of them keep (norms, where they share the
+        sequence): together, where DTensor would send each gradient alone."""
+        mesh = self.mesh["tensor"]
+        partial = [parameter for parameter in self.model.parameters() if _is_partial(parameter, mesh)]
+        gradients = [local(parameter.grad) for parameter in partial]  # type: ignore[arg-type]
+        if gradients:
+            add_up(gradients, mesh.get_group())
+        for parameter, gradient in zip(partial, gradients, strict=True):
+            parameter.grad = DTensor.from_local(gradient, mesh, parameter.placements, run_check=False)  # type: ignore[attr-defined]
+
     def _most_rows(self, micro_batches: Sequence[Batch]) -> list[int]:
         """How many sequences each has where it has most. What was left out of a batch makes it shorter on one copy, but
         copies that gather parameters from each other must follow one order."""
         rows = torch.tensor([rows_of(batch) for batch in micro_batches])
-        if self.sharded:
-            dist.all_reduce(rows, dist.ReduceOp.MAX, group=self.topology.control)
+        if self.sharded and self.options.unequal:
+            dist.all_reduce(rows, dist.ReduceOp.MAX, group=self.copies.get_group())
         return rows.tolist()
 
     def _pass(self, batch: Batch, most: int, scale: Tensor, sums: Sums) -> None:
@@ -180,7 +195,7 @@ class Pipeline(TensorParallel):
 
         self.loss = loss
         # For models that draw from torch's generator: the same draws in every life of the run.
-        torch.manual_seed(int(batch["draws"][0]) if rows else 0)
+        seed_torch(int(batch["draws"][0]) if rows else 0, self.topology.device)
         try:
             self._schedule(count, size).step(target=torch.arange(count), return_outputs=False)
         except RuntimeError as error:  # torch wraps what happens in a part
@@ -222,13 +237,8 @@ class Pipeline(TensorParallel):
         return hidden.requires_grad_()
 
     def _add_up(self, gradients: Sequence[Tensor], group: dist.ProcessGroup) -> None:
-        for gradient in map(local, gradients):
-            if self.precision.reduce == self.precision.param:
-                dist.all_reduce(gradient, group=group)
-            else:
-                sent = gradient.to(self.precision.reduce_dtype)
-                dist.all_reduce(sent, group=group)
-                gradient.copy_(sent)
+        rounded = self.precision.reduce != self.precision.param
+        add_up(list(map(local, gradients)), group, self.precision.reduce_dtype if rounded else None)
 
     def norm(self, gradients: Sequence[Tensor]) -> Tensor:
         """Over all parts; a tied weight is counted where the model begins."""
@@ -290,12 +300,27 @@ class Pipeline(TensorParallel):
             if self.topology.is_main:
                 yield name, value.cpu()  # type: ignore[union-attr]
 
+    def _peers(self) -> dist.ProcessGroup | None:
+        """The processes with the same parts of the model, or with shards of them."""
+        data, tensor = self.mesh["data"], self.mesh["tensor"]
+        if data.size() > 1 and tensor.size() > 1:
+            return self.topology.mesh_of(stage=self.mesh.size(0), peer=data.size() * tensor.size())["peer"].get_group()
+        return next((mesh.get_group() for mesh in (data, tensor) if mesh.size() > 1), None)
+
     def _group_of_ends(self) -> dist.ProcessGroup | None:
         """The processes that have the two ends of one copy; every process takes part in making all of these groups."""
         ranks = self.mesh.mesh  # stage x data x tensor
         first, last = ranks[self.host(0)].flatten().tolist(), ranks[self.host(len(self.parts) - 1)].flatten().tolist()
         groups = {pair: dist.new_group(list(pair)) for pair in zip(first, last, strict=True)}
         return next((group for pair, group in groups.items() if self.topology.rank in pair), None)
+
+
+def _is_partial(parameter: nn.Parameter, mesh: DeviceMesh) -> bool:
+    """Whether its gradient is a part of a sum over the mesh, and it is whole on each of these processes."""
+    gradient = parameter.grad
+    if not (isinstance(parameter, DTensor) and isinstance(gradient, DTensor) and gradient.device_mesh == mesh):
+        return False
+    return tuple(gradient.placements) == (Partial("sum"),) and tuple(parameter.placements) == (Replicate(),)
 
 
 def _rows(example: Tensor, rows: int) -> Tensor:

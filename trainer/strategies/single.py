@@ -19,6 +19,7 @@ from trainer.models import ModelFactory
 from trainer.objectives import Batch, Objective, Sums
 from trainer.optim.conditional import step_unless
 from trainer.precision import Precision
+from trainer.randomness import seed_torch
 from trainer.strategies.base import OptimizerFactory, Update
 from trainer.strategies.buffers import Buffers, untouched
 from trainer.strategies.filling import cut_back, rows_from, rows_of
@@ -35,6 +36,8 @@ class StepOptions:
     activation_checkpointing: str
     compile: bool
     micro_batch: int = 1  # sequences of a forward pass, where none are missing
+    unequal: bool = False
+    """Whether processes may have micro-batches of different sizes: what cannot be read is left out of them."""
 
 
 class Single:
@@ -70,7 +73,8 @@ class Single:
 
     def build(self, model_factory: ModelFactory) -> nn.Module:
         """The model with its initial weights, on the device, its layers prepared."""
-        model = model_factory().to(self.topology.device)
+        device = self.topology.device
+        model = model_factory(device, dist.group.WORLD) if self.parallel else model_factory().to(device)
         prepare(model, self.options.activation_checkpointing, self.options.compile)
         return model
 
@@ -108,7 +112,7 @@ class Single:
         self.buffers.remember()
         for number, batch in enumerate(micro_batches, 1):
             # For models that draw from torch's generator: the same draws in every life of the run.
-            torch.manual_seed(int(batch["draws"][0]) if len(batch["draws"]) else 0)
+            seed_torch(int(batch["draws"][0]) if len(batch["draws"]) else 0, self.topology.device)
             with self.sync(last=number == len(micro_batches)):
                 with self.timer.running():
                     part = self.loss_of(self.wrapped, batch)

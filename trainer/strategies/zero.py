@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -68,19 +67,14 @@ class Zero(Single):
 
     def _shard_parameters(self, model: nn.Module, model_factory: ModelFactory) -> None:
         """Fills and shards a model without values. Only one parameter is whole at a time."""
+        place: dict[str, Any] = {"remote_device": "cpu"} if self.config.offload_parameters else {}
         sharded: dict[nn.Parameter, nn.Parameter] = {}
-
-        def whole() -> Iterator[tuple[str, nn.Parameter]]:
-            for name, parameter in model.named_parameters():
-                made = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype), parameter.requires_grad)
-                yield name, made  # it is filled now
-                place: dict[str, Any] = {"remote_device": "cpu"} if self.config.offload_parameters else {}
-                alone = nn.ParameterList([made])
-                self.deepspeed.zero.Init(alone, mem_efficient_linear=False, dtype=parameter.dtype, **place)
-                sharded[parameter] = made
-
-        view = SimpleNamespace(named_parameters=whole, initialise=model.initialise)
-        model_factory.fill(view)  # type: ignore[arg-type]
+        holders = dist.group.WORLD if self.parallel else None
+        for parameter, value in model_factory.values(model, holders, self.topology.device):
+            made = nn.Parameter(value.to(parameter.dtype), parameter.requires_grad)
+            alone = nn.ParameterList([made])
+            self.deepspeed.zero.Init(alone, mem_efficient_linear=False, dtype=parameter.dtype, **place)
+            sharded[parameter] = made
         for module in model.modules():
             for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
                 setattr(module, name, sharded[parameter])

@@ -1,0 +1,53 @@
+"""Gradients added up over processes in few large pieces, several of which are under way at once."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+BUCKET_BYTES = 25 * 2**20  # as large as torch's DDP makes them: links are busy, and two fit beside any model
+UNDER_WAY = 2  # buckets; more would only take memory
+
+
+@torch.no_grad()
+def add_up(gradients: Sequence[Tensor], group: dist.ProcessGroup, dtype: torch.dtype | None = None) -> None:
+    """Replaces each gradient by its sum over the group, which is computed in `dtype`, or in the gradients' own.
+
+    Every process of the group gives gradients of the same shapes in the same order. The order of the sums follows from
+    that and from `BUCKET_BYTES` alone, so a resumed run adds up as the run before it.
+    """
+    sent: deque[tuple[list[Tensor], Tensor, dist.Work]] = deque()
+    for bucket in _buckets(gradients):
+        flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
+        flat = flat if dtype is None else flat.to(dtype)
+        work = dist.all_reduce(flat, group=group, async_op=True)
+        assert work is not None
+        sent.append((bucket, flat, work))
+        if len(sent) > UNDER_WAY:
+            _take(*sent.popleft())
+    while sent:
+        _take(*sent.popleft())
+
+
+def _take(bucket: list[Tensor], flat: Tensor, work: dist.Work) -> None:
+    work.wait()
+    parts = flat.split([gradient.numel() for gradient in bucket])
+    torch._foreach_copy_(bucket, [part.view(gradient.shape) for part, gradient in zip(parts, bucket, strict=True)])
+
+
+def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Runs of gradients of one data type, each of about `BUCKET_BYTES`."""
+    bucket: list[Tensor] = []
+    size = 0
+    for gradient in gradients:
+        if bucket and (size + gradient.nbytes > BUCKET_BYTES or gradient.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(gradient)
+        size += gradient.nbytes
+    if bucket:
+        yield bucket
