@@ -255,6 +255,7 @@ def evaluate(job: Job) -> dict[str, float]:
     """One pass over the validation split; the same numbers on every rank."""
     totals: Sums = {}
     for batch in job.validation or ():
+        job.clock.progressed()
         point("eval.batch")
         for name, value in job.strategy.eval_step(batch).items():
             totals[name] = totals[name] + value if name in totals else value

@@ -148,7 +148,6 @@ def join(timeout_s: int, layout: Layout = WHOLE, store: dist.Store | None = None
         torch.cuda.set_device(device)
     control = saving = None
     if size > 1:
-        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "1000")  # collectives on record, for when one hangs
         timeout = datetime.timedelta(seconds=timeout_s)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         store = store or store_of(size, local_size, timeout)
