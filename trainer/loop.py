@@ -320,6 +320,7 @@ def evaluate(job: Job) -> dict[str, float] | None:
     because a stop is asked for."""
     totals, begun, vote_at = Sums(), time.monotonic(), 1
     for number, batch in enumerate(job.validation or (), 1):
+        job.clock.progressed()
         point("eval.batch")
         for name, value in job.strategy.eval_step(batch).items():
             totals[name] = totals[name] + value if name in totals else value

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import nn
 
 from trainer import fault_points, loop, sampling
 from trainer.build import build, check_machine
@@ -48,7 +48,7 @@ def run(config: Config, born: float) -> None:
     identity = partial(found.identity, config, given.fingerprint if given else None)
     folder = RunFolder(config, identity, topology, born)
     with folder, _log(folder.path, topology.rank):
-        job, stopped, weights = None, None, {}
+        job, stopped = None, None
         if topology.is_main:
             interruption.before_leaving_at_once(partial(settle, folder.path))
         fault_points.arm(config.debug.faults, folder.path, topology.rank)
@@ -64,26 +64,30 @@ def run(config: Config, born: float) -> None:
             fault_points.point("start.built")
             try:
                 loop.train(job)
-                if _samples(config):
-                    weights = dict(job.strategy.full_weights())
                 job.journal.close("finished")
-                fault_points.point("end.finished")
             except Interrupted as stop:
                 stopped = stop
                 job.journal.close("interrupted", str(stop), stop.exit_code)
-            job.close()
-            topology.close()
         except BaseException as failure:
             log.error("%s", "".join(traceback.format_exception(failure)))
+            if job is not None:
+                job.close()
             raise _told(failure, config, topology, folder, job) from failure
         finally:
             watchdog.close()
-            if job is not None:
-                job.close()
+        # The status is the last word: nothing that follows can change it, nor the exit code.
+        exit_code = stopped.exit_code if stopped else 0
+        interruption.before_leaving_at_once(lambda *_: os._exit(exit_code))
+        with _harmless(folder.path, "samples or report"):
+            if not stopped:
+                fault_points.point("end.finished")
+                model = sampling.trained_model(config, job.strategy, found.tokenizer, topology)
+            job.close()
+            topology.close()
+            if topology.is_main and not stopped:
+                _show(config, folder.path, found.tokenizer, model)
         if stopped:
             raise stopped
-        if topology.is_main:
-            _show(config, folder.path, found.tokenizer, weights)
 
 
 def _told(
@@ -129,24 +133,27 @@ def _explained(failure: BaseException, config: Config, folder: Path, topology: T
     return Crashed(f"{first_line} {trace}"), False
 
 
-def _samples(config: Config) -> bool:
-    """Whether a finished run shows samples: only then are its weights brought together."""
-    return bool(config.sample.count and config.learns_text)
+def _show(config: Config, folder: Path, tokenizer: Tokenizer, model: nn.Module | None) -> None:
+    """Samples (where there is a model to draw them from) and report of a finished run, until somebody asks to end."""
+    texts = sampling.sample(config, model, tokenizer, interruption.is_asked) if model is not None else []
+    if interruption.is_asked():
+        return
+    if texts:
+        replace_file(folder / "samples.txt", ("\n\n---\n\n".join(texts) + "\n").encode())
+        if config.track.console:
+            print(f"\nsample (more in {Path(config.run.dir) / 'samples.txt'}):\n\n{texts[0]}")
+    if config.track.report:
+        write_report(folder)
 
 
-def _show(config: Config, folder: Path, tokenizer: Tokenizer, weights: dict[str, Tensor]) -> None:
-    """Samples and report of a finished run. Trouble here is told, and changes nothing about the run."""
+@contextmanager
+def _harmless(folder: Path, what: str) -> Iterator[None]:
+    """Trouble behind the end of a run is reported, and changes nothing about it."""
     try:
-        if _samples(config):
-            texts = sampling.sample(config, sampling.with_weights(config, tokenizer, weights), tokenizer)
-            replace_file(folder / "samples.txt", ("\n\n---\n\n".join(texts) + "\n").encode())
-            if config.track.console:
-                print(f"\nsample (more in {Path(config.run.dir) / 'samples.txt'}):\n\n{texts[0]}")
-        if config.track.report:
-            write_report(folder)
+        yield
     except Exception as error:
-        log.exception("samples and report")
-        print(f"onecurve: the run is finished and saved, but samples or report failed: {error}", file=sys.stderr)
+        log.exception(what)
+        print(f"onecurve: the run in {folder} has ended and is saved, but {what} failed: {error}", file=sys.stderr)
 
 
 @contextmanager

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 from torch import Tensor, nn
 
-from trainer.build import model_factory
+from trainer.build import model_factory, plugin
 from trainer.checkpoint.load import newest, read
 from trainer.config import Config
 from trainer.config.check import check
@@ -18,7 +20,10 @@ from trainer.data import tokenizer as tokenizers
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError
 from trainer.folder import CHECKPOINTS
+from trainer.models import without_values
 from trainer.randomness import key
+from trainer.strategies.base import Strategy
+from trainer.topology import Topology
 
 
 def open_run(folder: Path, plugins: Sequence[str] = ()) -> tuple[Config, Tokenizer]:
@@ -45,38 +50,101 @@ def load_run(folder: Path, plugins: Sequence[str] = ()) -> tuple[Config, nn.Modu
     found, _ = newest(folder / CHECKPOINTS, set_aside=False)
     if found is None:
         raise ConfigError(f"{folder}: has no checkpoint yet")
-    model = model_factory(config, tokenizer, loaded=True)()
-    read(found, {f"model/{name}": tensor for name, tensor in model.state_dict().items()})
+    model = _without_values(config, tokenizer)
+    state = {name: torch.empty_like(tensor, device="cpu") for name, tensor in model.state_dict().items()}
+    read(found, {f"model/{name}": tensor for name, tensor in state.items()})
+    _assign(model, state.items())
     return config, model, tokenizer
 
 
 def with_weights(config: Config, tokenizer: Tokenizer, weights: Mapping[str, Tensor]) -> nn.Module:
-    """A model on the CPU that holds `weights`."""
-    model = model_factory(config, tokenizer, loaded=True)()
-    model.load_state_dict(dict(weights))
+    """Returns a model on the CPU that holds `weights`."""
+    model = _without_values(config, tokenizer)
+    _assign(model, ((name, tensor.clone()) for name, tensor in weights.items()))
     return model
 
 
-def sample(config: Config, model: nn.Module, tokenizer: Tokenizer) -> list[str]:
+def trained_model(config: Config, strategy: Strategy, tokenizer: Tokenizer, topology: Topology) -> nn.Module | None:
+    """Returns the model of a finished run on the main rank's device, to draw the samples from that the config asks for.
+
+    Every rank calls it. It is the one that was trained, where the main rank holds all of it; one that is sharded is
+    brought together once, tensor by tensor. None where nothing is sampled, and on all other ranks.
+    """
+    if not (config.sample.count and continues_text(config)):
+        return None
+    model = _without_values(config, tokenizer)
+    size = sum(parameter.numel() for parameter in model.parameters())
+    if size > config.sample.max_parameters:
+        if topology.is_main and config.track.console:
+            limit = f"sample.max_parameters={config.sample.max_parameters:,}"
+            print(f"\nno samples of {size:,} parameters ({limit}): onecurve sample {config.run.dir}")
+        return None
+    trained = getattr(strategy, "model", None)
+    if trained is not None and _outline(trained) == _outline(model):
+        return trained if topology.is_main else None
+    if not topology.is_main:
+        for _ in strategy.full_weights():  # the main rank gathers from all
+            pass
+        return None
+    _assign(model, ((name, tensor.to(topology.device)) for name, tensor in strategy.full_weights()))
+    return model.to(topology.device)
+
+
+def continues_text(config: Config) -> bool:
+    """Returns whether the run's objective says that its models continue text: it is CausalLM or one built on it, or has
+    the attribute `continues_text`."""
+    return bool(getattr(plugin(config, "objective"), "continues_text", False))
+
+
+def _without_values(config: Config, tokenizer: Tokenizer) -> nn.Module:
+    """Returns the model with its parameters on the meta device: nothing is drawn that would be overwritten."""
+    with without_values():
+        return model_factory(config, tokenizer).build()
+
+
+def _outline(model: nn.Module) -> list[tuple[Any, ...]]:
+    """Returns what modules and parameters a model has: other ones where a strategy shards, cuts or converts it."""
+    modules = [(name, type(module)) for name, module in model.named_modules()]
+    return modules + [(name, type(tensor), tensor.shape) for name, tensor in model.named_parameters()]
+
+
+def _assign(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Makes `tensors` the values of a model without any, in the model's types; of tied parameters one is kept."""
+    state = model.state_dict(keep_vars=True)
+    values: dict[str, Tensor] = {}
+    kept: dict[int, Tensor] = {}  # by parameter
+    for name, tensor in tensors:
+        parameter = state.get(name, tensor)
+        values[name] = kept.setdefault(id(parameter), tensor.to(parameter.dtype))
+    model.load_state_dict(values, assign=True)
+
+
+def sample(
+    config: Config, model: nn.Module, tokenizer: Tokenizer, ended: Callable[[], bool] = lambda: False
+) -> list[str]:
     """The samples that the config's `sample` section asks for; the same each time for the same weights.
 
-    Raises ConfigError if the run is not one that learns text.
+    None once `ended`, which is asked before each token. Raises ConfigError if the run is not one that learns text.
     """
-    if not config.learns_text:
+    if not continues_text(config):
         raise ConfigError(f"{config.run.name}: is no run that learns text: there is nothing to sample")
     wanted = config.sample
     generator = torch.Generator().manual_seed(key(config.run.seed, "sample"))
-    return generate(
-        model,
-        tokenizer,
-        wanted.prompt,
-        count=wanted.count,
-        tokens=wanted.tokens,
-        context=config.data.sequence_length,
-        temperature=wanted.temperature,
-        top_k=wanted.top_k,
-        generator=generator,
-    )
+    # Each token makes another length, which a compiled model would be compiled anew for.
+    eagerly = torch.compiler.set_stance("force_eager") if config.train.compile else nullcontext()
+    with eagerly:
+        return generate(
+            model,
+            tokenizer,
+            wanted.prompt,
+            count=wanted.count,
+            tokens=wanted.tokens,
+            context=config.data.sequence_length,
+            temperature=wanted.temperature,
+            top_k=wanted.top_k,
+            generator=generator,
+            ended=ended,
+        )
 
 
 @torch.no_grad()
@@ -91,16 +159,21 @@ def generate(
     temperature: float,
     top_k: int | None,
     generator: torch.Generator,
+    ended: Callable[[], bool] = lambda: False,
 ) -> list[str]:
-    """`count` continuations of `prompt`, prompt included, each of up to `tokens` tokens.
+    """`count` continuations of `prompt`, prompt included, each of up to `tokens` tokens; none once `ended`.
 
-    A continuation ends at the end-of-document token. The model sees the last `context` tokens.
+    A continuation ends at the end-of-document token. The model sees the last `context` tokens. It computes on its own
+    device; tokens are drawn on the CPU, the same on any machine.
     """
     model.eval()
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     start = [tokenizer.separator, *tokenizer.encode(prompt).tolist()]
     ids = torch.tensor([start] * count, dtype=torch.int64)
     for _ in range(tokens if count else 0):
-        logits = model({"inputs": ids[:, -context:]})[:, -1].float()
+        if ended():
+            return []
+        logits = model({"inputs": ids[:, -context:].to(device)})[:, -1].float().cpu()
         if temperature == 0:
             chosen = logits.argmax(dim=-1, keepdim=True)
         else:

@@ -156,7 +156,6 @@ def join(timeout_s: int, layout: Layout = WHOLE, store: dist.Store | None = None
         torch.cuda.set_device(device)
     control = saving = None
     if size > 1:
-        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "1000")  # collectives on record, for when one hangs
         timeout = datetime.timedelta(seconds=timeout_s)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         # Each process would open a connection to each other one, in every group: only those that are used are opened.

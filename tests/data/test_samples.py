@@ -28,6 +28,7 @@ from trainer.data.storage import Storage
 from trainer.data.stream import Part, Share, Stream
 from trainer.data.tokenizer import ByteTokenizer
 from trainer.errors import ConfigError, DataError
+from trainer.sampling import continues_text
 
 PLAIN = ImageTensor(None, False, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -403,7 +404,7 @@ def test_configs_that_are_refused(overrides: list[str], message: str) -> None:
 
 
 def test_a_config_of_texts_and_one_of_images() -> None:
-    assert load(["data=samples", "data.shards=x.tar", "data.fields={tokens: txt}"]).learns_text
+    assert continues_text(load(["data=samples", "data.shards=x.tar", "data.fields={tokens: txt}"]))
     fields = "data.fields={image: 'jpg;png'}"
     config = load(["data=samples", "data.shards=x.tar", fields, "data.maps=[a.b:c]"])  # which may make a text of it
     assert config.data.fields == {"image": "jpg;png"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import time
 from pathlib import Path
 from statistics import median
 
@@ -12,9 +13,12 @@ import pytest
 
 from tests.end_to_end.test_refusals import onecurve
 from tests.runs import TINY, Run, assert_same_bits
+from trainer import topology
 from trainer.config.schema import Watchdog
+from trainer.resilience.stacks import last_collective
+from trainer.resilience.timeledger import TimeLedger
 from trainer.resilience.verdict import verdict
-from trainer.resilience.watchdog import budget
+from trainer.resilience.watchdog import budget, patience
 
 STEPS = ("train.steps=60", "train.log_every=1")
 WATCHED = ("watchdog.grace_s=1", "watchdog.first_s=100", "checkpoint.every=5")
@@ -36,11 +40,13 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run
 
 
-def user_code(folder: Path) -> None:
-    """The objective that hangs, as a package of the user's."""
-    shutil.copy(Path(__file__).with_name("hangs.py"), folder)
+def user_code(
+    folder: Path, name: str = "hangs", keys: str = "name: hangs:Hangs\nway: none\ndone: {folder}/done\n"
+) -> None:
+    """An objective of this folder's, as a package of the user's."""
+    shutil.copy(Path(__file__).with_name(f"{name}.py"), folder)
     (folder / "conf" / "objective").mkdir(parents=True)
-    (folder / "conf" / "objective" / "hangs.yaml").write_text(f"name: hangs:Hangs\nway: none\ndone: {folder}/done\n")
+    (folder / "conf" / "objective" / f"{name}.yaml").write_text(keys.format(folder=folder))
 
 
 @pytest.mark.parametrize(
@@ -81,6 +87,61 @@ def test_no_false_alarm(tmp_path: Path) -> None:
     assert not list((run.folder / "logs").glob("hang*"))
 
 
+def test_a_slow_first_step_is_no_hang(tmp_path: Path) -> None:
+    """Whatever came before it: the save of step 0 cuts the time before the first step into short spells."""
+    slow = "debug.faults=[step.loss:delay@6.5:1:0]"  # longer than 5 s, what any spell may take that was timed before
+    run = Run(
+        tmp_path / "run", 1, ("train.steps=2", "eval.every=0", slow, "watchdog.grace_s=0", "watchdog.first_s=100")
+    )
+    run.train()
+    assert run.status()["state"] == "finished"
+    assert run.metrics()[0]["step_s"] > 6.5
+    assert not list((run.folder / "logs").glob("hang*"))
+
+
+def test_what_is_between_two_steps_is_no_step() -> None:
+    clock = TimeLedger(None, time.monotonic())
+    for kind in ("startup", "productive", "checkpoint", "productive", "data_wait", "productive"):
+        clock.switch(kind)
+    assert clock.seconds("productive") == []  # the first step has yet to end
+    clock.step = 1
+    clock.switch("evaluation")
+    clock.switch("productive")
+    clock.switch("data_wait")
+    assert len(clock.seconds("productive")) == 1
+    clock.restored(0)
+    assert not any(map(clock.seconds, ("productive", "data_wait", "checkpoint", "evaluation")))
+
+
+def test_an_evaluation_that_goes_on_is_no_hang() -> None:
+    """Its budget is a whole evaluation's, which a rank that is done may wait for; it counts from the last batch."""
+    clock = TimeLedger(None, time.monotonic())
+    clock.switch("evaluation")
+    began = clock.since
+    time.sleep(0.01)
+    clock.progressed()
+    assert clock.since > began + 0.009
+    clock.switch("productive")
+    assert clock.seconds("evaluation")[0] >= 0.01
+
+
+def test_a_run_that_goes_on_looks_at_nothing_in_its_folder(tmp_path: Path) -> None:
+    user_code(tmp_path, "looks", "name: looks:Looks\nrun_dir: {folder}/run\n")
+    steps = ("train.steps=8", "train.log_every=100", "eval.every=0", "checkpoint.every=0")
+    ours = (f"--config-dir={tmp_path}/conf", "run.plugins=[looks]", "objective=looks")
+    Run(tmp_path / "run", 2, (*ours, *steps)).train()
+    main, other = ((tmp_path / f"looks-{rank}").read_text() for rank in range(2))
+    assert other == ""
+    assert "watchdog" not in main  # it looks for requests when it reads the numbers
+
+
+def test_who_is_late_looks_before_an_alarm_can_be() -> None:
+    for grace, first in ((60, 1800), (0, 100), (60, 5), (0, 0.1)):
+        config = Watchdog(enabled=True, grace_s=grace, first_s=first)
+        earliest = min(budget([], config), budget([0.001], config))
+        assert 0 < patience(config) <= earliest / 2
+
+
 def test_budgets_follow_what_was_seen() -> None:
     config = Watchdog(enabled=True, grace_s=2, first_s=100)
     assert budget([], config) == 100
@@ -111,3 +172,47 @@ def test_who_is_to_blame() -> None:
     assert verdict({0: told(**ahead), 1: told(**behind)}, {})[0] == [1]
     assert verdict({0: told(), 1: told(where="trainer/x.py f() line 1"), 2: told()}, {})[0] == [1]
     assert verdict({0: told(), 1: told()}, {})[0] == [0, 1]
+
+
+def entry(backend: str, group: str, number: int, at: int, *, ended: bool = True, name: str = "all_reduce") -> dict:
+    """As FlightRecorderDetail.hpp of torch 2.13 dumps it in JSON (version 2.10), for gloo and NCCL alike."""
+    if backend == "nccl":
+        state, started = ("completed" if ended else "scheduled"), at + 1
+    else:
+        state, started = "scheduled", 0  # gloo tells only by `retired` that it is over
+    return {
+        "collective_seq_id": number, "input_dtypes": ["Float"], "input_sizes": [[4096]], "is_p2p": False,
+        "op_id": number, "output_dtypes": ["Float"], "output_sizes": [[4096]], "p2p_seq_id": 0, "pg_id": int(group),
+        "process_group": [group, "default_pg"], "profiling_name": f"{backend}:{name}", "record_id": number,
+        "retired": ended, "state": state, "thread_id": "140325192525504", "thread_name": "python",
+        "time_created_ns": at, "time_discovered_completed_ns": at + 2 if ended and state == "completed" else 0,
+        "time_discovered_started_ns": started if ended else 0, "timeout_ms": 600000,
+    }  # fmt: skip
+
+
+def test_of_ranks_that_all_wait_on_gpus_the_one_that_left_a_collective_out_is_found() -> None:
+    """Host and device apart: two ranks have more in NCCL's queue already; gloo's group has the same name and other
+    numbers."""
+    done = [entry("nccl", "0", number, 100 + number) for number in range(1, 41)]
+    queued = [entry("nccl", "0", number, 200 + number, ended=False) for number in range(41, 46)]
+    gloo = [entry("gloo", "0", 7, 150), entry("gloo", "2", 900, 400)]
+    waits = last_collective({"gloo": gloo, "nccl": done + queued}, ["0", "1", "2"])
+    assert waits["last"] == {"group": "nccl/0", "number": 41, "name": "nccl:all_reduce", "time": 241e-9}
+    assert waits["counts"] == {"gloo/0": 7, "gloo/1": 0, "gloo/2": 900, "nccl/0": 45, "nccl/1": 0, "nccl/2": 0}
+    left_out = last_collective(
+        {"gloo": [*gloo, entry("gloo", "1", 1, 500, ended=False)], "nccl": done}, ["0", "1", "2"]
+    )
+    assert left_out["last"]["group"] == "gloo/1"
+    culprits, sentence = verdict({0: told(**waits), 1: told(**left_out), 2: told(**waits)}, {})
+    assert culprits == [1]
+    assert "left out all_reduce that others wait in" in sentence
+
+
+def test_where_nothing_is_waited_for_the_newest_collective_is_the_last() -> None:
+    gloo, nccl = [entry("gloo", "0", 7, 150)], [entry("nccl", "0", 3, 160, name="_reduce_scatter_base")]
+    assert last_collective({"gloo": gloo, "nccl": nccl}, ["0"])["last"]["number"] == 3
+    assert last_collective({"gloo": [], "nccl": []}, ["0"])["last"] is None
+
+
+def test_joining_leaves_the_recorder_as_large_as_torch_makes_it() -> None:
+    assert "FR_BUFFER_SIZE" not in Path(topology.__file__).read_text()

@@ -238,6 +238,7 @@ def test_another_thread_reads_what_the_run_is_at_and_how_long_that_took_before()
             ledger.write(number)  # divides no spell
             clock.elapsed += 0.5
             assert ledger.switch("productive") == 1
+            ledger.step += 1
             clock.elapsed += number
         assert (ledger.kind, ledger.since) == ("productive", clock.elapsed - 299)
     assert ledger.seconds("data_wait") == [1.0] * 256

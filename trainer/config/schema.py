@@ -101,7 +101,15 @@ class Track(Section):
 
 class Sample(Section):
     prompt: str = Field(description="Text that the samples at the end of the run continue.")
-    count: Int = Field(ge=0, description="Samples to write at the end of the run. 0: none.")
+    count: Int = Field(
+        ge=0,
+        description="Samples to write at the end of the run, where its objective learns to continue text. 0: none.",
+    )
+    max_parameters: Int = Field(
+        ge=0,
+        description="A model with more parameters is not sampled at the end of the run, while all its processes are "
+        "held: `onecurve sample RUN_DIR` does it later, on one.",
+    )
     tokens: Count = Field(description="Tokens of a sample.")
     temperature: Float = Field(ge=0, description="Divides the logits; 0 takes the likeliest token.")
     top_k: Count | None = Field(description="Draw only from the k likeliest tokens. null: from all.")
@@ -378,11 +386,6 @@ class Config(BaseModel):
     optimizer: Any
     schedule: Any
     launch: Any
-
-    @property
-    def learns_text(self) -> bool:
-        """Whether the model learns to continue text, so that samples of it make sense."""
-        return isinstance(self.data, Text) or isinstance(self.objective, CausalLM)
 
     def layout(self, world_size: int) -> Layout:
         """How the strategy uses that many processes."""

@@ -41,7 +41,8 @@ class Watchdog(Section):
         "of 100 took so far, before it is a hang: all processes tell where they are, and the run ends to be restarted.",
     )
     first_s: Positive = Field(
-        description="The same for what was never timed before: the start, a first step (which compiles), a first save."
+        description="The same for what was never timed before: the start, and the first step (which compiles), wait "
+        "for data, save and evaluation of each attempt, and after a rollback. An evaluation counts from its last batch."
     )
     enabled: bool = Field(description="Look for hangs.")
 

@@ -23,6 +23,7 @@ class CausalLM:
     """
 
     Config = schema.CausalLM
+    continues_text = True  # its models can be sampled from
 
     def __init__(self, config: schema.CausalLM, token_bytes: np.ndarray, token_chars: np.ndarray):
         self._text = torch.stack([torch.from_numpy(token_bytes), torch.from_numpy(token_chars)]).double()

@@ -56,6 +56,11 @@ def before_leaving_at_once(last_words: Callable[[str, int], None]) -> None:
     _last_words = last_words
 
 
+def is_asked() -> bool:
+    """Returns whether a signal has asked this process to end."""
+    return bool(_asked)
+
+
 def _note(number: int, _frame: FrameType | None) -> None:
     _asked.add(number)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import operator
 import os
 import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -15,6 +17,9 @@ from typing import Any
 import torch
 import torch.distributed
 
+Entry = Mapping[str, Any]  # of a flight recorder: one collective
+
+_RECORDERS = {"gloo": "_dump_fr_trace_json", "nccl": "_dump_nccl_trace_json"}
 _HOME = str(Path(__file__).parents[2]) + os.sep
 _FOREIGN = (f"{os.sep}site-packages{os.sep}", f"{os.sep}dist-packages{os.sep}", f"lib{os.sep}python3")
 _LOOK_S = 0.3  # how long a thread is watched to see whether it computes
@@ -109,21 +114,41 @@ def _stack_of(thread: threading.Thread) -> list[str]:
 
 
 def _recorded() -> dict[str, Any]:
-    """torch's flight recorder: the last collective, and how many each group has had."""
-    dump = getattr(getattr(torch._C, "_distributed_c10d", None), "_dump_fr_trace_json", None)
+    """What torch's flight recorders tell: of gloo and of NCCL each has its own."""
+    library = getattr(torch._C, "_distributed_c10d", None)
+    dumps = {backend: _entries(getattr(library, name, None)) for backend, name in _RECORDERS.items()}
+    world = getattr(torch.distributed.distributed_c10d, "_world", None)
+    return last_collective(dumps, getattr(world, "pg_names", {}).values())
+
+
+def _entries(dump: Callable[[], str] | None) -> list[Entry]:
+    """A recorder's entries, the oldest first; none where torch was built without it, or it kept no record."""
     try:
-        entries = json.loads(dump())["entries"] if dump else []
-    except (RuntimeError, ValueError, KeyError):
-        entries = []
+        return json.loads(dump()).get("entries", []) if dump else []
+    except (RuntimeError, ValueError):
+        return []
+
+
+def last_collective(dumps: Mapping[str, Sequence[Entry]], groups: Iterable[str]) -> dict[str, Any]:
+    """The collective that this process waits in, or else its newest, and how many each group has had.
+
+    `dumps`: entries by backend; `groups`: names of all that this process is in, also of those it never used. A group of
+    two backends counts the collectives of each apart. NCCL's are on record once they are in the device's queue, far
+    ahead of what the device does: the oldest that has not ended is the one that holds it up.
+    """
+    entries = [(f"{backend}/{entry['process_group'][0]}", entry) for backend in dumps for entry in dumps[backend]]
     if not entries:
-        return {"last": None, "counts": {}, "flight_recorder": []}
-    world = getattr(torch.distributed.distributed_c10d, "_world", None)  # who is in a group without having used it
-    counts: dict[str, int] = dict.fromkeys(getattr(world, "pg_names", {}).values(), 0)
-    for entry in entries:
-        counts[entry["process_group"][0]] = max(counts.get(entry["process_group"][0], 0), entry["collective_seq_id"])
-    newest = entries[-1]
+        return {"last": None, "counts": {}, "flight_recorder": {}}
+    counts = {f"{backend}/{group}": 0 for backend in dumps for group in groups}
+    for group, entry in entries:
+        counts[group] = max(counts.get(group, 0), entry["collective_seq_id"])
+    age = operator.itemgetter("time_created_ns")
+    pending = [(group, entry) for group, entry in entries if not (entry["retired"] or entry["state"] == "completed")]
+    group, entry = (
+        min(pending, key=lambda item: age(item[1])) if pending else max(entries, key=lambda item: age(item[1]))
+    )
     last = {
-        "group": newest["process_group"][0], "number": newest["collective_seq_id"],
-        "name": newest["profiling_name"], "time": newest["time_created_ns"] / 1e9,
+        "group": group, "number": entry["collective_seq_id"],
+        "name": entry["profiling_name"], "time": entry["time_created_ns"] / 1e9,
     }  # fmt: skip
-    return {"last": last, "counts": counts, "flight_recorder": entries}
+    return {"last": last, "counts": counts, "flight_recorder": dict(dumps)}

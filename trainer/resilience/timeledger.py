@@ -35,6 +35,7 @@ class TimeLedger:
         atexit.register(self.close)  # with samples, report and whatever else comes behind the last step
         self.kind, self.since, self.life = "startup", born, uuid.uuid4().hex[:8]
         self._file, self.step = file, 0
+        self._began, self._step_then = born, 0  # of the spell that goes on, and the step at its begin
         self.born: float = born
         self._counted: float = born
         self.waits = False
@@ -46,16 +47,22 @@ class TimeLedger:
     def switch(self, kind: str) -> float:
         """From now on time is of `kind`. Gives the seconds since the last switch."""
         now = time.monotonic()
-        spell = now - self.since
+        spell = now - self._began
         self._unwritten[self.kind] += now - self._counted
-        self._spells[self.kind].append(spell)
-        self.since = self._counted = now  # first: a reader may find the old kind to be young, never the new one old
-        self.kind = kind
+        if self.kind != "productive" or self.step != self._step_then:  # what is between two steps tells nothing of one
+            self._spells[self.kind].append(spell)
+        self.since = self._began = self._counted = now  # first: a reader may find the old kind young, never the new old
+        self.kind, self._step_then = kind, self.step
         return spell
 
     def seconds(self, kind: str) -> list[float]:
-        """How long the last spells of a kind took, the newest last."""
+        """How long the last spells of a kind took since the start or the last rollback, the newest last. Productive
+        ones are those in which a step was done."""
         return list(self._spells.get(kind, ()))
+
+    def progressed(self) -> None:
+        """What is going on is no hang: it came to the next of its parts."""
+        self.since = time.monotonic()
 
     @contextmanager
     def watched_elsewhere(self) -> Iterator[None]:
@@ -64,7 +71,7 @@ class TimeLedger:
         try:
             yield
         finally:
-            self.since = time.monotonic()  # a new spell: what was waited for is none of it
+            self.since = self._began = time.monotonic()  # a new spell: what was waited for is none of it
             self.waits = False
 
     def restored(self, step: int) -> None:
@@ -74,6 +81,7 @@ class TimeLedger:
         """
         if self.kind != "startup":
             self.switch("startup")
+        self._spells.clear()  # what comes now may take as long as the first time: readers begin again, caches are cold
         self._write(step, restored=True)
 
     def write(self, step: int) -> None:

@@ -2,7 +2,8 @@
 and the run ends, to be restarted.
 
 A thread of each rank looks at what that rank does and since when. The ranks find each other through files in the run's
-folder: whoever notices first makes one, and all look for it.
+folder: whoever notices first makes one. The others wait for the rank that hangs, so each looks for that file only once
+it is late itself: a run that goes on asks nothing of the storage that all ranks share.
 """
 
 from __future__ import annotations
@@ -58,6 +59,12 @@ def budget(spells: Sequence[float], config: schema.Watchdog) -> float:
     return max(LEAST_S, 3 * known[min(len(known) - 1, int(0.99 * len(known)))]) + config.grace_s
 
 
+def patience(config: schema.Watchdog) -> float:
+    """Seconds after which a rank looks for another's alarm: half of what has passed at least when there is one, since
+    what a rank waits in began soon after what the other hangs in."""
+    return min(budget([], config), LEAST_S + config.grace_s) / 2
+
+
 class Watchdog:
     """Looks after what the main thread does, by `clock`, and after the `activities` that are added."""
 
@@ -68,10 +75,12 @@ class Watchdog:
         if compiles:
             config = config.model_copy(update={"grace_s": max(config.grace_s, config.first_s)})
         self.config, self.topology, self.folder, self.clock = config, topology, folder, clock
+        self._patience = patience(config)
         steps = Activity(self._step, lambda kind: () if kind == "startup" else clock.seconds(kind), "MainThread")
         self.activities = [steps]
         self.files = folder.path / "logs" / f"hang-{topology.broadcast(uuid.uuid4().hex[:8])}"
         self._outage = self.files.with_name(f"{self.files.name}-waits-{topology.rank}")
+        self._outage_told = False
         self._stop = threading.Event()
         if not config.enabled:
             return
@@ -87,7 +96,8 @@ class Watchdog:
 
     def close(self) -> None:
         self._stop.set()
-        self._outage.unlink(missing_ok=True)
+        if self._outage_told:
+            self._outage.unlink(missing_ok=True)
         if self.config.enabled and self._stacks is not None:
             faulthandler.unregister(signal.SIGUSR2)
             os.close(self._stacks)
@@ -108,11 +118,12 @@ class Watchdog:
         while not self._stop.wait(LOOK_S):
             self._tell_of_outage()
             now = time.monotonic()
-            asleep, looked = now - looked - LOOK_S, now
+            asleep, looked, oldest = now - looked - LOOK_S, now, 0.0
             for number, activity in enumerate(self.activities):
                 if (current := activity.now()) is None:
                     continue
                 kind, since = current
+                oldest = max(oldest, now - since)
                 begun, lost = forgiven[number]
                 lost = lost if begun == since else 0.0
                 # This thread did not run either: the whole process was stopped, and goes on.
@@ -122,14 +133,15 @@ class Watchdog:
                     forgiven[number] = since, forgiven[number][1] + seconds
                 elif seconds > may:
                     self._alarm(number, seconds, may)
-            if (self.files / "alarm.json").exists():
+            if oldest > self._patience and (self.files / "alarm.json").exists():
                 self._end()
                 return
 
     def _tell_of_outage(self) -> None:
         """While this rank waits for a data server (data.patience_s), all others are patient, too."""
-        if outage.is_on() != self._outage.exists():
-            self._outage.touch() if outage.is_on() else self._outage.unlink()
+        if (is_on := outage.is_on()) != self._outage_told:
+            self._outage.touch() if is_on else self._outage.unlink(missing_ok=True)
+            self._outage_told = is_on
 
     def _waits_for_data(self) -> bool:
         return any(self.files.parent.glob(f"{self.files.name}-waits-*"))
