@@ -28,7 +28,12 @@ MODELS = (
     "Bf16Buffer", "NonPersistent", "LayerScale",
 )  # fmt: skip
 OF_A_MICRO_BATCH = {"BatchNorm", "Bf16Buffer"}  # what these compute depends on who is in a micro-batch together
-REFUSED = {("NoBlocks", "pipeline 2"): "cannot be cut"}
+REFUSED = {
+    ("NoBlocks", "pipeline 2"): "cannot be cut",
+    ("Scalar", "fsdp 2"): "blocks.0.inner.scale of the model is a scalar",
+    ("Scalar", "hsdp 2 x 2"): "blocks.0.inner.scale of the model is a scalar",
+}
+BESIDES = {("UnusedHead", "ddp 2"): ("strategy.find_unused_parameters=true",)}
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.runs import assert_same_bits, assert_same_curve
-from tests.zoo.cells import MODELS, OF_A_MICRO_BATCH, REFUSED, STEPS, STRATEGIES, Zoo
+from tests.zoo.cells import BESIDES, MODELS, OF_A_MICRO_BATCH, REFUSED, STEPS, STRATEGIES, Zoo
 
 QUICK = {("BatchNorm", "ddp 2"), ("UnusedHead", "zero2 2"), ("Frozen", "pipeline 2"), ("Reshaped", "fsdp 2")}
 
@@ -30,8 +30,9 @@ def test_zoo(model: str, strategy: str, zoo: Zoo) -> None:
         assert 2 in codes
         assert reason in output
         return
-    whole = zoo.whole(model, strategy)
+    besides = BESIDES.get((model, strategy), ())
+    whole = zoo.whole(model, strategy, *besides)
     assert [event["step"] for event in whole.rows("events.jsonl") if event["kind"] == "checkpoint"] == [0, 3, 6, 9]
-    assert_same_bits(zoo.killed(model, strategy), whole)
+    assert_same_bits(zoo.killed(model, strategy, *besides), whole)
     if model not in OF_A_MICRO_BATCH:
         assert_same_curve(whole, zoo.whole(model, "single"), STEPS)
