@@ -28,7 +28,7 @@ OPTIONS = StepOptions(clip_norm=1.0, activation_checkpointing="none", compile=Fa
 def strategy(precision: str = "fp32", options: StepOptions = OPTIONS) -> Single:
     alone = topology.join(timeout_s=60)
     made = Single(schema.Single(name="single"), alone, Precision(alone.device, precision), ragged.Objective(), options)
-    made.setup(ragged.model, ragged.optimizer)
+    made.setup(ragged.factory(torch.float32), ragged.optimizer)
     return made
 
 

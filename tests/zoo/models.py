@@ -105,6 +105,12 @@ class FrozenMatrices(Net):
             parameter.requires_grad_(parameter.dim() < 2)
 
 
+class AllFrozen(Net):
+    def __init__(self, config: Net.Config, vocab_size: int, sequence_length: int):
+        super().__init__(config, vocab_size, sequence_length)
+        self.requires_grad_(False)
+
+
 class Tied(Net):
     head_parts = ("embedding",)
 

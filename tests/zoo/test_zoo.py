@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.runs import assert_same_bits, assert_same_curve
-from tests.zoo.cells import MODELS, OF_A_MICRO_BATCH, REFUSED, STEPS, STRATEGIES, Zoo
+from tests.zoo.cells import BESIDES, MODELS, OF_A_MICRO_BATCH, REFUSED, STEPS, STRATEGIES, Zoo
 
 QUICK = {("BatchNorm", "ddp 2"), ("UnusedHead", "zero2 2"), ("Frozen", "pipeline 2"), ("Reshaped", "fsdp 2")}
 
@@ -24,14 +24,15 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
     ],
 )
 def test_zoo(model: str, strategy: str, zoo: Zoo) -> None:
+    procs, overrides = STRATEGIES[strategy]
+    overrides += BESIDES.get((model, strategy), ())
     if reason := REFUSED.get((model, strategy)):
-        procs, overrides = STRATEGIES[strategy]
         codes, output = zoo.train(zoo.run("refused", procs, (f"model={model}", *overrides)))
         assert 2 in codes
         assert reason in output
         return
-    whole = zoo.whole(model, strategy)
+    whole = zoo.whole(model, procs, overrides)
     assert [event["step"] for event in whole.rows("events.jsonl") if event["kind"] == "checkpoint"] == [0, 3, 6, 9]
-    assert_same_bits(zoo.killed(model, strategy), whole)
+    assert_same_bits(zoo.killed(model, procs, overrides), whole)
     if model not in OF_A_MICRO_BATCH:
-        assert_same_curve(whole, zoo.whole(model, "single"), STEPS)
+        assert_same_curve(whole, zoo.whole(model, *STRATEGIES["single"]), STEPS)

@@ -82,7 +82,7 @@ def _of_same_buffers(layer: nn.Module, inner: Callable[[], Contexts]) -> Context
 
     @contextmanager
     def recomputed() -> Iterator[None]:
-        with again, untouched(layer, then):
+        with untouched(layer, then), again:  # in this order: what is kept of operators counts those within
             yield
 
     return first, recomputed()
