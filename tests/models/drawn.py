@@ -3,7 +3,8 @@
 python -m tests.models.drawn OUT CASES    (under torchrun; JSON: name -> overrides)
 
 Rank 0 writes OUT: name -> {"drawn": by rank, "weights": whole, "loaded": drawn by rank where a checkpoint gives all,
-"numbers": how many values are then there}.
+"read": by rank of weights that are given (only under fsdp),
+"numbers": how many values are there without them}.
 """
 
 from __future__ import annotations
@@ -76,7 +77,19 @@ def found(overrides: str, joined: Topology) -> dict[str, Any]:
     strategy = strategy_of(config, replace(again.factory, loaded=True), ranks)
     numbers = sum(int(tensor.isfinite().sum()) for tensor in values_of(strategy.state().items()))
     strategy.close()
+    read = [0]
+
+    def given(name: str, value: Tensor) -> None:
+        read[0] += value.numel()
+        value.fill_(len(name))
+
+    others = replace(Counted(config).factory, given=given)
+    strategy = strategy_of(config, others, ranks) if overrides == "strategy=fsdp" else None
+    if strategy:
+        assert all(bool((value == len(name)).all()) for name, value in strategy.full_weights())
+        strategy.close()
     return {
+        "read": ranks.gather(read[0]),
         "drawn": ranks.gather(counted.drawn),
         "weights": weights,
         "loaded": ranks.gather(again.drawn),

@@ -50,6 +50,7 @@ COSTS = {
 REFUSED = [
     (2, "strategy=single"),
     (6, "strategy=hsdp strategy.shard_size=4"),
+    (2, "strategy=fsdp strategy.reduce=last precision.reduce=bf16"),
     (4, "strategy=pipeline strategy.stages=3"),
     (2, "strategy=pipeline model.layers=1"),
     (2, "strategy=pipeline strategy.stages=1 strategy.schedule=zbv model.layers=1"),
