@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from launch.checkpoint_names import checkpoints, readable, saved, shown
 from launch.sizes import size
+from trainer import locks
 from trainer.errors import ConfigError, TrainingError
 
 if TYPE_CHECKING:
@@ -71,11 +72,13 @@ def _nobody_trains(run_dir: Path, dry: bool) -> Iterator[None]:
         yield
         return
     try:
-        lock = FileLock(run_dir / ".lock", blocking=False).acquire()
+        lock = locks.acquire_run(run_dir)
     except Timeout:
-        raise ConfigError(f"RUN_DIR {run_dir}: another process trains in this folder; stop it first") from None
-    with lock:
+        raise ConfigError(f"RUN_DIR {run_dir}: {locks.taken(run_dir)}; stop it first") from None
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def _retention(arguments: argparse.Namespace, manifest: dict[str, Any]) -> Retention:

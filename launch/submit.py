@@ -21,6 +21,7 @@ from launch.revision import revision
 from launch.sweep import processes_of
 from launch.sweeps.trials import Sweep, expand
 from launch.sweeps.trials import folder_of as trials_folder
+from trainer import locks
 from trainer.config import Config
 from trainer.config import sweep as grammar
 from trainer.config.compose import load, load_sized
@@ -149,7 +150,7 @@ def write(job: Job) -> Path:
             replace_file(files / "changes.diff", diff.encode())
         replace_file(files / "job.sbatch", _script(job, number).encode())
     except Timeout:
-        raise ConfigError(f"run.dir={job.folder}: another process trains in this folder; stop it first") from None
+        raise ConfigError(f"run.dir={job.folder}: {locks.taken(job.folder)}; stop it first") from None
     except OSError as error:
         raise ConfigError(
             f"run.dir={job.folder}: cannot be written: {error.strerror}; choose another run.dir"

@@ -10,9 +10,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from launch.plan import batch
+from trainer import locks
 from trainer.config.compose import load_sized
 from trainer.config.launch import Local
 from trainer.errors import ConfigError
@@ -53,8 +54,10 @@ def train(arguments: argparse.Namespace) -> int:
     elif reason and not supervisor.told and read_status(folder).get("state") in (None, "running"):
         print(f"\nonecurve: {reason}", file=sys.stderr)
     if code and folder.is_dir():
-        with suppress(Timeout, OSError), FileLock(folder / ".lock", blocking=False):  # unless somebody trains there
+        with suppress(Timeout, OSError):  # somebody trains there
+            lock = locks.acquire_run(folder)
             settle(folder, reason or f"a process ended with code {code}", code)
+            lock.release()
     return code
 
 

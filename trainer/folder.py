@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, Timeout
 
+from trainer import locks
 from trainer.checkpoint.load import newest_for
 from trainer.checkpoint.mirror import Mirror
 from trainer.checkpoint.retention import Retention
@@ -47,7 +48,7 @@ class RunFolder:
         self.retention = Retention(saves.keep, saves.keep_every, saves.keep_best)
         self.mirror = Mirror(saves.mirror, topology, self.retention) if saves.mirror else None
         self.restarted: list[dict[str, Any]] = []  # why, as told on the main rank
-        self._lock = FileLock(self.path / ".lock", blocking=False)
+        self._lock: BaseFileLock | None = None
         problem = self._take(config) if topology.is_main else None
         if problem := topology.broadcast(problem):
             raise ConfigError(problem)
@@ -68,14 +69,18 @@ class RunFolder:
                 self.fail(topology.rank, error, lost_peer=False, step=0)
                 with suppress(OSError):
                     settle(self.path, str(error), error.exit_code)
-            self._lock.release()
+            self._release()
             raise
 
     def __enter__(self) -> RunFolder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._lock.release()
+        self._release()
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
 
     def keep(self, tokenizer: Tokenizer, catalogue: dict[str, Any]) -> None:
         """The run's own copy of what it reads by: to be sampled from wherever its shards are by then, and to know them
@@ -120,14 +125,14 @@ class RunFolder:
                 if self.path.exists():
                     set_aside(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire()
+            self._lock = locks.acquire_run(self.path)
             if (told := read_failure(self.path)) and told.get("retry"):  # whatever else ended it, somebody has seen to
                 self.restarted = [{"kind": "restart", "rank": told["rank"], "reason": told["reason"]}]
             (self.path / FAILURE).unlink(missing_ok=True)
             for name in (CHECKPOINTS, "logs"):
                 (self.path / name).mkdir(exist_ok=True)
         except Timeout:
-            return f"run.dir={self.path}: another process trains in this folder; stop it, or choose another run.name"
+            return f"run.dir={self.path}: {locks.taken(self.path)}; stop it, or choose another run.name"
         except OSError as error:
             return _unwritable(config, error)
         except (ConfigError, TrainingError) as error:
@@ -156,11 +161,14 @@ def set_aside(path: Path) -> None:
     """Renames the folder of an old run, while nobody else trains in it. Raises ConfigError, Timeout, OSError."""
     if not (path / "config.yaml").is_file() and not (path / "slurm").is_dir() and any(path.iterdir()):
         raise ConfigError(f"run.dir={path}: is no run's folder; run.fresh=true does not touch it")
-    with FileLock(path / ".lock", blocking=False):
+    lock = locks.acquire_run(path)
+    try:
         number = 1
         while (aside := path.with_name(f"{path.name}.old-{number}")).exists():
             number += 1
         path.rename(aside)
+    finally:
+        lock.release()
 
 
 def read_failure(folder: Path) -> dict[str, Any] | None:

@@ -150,6 +150,7 @@ def open_inputs(config: Config, topology: Topology, found: Found) -> Inputs:
         dp_rank=topology.dp_rank,
         dp_size=topology.dp_size,
         units=config.eval.steps and config.eval.steps * config.train.global_batch,
+        workers=data.workers,
     )
     stream = Stream(share, workers=data.workers, processes=data.processes)
     catalogue = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -17,7 +17,8 @@ from trainer.checkpoint.plan import fingerprint_of
 from trainer.checkpoint.save import Saver
 from trainer.config import Config
 from trainer.config.interval import Interval
-from trainer.data.stream import Batch, StepData, Stream
+from trainer.data.stream import StepData, Stream
+from trainer.data.validation import Validation
 from trainer.errors import Interrupted, TrainingError
 from trainer.fault_points import point
 from trainer.folder import Identity, RunFolder
@@ -58,7 +59,7 @@ class Job:
     strategy: Strategy
     schedule: Schedule
     stream: Stream | AgreedStream
-    validation: Iterable[Batch] | None
+    validation: Validation | None
     saver: Saver
     requests: Requests
     journal: Journal
@@ -119,7 +120,7 @@ def go_on(job: Job, progress: Progress) -> Progress:
     while progress.step < config.train.steps:
         clock.switch("data_wait")
         point("data.next")
-        data = job.stream.take(partial(is_asked_to_stop, job))
+        data = job.stream.take(partial(gives_up, job))
         unread.data_wait += clock.switch("productive")
         interruption.may_leave_at_once(False)
         point("step.weights", strategy.state)
@@ -168,9 +169,9 @@ def go_on(job: Job, progress: Progress) -> Progress:
     return progress
 
 
-def is_asked_to_stop(job: Job) -> bool:
+def gives_up(job: Job) -> bool:
     """Whether this rank, which keeps all others waiting, should give up what it waits for."""
-    return job.requests.stop(look=True) or time.monotonic() - job.born > job.time_limit
+    return job.requests.gives_up(over=time.monotonic() - job.born > job.time_limit)
 
 
 def end_as_asked(job: Job, progress: Progress, row: Row | None) -> None:
@@ -318,18 +319,23 @@ def evaluate_step(job: Job, progress: Progress, row: Row) -> bool:
 def evaluate(job: Job) -> dict[str, float] | None:
     """Returns what one pass over the validation split measures, the same on every rank; None where it was broken off
     because a stop is asked for."""
+    assert job.validation is not None
     totals, begun, vote_at = Sums(), time.monotonic(), 1
-    for number, batch in enumerate(job.validation or (), 1):
-        job.clock.progressed()
-        point("eval.batch")
-        for name, value in job.strategy.eval_step(batch).items():
-            totals[name] = totals[name] + value if name in totals else value
-        if number == vote_at:
-            votes = vote(job, pace=(time.monotonic() - begun) / number)
-            if votes["stop"] > 0:
-                return None
-            vote_at += max(1, int(VOTE_SECONDS / votes["pace"]))
+    with closing(job.validation.batches(partial(gives_up, job))) as batches:
+        for number, batch in enumerate(batches, 1):
+            job.clock.progressed()
+            point("eval.batch")
+            for name, value in job.strategy.eval_step(batch).items():
+                totals[name] = totals[name] + value if name in totals else value
+            if number == vote_at:
+                votes = vote(job, pace=(time.monotonic() - begun) / number)
+                if votes["stop"] > 0:
+                    return None
+                vote_at += max(1, int(VOTE_SECONDS / votes["pace"]))
+    totals["gave_up"] = torch.tensor(float(job.requests.gave_up))
     sums = job.strategy.reduce({name: value.reshape(1) for name, value in totals.items()})
+    if sums.pop("gave_up")[0] > 0:
+        return None
     return job.strategy.objective.summary({name: value[0] for name, value in sums.items()})
 
 

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from trainer.config.check import check, checked, did_you_mean, option_schema
+from trainer.config.recipes import leave_out_foreign_keys
 from trainer.config.schema import OPTIONS, SECTIONS, Config
 from trainer.errors import ConfigError, first_line
 
@@ -88,8 +89,10 @@ def compose(overrides: Sequence[str], config_dir: str | None = None) -> tuple[di
     with in_hydra():
         while True:
             try:
-                config = hydra.compose("config", overrides=[*extra, *map(lenient, good)])
-                return raw_values(config), problems
+                given = [*extra, *map(lenient, good)]
+                raw = raw_values(hydra.compose("config", overrides=given))
+                leave_out_foreign_keys(raw, given)
+                return raw, problems
             except MissingConfigException as error:
                 group, option = _missing(error)
                 culprit = next((text for text in good if text in (f"{group}={option}", f"+{group}={option}")), None)

@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from trainer.config.check import check
 from trainer.config.compose import lenient, raw_values
+from trainer.config.recipes import leave_out_foreign_keys
 from trainer.config.sweep import name_of
 from trainer.errors import ConfigError, OnecurveError
 from trainer.topology import world_size
@@ -48,8 +49,8 @@ def _main(composed: DictConfig) -> None:
     from trainer.__main__ import BORN, tell
     from trainer.run import run
 
-    raw = raw_values(composed)
-    hydra_config = HydraConfig.get()
+    raw, hydra_config = raw_values(composed), HydraConfig.get()
+    leave_out_foreign_keys(raw, hydra_config.overrides.task)
     if hydra_config.mode == RunMode.MULTIRUN:
         raw["run"]["dir"] = str(Path(raw["run"]["dir"]) / name_of(hydra_config.overrides.task))
     try:

@@ -277,7 +277,10 @@ class Samples(Data):
 class Optimizer(Plugin):
     lr: Float = Field(gt=0, description="Peak learning rate.")
     weight_decay: Float = Field(ge=0, description="Decoupled weight decay (times the learning rate).")
-    no_decay: list[Literal["bias", "norm", "embedding"]] = Field(description="Kinds of parameters left without decay.")
+    no_decay: list[Literal["bias", "norm", "vector", "embedding"]] = Field(
+        description="Kinds of parameters left without decay: bias, norm, vector (all else of one dimension or none: "
+        "scales of layers, gates, temperatures, class tokens), embedding (tables of tokens and positions)."
+    )
     ema: Share | None = Field(
         description="Decay (such as 0.999) of a moving average of the weights, kept with the optimizer's state in fp32 "
         "and exported by `onecurve export --ema`. null: none. It may be switched on or off between lives."

@@ -32,6 +32,7 @@ from trainer.processes import remove_afterwards
 
 T = TypeVar("T")
 
+_LATE_S = 0.5  # from when on an item that is waited for may be given up
 _PATIENCE_S = 0.5  # how long close() waits for the items that are being made
 _KILLED_S = 0.2  # how long it takes at most to be rid of a process that was killed
 _NOT_FOR_WORKERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -81,9 +82,12 @@ class ReadAhead(Iterator[T], Generic[T]):
     def __next__(self) -> T:
         return self._shelf.take()
 
-    def wait(self, seconds: float) -> bool:
-        """Waits for the next item, or its error, no longer than this; returns whether it is there."""
-        return self._shelf.wait(seconds)
+    def take(self, give_up: Callable[[], bool]) -> T | None:
+        """Returns the next item. While it is late, `give_up` is asked now and then: where it says so, None."""
+        while not self._shelf.wait(_LATE_S):
+            if give_up():
+                return None
+        return self._shelf.take()
 
     def close(self) -> None:
         """Stop reading ahead and drop what was read. Returns within a second, whatever the makers do."""

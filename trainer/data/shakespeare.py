@@ -13,8 +13,7 @@ from importlib import resources
 from itertools import groupby
 from pathlib import Path
 
-from filelock import FileLock
-
+from trainer import locks
 from trainer.data.tools.documents import Document
 from trainer.data.tools.write import pack_documents
 from trainer.errors import ConfigError
@@ -40,7 +39,7 @@ def ensure(cache: Path, tokenizer: str = "bpe:1024") -> Path:
         return folder
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache / f".{name}.lock"):
+        with locks.waited_for(cache / f".{name}.lock"):
             if not folder.is_dir():
                 _pack(lzma.decompress(packed).decode(), folder, tokenizer)
     except OSError as error:

@@ -26,7 +26,6 @@ Batch = dict[str, torch.Tensor]
 Row = Mapping[str, Any]
 
 _STEPS_AHEAD = 4
-_LATE_S = 0.5  # from when on a step that is waited for may be given up
 
 
 class Source(Protocol):
@@ -240,13 +239,10 @@ class Stream:
                 self._reader = read_ahead(
                     self._make, self._done, depth=depth, workers=self._workers, processes=self._processes
                 )
-            while not self._reader.wait(_LATE_S) and not (self._last and give_up()):
-                pass
-            if self._reader.wait(0):
-                data = next(self._reader)
-            else:
-                assert self._last is not None
-                data = self.share.without_samples(self._done, self._last)
+            before = self._last
+            data = self._reader.take(lambda: before is not None and give_up())
+            if data is None and before is not None:
+                data = self.share.without_samples(self._done, before)
         self._done, self._last = self._done + 1, data
         return data
 

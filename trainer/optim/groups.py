@@ -5,20 +5,36 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
-_NORMS = ("LayerNorm", "RMSNorm", "GroupNorm", "BatchNorm")
+_NORMS = ("LayerNorm", "RMSNorm", "GroupNorm", "BatchNorm", "InstanceNorm")
+_TABLES = ("embed", "token", "position")  # in the name of a parameter that is looked up in, not multiplied by
 
 
 def kind(model: nn.Module, name: str) -> str:
-    """`bias`, `norm`, `embedding` or `matrix`: what the parameter `name` is, by its module and its own name."""
+    """Returns `bias`, `norm`, `embedding`, `vector` or `matrix`: what the parameter `name` is, by its module, its own
+    name and its shape.
+
+    A vector is what scales or gates: of one dimension or none (LayerScale, a temperature), or of more that are all 1
+    but one (a class token).
+    """
     path, _, leaf = name.rpartition(".")
-    module = type(model.get_submodule(path)).__name__
-    if leaf == "bias":
+    module, shape = model.get_submodule(path), shape_of(model.get_parameter(name))
+    if "bias" in leaf:  # also in_proj_bias, relative_position_bias_table
         return "bias"
-    if any(norm in module for norm in _NORMS):  # also FusedLayerNorm, LlamaRMSNorm
+    if any(norm in type(module).__name__ for norm in _NORMS):  # also FusedLayerNorm, LlamaRMSNorm
         return "norm"
-    return "embedding" if module == "Embedding" else "matrix"
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        return "embedding"
+    if len(shape) < 2 or (leaf != "weight" and len(shape) > 2 and sum(size > 1 for size in shape) < 2):
+        return "vector"
+    return "embedding" if any(table in leaf for table in _TABLES) else "matrix"
+
+
+def shape_of(parameter: nn.Parameter) -> torch.Size:
+    """Returns the whole shape, also where DeepSpeed holds a part of the parameter."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def by_decay(

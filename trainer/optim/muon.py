@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config import schema
-from trainer.optim.groups import by_decay, kind, names
+from trainer.optim.groups import by_decay, kind, names, shape_of
 from trainer.optim.owners import of_whole
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan's: as steep at 0 as the quintic stays near 1 elsewhere
@@ -114,5 +114,5 @@ def muon(config: schema.Muon, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def _hidden(model: nn.Module, name: str, adamw_modules: Sequence[str]) -> bool:
-    modules, shape = name.split(".")[:-1], model.get_parameter(name).shape
+    modules, shape = name.split(".")[:-1], shape_of(model.get_parameter(name))
     return len(shape) == 2 and kind(model, name) == "matrix" and not set(modules) & set(adamw_modules)

@@ -91,10 +91,16 @@ class Requests:
 
     def __init__(self, folder: Path, watch_files: bool):
         self.folder, self.watch_files = folder, watch_files
+        self.gave_up = False  # what it waited for, while the others waited for it
 
-    def stop(self, look: bool = False) -> bool:
-        """`look`: for the file also on a rank that does not watch it, because it keeps the others waiting."""
-        return bool(_asked) or ((look or self.watch_files) and (self.folder / STOP).exists())
+    def stop(self) -> bool:
+        return self.gave_up or bool(_asked) or (self.watch_files and (self.folder / STOP).exists())
+
+    def gives_up(self, over: bool) -> bool:
+        """Whether to stop instead of waiting any longer. Looks for the file on any rank, because all wait for this one.
+        `over`: its time is."""
+        self.gave_up = over or bool(_asked) or (self.folder / STOP).exists()
+        return self.gave_up
 
     def give_way(self) -> bool:
         """To stop for now: a batch system's signal, after which it is expected to queue again."""

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from filelock import FileLock
 from torch import Tensor, nn
 
+from trainer import locks
 from trainer.config import strategy as schema
 from trainer.errors import ConfigError
 from trainer.precision import Precision
@@ -146,7 +146,9 @@ def cpu_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         from torch.utils.cpp_extension import _get_build_directory
 
         folder = Path(_get_build_directory(CPUAdamBuilder.NAME, verbose=False))
-        with FileLock(folder.with_name(f"{folder.name}.onecurve")):  # ours ends with the process that holds it; torch's
+        with locks.waited_for(
+            folder.with_name(f"{folder.name}.onecurve")
+        ):  # ours ends with the process that holds it; torch's
             (folder / "lock").unlink(missing_ok=True)  # own is left behind by one that is killed, and then waited for
             CPUAdamBuilder().load(verbose=False)
         keys = ("params", "lr", "betas", "eps", "weight_decay")

@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from filelock import FileLock
-
+from trainer import locks
 from trainer.data.storage import command
 from trainer.data.storage.local import LocalBlob
 from trainer.data.storage.urls import PIPE, is_remote, shown
@@ -84,7 +83,7 @@ def _kept(
             return _open(storage, path, url, stamp, facts)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_suffix(".lock")):
+        with locks.waited_for(path.with_suffix(".lock")):
             if (facts := _facts(path)) is None:
                 facts = _write(path, url, pieces())
                 _remove_former(path)
