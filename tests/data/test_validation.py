@@ -63,3 +63,32 @@ def test_an_evaluation_that_is_broken_off_leaves_no_thread() -> None:
     assert threading.active_count() == before + 3
     batches.close()  # type: ignore[attr-defined]
     assert threading.active_count() == before
+
+
+@dataclass
+class Stuck(Units):
+    """From its sixth unit on nothing comes."""
+
+    come: threading.Event = field(default_factory=threading.Event)
+
+    def read(self, unit: int, draw: int) -> dict:
+        if unit > 5:
+            self.come.wait()
+        return super().read(unit, draw)
+
+
+def test_what_does_not_come_is_given_up_and_has_the_shapes_of_what_would() -> None:
+    source, asked = Stuck(9), [False]
+
+    def give_up() -> bool:
+        said, asked[0] = asked[0], True  # only when asked again: what is late may still come
+        return said
+
+    batches = list(Validation(source, micro_batch=2, dp_size=1, workers=2).batches(give_up))
+    source.come.set()
+    plain = list(Validation(Units(9), micro_batch=2, dp_size=1))
+    assert [{name: (t.shape, t.dtype) for name, t in b.items()} for b in batches] == [
+        {name: (t.shape, t.dtype) for name, t in b.items()} for b in plain
+    ]
+    assert all(torch.equal(one["unit"], other["unit"]) for one, other in zip(batches[:3], plain[:3], strict=True))
+    assert not any(tensor.any() for batch in batches[3:] for tensor in batch.values())
