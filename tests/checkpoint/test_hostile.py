@@ -15,6 +15,7 @@ import torch
 
 from trainer.checkpoint import format
 from trainer.checkpoint.format import INDEX, MANIFEST, Damaged, folder_name, read_manifest, verify
+from trainer.checkpoint.pieces import Fragment
 from trainer.checkpoint.retention import Retention
 from trainer.checkpoint.save import Saver
 from trainer.topology import ALONE
@@ -30,7 +31,9 @@ class Evil:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    state = {"model/a": torch.arange(12.0).view(3, 4), "model/b": torch.tensor(7)}
+    """Tensors that lie whole, and an even share."""
+    stretch = Fragment(torch.arange(7.0), torch.Size((7,)), 0)
+    state = {"model/a": torch.arange(12.0).view(3, 4), "model/b": torch.tensor(7), "optimizer/c": stretch}
     Saver(tmp_path, ALONE, Retention(), asynchronous=False).save(1, state, {})
     return tmp_path / folder_name(1)
 
@@ -49,35 +52,64 @@ def signed(folder: Path) -> None:
 
 
 def index_cases() -> dict[str, Callable[[Any], Any]]:
-    def tensor(change: Callable[[list[Any]], Any]) -> Callable[[Any], Any]:
-        return lambda index: change(index["tensors"]["model/a"])
+    def tensor(where: int, value: Any) -> Callable[[Any], Any]:
+        return lambda index: index["tensors"]["model/a"].__setitem__(where, value)
 
-    def piece(where: int, value: Any) -> Callable[[Any], Any]:
-        return tensor(lambda it: it[2][0].__setitem__(where, value))
+    def sharding(told: Any, replica: Any = 0) -> Callable[[Any], Any]:
+        def change(index: Any) -> None:
+            index["shardings"].append(told)
+            index["tensors"]["model/a"][2:] = [len(index["shardings"]) - 1, replica]
+
+        return change
+
+    def boxes(*rows: Any) -> Callable[[Any], Any]:
+        return sharding({"boxes": list(rows)})
 
     return {
-        "another type": tensor(lambda it: it.__setitem__(0, "OBJECT")),
-        "an absurd size": tensor(lambda it: it.__setitem__(1, [10**15, 4])),
-        "an absurd size of its pieces, too": tensor(
-            lambda it: (it.__setitem__(1, [10**15, 4]), it[2][0].__setitem__(3, [10**15, 4]))
-        ),
-        "a negative size": tensor(lambda it: it.__setitem__(1, [-3, -4])),
-        "a size that is no number": tensor(lambda it: it.__setitem__(1, ["3", 4])),
-        "a size that is true": piece(3, [True, 4]),
-        "beyond the end": piece(1, 1 << 40),
-        "before the beginning": piece(1, -8),
-        "a number beyond all": piece(1, 1 << 70),
-        "not a number": piece(1, float("nan")),
-        "a piece outside": piece(2, [1, 0]),
-        "a piece too small": piece(3, [2, 4]),
-        "a piece of other dimensions": piece(2, [0]),
-        "a piece twice": tensor(lambda it: it[2].append(it[2][0])),
-        "another file": piece(0, 7),
-        "overlapping pieces": tensor(
-            lambda it: it.__setitem__(2, [[*it[2][0][:2], [0, 0], [2, 4]], [*it[2][0][:2], [1, 0], [1, 4]]])
-        ),
-        "a file elsewhere": lambda index: index["files"].__setitem__(0, "../../etc/passwd"),
+        "another type": tensor(0, "OBJECT"),
+        "a type that is none": tensor(0, ["F32"]),
+        "an absurd size": tensor(1, [10**15, 4]),
+        "an absurd number of dimensions": tensor(1, [1] * 100_000),
+        "a negative size": tensor(1, [-3, -4]),
+        "a size that is no number": tensor(1, ["3", 4]),
+        "a size that is true": tensor(1, [True, 4]),
+        "a number beyond all": tensor(1, [1 << 70, 4]),
+        "not a number": tensor(1, [float("nan"), 4]),
+        "larger than its file": tensor(1, [4, 40]),
+        "another sharding": tensor(2, 7),
+        "a sharding before the first": tensor(2, -1),
+        "another replica": tensor(3, 1),
+        "a replica before the first": tensor(3, -1),
+        "a piece outside": boxes([0, [1, 0], [3, 4]]),
+        "a piece beyond all": boxes([0, [(1 << 62) - 1, 0], [(1 << 62) - 1, 4]]),
+        "a piece too small": boxes([0, [0, 0], [2, 4]]),
+        "a piece of other dimensions": boxes([0, [0], [12]]),
+        "a piece twice": boxes([0, [0, 0], [3, 4]], [0, [0, 0], [3, 4]]),
+        "overlapping pieces": boxes([0, [0, 0], [2, 4]], [0, [1, 0], [1, 4]]),
+        "another file": boxes([7, [0, 0], [3, 4]]),
+        "a file beyond all": boxes([1 << 61, [0, 0], [3, 4]]),
+        "another cut than its file": boxes([0, [0, 0], [1, 4]], [0, [1, 0], [2, 4]]),
+        "no pieces": boxes(),
+        "a mesh of no ranks": sharding({"mesh": [], "shards": []}),
+        "a mesh of one that is none": sharding({"mesh": 0, "shards": []}),
+        "a mesh of a rank twice": sharding({"mesh": [0, 0], "shards": []}),
+        "a mesh of a rank before the first": sharding({"mesh": [-1], "shards": []}),
+        "a mesh of halves": sharding({"mesh": [0.5], "shards": []}),
+        "a ragged mesh": sharding({"mesh": [[0, 1], [2]], "shards": []}),
+        "a mesh of words": sharding({"mesh": ["0"], "shards": []}),
+        "a mesh of ranks that saved nothing": sharding({"mesh": [1], "shards": []}),
+        "cut along no dimension of the mesh": sharding({"mesh": [0], "shards": [[1, 0]]}),
+        "cut in no dimension of the tensor": sharding({"mesh": [0], "shards": [[0, 2]]}),
+        "cut twice along one": sharding({"mesh": [0], "shards": [[0, 0], [0, 1]]}),
+        "cut before the first": sharding({"mesh": [0], "shards": [[-1, 0]]}),
+        "shares of nobody": sharding({"even": 1, "ranks": []}),
+        "shares of an absurd world": sharding({"even": 1 << 61, "ranks": [0]}),
+        "shares of half the ranks": sharding({"even": 2, "ranks": [0]}),
+        "shares of a rank twice": sharding({"even": 1, "ranks": [0, 0]}),
+        "no sharding": sharding({"places": []}),
+        "a sharding that is none": sharding(None),
         "no tensors": lambda index: index.pop("tensors"),
+        "no shardings": lambda index: index.pop("shardings"),
         "tensors that are none": lambda index: index.__setitem__("tensors", ["model/a"]),
     }
 
@@ -93,6 +125,32 @@ def test_an_index_is_not_believed(folder: Path, case: str) -> None:
         verify(folder)
     assert tracemalloc.get_traced_memory()[1] < 50 * 2**20
     tracemalloc.stop()
+
+
+HEADERS: dict[str, Callable[[Any], Any]] = {
+    "a piece is missing": lambda told: told.pop("model/a"),
+    "of another type": lambda told: told["model/a"].__setitem__("dtype", "I32"),
+    "of another shape": lambda told: told["model/a"].__setitem__("shape", [4, 3]),
+    "beyond the end": lambda told: told["model/a"].__setitem__("data_offsets", [1 << 40, (1 << 40) + 48]),
+    "before the beginning": lambda told: told["model/a"].__setitem__("data_offsets", [-48, 0]),
+    "shorter than it is": lambda told: told["model/a"].__setitem__("data_offsets", [0, 8]),
+    "no offsets": lambda told: told["model/a"].pop("data_offsets"),
+    "no entry": lambda told: told.__setitem__("model/a", 7),
+}
+
+
+@pytest.mark.parametrize("case", HEADERS)
+def test_a_header_is_not_believed(folder: Path, case: str) -> None:
+    path = folder / "rank-00000.safetensors"
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    told = json.loads(raw[8 : 8 + length])
+    HEADERS[case](told)
+    text = json.dumps(told).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
+    signed(folder)
+    with pytest.raises(Damaged, match=r"rank-00000\.safetensors"):
+        verify(folder)
 
 
 @pytest.mark.parametrize("name", ["../escape", "/etc/passwd", "sub/file", "..", ""])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -11,16 +12,20 @@ from pathlib import Path
 from threading import Barrier
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 
-from trainer.checkpoint.format import folder_name, read_index, verify
+from trainer.checkpoint.format import INDEX, folder_name, read_index, verify, write_file, write_manifest
 from trainer.checkpoint.load import newest, read, read_all
-from trainer.checkpoint.pieces import Fragment, pieces
+from trainer.checkpoint.pieces import Box, Fragment, pieces
 from trainer.checkpoint.retention import Retention
 from trainer.checkpoint.save import Saver
+from trainer.checkpoint.shardings import Grid
 from trainer.topology import ALONE, Topology
 
 
@@ -141,3 +146,47 @@ def test_one_that_was_replaced_cannot_publish(tmp_path: Path) -> None:
     (event,) = old.save(5, state, {})
     assert "another process trains in this folder by now" in event["reason"]
     assert [event["kind"] for event in new.save(5, state, {})] == ["checkpoint"]
+
+
+def test_the_format_of_before_is_read(tmp_path: Path) -> None:
+    """Version 2, in which the index tells of each piece where it lies."""
+    whole = {"model/a": torch.arange(12.0).view(3, 4), "model/b": torch.tensor(7)}
+    folder = tmp_path / folder_name(3)
+    folder.mkdir()
+    cuts = {
+        "rank-00000.safetensors": {"model/a@0,0": whole["model/a"][:2].clone()},
+        "rank-00001.safetensors": {"model/a@2,0": whole["model/a"][2:].clone(), "model/b": whole["model/b"]},
+    }
+    files = {name: write_file(folder / name, [safetensors.torch.save(its)]) for name, its in cuts.items()}
+    starts = {name: 8 + int.from_bytes((folder / name).read_bytes()[:8], "little") for name in cuts}
+    tensors = {
+        "model/a": ["F32", [3, 4], [[0, starts["rank-00000.safetensors"], [0, 0], [2, 4]], [1, 0, [2, 0], [1, 4]]]],
+        "model/b": ["I64", [], [[1, 0, [], []]]],
+    }
+    text = json.dumps({"files": list(files), "tensors": tensors})
+    files[INDEX] = write_file(folder / INDEX, [text.encode()])
+    write_manifest(folder, {"version": 2, "step": 3, "files": files})
+    found, events = newest(tmp_path)
+    assert found
+    assert not events
+    got = read_all(found)
+    assert all(torch.equal(got[name], whole[name]) for name in whole)
+
+
+@given(st.data())
+@settings(max_examples=200, deadline=None)
+def test_a_mesh_says_what_torch_says(data: Any) -> None:
+    """Any mesh, any cuts, sizes that do not divide: each rank's block is the one that torch gives it."""
+    draw = data.draw
+    shape = tuple(draw(st.lists(st.integers(1, 9), min_size=1, max_size=3)))
+    sizes = tuple(draw(st.lists(st.integers(1, 4), min_size=1, max_size=3)))
+    kinds = [Replicate(), *(Shard(dim) for dim in range(len(shape)))]
+    placements = tuple(draw(st.sampled_from(kinds)) for _ in sizes)
+    ranks = np.array(draw(st.permutations(range(prod(sizes)))), np.int64).reshape(sizes)
+    shards = tuple((axis, it.dim) for axis, it in enumerate(placements) if isinstance(it, Shard))
+    table = Grid(ranks, shards).table(shape)
+    table.raise_unless_whole(shape)
+    for place in np.ndindex(*sizes):
+        size, offset = _compute_local_shape_and_global_offset(shape, sizes, list(place), placements)
+        expected = [Box(tuple(offset), tuple(size))] if prod(size) else []
+        assert [table.boxes[row] for row in table.rows_held_by(int(ranks[place]))] == expected

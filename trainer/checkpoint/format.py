@@ -1,7 +1,7 @@
 """What a checkpoint is on disk: a folder `step-00000100/` of
 
 - `rank-00000.safetensors`, ...: what each process wrote, in the safetensors format, one contiguous piece after another;
-- `index.json`: of each tensor its type, its shape, and by its layout in which files its pieces lie;
+- `index.json`: of each tensor its type, its shape, and by its sharding in which files its pieces lie;
 - `manifest.json`, which came last: what the run was, size and checksum of every file, and its own checksum.
 
 Nothing in it is executed: JSON and numbers, of which none is believed before it is checked.
@@ -25,8 +25,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
-from trainer.checkpoint.layouts import Boxes, Layout, Table, layout_of, whole, wholes
 from trainer.checkpoint.pieces import DTYPES, Box
+from trainer.checkpoint.shardings import Boxes, Sharding, Table, sharding_of, whole, wholes
 from trainer.errors import TrainingError
 from trainer.files import replace_file, sync_folder
 
@@ -50,12 +50,12 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a checkpoint: of what each rank of the layout holds, this replica is saved. Its pieces cover it, each
-    element once."""
+    """A tensor in a checkpoint: of all that ranks of its sharding hold, this replica was saved. Its pieces cover it,
+    each element once."""
 
     dtype: str
     shape: tuple[int, ...]
-    layout: Layout
+    sharding: Sharding
     replica: int = 0
 
     @property
@@ -64,16 +64,16 @@ class Stored:
 
     @property
     def places(self) -> list[Place]:
-        table = self.layout.table(self.shape)
+        table = self.sharding.table(self.shape)
         return [self._place(table, row) for row in range(len(table.boxes))]
 
     def meeting(self, box: Box) -> list[Place]:
         """Where elements of this block lie."""
-        table = self.layout.table(self.shape)
+        table = self.sharding.table(self.shape)
         return [self._place(table, row) for row in table.meeting(box)]
 
     def written_by(self, rank: int) -> list[Box]:
-        table = self.layout.table(self.shape)
+        table = self.sharding.table(self.shape)
         return [table.boxes[row] for row in table.rows_of(rank, self.replica)]
 
     def _place(self, table: Table, row: int) -> Place:
@@ -215,12 +215,12 @@ def verify(folder: Path) -> dict[str, Any]:
 
 
 def write_index(path: Path, tensors: dict[str, Stored]) -> dict[str, Any]:
-    """As `write_file`. A layout is told once for all its tensors."""
-    number = {layout: i for i, layout in enumerate(dict.fromkeys(stored.layout for stored in tensors.values()))}
+    """As `write_file`. A sharding is told once for all its tensors."""
+    number = {sharding: i for i, sharding in enumerate(dict.fromkeys(stored.sharding for stored in tensors.values()))}
     told = {
-        name: [stored.dtype, stored.shape, number[stored.layout], stored.replica] for name, stored in tensors.items()
+        name: [stored.dtype, stored.shape, number[stored.sharding], stored.replica] for name, stored in tensors.items()
     }
-    text = json.dumps({"layouts": [layout.told() for layout in number], "tensors": told}, separators=(",", ":"))
+    text = json.dumps({"shardings": [sharding.told() for sharding in number], "tensors": told}, separators=(",", ":"))
     return write_file(path, [text.encode()])
 
 
@@ -246,10 +246,10 @@ def parse_index(text: str, manifest: dict[str, Any]) -> dict[str, Stored]:
         if manifest["version"] == 2:
             found = _tensors_of_version_2(index)
         else:
-            layouts = [layout_of(told) for told in index["layouts"]]
+            shardings = [sharding_of(told) for told in index["shardings"]]
             found = {
-                name: Stored(dtype, wholes(shape), layouts[whole(layout)], whole(replica))
-                for name, (dtype, shape, layout, replica) in index["tensors"].items()
+                name: Stored(dtype, wholes(shape), shardings[whole(sharding)], whole(replica))
+                for name, (dtype, shape, sharding, replica) in index["tensors"].items()
             }
         _check_tensors(found, {name: stated["bytes"] for name, stated in manifest["files"].items()})
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
@@ -270,17 +270,17 @@ def _tensors_of_version_2(index: Any) -> dict[str, Stored]:
 def _check_tensors(tensors: dict[str, Stored], sizes: dict[str, int]) -> None:
     """Raises Damaged unless each tensor is made up by its pieces, and the files are large enough for all of them. A
     table is looked at once, however many tensors have it."""
-    total, itemsizes = sum(sizes.values()), defaultdict[tuple[Layout, tuple[int, ...], int], int](int)
+    total, itemsizes = sum(sizes.values()), defaultdict[tuple[Sharding, tuple[int, ...], int], int](int)
     for name, stored in tensors.items():
         if stored.dtype not in DTYPES:
             raise Damaged(f"{INDEX}: '{name}': unknown type {stored.dtype!r}")
         if stored.numel * DTYPES[stored.dtype].itemsize > total:
             raise Damaged(f"{INDEX}: '{name}' is larger than all files")
-        itemsizes[stored.layout, stored.shape, stored.replica] += DTYPES[stored.dtype].itemsize
+        itemsizes[stored.sharding, stored.shape, stored.replica] += DTYPES[stored.dtype].itemsize
     files = np.array(sorted(rank_of(file) for file in sizes if file != INDEX), np.int64)
     needed = np.zeros(len(files))
-    for (layout, shape, replica), itemsize in itemsizes.items():
-        table = layout.table(shape)
+    for (sharding, shape, replica), itemsize in itemsizes.items():
+        table = sharding.table(shape)
         table.raise_unless_whole(shape)
         writers = table.ranks[:, replica]
         if not np.isin(writers, files).all():

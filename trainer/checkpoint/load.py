@@ -51,7 +51,7 @@ class Found:
             raise TrainingError(f"{self.path}: {damage}") from None
 
 
-class _Order(NamedTuple):
+class Order(NamedTuple):
     """`tensor`, memory of the run, takes the block `box` out of a piece of the tensor `name`."""
 
     name: str
@@ -125,19 +125,7 @@ def read(found: Found, state: State) -> None:
     is where the checkpoint has none.
     """
     stored = found.index
-    some = {name: held for name, held in state.items() if prod(shape_of(held))}  # of an empty tensor nothing is saved
-    wanted = {name: held for name, held in some.items() if name in stored or not name.startswith(OPTIONAL)}
-    wrong = [name for name, held in wanted.items() if name not in stored or stored[name].shape != shape_of(held)]
-    if wrong:
-        raise TrainingError(f"{found.path}: does not hold {sorted(wrong)[0]} in this shape")
-    orders: defaultdict[str, list[_Order]] = defaultdict(list)
-    for name, held in wanted.items():
-        for box, tensor in pieces(held):
-            for place in stored[name].meeting(box):
-                both = place.box.meet(box)
-                assert both is not None
-                orders[place.file].append(_Order(name, place.box, both, both.within(box, tensor)))
-    for name, its in orders.items():
+    for name, its in orders(found, state).items():
         try:
             with open_file(found.path / name) as file, torch.no_grad():
                 header = read_header(file, name)
@@ -146,6 +134,24 @@ def read(found: Found, state: State) -> None:
                     _fill(file, at, stored[order.name].dtype, order)
         except (OSError, EOFError, Damaged) as error:
             raise TrainingError(f"{found.path / name}: cannot be read: {error}") from error
+
+
+def orders(found: Found, state: State) -> dict[str, list[Order]]:
+    """What is read for `state`, by file."""
+    stored = found.index
+    some = {name: held for name, held in state.items() if prod(shape_of(held))}  # of an empty tensor nothing is saved
+    wanted = {name: held for name, held in some.items() if name in stored or not name.startswith(OPTIONAL)}
+    wrong = [name for name, held in wanted.items() if name not in stored or stored[name].shape != shape_of(held)]
+    if wrong:
+        raise TrainingError(f"{found.path}: does not hold {sorted(wrong)[0]} in this shape")
+    by_file: defaultdict[str, list[Order]] = defaultdict(list)
+    for name, held in wanted.items():
+        for box, tensor in pieces(held):
+            for place in stored[name].meeting(box):
+                both = place.box.meet(box)
+                assert both is not None
+                by_file[place.file].append(Order(name, place.box, both, both.within(box, tensor)))
+    return by_file
 
 
 def read_all(found: Found, prefix: str = "") -> dict[str, Tensor]:
@@ -157,7 +163,7 @@ def read_all(found: Found, prefix: str = "") -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
-def _fill(file: Any, at: int, dtype: str, order: _Order) -> None:
+def _fill(file: Any, at: int, dtype: str, order: Order) -> None:
     """`order.tensor` takes the block `order.box` of the piece that lies there: rows (of dimension 0) that lie behind
     each other."""
     piece, box, tensor = order.piece, order.box, order.tensor

@@ -33,7 +33,7 @@ class Fragment(NamedTuple):
 
 
 State = Mapping[str, "Tensor | Fragment"]
-Ints = tuple[int, ...]
+Shape = tuple[int, ...]
 
 
 class Box(NamedTuple):

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from trainer.checkpoint.format import Stored, header, key_of
-from trainer.checkpoint.layouts import Boxes, Even, Grid, Ints, Layout, Table, layout_of
 from trainer.checkpoint.pieces import DTYPES, NAMES, Box, Fragment, State, dtype_of, pieces, shape_of
+from trainer.checkpoint.shardings import Boxes, Even, Grid, Ints, Sharding, Table, sharding_of
 from trainer.errors import TrainingError
 from trainer.topology import Topology
 
@@ -60,24 +60,26 @@ Sections = dict[str, str]
 def describe(state: State, rank: int, world: int) -> Sections:
     """`state` as the rank `rank` of `world` holds it."""
     rows: defaultdict[tuple[str, Any], list[Any]] = defaultdict(list)
-    layouts: dict[Any, Any] = {}
-    grids: dict[Any, Grid] = {}
+    shardings: dict[Any, Any] = {}
+    grids: dict[Any, tuple[Grid, Any]] = {}
     for name, value in state.items():
-        key, layout, blocks = _described(value, rank, world, grids)
-        if layout is not None:
-            layouts[key] = layout
+        key, sharding, blocks = _described(value, rank, world, grids)
+        if sharding is not None:
+            shardings[key] = sharding
             rows[name.rpartition("/")[0], key].append([name, NAMES[dtype_of(value)], shape_of(value), *blocks])
-    texts = [json.dumps([layouts[key], its], separators=(",", ":")) for (_, key), its in rows.items()]
-    return {_digest(text): text for text in texts}
+    texts = [json.dumps([shardings[key], its], separators=(",", ":")) for (_, key), its in rows.items()]
+    return dict(sorted((_digest(text), text) for text in texts))
 
 
 def _digest(text: str) -> str:
     return xxhash.xxh3_128_hexdigest(text.encode())
 
 
-def _described(value: Tensor | Fragment, rank: int, world: int, grids: dict[Any, Grid]) -> tuple[Any, Any, list[Any]]:
-    """What tensors of one layout have in common, the layout as JSON (None where nothing is held), and the blocks of a
-    tensor that no layout describes."""
+def _described(
+    value: Tensor | Fragment, rank: int, world: int, grids: dict[Any, tuple[Grid, Any]]
+) -> tuple[Any, Any, list[Any]]:
+    """What tensors of one sharding have in common, the sharding as JSON (None where nothing is held), and the blocks of
+    a tensor that no sharding describes."""
     shape = shape_of(value)
     if isinstance(value, Fragment):
         if (value.start, len(value.values)) == Even.span(shape, rank, world):
@@ -86,9 +88,12 @@ def _described(value: Tensor | Fragment, rank: int, world: int, grids: dict[Any,
         return "whole", {}, []
     else:
         key = value.device_mesh, value.placements
-        grid = grids.get(key) or grids.setdefault(key, Grid.of(*key))
+        if key not in grids:
+            grid = Grid.of(*key)
+            grids[key] = grid, grid.told()
+        grid, told = grids[key]
         if _agrees(grid, shape, rank, [box for box, _ in pieces(value)]):
-            return key, grid.told(), []
+            return key, told, []
     boxes = [box for box, _ in pieces(value)]
     return "boxes", {"boxes": []} if boxes else None, [boxes]
 
@@ -111,28 +116,28 @@ def exchange(sections: Sections, topology: Topology) -> list[tuple[list[int], An
 
 
 class Holding(NamedTuple):
-    """A tensor, and how ranks hold it: more than one layout where several groups do (both ends of a pipeline, or the
+    """A tensor, and how ranks hold it: more than one sharding where several groups do (both ends of a pipeline, or the
     ranks of tensor parallel that do not split it)."""
 
     dtype: str
     shape: tuple[int, ...]
-    layouts: list[Layout]
+    shardings: list[Sharding]
 
 
 def holdings(shared: Sequence[tuple[list[int], Any]]) -> dict[str, Holding]:
     """By tensor. Raises TrainingError where ranks differ on its type or shape."""
     found: dict[str, Holding] = {}
     for ranks, (told, rows) in shared:
-        layout = _layout(told, ranks)
+        sharding = _sharding(told, ranks)
         for name, dtype, shape, *blocks in rows:
             holding = found.setdefault(name, Holding(dtype, tuple(shape), []))
             if (holding.dtype, holding.shape) != (dtype, tuple(shape)):
                 raise TrainingError(f"'{name}' is {holding.shape} on one process, {tuple(shape)} on another")
-            holding.layouts.append(layout or _boxes(ranks, blocks[0]))
+            holding.shardings.append(sharding or _boxes(ranks, blocks[0]))
     return {name: holding for name, holding in found.items() if 0 not in holding.shape}
 
 
-def _layout(told: Any, ranks: list[int]) -> Layout | None:
+def _sharding(told: Any, ranks: list[int]) -> Sharding | None:
     """None where each tensor has its own."""
     match told:
         case {"boxes": _}:
@@ -140,11 +145,11 @@ def _layout(told: Any, ranks: list[int]) -> Layout | None:
         case {"even": world}:
             return Even(world, ranks)
         case {"mesh": _}:
-            return layout_of(told)
+            return sharding_of(told)
     return Grid(np.array(ranks))
 
 
-def _boxes(ranks: list[int], blocks: Any) -> Layout:
+def _boxes(ranks: list[int], blocks: Any) -> Sharding:
     return Boxes([(ranks[0], Box(tuple(offset), tuple(size))) for offset, size in blocks])
 
 
@@ -170,14 +175,14 @@ class Plan:
         sizes, tensors = np.zeros(world, np.int64), {}
         nbytes = {name: prod(it.shape) * DTYPES[it.dtype].itemsize for name, it in held.items()}
         for name in sorted(held, key=lambda name: (tables[name].ranks.shape[1] > 1, -nbytes[name], name)):
-            dtype, shape, layouts = held[name]
+            dtype, shape, shardings = held[name]
             table = tables[name]
             count = table.ranks.shape[1]
             replicas = np.arange(min(count, WRITERS)) * count // min(count, WRITERS)
             busiest = sizes[table.ranks[:, replicas]].max(axis=0)
             replica = int(replicas[busiest.argmin()])
             np.add.at(sizes, table.ranks[:, replica], table.numel * DTYPES[dtype].itemsize)
-            tensors[name] = Stored(dtype, shape, *_layout_of_replica(layouts, shape, table, replica))
+            tensors[name] = Stored(dtype, shape, *_sharding_of_replica(shardings, shape, table, replica))
         return cls(tensors, tables, sizes)
 
     def file(self, rank: int) -> list[tuple[Held, int]]:
@@ -210,10 +215,10 @@ class Plan:
 def _tables(held: Mapping[str, Holding]) -> Iterator[tuple[str, Table]]:
     """Made and checked once for all tensors of one shape that lie alike."""
     made: dict[Any, Table] = {}
-    for name, (_, shape, layouts) in held.items():
-        key = shape, *layouts
+    for name, (_, shape, shardings) in held.items():
+        key = shape, *shardings
         if key not in made:
-            made[key] = _merged([layout.table(shape) for layout in layouts], shape)
+            made[key] = _merged([sharding.table(shape) for sharding in shardings], shape)
             try:
                 made[key].raise_unless_whole(shape)
             except ValueError as error:
@@ -236,14 +241,14 @@ def _merged(tables: Sequence[Table], shape: tuple[int, ...]) -> Table:
     return Table(offset, size, np.array(ranks))
 
 
-def _layout_of_replica(
-    layouts: Sequence[Layout], shape: tuple[int, ...], table: Table, replica: int
-) -> tuple[Layout, int]:
-    """As the index tells it: one of the layouts with its own number of the replica, or block by block."""
-    if all(layout.table(shape).boxes == table.boxes for layout in layouts):
-        for layout in layouts:
-            if replica < (columns := layout.table(shape).ranks.shape[1]):
-                return layout, replica
+def _sharding_of_replica(
+    shardings: Sequence[Sharding], shape: tuple[int, ...], table: Table, replica: int
+) -> tuple[Sharding, int]:
+    """As the index tells it: one of the shardings with its own number of the replica, or block by block."""
+    if all(sharding.table(shape).boxes == table.boxes for sharding in shardings):
+        for sharding in shardings:
+            if replica < (columns := sharding.table(shape).ranks.shape[1]):
+                return sharding, replica
             replica -= columns
     return Boxes(list(zip(table.ranks[:, replica].tolist(), table.boxes, strict=True))), 0
 

@@ -1,5 +1,5 @@
-"""How a tensor lies over ranks. A layout holds for any shape: what one says of a mesh and its sharded dimensions stands
-for all tensors that are sharded so, and costs as much for one tensor as for thousands.
+"""How a tensor lies over ranks. A sharding holds for any shape: what is said of a mesh and its sharded dimensions is
+said of all tensors that are sharded so, and costs as much for one tensor as for thousands.
 
 - `Grid`: a mesh of ranks. Along some of its dimensions the tensor is sharded (FSDP, tensor parallel), along the others
   replicated; one that several ranks hold whole lies on a mesh along which nothing is sharded.
@@ -21,10 +21,9 @@ from numpy.typing import NDArray
 from torch.distributed.tensor import DeviceMesh, Placement
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from trainer.checkpoint.pieces import Box, stretch
+from trainer.checkpoint.pieces import Box, Shape, stretch
 
 Ints = NDArray[np.int64]
-Shape = tuple[int, ...]
 LARGEST = 1 << 62  # of a size or an offset
 
 
@@ -37,6 +36,7 @@ class Table:
         self.offset, self.size, self.ranks = offset[filled], size[filled], ranks[filled]
         self._meeting: dict[Box, list[int]] = {}
         self._rows: dict[int, dict[int, list[int]]] = {}
+        self._held: dict[int, list[int]] = {}
 
     @cached_property
     def boxes(self) -> list[Box]:
@@ -58,7 +58,9 @@ class Table:
 
     def rows_held_by(self, rank: int) -> list[int]:
         """The blocks that a rank holds in any column."""
-        return np.flatnonzero((self.ranks == rank).any(axis=1)).tolist()
+        if rank not in self._held:
+            self._held[rank] = np.flatnonzero((self.ranks == rank).any(axis=1)).tolist()
+        return self._held[rank]
 
     def meeting(self, box: Box) -> list[int]:
         """The blocks that have elements in common with this one."""
@@ -70,14 +72,13 @@ class Table:
 
     def raise_unless_whole(self, shape: Shape) -> None:
         """Raises ValueError unless the blocks make up a tensor of this shape, each element once."""
-        whole = Box((0,) * len(shape), shape)
-        if any(box.meet(whole) != box for box in self.boxes):
+        if (self.offset + self.size > np.array(shape, np.int64)).any():
             raise ValueError("a piece lies outside")
         if sum(box.numel for box in self.boxes) != prod(shape) or _overlap(self.boxes):
             raise ValueError("its pieces do not make it up")
 
 
-class Layout:
+class Sharding:
     """Tables are made once a shape."""
 
     _tables: dict[Shape, Table]
@@ -91,12 +92,12 @@ class Layout:
         raise NotImplementedError
 
     def told(self) -> dict[str, Any]:
-        """As JSON, for `layout_of`."""
+        """As JSON, for `sharding_of`."""
         raise NotImplementedError
 
 
 @dataclass(eq=False)
-class Grid(Layout):
+class Grid(Sharding):
     """`shards`: pairs of a dimension of the mesh and the one of the tensor that is cut along it, in the order of the
     cuts: each into pieces as large as the first, as `torch.chunk` does."""
 
@@ -141,7 +142,7 @@ class Grid(Layout):
 
 
 @dataclass(eq=False)
-class Even(Layout):
+class Even(Sharding):
     """Rank r of `world` holds the elements from r * n on, n at most, of the flattened tensor, where n is as small as it
     can be. `ranks`: those of them that hold their share."""
 
@@ -168,7 +169,7 @@ class Even(Layout):
 
 
 @dataclass(eq=False)
-class Boxes(Layout):
+class Boxes(Sharding):
     rows: list[tuple[int, Box]]  # which rank, which block
     _tables: dict[Shape, Table] = field(default_factory=dict, repr=False)
 
@@ -181,7 +182,7 @@ class Boxes(Layout):
         return {"boxes": [[rank, *box] for rank, box in self.rows]}
 
 
-def layout_of(told: Any) -> Layout:
+def sharding_of(told: Any) -> Sharding:
     """Raises ValueError or TypeError for what describes none."""
     match told:
         case {"mesh": mesh, "shards": shards}:
@@ -199,7 +200,7 @@ def layout_of(told: Any) -> Layout:
             return Even(world, ranks)
         case {"boxes": list(rows)}:
             return Boxes([(whole(rank), Box(wholes(offset), wholes(size))) for rank, offset, size in rows])
-    raise ValueError("a layout is a mesh, even or boxes")
+    raise ValueError("a sharding is a mesh, even or boxes")
 
 
 def whole(number: Any) -> int:
