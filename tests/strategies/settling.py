@@ -64,8 +64,8 @@ def main() -> None:
             for value in flat
             for size in ([*value.shape] if isinstance(value, torch.Tensor) else [value])
         )
-        told = f"{kind.__name__}: graphs {len(inputs)}, symbolic {symbolic}, left behind {changed}"
-        print(told + "\n", end="", flush=True)
+        line = f"{kind.__name__}: graphs {len(inputs)}, symbolic {symbolic}, left behind {changed}"
+        print(line + "\n", end="", flush=True)
     ranks.close()
 
 

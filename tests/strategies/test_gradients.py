@@ -100,6 +100,15 @@ def test_used_by_one_process_only(name: str, runs: Zoo) -> None:
         assert_same_bits(runs.killed("Alternating", *SOMEWHERE[name]), whole)
 
 
+def test_zero_does_not_decay_what_is_not_used(runs: Zoo) -> None:
+    """Though it steps on flat tensors. (The other stages: tests/zoo.)"""
+    pytest.importorskip("deepspeed")
+    flat = runs.whole("UnusedHead", 1, ("strategy=zero", "strategy.stage=2"))
+    weights, expected = flat.weights(), runs.whole("UnusedHead", 1, ("strategy=single",)).weights()
+    assert torch.equal(weights["model/extra.weight"], expected["model/extra.weight"])
+    assert not weights["optimizer/exp_avg/extra.weight"].any()
+
+
 def test_ddp_names_the_key(runs: Zoo) -> None:
     run = runs.run("unused", 2, ("model=UnusedHead", "strategy=ddp"))
     codes, output = runs.train(run)

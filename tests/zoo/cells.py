@@ -31,8 +31,10 @@ MODELS = (
 OF_A_MICRO_BATCH = {"BatchNorm", "Bf16Buffer"}  # what these compute depends on who is in a micro-batch together
 REFUSED = {
     ("NoBlocks", "pipeline 2"): "cannot be cut",
-    ("Scalar", "fsdp 2"): "blocks.0.inner.scale of the model is a scalar",
-    ("Scalar", "hsdp 2 x 2"): "blocks.0.inner.scale of the model is a scalar",
+    **{
+        ("Scalar", strategy): "blocks.0.inner.scale of the model is a scalar"
+        for strategy in ("fsdp 2", "hsdp 2 x 2", "zero1 2", "zero2 2", "zero3 2")
+    },
 }
 BESIDES = {("UnusedHead", "ddp 2"): ("strategy.find_unused_parameters=true",)}
 

@@ -18,12 +18,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from trainer.config import strategy as schema
-from trainer.errors import ConfigError, TrainingError
+from trainer.errors import TrainingError
 from trainer.models import ModelFactory, materialise, without_values
 from trainer.optim.groups import names
 from trainer.precision import DTYPES, Precision
 from trainer.strategies.base import Update
-from trainer.strategies.layers import prepare
+from trainer.strategies.layers import prepare, raise_if_scalars
 from trainer.strategies.tensor import TensorParallel
 from trainer.strategies.used import Used
 
@@ -124,11 +124,7 @@ def shard(
     It is the last of what is done to a model: recomputation is inside of what is compiled, so that the compiler sees it
     (`prepare`); splitting of matrices and gathering are outside of both.
     """
-    if scalars := [name for name, parameter in module.named_parameters() if not parameter.dim()]:
-        raise ConfigError(
-            f"strategy: the parameter {scalars[0]} of the model is a scalar, which FSDP2 cannot shard: make it a "
-            "tensor of one element, torch.ones(1); nearest: strategy=ddp"
-        )
+    raise_if_scalars(module, "FSDP2 cannot shard")
     options: dict[str, Any] = {"mesh": mesh}
     rounded = precision.reduce != precision.param
     options["mp_policy"] = MixedPrecisionPolicy(

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from trainer.errors import ConfigError
 from trainer.strategies.buffers import copies, untouched
 
 Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
@@ -42,6 +43,15 @@ def prepare(model: nn.Module, activation_checkpointing: str, compile: bool) -> N
             layer.forward = _recompute(layer.forward, activation_checkpointing == "selective", observed)
         if compile:
             layer.compile()
+
+
+def raise_if_scalars(model: nn.Module, what: str) -> None:
+    """Raises ConfigError for a parameter without a dimension. `what`: what cannot be done with it."""
+    if scalars := [name for name, parameter in model.named_parameters() if not parameter.dim()]:
+        raise ConfigError(
+            f"strategy: the parameter {scalars[0]} of the model is a scalar, which {what}: make it a tensor of one "
+            "element, torch.ones(1); nearest: strategy=ddp"
+        )
 
 
 def in_fp8(model: nn.Module, emulate: bool = False) -> nn.Module:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -62,7 +63,7 @@ class Single:
         self.tells = topology.speaks  # of all ranks that train on the same sequences, one's sums count
 
     def setup(self, model_factory: ModelFactory, optimizer_factory: OptimizerFactory) -> None:
-        self.example = model_factory.example
+        self.example = cache(model_factory.example) if model_factory.example else None  # it is read from the data
         self.model = self.build(model_factory)
         self.optimizer = optimizer_factory(self.model)
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]

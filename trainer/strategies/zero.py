@@ -21,7 +21,7 @@ from trainer.models import ModelFactory, without_values
 from trainer.objectives import Batch, Sums
 from trainer.optim.groups import names
 from trainer.strategies.base import OptimizerFactory, Update
-from trainer.strategies.layers import prepare
+from trainer.strategies.layers import prepare, raise_if_scalars
 from trainer.strategies.single import Single
 from trainer.strategies.used import Used
 from trainer.strategies.zero_engine import (
@@ -56,9 +56,12 @@ class Zero(Single):
 
     def build(self, model_factory: ModelFactory) -> nn.Module:
         if self.config.stage < 3:
-            return super().build(model_factory)
+            model = super().build(model_factory)
+            raise_if_scalars(model, "DeepSpeed cannot send")
+            return model
         with without_values():
             model = model_factory.build()
+        raise_if_scalars(model, "DeepSpeed cannot send")
         self._shard_parameters(model, model_factory)
         for buffer in model.buffers():
             buffer.data = buffer.data.to(self.topology.device)
