@@ -31,6 +31,31 @@ def test_fsdp_is_single_and_resumes_to_the_bit(single: Run, tmp_path: Path) -> N
     assert_same_bits(killed, whole)
 
 
+SENT_TOGETHER = {
+    "hsdp, each": (2, ("strategy=hsdp", "strategy.shard_size=1")),
+    "fsdp, last, muon": (3, (*FSDP, "strategy.reduce=last", "optimizer=muon")),
+    "pipeline in three copies": (3, ("strategy=pipeline", "strategy.stages=1")),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SENT_TOGETHER)
+def test_sums_over_micro_batches_resume_to_the_bit(name: str, tmp_path: Path) -> None:
+    """What is kept between the micro-batches of a step is in no checkpoint, and in no other step."""
+    procs, overrides = SENT_TOGETHER[name]
+    options = (*OPTIONS, *overrides, "train.steps=12", "train.micro_batch=2", "checkpoint.every=4", "eval.every=0")
+    optimizer = [option for option in overrides if option.startswith("optimizer")]
+    single = Run(tmp_path / "single", 1, (*OPTIONS, "train.steps=12", "eval.every=0", *optimizer))
+    single.train()
+    whole = Run(tmp_path / "whole", procs, options)
+    whole.train()
+    assert_same_curve(whole, single, 12)
+    killed = Run(tmp_path / "killed", procs, options)
+    killed.kill_at(7)
+    killed.train()
+    assert_same_bits(killed, whole)
+
+
 PIPELINE, TENSOR = ("strategy=pipeline",), ("strategy=fsdp", "strategy.tensor_parallel=2")
 CHAINS = {
     "fsdp 3, pipeline 2, ddp 2, hsdp 4": [

@@ -136,6 +136,21 @@ def test_a_step_does_not_wait_for_the_device() -> None:
             sums["loss"].item()
 
 
+def test_a_micro_batch_seeds_only_the_generators_that_it_draws_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the numbers that torch.manual_seed, which seeds all devices of the machine, would have it draw."""
+    made, drawn = strategy(), []
+    made.wrapped.register_forward_pre_hook(lambda *_: drawn.append(torch.rand(3)))
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+
+    def refuse(seed: int) -> None:
+        raise AssertionError("seeds every device")
+
+    monkeypatch.setattr(torch, "manual_seed", refuse)
+    made.train_step([ragged.batch(0) | {"draws": torch.full((ragged.SEQUENCES,), 5)}])
+    assert torch.equal(drawn[0], expected)
+
+
 @pytest.mark.parametrize("how", ["full", "selective"])
 def test_recomputation_changes_no_bit_but_memory(how: str) -> None:
     saved: dict[str, int] = {}
