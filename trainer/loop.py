@@ -33,6 +33,7 @@ from trainer.resilience.timeledger import TimeLedger
 from trainer.strategies.base import Strategy, Update
 from trainer.topology import Topology
 from trainer.tracking.journal import Journal
+from trainer.utilization import Meter
 
 VOTE_SECONDS = 5.0  # a request from outside waits no longer than this (or one step) for its vote
 
@@ -63,6 +64,7 @@ class Job:
     guard: Guard
     replicas: Replicas
     stragglers: Stragglers
+    meter: Meter
     clock: TimeLedger
     folder: RunFolder
     identity: Identity  # goes into each checkpoint's manifest
@@ -227,7 +229,7 @@ def read_numbers(
     if parted := [count for count in numbers["skipped"] if 0 < count < job.topology.world_size]:
         part_ways(job, progress.step, int(parted[0]))
 
-    step_s = (time.monotonic() - unread.since) / n
+    step_s, memory = (time.monotonic() - unread.since) / n, job.meter.memory()
     rows = []
     for i, data in enumerate(unread.steps):
         count = int(numbers["sum/count"][i])
@@ -238,7 +240,7 @@ def read_numbers(
             "step": data.step, "loss": loss, "grad_norm": norms[i], "lr": job.schedule(data.step),
             "tokens": progress.tokens, "samples": progress.samples, "step_s": round(step_s, 6),
             "data_wait_s": round(unread.data_wait / n, 6), "tokens_per_s": round(count / step_s, 1),
-            "skipped": bool(skipped[i]), **_memory(job.topology.device),
+            "skipped": bool(skipped[i]), **job.meter.mfu(data.step, step_s), **memory,
             **{name: f"{int(values[i]):x}" for name, values in numbers.items() if name in prints},
         })  # fmt: skip
         bad[i] |= not math.isfinite(loss)
@@ -298,9 +300,3 @@ def readings(progress: Progress, elapsed: float) -> dict[str, float]:
 
 def _every(amount: int, step: int) -> bool:
     return bool(amount) and step % amount == 0
-
-
-def _memory(device: torch.device) -> dict[str, float]:
-    if device.type != "cuda":
-        return {}
-    return {"mem_gib": round(torch.cuda.max_memory_allocated(device) / 2**30, 3)}
