@@ -30,6 +30,7 @@ from trainer.config import Config
 from trainer.config.check import check
 from trainer.config.launch import Local
 from trainer.errors import ConfigError
+from trainer.tracking.jsonl import STATUS, read_status
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 PEERS_S = 3.0  # what the other ranks get to end by themselves, once one has told why it failed
@@ -161,7 +162,7 @@ class Supervisor:
         self.budget, self.requests = Budget(self.launch.restarts), Requests()
         self.strikes = dict.fromkeys(range(procs), 0)
         self.restart, self.life, self.told = 0, "", False
-        self.born = time.monotonic()
+        self.born, self.began = time.monotonic(), time.time()
         self.ranks = Ranks(procs)
         # Composed once: each life has the same config, whatever becomes of its files. Nothing of it is left behind.
         self._composed = os.memfd_create("onecurve-config")
@@ -204,7 +205,7 @@ class Supervisor:
     def _live(self, slots: list[int]) -> Life:
         """One life of the ranks, to the end of all of them."""
         ranks, life, alive = self.ranks, Life(), set(range(len(slots)))
-        self.life = uuid.uuid4().hex
+        self.life, self.began = uuid.uuid4().hex, time.time()
         arguments = ["--config", f"/proc/{os.getpid()}/fd/{self._composed}"]
         ranks.start(arguments, slots, self.restart, {"ONECURVE_LIFE": self.life, "ONECURVE_BORN": str(self.born)})
         began, deadline, killed = time.monotonic(), float("inf"), False
@@ -241,7 +242,7 @@ class Supervisor:
     def _end(self, life: Life) -> tuple[int, str] | None:
         """Exit code and reason, where there shall be no other life."""
         codes = set(life.codes.values())
-        if codes <= {0}:
+        if codes <= {0} or (not codes & {2, 3} and self._is_finished()):
             return 0, ""
         if self.requests.interrupts > 1:
             return 4, "interrupted a second time: what came after the last checkpoint is not saved"
@@ -257,6 +258,13 @@ class Supervisor:
         if not told and not self.restart and (final := sorted(codes & {2, 3})):
             return final[0], ""
         return None
+
+    def _is_finished(self) -> bool:
+        """Returns whether this life finished the run: what became of its ranks behind that changes nothing."""
+        with suppress(OSError):
+            written = (self.folder / STATUS).stat().st_mtime
+            return written >= self.began and read_status(self.folder).get("state") == "finished"
+        return False
 
     def _after_failure(self, life: Life, slots: list[int], progressed: bool) -> str | None:
         """Why there is no restart, if so."""

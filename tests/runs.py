@@ -133,7 +133,7 @@ class Run:
 
     def curve(self) -> list[tuple]:
         """What must be the same in every life: all but the timings, and what of a GPU's memory a life has used."""
-        of_a_life = {"step_s", "data_wait_s", "tokens_per_s", "mem_gib"}
+        of_a_life = {"step_s", "data_wait_s", "tokens_per_s", "mfu", "mem_gib"}
         return [
             tuple((name, str(value)) for name, value in row.items() if name not in of_a_life) for row in self.metrics()
         ]

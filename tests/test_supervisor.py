@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from launch.supervisor import Budget
+import json
+import os
+import time
+from pathlib import Path
+
+from launch.supervisor import Budget, Life, Requests, Supervisor
 
 
 def test_a_budget_is_filled_by_progress() -> None:
@@ -29,3 +34,19 @@ def test_it_waits_longer_and_longer() -> None:
         budget.refused(False, None)
         pauses.append(budget.pause_s)
     assert pauses == [0, 2, 4, 8, 16, 30, 30, 30]
+
+
+def test_what_happens_behind_the_end_of_a_run_restarts_nothing(tmp_path: Path) -> None:
+    supervisor = Supervisor.__new__(Supervisor)
+    supervisor.folder, supervisor.began, supervisor.life = tmp_path, time.time() - 1, "a"
+    supervisor.requests = Requests()
+    supervisor.restart = 0
+    status = tmp_path / "status.json"
+    killed = Life(codes={0: -9, 1: 0}, first=[0])
+    status.write_text(json.dumps({"state": "running"}))
+    assert supervisor._end(killed) is None
+    status.write_text(json.dumps({"state": "finished"}))
+    assert supervisor._end(killed) == (0, "")
+    assert supervisor._end(Life(codes={0: 2})) == (2, "")  # refused, before it took the folder
+    os.utime(status, (1, 1))
+    assert supervisor._end(killed) is None  # of an earlier life

@@ -60,6 +60,7 @@ from trainer.tracking.console import Console
 from trainer.tracking.disk import Disk
 from trainer.tracking.journal import Journal
 from trainer.tracking.wandb import WandB
+from trainer.utilization import Meter
 
 PLUGINS: dict[str, dict[str, Any]] = {
     "model": {"gpt": GPT, "llama": huggingface.Llama, "gpt2": huggingface.GPT2},
@@ -214,6 +215,11 @@ def build(
         quarantine=build_quarantine(config, topology, folder),
         guard=Guard(config.guard, topology.device),
         replicas=Replicas(topology),
+        meter=Meter(
+            topology,
+            inputs.stream.share.batches,
+            model_factory(config, inputs.tokenizer, inputs.stream.share.example),
+        ),
         stragglers=Stragglers(topology, disk.appended(RANKS) if topology.is_main else None),
         clock=clock,
         folder=folder,

@@ -37,6 +37,7 @@ from trainer.strategies.base import Strategy, Update
 from trainer.topology import Topology
 from trainer.tracking import Row
 from trainer.tracking.journal import Journal
+from trainer.utilization import Meter
 
 VOTE_SECONDS = 5.0  # a request from outside waits no longer than this (or one step) for its vote
 
@@ -67,6 +68,7 @@ class Job:
     guard: Guard
     replicas: Replicas
     stragglers: Stragglers
+    meter: Meter
     clock: TimeLedger
     folder: RunFolder
     identity: Identity  # goes into each checkpoint's manifest
@@ -253,7 +255,7 @@ def read_numbers(job: Job, unread: Unread, progress: Progress) -> tuple[dict[str
     if parted := [count for count in numbers["skipped"] if 0 < count < job.topology.world_size]:
         part_ways(job, progress.step, int(parted[0]))
 
-    step_s = (time.monotonic() - unread.since) / n
+    step_s, memory = (time.monotonic() - unread.since) / n, job.meter.memory()
     done = next((i for i, count in enumerate(numbers["vote/abandoned"]) if count > 0), n)
     progress.step = job.clock.step = progress.step - (n - done)
     del unread.steps[done:]
@@ -267,7 +269,7 @@ def read_numbers(job: Job, unread: Unread, progress: Progress) -> tuple[dict[str
             "step": data.step, "loss": loss, "grad_norm": norms[i], "lr": job.schedule(data.step),
             "tokens": progress.tokens, "samples": progress.samples, "step_s": round(step_s, 6),
             "data_wait_s": round(unread.data_wait / n, 6), "tokens_per_s": round(count / step_s, 1),
-            "skipped": bool(skipped[i]), **_memory(job.topology.device),
+            "skipped": bool(skipped[i]), **job.meter.mfu(data.step, step_s), **memory,
             **{name: f"{int(values[i]):x}" for name, values in numbers.items() if name in prints},
         })  # fmt: skip
         bad[i] |= not math.isfinite(loss)
@@ -375,9 +377,3 @@ def readings(progress: Progress, elapsed: float) -> dict[str, float]:
 
 def _every(amount: int, step: int) -> bool:
     return bool(amount) and step % amount == 0
-
-
-def _memory(device: torch.device) -> dict[str, float]:
-    if device.type != "cuda":
-        return {}
-    return {"mem_gib": round(torch.cuda.max_memory_allocated(device) / 2**30, 3)}

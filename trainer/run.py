@@ -70,19 +70,23 @@ def run(config: Config, born: float) -> None:
                 job.journal.close("interrupted", str(stop), stop.exit_code)
         except BaseException as failure:
             log.error("%s", "".join(traceback.format_exception(failure)))
-            if job is not None:
-                job.close()
-            raise _told(failure, config, topology, folder, job) from failure
-        finally:
-            watchdog.close()
+            try:
+                raise _told(failure, config, topology, folder, job) from failure
+            finally:
+                watchdog.close()
+                if job is not None:
+                    job.close()
+        watchdog.close()
         # The status is the last word: nothing that follows can change it, nor the exit code.
         exit_code = stopped.exit_code if stopped else 0
         interruption.before_leaving_at_once(lambda *_: os._exit(exit_code))
         with _harmless(folder.path, "samples or report"):
-            if not stopped:
-                fault_points.point("end.finished")
-                model = sampling.trained_model(config, job.strategy, found.tokenizer, topology)
-            job.close()
+            try:
+                if not stopped:
+                    fault_points.point("end.finished")
+                    model = sampling.trained_model(config, job.strategy, found.tokenizer, topology)
+            finally:
+                job.close()
             topology.close()
             if topology.is_main and not stopped:
                 _show(config, folder.path, found.tokenizer, model)

@@ -32,7 +32,8 @@ class Tracker(Protocol):
         step, tokens, samples: counts since the birth of the run. loss: nats a target. grad_norm: unclipped.
         lr. step_s: wall seconds of the step, waiting for data included, evaluation and checkpoints not.
         data_wait_s: the part of it spent waiting for data. tokens_per_s. skipped: whether the update was.
-        Optional: mfu (0 to 1), mem_gib (peak of the device), eval: {"loss", "nats_per_char", "bits_per_byte",
+        Optional: mfu (model FLOPs over the devices' dense bf16 arithmetic, 0 to 1), mem_gib (the most that any device
+        held since the last reading), eval: {"loss", "nats_per_char", "bits_per_byte",
         "sequences"}, and other numbers that the objective tracks.
         """
 

@@ -1,0 +1,70 @@
+"""How well the devices are used: `mfu` and `mem_gib` of a step's row."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from trainer import hardware
+from trainer.data.batches import Batches
+from trainer.models import ModelFactory
+from trainer.topology import Topology
+
+log = logging.getLogger("onecurve")
+# Attention on a CPU, which torch's counter does not know.
+_ATTENTION: dict[Any, Any] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
+}
+
+
+class Meter:
+    """Measures against the devices' data sheets; nothing on CPUs."""
+
+    def __init__(self, topology: Topology, batches: Batches, factory: ModelFactory):
+        """The main rank, which writes the rows, counts what a sequence costs `factory`'s model."""
+        self.topology, self.batches = topology, batches
+        peak = hardware.peak_flops(topology.device) if topology.is_main else None
+        flops = sequence_flops(factory) if peak else None
+        self.sequences_per_s = peak * topology.world_size / flops if peak and flops else None  # at the most
+
+    def mfu(self, step: int, seconds: float) -> dict[str, float]:
+        """Returns the model FLOPs utilization (Chowdhery et al. 2022, appendix B) of a step: what its sequences cost
+        the model, without recomputation, over what all devices could have done in bf16 meanwhile."""
+        if self.sequences_per_s is None:
+            return {}
+        return {"mfu": round(self.batches.size(step - 1) / seconds / self.sequences_per_s, 4)}
+
+    def memory(self) -> dict[str, float]:
+        """Returns what the fullest of all devices held at its peak since the last call, GiB. Every rank calls it: one
+        collective, where there are devices with memory of their own."""
+        peak = hardware.peak_bytes(self.topology.device)
+        if peak is None:
+            return {}
+        most = torch.tensor(peak, dtype=torch.int64, device=self.topology.device)
+        if self.topology.world_size > 1:
+            dist.all_reduce(most, dist.ReduceOp.MAX)
+        return {"mem_gib": round(int(most) / 2**30, 3)}
+
+
+def sequence_flops(factory: ModelFactory) -> int | None:
+    """Returns the floating-point operations of one sequence's forward and backward pass: those of matrix products and
+    attention (all of it: half of a causal one is masked), as torch counts them; the backward pass takes twice as many.
+
+    Nothing is computed. None where the model cannot be traced so.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode  # late: it is slow, and CPUs have no use for it
+
+    assert factory.example is not None
+    counter = FlopCounterMode(display=False, custom_mapping=_ATTENTION)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad(), counter:
+            model = factory.build().eval()
+            model({name: fake.from_tensor(tensor) for name, tensor in factory.example().items()})
+    except Exception as error:  # whatever a model does with tensors that have no values
+        log.info("no mfu: the model cannot be traced: %s: %s", type(error).__name__, error)
+        return None
+    return 3 * counter.get_total_flops()
