@@ -1,4 +1,4 @@
-"""What a checkpoint costs a rank of 1,024 (LLaMA-70B, AdamW): bytes gathered, seconds of CPU, the index, files opened."""
+"""What a checkpoint costs a rank of 1,024 (LLaMA-70B, AdamW): bytes gathered, seconds of CPU, index, files opened."""
 
 from __future__ import annotations
 

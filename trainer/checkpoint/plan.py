@@ -53,6 +53,7 @@ def held_by(state: State) -> list[tuple[Held, Tensor]]:
     return found
 
 
+Told = tuple[Any, Any, list[Any]]
 Sections = dict[str, str]
 """What a rank holds: descriptions of tensors that lie alike, JSON by its digest. Most are the same on many ranks."""
 
@@ -75,9 +76,7 @@ def _digest(text: str) -> str:
     return xxhash.xxh3_128_hexdigest(text.encode())
 
 
-def _described(
-    value: Tensor | Fragment, rank: int, world: int, grids: dict[Any, tuple[Grid, Any]]
-) -> tuple[Any, Any, list[Any]]:
+def _described(value: Tensor | Fragment, rank: int, world: int, grids: dict[Any, tuple[Grid, Any]]) -> Told:
     """What tensors of one sharding have in common, the sharding as JSON (None where nothing is held), and the blocks of
     a tensor that no sharding describes."""
     shape = shape_of(value)
