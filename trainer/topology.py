@@ -28,8 +28,8 @@ from trainer.launchers import MEETING
 from trainer.processes import remove_afterwards
 
 SAVING = datetime.timedelta(hours=2)
-"""How long ranks that have written wait for the slowest one: its disk is slow, it is not lost. The watchdog knows how long
-a save may take."""
+"""How long ranks that have written wait for the slowest one: its disk is slow, it is not lost. The watchdog knows how
+long a save may take."""
 _JOINED = itertools.count()  # how often this process joined: once for each run of a sweep
 
 

@@ -66,7 +66,8 @@ def test_the_first_save_and_a_resume(name: str, tmp_path: Path) -> None:
     assert spent["resume"] < 2 * SLACK
     assert ranks.bytes < 3e6  # all that is gathered by a rank, until it trains
     assert index < 1e6
-    assert len(by_file) <= WRITERS  # to go on where it was, a rank opens no more
+    replicated = name in ("ddp", "hsdp 128 x 8", "zero 1")
+    assert len(by_file) <= (WRITERS if replicated else 2)  # to go on where it was, a rank opens no more
     assert len(paths) <= 3  # manifest, index and a rank's share of the files
 
 

@@ -179,7 +179,7 @@ class Plan:
             count = table.ranks.shape[1]
             replicas = np.arange(min(count, WRITERS)) * count // min(count, WRITERS)
             busiest = sizes[table.ranks[:, replicas]].max(axis=0)
-            replica = int(replicas[busiest.argmin()])
+            replica = int(replicas[busiest.argmin()]) if shape else 0  # counts of steps lie together, in one file more
             np.add.at(sizes, table.ranks[:, replica], table.numel * DTYPES[dtype].itemsize)
             tensors[name] = Stored(dtype, shape, *_sharding_of_replica(shardings, shape, table, replica))
         return cls(tensors, tables, sizes)
