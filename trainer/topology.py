@@ -27,6 +27,9 @@ from trainer.errors import ConfigError
 from trainer.launchers import MEETING
 from trainer.processes import remove_afterwards
 
+SAVING = datetime.timedelta(hours=2)
+"""How long ranks that have written wait for the slowest one: its disk is slow, it is not lost. The watchdog knows how
+long a save may take."""
 _JOINED = itertools.count()  # how often this process joined: once for each run of a sweep
 
 
@@ -117,6 +120,15 @@ class Topology:
         raw, edges = everything.numpy().tobytes(), [0, *ends.tolist()]
         return [json.loads(raw[start:end]) for start, end in pairwise(edges)]
 
+    def replica_group(self) -> dist.ProcessGroup | None:
+        """Of the processes that one copy of the model is spread over, for collectives of the main thread on the CPU.
+        Each call makes a new one; only they call it."""
+        if self.control is None:
+            return None
+        ranks = [rank for rank, copy in enumerate(self.dp_ranks) if copy == self.dp_rank]
+        timeout = self.control._get_backend(torch.device("cpu")).options._timeout
+        return dist.new_group(ranks, timeout=timeout, backend="gloo", use_local_synchronization=True)
+
     def close(self) -> None:
         """Leaves together: a rank that goes while another still sends would make it fail."""
         if self.control is not None:
@@ -164,7 +176,7 @@ def join(timeout_s: int, layout: Layout = WHOLE, store: dist.Store | None = None
         store = store or store_of(size, local_size, timeout)
         dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout, store=store)
         control = dist.group.WORLD  # the main thread's, as the strategy's collectives are; its CPU part is gloo
-        saving = dist.new_group(backend="gloo", timeout=timeout)
+        saving = dist.new_group(backend="gloo", timeout=max(timeout, SAVING))
     return Topology(rank, size, local_rank, local_size, device, rank, size, control, saving).used_as(layout)
 
 

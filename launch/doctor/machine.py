@@ -91,15 +91,14 @@ def _cgroup_limit() -> int | None:
     return None
 
 
-def open_files(soft: float, hard: float, processes: int) -> Finding:
-    """A process group is a connection to each other process, and there are three; shards and libraries come on top."""
-    needed = 512 + 4 * processes
-    told = f"a process may open {soft:.0f} files"
-    if soft >= needed:
+def open_files(hard: float, processes: int) -> Finding:
+    """Connections are opened when they are used: to a few others in most groups, to everybody in one at worst. Shards
+    and libraries come on top. A run raises its soft limit by itself."""
+    needed = 512 + processes
+    told = f"a process may open {hard:.0f} files"
+    if hard >= needed:
         return Finding("limits", "good", told)
-    way = f"`ulimit -n {max(4096, needed)}` before the job"
-    if hard < needed:
-        way = "raise nofile in /etc/security/limits.conf, or LimitNOFILE of slurmd's or the container's service"
+    way = "raise nofile in /etc/security/limits.conf, or LimitNOFILE of slurmd's or the container's service"
     return Finding("limits", "bad", f"{told}: {processes} processes need about {needed}", way)
 
 
@@ -121,9 +120,9 @@ def shared_memory(total: int, free: int) -> Finding:
 
 def limits(processes: int) -> list[Finding]:
     """`processes`: of the whole run."""
-    soft, hard = (_number(limit) for limit in resource.getrlimit(resource.RLIMIT_NOFILE))
+    hard = _number(resource.getrlimit(resource.RLIMIT_NOFILE)[1])
     locked = _number(resource.getrlimit(resource.RLIMIT_MEMLOCK)[0])
-    findings = [open_files(soft, hard, processes), locked_memory(locked, bool(rdma_ports()))]
+    findings = [open_files(hard, processes), locked_memory(locked, bool(rdma_ports()))]
     try:
         there = os.statvfs("/dev/shm")
     except OSError:

@@ -46,11 +46,10 @@ def test_a_slow_node_is_told_from_its_neighbours() -> None:
 
 
 def test_limits() -> None:
-    assert machine.open_files(1024, 4096, 2).verdict == "good"
-    few = machine.open_files(256, 4096, 2)
+    assert machine.open_files(4096, 1024).verdict == "good"
+    few = machine.open_files(1024, 1024)
     assert few.verdict == "bad"
-    assert "ulimit -n 4096" in few.advice
-    assert "limits.conf" in machine.open_files(1024, 1024, 512).advice
+    assert "limits.conf" in few.advice
     assert machine.locked_memory(65536, rdma=False).verdict == "good"
     assert machine.locked_memory(65536, rdma=True).verdict == "bad"
     assert machine.locked_memory(float("inf"), rdma=True).verdict == "good"

@@ -1,4 +1,4 @@
-"""What a checkpoint costs a rank of 1,024 (LLaMA-70B, AdamW): bytes gathered, CPU seconds, the index, files opened."""
+"""What a checkpoint costs a rank of 1,024 (LLaMA-70B, AdamW): bytes gathered, seconds of CPU, index, files opened."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ STATES: dict[str, tuple[Callable[..., Any], list[int] | None]] = {
     "zero 1": (crowd.zero_1, None),
     "zero 3": (crowd.zero_3, [0]),
 }
-CASES = [pytest.param(name, marks=pytest.mark.slow if name.startswith("zero") else ()) for name in STATES]
+SLOW = ("hsdp 128 x 8", "zero 1", "zero 3")
+CASES = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in STATES]
 SLACK = 2.0  # the machine does other things, in the same caches
 _OPENED: list[str] = []
 
@@ -66,7 +67,8 @@ def test_the_first_save_and_a_resume(name: str, tmp_path: Path) -> None:
     assert spent["resume"] < 2 * SLACK
     assert ranks.bytes < 3e6  # all that is gathered by a rank, until it trains
     assert index < 1e6
-    assert len(by_file) <= WRITERS  # to go on where it was, a rank opens no more
+    replicated = name in ("ddp", "hsdp 128 x 8", "zero 1")
+    assert len(by_file) <= (WRITERS if replicated else 2)  # to go on where it was, a rank opens no more
     assert len(paths) <= 3  # manifest, index and a rank's share of the files
 
 

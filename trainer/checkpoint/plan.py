@@ -53,6 +53,7 @@ def held_by(state: State) -> list[tuple[Held, Tensor]]:
     return found
 
 
+Told = tuple[Any, Any, list[Any]]
 Sections = dict[str, str]
 """What a rank holds: descriptions of tensors that lie alike, JSON by its digest. Most are the same on many ranks."""
 
@@ -75,9 +76,7 @@ def _digest(text: str) -> str:
     return xxhash.xxh3_128_hexdigest(text.encode())
 
 
-def _described(
-    value: Tensor | Fragment, rank: int, world: int, grids: dict[Any, tuple[Grid, Any]]
-) -> tuple[Any, Any, list[Any]]:
+def _described(value: Tensor | Fragment, rank: int, world: int, grids: dict[Any, tuple[Grid, Any]]) -> Told:
     """What tensors of one sharding have in common, the sharding as JSON (None where nothing is held), and the blocks of
     a tensor that no sharding describes."""
     shape = shape_of(value)
@@ -180,7 +179,7 @@ class Plan:
             count = table.ranks.shape[1]
             replicas = np.arange(min(count, WRITERS)) * count // min(count, WRITERS)
             busiest = sizes[table.ranks[:, replicas]].max(axis=0)
-            replica = int(replicas[busiest.argmin()])
+            replica = int(replicas[busiest.argmin()]) if shape else 0  # counts of steps lie together, in one file more
             np.add.at(sizes, table.ranks[:, replica], table.numel * DTYPES[dtype].itemsize)
             tensors[name] = Stored(dtype, shape, *_sharding_of_replica(shardings, shape, table, replica))
         return cls(tensors, tables, sizes)

@@ -12,10 +12,11 @@ from trainer.topology import Topology
 
 class AgreedStream:
     """A tolerant `Stream` of pipeline or tensor parallel, where each process reads for itself. One small collective a
-    step; a step on which they differ is made again without what any of them left out."""
+    step among those of a copy; a step on which they differ is made again without what any of them left out. All of a
+    copy decide by the same answers, and no other copy waits for that before its next update."""
 
     def __init__(self, stream: Stream, topology: Topology):
-        self._stream, self._topology = stream, topology
+        self._stream, self._topology, self._group = stream, topology, topology.replica_group()
         self._left_out: frozenset[Slot] = frozenset()
 
     @property
@@ -36,17 +37,11 @@ class AgreedStream:
             if any(self._topology.gather(data.abandoned)):
                 return replace(data, abandoned=True)
             own = [[*slot, asdict(fault)] for slot, fault in data.faults]
-            told = [[(Slot(*slot), Fault(**fault)) for *slot, fault in part] for part in self._topology.gather(own)]
-            copies = self._topology.dp_size
-            new = {slot: fault for part in told for slot, fault in part}
-            settled = all(  # of every copy, so that all processes go on together
-                {slot for slot, _ in told[rank]} == {slot for slot in new if slot.number % copies == copy}
-                for rank, copy in enumerate(self._topology.dp_ranks)
-            )
-            mine = {slot: fault for slot, fault in new.items() if slot.number % copies == self._topology.dp_rank}
-            known |= mine
-            if settled:
+            parts = self._topology.gather_all(own, self._group)
+            told = [{Slot(*slot): Fault(**fault) for *slot, fault in part} for part in parts]
+            new = {slot: fault for part in told for slot, fault in part.items()}
+            known |= new
+            if all(part.keys() == new.keys() for part in told):
                 return replace(data, faults=sorted(known.items()))
-            if mine:
-                self._stream.seek(data.step - 1, self._left_out | known.keys())
-                data = next(self._stream)
+            self._stream.seek(data.step - 1, self._left_out | known.keys())
+            data = next(self._stream)
