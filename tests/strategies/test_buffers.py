@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.strategies import ragged
 from tests.strategies.test_step import strategy
@@ -61,6 +61,19 @@ def test_recomputation_changes_them_once(how: str, kind: type) -> None:
     assert equal(buffers(plain), buffers(recomputed))
     gradients = [[parameter.grad for parameter in made.parameters] for made in (plain, recomputed)]
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
+def test_compiled_recomputation_changes_them_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_layer = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda layer: compile_layer(layer, backend="aot_eager"))
+    plain, compiled = zoo(), zoo(options=StepOptions(1.0, "full", True))
+    for made in (plain, compiled):
+        for step in range(2):
+            made.train_step([ragged.batch(step)])
+            made.update(0.01)
+    expected = buffers(plain)
+    for name, buffer in buffers(compiled).items():
+        torch.testing.assert_close(buffer, expected[name])
 
 
 def test_a_batch_without_rows_is_filled_up_and_leaves_no_trace() -> None:

@@ -39,8 +39,7 @@ def prepare(model: nn.Module, activation_checkpointing: str, compile: bool) -> N
         torch._dynamo.config.allow_unspec_int_on_nn_module = True
     for layer in getattr(model, "blocks", [model]):
         if activation_checkpointing != "none":
-            observed = None if compile else layer  # compiled, the recomputation is pure already
-            layer.forward = _recompute(layer.forward, activation_checkpointing == "selective", observed)
+            layer.forward = _recompute(layer, activation_checkpointing == "selective")
         if compile:
             layer.compile()
 
@@ -73,17 +72,17 @@ def _fits(linear: nn.Linear, _name: str) -> bool:
     return all(size % 16 == 0 for size in (linear.in_features, linear.out_features))
 
 
-def _recompute(forward: Callable[..., Any], selective: bool, layer: nn.Module | None) -> Callable[..., Any]:
-    """`forward` with its activations recomputed in the backward pass; selective keeps the expensive products.
+def _recompute(layer: nn.Module, selective: bool) -> Callable[..., Any]:
+    """The layer's forward with its activations recomputed in the backward pass; selective keeps the expensive products.
 
-    `layer`, if it has buffers, is recomputed with the values they had, and they are changed once.
+    If it has buffers, it is recomputed with the values that they had, and they are changed once.
     """
     keywords: dict[str, Any] = {"use_reentrant": False}
     if selective:
         keywords["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_expensive)
-    if layer is not None and any(True for _ in layer.buffers()):
+    if any(True for _ in layer.buffers()):
         keywords["context_fn"] = partial(_of_same_buffers, layer, keywords.get("context_fn", _no_contexts))
-    return partial(checkpoint, forward, **keywords)
+    return partial(checkpoint, layer.forward, **keywords)
 
 
 def _of_same_buffers(layer: nn.Module, inner: Callable[[], Contexts]) -> Contexts:
