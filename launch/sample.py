@@ -25,7 +25,7 @@ def sample(arguments: argparse.Namespace) -> int:
     from trainer.config.schema import Sample
 
     config, model, tokenizer = sampling.load_run(arguments.run_dir, arguments.plugins)
-    asked = {name: getattr(arguments, name) for name in Sample.model_fields if getattr(arguments, name) is not None}
+    asked = {name: value for name in Sample.model_fields if (value := getattr(arguments, name, None)) is not None}
     section = checked("sample", Sample, {**config.sample.model_dump(), **asked})
     config = config.model_copy(update={"sample": section})
     print("\n\n---\n\n".join(sampling.sample(config, model, tokenizer)))

@@ -59,11 +59,11 @@ def sequence_flops(factory: ModelFactory) -> int | None:
     from torch._subclasses.fake_tensor import FakeTensorMode  # late: it is slow, and CPUs have no use for it
 
     assert factory.example is not None
-    counter = FlopCounterMode(display=False, custom_mapping=_ATTENTION)
+    example, counter = factory.example(), FlopCounterMode(display=False, custom_mapping=_ATTENTION)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad(), counter:
             model = factory.build().eval()
-            model({name: fake.from_tensor(tensor) for name, tensor in factory.example().items()})
+            model({name: fake.from_tensor(tensor) for name, tensor in example.items()})
     except Exception as error:  # whatever a model does with tensors that have no values
         log.info("no mfu: the model cannot be traced: %s: %s", type(error).__name__, error)
         return None
