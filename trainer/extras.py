@@ -38,7 +38,8 @@ def without_apex(part: Literal["FusedAdam", "FusedLayerNorm"]) -> str:
             parameter.grad = torch.zeros_like(parameter)
             optimizer.step()
         else:
-            norm = importlib.import_module("apex.normalization").FusedLayerNorm(8).to(device)
+            norm = importlib.import_module("apex.normalization").FusedLayerNorm(8)
+            norm = norm.to_empty(device=device)  # also while models are made without values
             norm(torch.zeros(1, 8, device=device))
     except Exception as error:  # whatever a build that does not fit this machine raises
         problem = f"{type(error).__name__}: {error}".partition("\n")[0]
