@@ -20,6 +20,8 @@ def acquire(path: Path, timeout: float = 0) -> BaseFileLock:
     lock = FileLock(path)  # where the file system has no flock (Lustre without -o flock) it is a file that stays
     try:
         lock.acquire(timeout=timeout)
+    except NotImplementedError as error:  # filelock of before it had that
+        raise OSError(errno.ENOSYS, "the file system has no locks; a newer filelock does without", str(path)) from error
     except OSError as error:
         if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP):
             raise OSError(error.errno, f"{error.strerror} (NFS without its lock service?)", str(path)) from error

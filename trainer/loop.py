@@ -124,7 +124,6 @@ def go_on(job: Job, progress: Progress) -> Progress:
         point("data.next")
         data = job.stream.take(partial(gives_up, job))
         unread.data_wait += clock.switch("productive")
-        interruption.may_leave_at_once(False)
         point("step.weights", strategy.state)
         sums = strategy.train_step(data.micro_batches, data.abandoned)
         point("step.after_backward")
@@ -146,6 +145,7 @@ def go_on(job: Job, progress: Progress) -> Progress:
             continue
 
         votes, rows, bad = read_numbers(job, unread, progress)
+        interruption.may_leave_at_once(False)  # from here on all ranks have done a step
         judge(job, rows, bad, unread.steps)
         job.stragglers.took(unread.data_wait, strategy.timer.read())
         job.journal.events(job.stragglers.look(progress.step, votes["elapsed"]))
@@ -178,11 +178,11 @@ def gives_up(job: Job) -> bool:
 
 def end_as_asked(job: Job, progress: Progress, row: Row | None) -> None:
     """Saves, unless this step is saved already, and raises Interrupted."""
+    asked = f"as asked{' by SIGUSR1' if vote(job)['give_way'] > 0 else ''}"
     save(job, progress, row, must=True)
     finish_saving(job)
     job.clock.write(progress.step)
     job.requests.done(STOP)
-    asked = f"as asked{' by SIGUSR1' if vote(job)['give_way'] > 0 else ''}"
     raise Interrupted(f"stopped at step {progress.step} {asked}, saved: run the same command to continue")
 
 
@@ -217,6 +217,8 @@ def finish_step(job: Job, progress: Progress, manifest: dict[str, Any]) -> None:
         job.journal.take_back(progress.step)
         if not evaluate_step(job, progress, row):
             end_as_asked(job, progress, row)
+        if job.config.train.compile:  # else its sizes would count as those of training, which come first elsewhere
+            torch._dynamo.reset()
     elif row and not recorded:
         job.journal.rows([row])
 
@@ -322,18 +324,21 @@ def evaluate(job: Job) -> dict[str, float] | None:
     """Returns what one pass over the validation split measures, the same on every rank; None where it was broken off
     because a stop is asked for."""
     assert job.validation is not None
-    totals, begun, vote_at = Sums(), time.monotonic(), 1
+    totals, pace, voted, next_vote = Sums(), VOTE_SECONDS, None, 1
     with closing(job.validation.batches(partial(gives_up, job))) as batches:
         for number, batch in enumerate(batches, 1):
             job.clock.progressed()
             point("eval.batch")
             for name, value in job.strategy.eval_step(batch).items():
                 totals[name] = totals[name] + value if name in totals else value
-            if number == vote_at:
-                votes = vote(job, pace=(time.monotonic() - begun) / number)
+            if number == next_vote:
+                votes = vote(job, pace)
                 if votes["stop"] > 0:
                     return None
-                vote_at += max(1, int(VOTE_SECONDS / votes["pace"]))
+                if voted:  # from vote to vote: only then is the device done with the batches
+                    pace = (time.monotonic() - voted[1]) / (number - voted[0])
+                voted = number, time.monotonic()
+                next_vote += max(1, int(VOTE_SECONDS / votes["pace"]))
     totals["gave_up"] = torch.tensor(float(job.requests.gave_up))
     sums = job.strategy.reduce({name: value.reshape(1) for name, value in totals.items()})
     if sums.pop("gave_up")[0] > 0:
@@ -345,6 +350,7 @@ def save(job: Job, progress: Progress, row: Row | None, must: bool) -> None:
     """Saves as of now. A save that fails is reported and does not end the run. `row`: of this step, which may not be
     recorded yet; `must`: the run ends here."""
     job.clock.switch("checkpoint")
+    job.journal.step = progress.step
     about = {
         "progress": asdict(progress),
         "identity": job.identity(progress.step),

@@ -73,9 +73,10 @@ def run(config: Config, born: float) -> None:
             try:
                 raise _told(failure, config, topology, folder, job) from failure
             finally:
-                watchdog.close()
                 if job is not None:
-                    job.close()
+                    with clock.watched_elsewhere():  # a save in flight, which waits for ranks that may be gone
+                        job.close()
+                watchdog.close()
         watchdog.close()
         # The status is the last word: nothing that follows can change it, nor the exit code.
         exit_code = stopped.exit_code if stopped else 0

@@ -185,6 +185,31 @@ def test_what_is_kept(tmp_path: Path) -> None:
     assert Retention(keep=1).superfluous(tmp_path) == []
 
 
+def test_an_evaluation_comes_after_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Into the manifest, which stays whole; a disk that is full for now gets it later."""
+    from trainer.checkpoint import save as module
+
+    saver = Saver(tmp_path, ALONE, Retention(keep=1, best="loss"), pauses=())
+    for step, loss in ((1, 2.0), (2, 1.0), (3, 3.0), (4, 4.0)):
+        saver.save(step, tensors(step), {"evaluation": None})
+        saver.evaluated(step, {"loss": loss})  # the save is still under way
+    saver.evaluated(7, {"loss": 0.0})  # of no checkpoint
+    saver.wait()
+    assert [path.name for path in candidates(tmp_path)] == [folder_name(step) for step in (2, 4)]
+    assert [verify(path)["evaluation"] for path in candidates(tmp_path)] == [{"loss": 1.0}, {"loss": 4.0}]
+
+    amend = module.amend_manifest
+    monkeypatch.setattr(module, "amend_manifest", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "full")))
+    saver.save(5, tensors(5), {"evaluation": None})
+    saver.evaluated(5, {"loss": 0.5})
+    saver.wait()
+    assert verify(tmp_path / folder_name(5))["evaluation"] is None
+    monkeypatch.setattr(module, "amend_manifest", amend)
+    saver.evaluated(7, {"loss": 0.0})
+    saver.wait()
+    assert verify(tmp_path / folder_name(5))["evaluation"] == {"loss": 0.5}
+
+
 def test_an_overrun_is_waited_for_or_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And a failed save is tried again, then overdue."""
     from trainer.checkpoint import save as module

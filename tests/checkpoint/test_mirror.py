@@ -149,3 +149,29 @@ def test_a_run_moves_to_another_machine(s3: Any, tmp_path: Path) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     refused = Run(tmp_path / "moved", 1, (*options, "run.fresh=true")).train(expect=2)
     assert "with run.fresh=true choose another" in refused
+
+
+def test_an_evaluation_reaches_the_copy(s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the bucket did not take it at first: until then the manifest on disk says which one is the best."""
+    retention = Retention(keep=1, best="loss")
+    mirror = Mirror(URL, ALONE, retention)
+    saver = Saver(tmp_path, ALONE, retention, mirror=mirror, pauses=())
+
+    def saved(step: int, loss: float) -> None:
+        saver.save(step, {"model/a": torch.zeros(3)}, {"evaluation": None})
+        saver.evaluated(step, {"loss": loss})
+        saver.wait()
+
+    saved(1, 5.0)
+    assert mirror._manifest(1)["evaluation"] == {"loss": 5.0}
+    with monkeypatch.context() as broken:
+        broken.setattr(mirror, "_get", lambda _: (_ for _ in ()).throw(OSError("no way to it")))
+        saver.evaluated(1, {"loss": 1.0})
+        saver.wait()
+    assert mirror._manifest(1)["evaluation"] == {"loss": 5.0}
+    saved(2, 3.0)
+    saved(3, 4.0)
+    assert mirror.steps() == [1, 3]
+    saver.evaluated(1, {"loss": 1.0})  # as a later attempt says it again
+    saver.wait()
+    assert mirror._manifest(1)["evaluation"] == {"loss": 1.0}

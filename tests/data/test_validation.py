@@ -57,12 +57,18 @@ def test_what_cannot_be_read_is_named_in_its_place() -> None:
 
 
 def test_an_evaluation_that_is_broken_off_leaves_no_thread() -> None:
-    before = threading.active_count()
-    batches = iter(Validation(Watched(1000), micro_batch=1, workers=3))
+    def readers() -> set[threading.Thread]:
+        return {thread for thread in threading.enumerate() if thread.name == "read-ahead"} - before
+
+    before = set[threading.Thread]()
+    before = readers()
+    batches = Validation(Watched(1000), micro_batch=1, workers=3).batches()
     next(batches)
-    assert threading.active_count() == before + 3
-    batches.close()  # type: ignore[attr-defined]
-    assert threading.active_count() == before
+    assert len(readers()) == 3
+    batches.close()
+    for thread in readers():
+        thread.join(60)
+    assert not readers()
 
 
 @dataclass

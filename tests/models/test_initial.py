@@ -158,3 +158,39 @@ def test_a_resumed_run_draws_nothing(tmp_path: Path) -> None:
     assert train(2) == 2 * 257 * 16 + 257
     assert train(4) == 0
     assert [math.isfinite(row["loss"]) for row in Run(tmp_path / "run").metrics()] == [True] * 4
+
+
+class Tied(nn.Module):
+    """Both layers have one weight, which was made before either."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        weight = nn.Parameter(torch.empty(4, 4))
+        self.one, self.other = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+        self.one.weight = weight
+        self.other.weight = weight
+
+    def initialise(self, name: str, value: torch.Tensor, generator: torch.Generator) -> None:
+        value.normal_(generator=generator)
+
+
+class Shadowed(Tied):
+    """A buffer is made of a parameter's own first values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("shadow", self.one.weight.detach().clone())
+        self.alias = self.shadow
+
+
+def test_what_is_tied_by_a_variable_stays_tied() -> None:
+    model = ModelFactory(Tied, seed=3)()
+    assert [name for name, _ in model.named_parameters()] == ["one.weight"]
+    assert model.one.weight is model.other.weight  # type: ignore[union-attr]
+
+
+def test_a_model_may_compute_with_its_parameters_as_it_is_made() -> None:
+    model = ModelFactory(Shadowed, seed=3)()
+    assert model.shadow.shape == (4, 4)
+    assert model.alias is model.shadow
+    assert torch.equal(model.one.weight, ModelFactory(Tied, seed=3)().one.weight)  # type: ignore[union-attr, arg-type]

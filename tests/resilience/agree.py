@@ -29,7 +29,7 @@ def main() -> None:
     stream.seek(2)
     steps = []
     for _ in range(STEPS):
-        data = next(stream)
+        data = stream.take()
         sizes = [len(batch["draws"]) for batch in data.micro_batches]
         steps.append([data.step, sizes, data.entries, [[slot.number, fault.key] for slot, fault in data.faults]])
     stream.close()

@@ -13,7 +13,6 @@ import pytest
 
 from tests.end_to_end.test_refusals import onecurve
 from tests.runs import TINY, Run, assert_same_bits
-from trainer import topology
 from trainer.config.schema import Watchdog
 from trainer.resilience.stacks import last_collective
 from trainer.resilience.timeledger import TimeLedger
@@ -87,15 +86,16 @@ def test_no_false_alarm(tmp_path: Path) -> None:
     assert not list((run.folder / "logs").glob("hang*"))
 
 
+@pytest.mark.slow
 def test_a_slow_first_step_is_no_hang(tmp_path: Path) -> None:
     """Whatever came before it: the save of step 0 cuts the time before the first step into short spells."""
-    slow = "debug.faults=[step.loss:delay@6.5:1:0]"  # longer than 5 s, what any spell may take that was timed before
+    slow = "debug.faults=[step.loss:delay@14:1:0]"  # longer than 5 + 5 s, what any spell may take that was timed before
     run = Run(
-        tmp_path / "run", 1, ("train.steps=2", "eval.every=0", slow, "watchdog.grace_s=0", "watchdog.first_s=100")
+        tmp_path / "run", 1, ("train.steps=2", "eval.every=0", slow, "watchdog.grace_s=5", "watchdog.first_s=100")
     )
     run.train()
     assert run.status()["state"] == "finished"
-    assert run.metrics()[0]["step_s"] > 6.5
+    assert run.metrics()[0]["step_s"] > 14
     assert not list((run.folder / "logs").glob("hang*"))
 
 
@@ -212,7 +212,3 @@ def test_where_nothing_is_waited_for_the_newest_collective_is_the_last() -> None
     gloo, nccl = [entry("gloo", "0", 7, 150)], [entry("nccl", "0", 3, 160, name="_reduce_scatter_base")]
     assert last_collective({"gloo": gloo, "nccl": nccl}, ["0"])["last"]["number"] == 3
     assert last_collective({"gloo": [], "nccl": []}, ["0"])["last"] is None
-
-
-def test_joining_leaves_the_recorder_as_large_as_torch_makes_it() -> None:
-    assert "FR_BUFFER_SIZE" not in Path(topology.__file__).read_text()

@@ -21,7 +21,7 @@ TWO = "strategy=pipeline strategy.stages=2"
 def run(processes: int, cases: dict[str, tuple[str, int]]) -> dict[str, Any]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     words = [*command, "-m", "tests.strategies.traffic", json.dumps(cases)]
-    done = subprocess.run(words, capture_output=True, text=True)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-8000:]
     return json.loads(done.stdout.splitlines()[-1])
 

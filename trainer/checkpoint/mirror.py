@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.checkpoint.format import CHUNK, INDEX, MANIFEST, Damaged, folder_name, tensor_file, verify
-from trainer.checkpoint.retention import Retention, step_of
+from trainer.checkpoint.retention import Retention, evaluation_of, step_of
 from trainer.errors import ConfigError, PeerLost, TrainingError, first_line
 from trainer.files import sync_folder
 from trainer.topology import Topology
@@ -65,7 +65,7 @@ class Mirror:
                 except (self._ob.exceptions.AlreadyExistsError, self._ob.exceptions.PreconditionError):
                     if self._get(f"{name}/{MANIFEST}") != content:
                         raise FileExistsError("another run has put a checkpoint of this step there") from None
-                self._clean()
+                self._clean(folder.parent)
 
         for part in (files, count):
             errors = self.topology.gather_all(_error(part), group)
@@ -74,10 +74,12 @@ class Mirror:
         return None
 
     def amend(self, folder: Path) -> None:
-        """Copies the manifest again, which has learnt something, where the copy is of the same save. Best effort."""
+        """Copies the manifest again, which may have learnt something, where the copy is of the same save. What fails
+        here is made up for when superfluous copies are looked for: then the manifest on disk counts, too."""
         content, path = (folder / MANIFEST).read_bytes(), f"{folder.name}/{MANIFEST}"
         with suppress(Exception):  # whatever the bucket's library raises
-            if json.loads(self._get(path))["save"] == json.loads(content)["save"]:
+            copy = self._get(path)
+            if copy != content and json.loads(copy)["save"] == json.loads(content)["save"]:
                 self._ob.put(self._store, path, content)
 
     def fetch(self, folder: Path, above: int) -> list[dict[str, Any]]:
@@ -121,9 +123,12 @@ class Mirror:
         for name in names:
             self._ob.put(self._store, f"{folder.name}/{attempt}/{name}", folder / name)
 
-    def _clean(self) -> None:
+    def _clean(self, beside: Path) -> None:
         """Deletes the superfluous ones, each beginning with its manifest."""
-        evaluations = {step: (self._manifest(step) or {}).get("evaluation") for step in self.steps()}
+        evaluations = {
+            step: evaluation_of(beside / folder_name(step)) or (self._manifest(step) or {}).get("evaluation")
+            for step in self.steps()
+        }
         for step in set(evaluations) - self.retention.stay(evaluations):
             self._ob.delete(self._store, f"{folder_name(step)}/{MANIFEST}")
             for page in self._ob.list(self._store, f"{folder_name(step)}/"):

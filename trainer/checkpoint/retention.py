@@ -40,9 +40,9 @@ class Retention:
     def superfluous(self, folder: Path) -> list[Path]:
         """In rising order of steps. None where the newest is not all there: then the older ones are needed."""
         found = candidates(folder)
-        if not found or _evaluation(found[-1]) is None:
+        if not found or evaluation_of(found[-1]) is None:
             return []
-        stay = self.stay({step_of(path): _evaluation(path) if self.best else None for path in found})
+        stay = self.stay({step_of(path): evaluation_of(path) if self.best else None for path in found})
         return [path for path in found if step_of(path) not in stay]
 
     def stay(self, evaluations: Mapping[int, dict[str, Any] | None]) -> set[int]:
@@ -74,9 +74,11 @@ def clear_leftovers(folder: Path) -> None:
     """What interrupted saves and deletions left."""
     for left in (*folder.glob(".attempt-*"), *folder.glob(f"{TRASH}*")):
         shutil.rmtree(left, ignore_errors=True)
+    for left in folder.glob("step-*/.*.tmp"):  # of a manifest that was to be replaced
+        left.unlink(missing_ok=True)
 
 
-def _evaluation(path: Path) -> dict[str, Any] | None:
+def evaluation_of(path: Path) -> dict[str, Any] | None:
     """What was measured at its step; None if it is not all there."""
     with suppress(Damaged, TrainingError, OSError):
         manifest = read_manifest(path)

@@ -78,6 +78,8 @@ class Saver:
         self.took: deque[float] = deque(maxlen=64)  # seconds of those before
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._job: Future[list[Event]] | None = None
+        self._measured: dict[int, dict[str, float]] = {}  # evaluations that manifests do not have yet, by step
+        self._amended: Future[None] | None = None
 
     @property
     def overdue(self) -> bool:
@@ -111,6 +113,9 @@ class Saver:
 
     def wait(self) -> list[Event]:
         """As `poll`, but waits for it."""
+        if self._amended is not None:
+            self._amended.result()
+            self._amended = None
         if self._job is None:
             return []
         job, self._job = self._job, None
@@ -121,14 +126,24 @@ class Saver:
         return events
 
     def evaluated(self, step: int, evaluation: dict[str, float] | None) -> None:
-        """Adds what was measured at this step to its checkpoint, once that is there; on the main rank."""
+        """Adds what was measured at this step to its checkpoint, once that is there; on the main rank, and without a
+        word where the checkpoint is not there. What a disk does not take for now is tried again with the next one."""
         if evaluation and self.topology.is_main:
-            self._thread.submit(self._add_evaluation, step, evaluation)
+            self._measured[step] = evaluation
+            self._amended = self._thread.submit(self._amend)
 
-    def _add_evaluation(self, step: int, evaluation: dict[str, float]) -> None:
-        with suppress(Damaged, OnecurveError, OSError):  # no checkpoint of this step, or a disk that fails for now
-            if amend_manifest(self.folder / folder_name(step), evaluation=evaluation) and self.mirror is not None:
-                self.mirror.amend(self.folder / folder_name(step))
+    def _amend(self) -> None:
+        self._begun = time.monotonic()
+        try:
+            for step, evaluation in list(self._measured.items()):
+                with suppress(OSError):
+                    with suppress(Damaged, OnecurveError):
+                        amend_manifest(self.folder / folder_name(step), evaluation=evaluation)
+                        if self.mirror is not None:
+                            self.mirror.amend(self.folder / folder_name(step))
+                    del self._measured[step]
+        finally:
+            self._begun = None
 
     def goes_on_from(self, step: int) -> None:
         """The run's state is now that of this checkpoint."""

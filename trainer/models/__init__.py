@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -136,7 +137,7 @@ def materialise(model: nn.Module, held_on: torch.device, computed_on: torch.devi
     buffers = [
         (module, name, buffer.to(computed_on))
         for module in model.modules()
-        for name, buffer in module.named_buffers(recurse=False)
+        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
     ]
     made: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
@@ -194,9 +195,12 @@ class ModelFactory:
             yield parameter, no_value(torch.empty(parameter.shape, dtype=torch.float32, device=device))
 
     def __call__(self, device: torch.device = CPU, holders: dist.ProcessGroup | None = None) -> nn.Module:
-        with without_values():
-            model = self.build()
-        materialise(model, device, device)
+        try:
+            with without_values():
+                model = self.build()
+            materialise(model, device, device)
+        except NotImplementedError:  # it computes with its parameters as it is made
+            model = self.build().to(device)
         self.fill(model, holders)
         return model
 
@@ -205,10 +209,15 @@ class ModelFactory:
 def without_values() -> Iterator[None]:
     """Parameters of modules that are made meanwhile take no memory (they are on the meta device); buffers are real."""
     register = nn.Module.register_parameter
+    made: dict[int, tuple[weakref.ref[nn.Parameter], nn.Parameter]] = {}  # by the identity of those with values
 
     def register_empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         if parameter is not None and not parameter.is_meta:  # one that is, is tied to another
-            parameter = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+            given, empty = made.get(id(parameter), (None, None))
+            if given is None or given() is not parameter:  # else it is registered again: tied as well
+                empty = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+                made[id(parameter)] = weakref.ref(parameter), empty
+            parameter = empty
         register(module, name, parameter)
 
     nn.Module.register_parameter = register_empty  # type: ignore[method-assign, assignment]

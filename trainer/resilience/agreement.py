@@ -31,11 +31,11 @@ class AgreedStream:
         self._stream.close()
 
     def take(self, give_up: Callable[[], bool] = lambda: False) -> StepData:
-        """Returns the next step; abandoned by all, where one of them gave it up."""
+        """Returns the next step; abandoned by all of the copy, where one of them gave it up."""
         data, known = self._stream.take(give_up), dict[Slot, Fault]()
+        if any(self._topology.gather_all(data.abandoned, self._group)):
+            return self._stream.share.without_samples(data.step - 1, like=data)  # of the same shapes on all
         while True:
-            if any(self._topology.gather(data.abandoned)):
-                return replace(data, abandoned=True)
             own = [[*slot, asdict(fault)] for slot, fault in data.faults]
             parts = self._topology.gather_all(own, self._group)
             told = [{Slot(*slot): Fault(**fault) for *slot, fault in part} for part in parts]

@@ -1,6 +1,7 @@
 """Requests from outside: signals, `touch RUN_DIR/STOP`, `touch RUN_DIR/SAVE`.
 
-A signal handler only sets a flag. The loop turns the flags of all ranks into one agreed decision at a step boundary.
+A signal handler only sets a flag. The loop turns the flags of all ranks into one agreed decision at a step boundary, or
+within an evaluation. Where nothing would be lost by it, a thread ends the process instead.
 """
 
 from __future__ import annotations
@@ -27,15 +28,19 @@ _LOOK_S = 0.25
 _asked: set[int] = set()  # the signals that came
 _idle_since: float | None = None  # `time.monotonic()` since when there is nothing to save
 _last_words: Callable[[str, int], None] | None = None
+_listening = -1  # the pipe of the newest `listen`: a sweep's runs follow each other in one process
 
 
 def listen() -> None:
     """From now on signals are requests. A second Ctrl-C ends the process at once, whatever it is doing: checkpoints
     bear that at any instant. So does the first signal, after a moment, where nothing would be lost: a start that reads,
     verifies or connects for minutes asks nobody."""
+    global _last_words, _listening
     _asked.clear()
+    _last_words = None
     may_leave_at_once(True)
     read, write = os.pipe()
+    _listening = read
     os.set_blocking(write, False)
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)
     # A thread: the main one may be in foreign code, where Python hears of no signal.
@@ -68,7 +73,10 @@ def _note(number: int, _frame: FrameType | None) -> None:
 def _watch(pipe: int) -> None:
     came, asked_at = b"", math.inf
     while came.count(signal.SIGINT) < 2:
-        if select.select([pipe], [], [], _LOOK_S if came else None)[0]:
+        ready = select.select([pipe], [], [], _LOOK_S if came else None)[0]
+        if pipe != _listening:
+            return
+        if ready:
             came += bytes(number for number in os.read(pipe, 64) if number in SIGNALS)
             asked_at = min(asked_at, time.monotonic() if came else math.inf)
         elif _idle_since is not None and time.monotonic() > max(asked_at, _idle_since) + PATIENCE_S:
@@ -92,14 +100,18 @@ class Requests:
     def __init__(self, folder: Path, watch_files: bool):
         self.folder, self.watch_files = folder, watch_files
         self.gave_up = False  # what it waited for, while the others waited for it
+        self._looked = time.monotonic()  # when this rank, if it does not watch it, looked for the file
 
     def stop(self) -> bool:
         return self.gave_up or bool(_asked) or (self.watch_files and (self.folder / STOP).exists())
 
     def gives_up(self, over: bool) -> bool:
-        """Whether to stop instead of waiting any longer. Looks for the file on any rank, because all wait for this one.
-        `over`: its time is."""
-        self.gave_up = over or bool(_asked) or (self.folder / STOP).exists()
+        """Whether to stop instead of waiting any longer. Looks for the file on any rank, because all wait for this one;
+        seldom, because many may be late at once. `over`: its time is."""
+        found = False
+        if self.watch_files or time.monotonic() > self._looked + PATIENCE_S:
+            found, self._looked = (self.folder / STOP).exists(), time.monotonic()
+        self.gave_up = over or bool(_asked) or found
         return self.gave_up
 
     def give_way(self) -> bool:

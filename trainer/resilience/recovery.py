@@ -36,13 +36,13 @@ def take_up(strategy: Strategy, found: Found, *, same_optimizer: bool) -> list[s
     names."""
     state = dict(strategy.state())
     now, then = _kinds(state), _kinds(found.index)
-    reset = [name for name, kinds in now.items() if not same_optimizer or kinds != then.get(name)]
-    anew = {path for path in state if path.startswith(OPTIMIZER) and path.split("/", 2)[2] in set(reset)}
+    reset = {name: kinds for name, kinds in now.items() if not same_optimizer or kinds != then.get(name)}
+    anew = {f"{OPTIMIZER}{kind}/{name}" for name, kinds in reset.items() for kind in kinds}
     for path in anew:
         values(state[path]).zero_()
     read(found, {path: tensor for path, tensor in state.items() if path not in anew})
     strategy.load_state(state)
-    return reset
+    return list(reset)
 
 
 def _kinds(paths: Iterable[str]) -> dict[str, set[str]]:

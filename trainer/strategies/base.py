@@ -26,7 +26,7 @@ class Update(NamedTuple):
 
     grad_norm: Tensor  # global norm before clipping, float32 scalar
     skipped: Tensor  # bool scalar: the step was left out
-    bad: Tensor  # bool scalar: because the norm reached the limit, or is no number; else of fp16 overflow or no target
+    bad: Tensor  # bool scalar: the norm reached the limit or is not a number, as in a step that a rank abandoned
 
 
 class Strategy(Protocol):

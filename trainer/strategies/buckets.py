@@ -27,7 +27,7 @@ def add_up(gradients: Sequence[Tensor], group: dist.ProcessGroup, dtype: torch.d
         work = dist.all_reduce(flat, group=group, async_op=True)
         assert work is not None
         sent.append((bucket, flat, work))
-        if len(sent) > UNDER_WAY:
+        if len(sent) == UNDER_WAY:
             _take(*sent.popleft())
     while sent:
         _take(*sent.popleft())

@@ -5,6 +5,7 @@ torch says it by `grad is None`, which is lost where gradients are sent, sharded
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -60,7 +61,13 @@ class Used:
 
 def largest(flags: Sequence[bool], device: torch.device) -> Tensor:
     """Each flag as any process has it, as int32 on the device."""
-    found = torch.tensor(flags, dtype=torch.int32, device=device)
+    found = _on_device(tuple(flags), device).clone()
     if dist.is_initialized():
         dist.all_reduce(found, dist.ReduceOp.MAX)
     return found
+
+
+@functools.lru_cache(maxsize=8)
+def _on_device(flags: tuple[bool, ...], device: torch.device) -> Tensor:
+    """Kept, because the host waits for the device's queue where it sends a list there."""
+    return torch.tensor(flags, dtype=torch.int32, device=device)

@@ -125,11 +125,6 @@ class Zero(Single):
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.limit = limit
-        nowhere = [self.model.get_parameter(name) for name in self.used.nowhere()]
-        self.unused = [Unused.of(self.engine, self.optimizer, self.flat[parameter], parameter) for parameter in nowhere]
-        if self.config.stage == 0:
-            for parameter in nowhere:
-                parameter.grad = None
         if self.config.stage:
             self.engine.step()  # asks `accepts`
         elif self.accepts(self.norm([parameter.grad for parameter in self.parameters if parameter.grad is not None])):
@@ -141,7 +136,12 @@ class Zero(Single):
         return Update(self.measured, bad | empty, bad)
 
     def accepts(self, norm: Tensor) -> bool:
-        """Whether the step with this gradient norm is to be done."""
+        """Whether the step with this gradient norm is to be done. Here the host waits for the device, once a step."""
+        nowhere = [self.model.get_parameter(name) for name in self.used.nowhere()]
+        self.unused = [Unused.of(self.engine, self.optimizer, self.flat[parameter], parameter) for parameter in nowhere]
+        if self.config.stage == 0:
+            for parameter in nowhere:
+                parameter.grad = None
         self.measured = norm.detach().float()
         bad, empty = self.judged(self.measured, self.limit)
         return not bool(bad | empty)

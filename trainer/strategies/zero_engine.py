@@ -146,10 +146,9 @@ def cpu_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         from torch.utils.cpp_extension import _get_build_directory
 
         folder = Path(_get_build_directory(CPUAdamBuilder.NAME, verbose=False))
-        with locks.waited_for(
-            folder.with_name(f"{folder.name}.onecurve")
-        ):  # ours ends with the process that holds it; torch's
-            (folder / "lock").unlink(missing_ok=True)  # own is left behind by one that is killed, and then waited for
+        # Our lock ends with the process that holds it; torch's own outlives one that is killed, and is then waited for.
+        with locks.waited_for(folder.with_name(f"{folder.name}.onecurve")):
+            (folder / "lock").unlink(missing_ok=True)
             CPUAdamBuilder().load(verbose=False)
         keys = ("params", "lr", "betas", "eps", "weight_decay")
         adam = DeepSpeedCPUAdam([{key: group[key] for key in keys} for group in optimizer.param_groups])

@@ -34,8 +34,13 @@ class Trackers:
         self.record.start(info)
         self._tell(lambda tracker: tracker.start(info))
 
+    def last(self) -> Row | None:
+        """Returns the newest row that is recorded."""
+        return self.record.metrics.last()
+
     def rewind(self, step: int) -> None:
-        """The steps after this one are about to come again. Only the record is cut: others take a step twice."""
+        """The steps after this one are about to come again, or its row with an evaluation. Only the record is cut:
+        others take a step twice."""
         self.record.rewind(step)
 
     def rows(self, rows: list[Row]) -> None:

@@ -79,7 +79,7 @@ class Disk:
 
 
 class Appender:
-    """A file of JSON lines. Never raises OSError but from `cut`, which stands before the first line of a life."""
+    """A file of JSON lines. Writing never raises OSError; `cut` and `last` may."""
 
     def __init__(self, disk: Disk, path: Path, after: Appender | None):
         self.path, self._disk, self._after = path, disk, after

@@ -47,7 +47,7 @@ class Journal:
 
     def recorded(self, step: int) -> Row | None:
         """Returns the newest row, on all ranks, if it is the one of this step."""
-        row = self.topology.broadcast(self.trackers.record.metrics.last() if self.trackers else None)
+        row = self.topology.broadcast(self.trackers.last() if self.trackers else None)
         return row if row and row["step"] == step else None
 
     def take_back(self, step: int) -> None:
