@@ -83,6 +83,7 @@ def _fullest(rank: int, store: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_the_fullest_device(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(_fullest, (str(tmp_path / "store"),), nprocs=2)
 

@@ -71,6 +71,7 @@ def test_killed_in_an_evaluation(tmp_path: Path, undisturbed: Run) -> None:
     assert [event["step"] for event in run.rows("events.jsonl") if event["kind"] == "resume"] == [10]
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_fails_costs_no_step(tmp_path: Path, undisturbed: Run) -> None:
     """Also at the last step, and however often."""
     run = Run(tmp_path / "run", 2, OVERRIDES)
@@ -86,7 +87,7 @@ def test_an_evaluation_that_fails_costs_no_step(tmp_path: Path, undisturbed: Run
 PIPELINE = ("strategy=pipeline", "train.micro_batch=6")
 STUCK = [
     # processes, overrides, samples that a process reads in a step
-    (1, ("strategy=single",), 24),
+    pytest.param(1, ("strategy=single",), 24, marks=pytest.mark.slow),
     pytest.param(2, ("strategy=ddp",), 12, marks=pytest.mark.slow),
     (2, ("strategy=fsdp",), 12),
     pytest.param(2, ("strategy=zero", "strategy.stage=2"), 12, marks=pytest.mark.slow),
@@ -127,6 +128,7 @@ def test_during_the_start(how: str, tmp_path: Path) -> None:
     assert run.status()["state"] == "finished"
 
 
+@pytest.mark.slow
 def test_ranks_leave_a_start_together(tmp_path: Path) -> None:
     """One hangs in its start, the others wait for it: none of them needs another to leave."""
     run = Run(tmp_path / "run", 2, OVERRIDES)

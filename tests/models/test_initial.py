@@ -142,6 +142,7 @@ class Net(torch.nn.Module):
 """
 
 
+@pytest.mark.slow
 def test_a_resumed_run_draws_nothing(tmp_path: Path) -> None:
     (tmp_path / "counted.py").write_text(PLUGIN)
     (tmp_path / "my_conf" / "model").mkdir(parents=True)

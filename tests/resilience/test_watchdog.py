@@ -125,6 +125,7 @@ def test_an_evaluation_that_goes_on_is_no_hang() -> None:
     assert clock.seconds("evaluation")[0] >= 0.01
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_looks_at_nothing_in_its_folder(tmp_path: Path) -> None:
     user_code(tmp_path, "looks", "name: looks:Looks\nrun_dir: {folder}/run\n")
     steps = ("train.steps=8", "train.log_every=100", "eval.every=0", "checkpoint.every=0")
