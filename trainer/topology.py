@@ -87,18 +87,14 @@ class Topology:
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's JSON-able `value` on every rank."""
-        return self.broadcast_all(value, self.control)
-
-    def broadcast_all(self, value: Any, group: dist.ProcessGroup | None) -> Any:
-        """`broadcast` on another group."""
-        if group is None:
+        if self.control is None:
             return value
         payload = _encoded(value) if self.is_main else torch.empty(0, dtype=torch.uint8)
         size = torch.tensor([len(payload)])
-        dist.broadcast(size, 0, group=group)
+        dist.broadcast(size, 0, group=self.control)
         if not self.is_main:
             payload = torch.empty(int(size), dtype=torch.uint8)
-        dist.broadcast(payload, 0, group=group)
+        dist.broadcast(payload, 0, group=self.control)
         return json.loads(payload.numpy().tobytes())
 
     def gather(self, value: Any) -> list[Any]:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from trainer.checkpoint.pieces import Fragment, State
@@ -46,6 +47,7 @@ def fake_rank(rank: int, world: int) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+        _clear_sharding_prop_cache()  # it knows meshes, which are equal on all ranks, with the place of this one
 
 
 def adamw(shapes: Shapes, hold: Callable[[tuple[int, ...]], Any]) -> State:
@@ -154,7 +156,7 @@ class Crowd:
             def gather_all(self, value: Any, group: Any) -> list[Any]:
                 return crowd.answers(value, rank)
 
-            def broadcast_all(self, value: Any, group: Any) -> Any:
+            def broadcast(self, value: Any) -> Any:
                 assert self.is_main, "what rank 0 reads is read as rank 0"
                 crowd.bytes += len(json.dumps(value))
                 return value
