@@ -56,7 +56,7 @@ def test_connections_are_opened_when_they_are_used(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_many_processes_that_may_open_few_files(tmp_path: Path) -> None:
-    """`ulimit -n 64`: connections to 23 others in each of three groups would be more."""
+    """`ulimit -n 64`: connections to all 23 others in both groups would take 58, and a third group would not start."""
     limit = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))\n"
     assert max(joined(24, tmp_path, limit + RANK)) < 40
 
