@@ -28,8 +28,9 @@ from trainer.launchers import MEETING
 from trainer.processes import remove_afterwards
 
 SAVING = datetime.timedelta(hours=2)
-"""How long ranks that have written wait for the slowest one: its disk is slow, it is not lost. The watchdog knows how
-long a save may take."""
+"""How long ranks that have written wait at least for the slowest one: its disk is slow, it is not lost. With the
+watchdog on, as by default, a save that hangs ends before that: the first after `watchdog.first_s`, a later one after
+max(5 s, 3 x what 99 of 100 took) + `watchdog.grace_s`."""
 _JOINED = itertools.count()  # how often this process joined: once for each run of a sweep
 
 
@@ -87,18 +88,14 @@ class Topology:
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's JSON-able `value` on every rank."""
-        return self.broadcast_all(value, self.control)
-
-    def broadcast_all(self, value: Any, group: dist.ProcessGroup | None) -> Any:
-        """`broadcast` on another group."""
-        if group is None:
+        if self.control is None:
             return value
         payload = _encoded(value) if self.is_main else torch.empty(0, dtype=torch.uint8)
         size = torch.tensor([len(payload)])
-        dist.broadcast(size, 0, group=group)
+        dist.broadcast(size, 0, group=self.control)
         if not self.is_main:
             payload = torch.empty(int(size), dtype=torch.uint8)
-        dist.broadcast(payload, 0, group=group)
+        dist.broadcast(payload, 0, group=self.control)
         return json.loads(payload.numpy().tobytes())
 
     def gather(self, value: Any) -> list[Any]:

@@ -6,18 +6,31 @@ import json
 import os
 import pickle
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from trainer.checkpoint import format
-from trainer.checkpoint.format import INDEX, MANIFEST, Damaged, folder_name, read_manifest, verify
+from tests.checkpoint.versions import of_version_2
+from trainer.checkpoint import format, plan
+from trainer.checkpoint.format import (
+    INDEX,
+    MANIFEST,
+    VERSION,
+    Damaged,
+    folder_name,
+    parse_index,
+    read_manifest,
+    tensor_file,
+    verify,
+)
 from trainer.checkpoint.pieces import Fragment
 from trainer.checkpoint.retention import Retention
 from trainer.checkpoint.save import Saver
+from trainer.errors import TrainingError
 from trainer.topology import ALONE
 
 
@@ -88,7 +101,6 @@ def index_cases() -> dict[str, Callable[[Any], Any]]:
         "overlapping pieces": boxes([0, [0, 0], [2, 4]], [0, [1, 0], [1, 4]]),
         "another file": boxes([7, [0, 0], [3, 4]]),
         "a file beyond all": boxes([1 << 61, [0, 0], [3, 4]]),
-        "another cut than its file": boxes([0, [0, 0], [1, 4]], [0, [1, 0], [2, 4]]),
         "no pieces": boxes(),
         "a mesh of no ranks": sharding({"mesh": [], "shards": []}),
         "a mesh of one that is none": sharding({"mesh": 0, "shards": []}),
@@ -114,17 +126,131 @@ def index_cases() -> dict[str, Callable[[Any], Any]]:
     }
 
 
+def index_cases_of_version_2() -> dict[str, Callable[[Any], Any]]:
+    def tensor(where: int, value: Any) -> Callable[[Any], Any]:
+        return lambda index: index["tensors"]["model/a"].__setitem__(where, value)
+
+    def piece(where: int, value: Any) -> Callable[[Any], Any]:
+        return lambda index: index["tensors"]["model/a"][2][0].__setitem__(where, value)
+
+    def pieces(*its: Any) -> Callable[[Any], Any]:
+        return tensor(2, list(its))
+
+    return {
+        "another type": tensor(0, "OBJECT"),
+        "a type that is none": tensor(0, ["F32"]),
+        "an absurd size": tensor(1, [10**15, 4]),
+        "an absurd number of dimensions": tensor(1, [1] * 100_000),
+        "a negative size": tensor(1, [-3, -4]),
+        "a size that is no number": tensor(1, ["3", 4]),
+        "larger than its file": tensor(1, [4, 40]),
+        "another file": piece(0, 7),
+        "a file before the first": piece(0, -1),
+        "outside": piece(2, [1, 0]),
+        "beyond all": piece(2, [(1 << 62) - 1, 0]),
+        "before the first": piece(2, [-1, 0]),
+        "too small": piece(3, [1, 4]),
+        "of a negative size": piece(3, [-2, -4]),
+        "of other dimensions": piece(3, [8]),
+        "of halves": piece(3, [2, 4.0]),
+        "overlapping": piece(3, [3, 4]),
+        "a piece twice": pieces([0, 0, [0, 0], [3, 4]], [0, 0, [0, 0], [3, 4]]),
+        "no pieces": pieces(),
+        "a piece that is none": pieces(7),
+        "pieces that are none": tensor(2, 7),
+        "files that are none of tensors": lambda index: index.__setitem__("files", ["../escape", "manifest.json"]),
+        "files that are not there": lambda index: index.__setitem__("files", ["rank-00007.safetensors"] * 2),
+        "no files": lambda index: index.pop("files"),
+        "no tensors": lambda index: index.pop("tensors"),
+    }
+
+
+@contextmanager
+def refused(message: str, megabytes: int) -> Iterator[None]:
+    """Before so much memory is allocated."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(Damaged, match=message):
+            yield
+        assert tracemalloc.get_traced_memory()[1] < megabytes * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def assert_not_believed(folder: Path, case: Callable[[Any], Any]) -> None:
+    index = json.loads((folder / INDEX).read_text())
+    case(index)
+    with refused(r"index\.json", 20):
+        parse_index(json.dumps(index), read_manifest(folder))
+
+
 @pytest.mark.parametrize("case", index_cases())
 def test_an_index_is_not_believed(folder: Path, case: str) -> None:
+    assert_not_believed(folder, index_cases()[case])
+
+
+@pytest.mark.parametrize("case", index_cases_of_version_2())
+def test_an_index_of_before_is_not_believed(tmp_path: Path, case: str) -> None:
+    folder = of_version_2(tmp_path)
+    assert verify(folder)
+    assert_not_believed(folder, index_cases_of_version_2()[case])
+
+
+def test_an_index_that_says_other_cuts_than_its_file(folder: Path) -> None:
     index = json.loads((folder / INDEX).read_text())
-    index_cases()[case](index)
+    index["shardings"].append({"boxes": [[0, [0, 0], [1, 4]], [0, [1, 0], [2, 4]]]})
+    index["tensors"]["model/a"][2:] = [len(index["shardings"]) - 1, 0]
     (folder / INDEX).write_text(json.dumps(index))
     signed(folder)
-    tracemalloc.start()
-    with pytest.raises(Damaged, match=r"index\.json"):
+    assert parse_index((folder / INDEX).read_text(), read_manifest(folder))
+    with pytest.raises(Damaged, match=r"rank-00000\.safetensors: not what index\.json says"):
         verify(folder)
-    assert tracemalloc.get_traced_memory()[1] < 50 * 2**20
-    tracemalloc.stop()
+
+
+MANY = 3000
+LARGE: dict[str, tuple[Any, list[Any], str]] = {
+    "mesh x dimensions": ({"mesh": [*range(MANY)], "shards": [[0, 0]]}, [[1] * MANY], "at most 64 dimensions"),
+    "mesh x shapes": (
+        {"mesh": [*range(MANY)], "shards": [[0, 0]]}, [[MANY, i] for i in range(1, MANY)], "more pieces",
+    ),
+    "replicas x shapes": ({"mesh": [*range(MANY)], "shards": []}, [[1, i] for i in range(1, 4 * MANY)], "more pieces"),
+    "shares x dimensions": ({"even": MANY, "ranks": [*range(MANY)]}, [[2] * 48], "more pieces"),
+    "blocks x shapes": (
+        {"boxes": [[0, [0, 0], [0, 0]]] * MANY}, [[0, i] for i in range(1, MANY)], "more pieces",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LARGE)
+def test_a_small_index_of_very_many_pieces(case: str) -> None:
+    """A sharding and its shapes are few bytes each; what they say together is not."""
+    sharding, shapes, message = LARGE[case]
+    tensors = {str(i): ["U8", shape, 0, 0] for i, shape in enumerate(shapes)}
+    text = json.dumps({"shardings": [sharding], "tensors": tensors})
+    assert len(text) < 500_000
+    files = {tensor_file(rank): {"bytes": 1 << 50, "xxh3": ""} for rank in range(MANY)}
+    with refused(message, 20):
+        parse_index(text, {"version": VERSION, "files": files})
+
+
+def test_what_could_not_be_read_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "LARGEST_TABLES", 5)
+    saver = Saver(tmp_path, ALONE, Retention(), asynchronous=False)
+    with pytest.raises(TrainingError, match="more pieces than a checkpoint can have"):
+        saver.save(1, {"model/a": torch.zeros(2, 2), "model/b": torch.zeros(3)}, {})
+    saver.close()
+
+
+@pytest.mark.parametrize("read", [format.read_manifest, verify])
+def test_json_that_memory_does_not_hold(folder: Path, read: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def loads(text: Any) -> Any:
+        raise MemoryError
+
+    manifest = read_manifest(folder)
+    monkeypatch.setattr(format, "read_manifest", lambda folder: manifest)
+    monkeypatch.setattr(json, "loads", loads)
+    with pytest.raises(Damaged, match="MemoryError"):
+        read(folder)
 
 
 HEADERS: dict[str, Callable[[Any], Any]] = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -13,19 +12,28 @@ from threading import Barrier
 from typing import Any
 
 import numpy as np
+import pytest
 import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.distributed.tensor.placement_types import _StridedShard
 
-from trainer.checkpoint.format import INDEX, folder_name, read_index, verify, write_file, write_manifest
+from tests.checkpoint.versions import WHOLE, of_version_2
+from tests.scale.crowd import fake_rank
+from trainer.checkpoint.format import folder_name, read_index, verify
 from trainer.checkpoint.load import newest, read, read_all
-from trainer.checkpoint.pieces import Box, Fragment, pieces
+from trainer.checkpoint.pieces import Box, Fragment, cuts_of, pieces
+from trainer.checkpoint.plan import holdings
 from trainer.checkpoint.retention import Retention
 from trainer.checkpoint.save import Saver
 from trainer.checkpoint.shardings import Grid
+from trainer.errors import TrainingError
 from trainer.topology import ALONE, Topology
 
 
@@ -112,7 +120,7 @@ def test_saved_in_any_pieces_read_in_any_others(data: Any) -> None:
                 assert torch.equal(values, whole[name].flatten()[start : start + len(values)])
         manifest = verify(folder / folder_name(7))
         index = read_index(folder / folder_name(7), manifest)
-        written = sum(prod(place.box.size) for stored in index.values() for place in stored.places)
+        written = sum(int(stored.sharding.table(stored.shape).numel.sum()) for stored in index.values())
         assert written == sum(tensor.numel() for tensor in whole.values())  # each element once
         for file in (folder / folder_name(7)).glob("*.safetensors"):  # anybody can read them
             assert safetensors.torch.load_file(file)
@@ -149,44 +157,89 @@ def test_one_that_was_replaced_cannot_publish(tmp_path: Path) -> None:
 
 
 def test_the_format_of_before_is_read(tmp_path: Path) -> None:
-    """Version 2, in which the index tells of each piece where it lies."""
-    whole = {"model/a": torch.arange(12.0).view(3, 4), "model/b": torch.tensor(7)}
-    folder = tmp_path / folder_name(3)
-    folder.mkdir()
-    cuts = {
-        "rank-00000.safetensors": {"model/a@0,0": whole["model/a"][:2].clone()},
-        "rank-00001.safetensors": {"model/a@2,0": whole["model/a"][2:].clone(), "model/b": whole["model/b"]},
-    }
-    files = {name: write_file(folder / name, [safetensors.torch.save(its)]) for name, its in cuts.items()}
-    starts = {name: 8 + int.from_bytes((folder / name).read_bytes()[:8], "little") for name in cuts}
-    tensors = {
-        "model/a": ["F32", [3, 4], [[0, starts["rank-00000.safetensors"], [0, 0], [2, 4]], [1, 0, [2, 0], [1, 4]]]],
-        "model/b": ["I64", [], [[1, 0, [], []]]],
-    }
-    text = json.dumps({"files": list(files), "tensors": tensors})
-    files[INDEX] = write_file(folder / INDEX, [text.encode()])
-    write_manifest(folder, {"version": 2, "step": 3, "files": files})
+    of_version_2(tmp_path)
     found, events = newest(tmp_path)
     assert found
     assert not events
     got = read_all(found)
-    assert all(torch.equal(got[name], whole[name]) for name in whole)
+    assert all(torch.equal(got[name], WHOLE[name]) for name in WHOLE)
+
+
+def placements_over(draw: Any, shape: tuple[int, ...], sizes: tuple[int, ...]) -> tuple[Placement, ...]:
+    """Any; the first dimension of the mesh may cut what the others have cut already, as FSDP does."""
+    kinds = [Replicate(), *(Shard(dim) for dim in range(len(shape)))]
+    placements = [draw(st.sampled_from(kinds)) for _ in sizes]
+    pieces = prod(size for size, it in zip(sizes[1:], placements[1:], strict=True) if it == placements[0])
+    if isinstance(placements[0], Shard) and pieces > 1 and draw(st.booleans()):
+        placements[0] = _StridedShard(placements[0].dim, split_factor=pieces)
+    return tuple(placements)
 
 
 @given(st.data())
 @settings(max_examples=200, deadline=None)
 def test_a_mesh_says_what_torch_says(data: Any) -> None:
-    """Any mesh, any cuts, sizes that do not divide: each rank's block is the one that torch gives it."""
+    """Any mesh, any cuts, sizes that do not divide (they do for a strided shard, of which torch's answer is wrong
+    otherwise): each rank's block is the one that torch gives it."""
     draw = data.draw
     shape = tuple(draw(st.lists(st.integers(1, 9), min_size=1, max_size=3)))
     sizes = tuple(draw(st.lists(st.integers(1, 4), min_size=1, max_size=3)))
-    kinds = [Replicate(), *(Shard(dim) for dim in range(len(shape)))]
-    placements = tuple(draw(st.sampled_from(kinds)) for _ in sizes)
+    placements = placements_over(draw, shape, sizes)
+    strided = {it.dim for it in placements if isinstance(it, _StridedShard)}
+    shape = tuple(size * prod(sizes) if dim in strided else size for dim, size in enumerate(shape))
     ranks = np.array(draw(st.permutations(range(prod(sizes)))), np.int64).reshape(sizes)
-    shards = tuple((axis, it.dim) for axis, it in enumerate(placements) if isinstance(it, Shard))
-    table = Grid(ranks, shards).table(shape)
+    table = Grid(ranks, cuts_of(placements)).table(shape)
     table.raise_unless_whole(shape)
     for place in np.ndindex(*sizes):
         size, offset = _compute_local_shape_and_global_offset(shape, sizes, list(place), placements)
         expected = [Box(tuple(offset), tuple(size))] if prod(size) else []
-        assert [table.boxes[row] for row in table.rows_held_by(int(ranks[place]))] == expected
+        assert [table.box(row) for row in table.rows_held_by(int(ranks[place]))] == expected
+
+
+@pytest.mark.parametrize(("data", "tensor"), [(4, 2), (3, 2), (8, 4)])
+@pytest.mark.parametrize("rows", [257, 5])
+def test_what_fsdp_cuts_of_what_tensor_parallel_has_cut(data: int, tensor: int, rows: int) -> None:
+    """Of sizes that do not divide: what each rank holds in truth is the block that it says, and that the mesh says."""
+    whole = torch.arange(rows * 3.0).view(rows, 3)
+    held = torch.zeros_like(whole)
+    for rank in range(data * tensor):
+        with fake_rank(rank, data * tensor):
+            weight = sharded_twice(whole, data, tensor)
+            said = pieces(weight)
+            table = Grid.of(weight.device_mesh, weight.placements).table((rows, 3))
+        for box, values in said:
+            part = (slice(box.offset[0], box.offset[0] + box.size[0]), slice(None))
+            assert torch.equal(values, whole[part])
+            held[part] += 1
+        assert [table.box(row) for row in table.rows_held_by(rank)] == [box for box, _ in said]
+    table.raise_unless_whole((rows, 3))
+    assert held.eq(1).all()
+
+
+def sharded_twice(whole: torch.Tensor, data: int, tensor: int) -> DTensor:
+    layer = torch.nn.Linear(*reversed(whole.shape), bias=False)
+    layer.weight.data.copy_(whole)
+    module, mesh = (
+        torch.nn.Sequential(layer),
+        init_device_mesh("cpu", (data, tensor), mesh_dim_names=("data", "tensor")),
+    )
+    parallelize_module(module, mesh["tensor"], {"0": ColwiseParallel()}, src_data_rank=None)
+    fully_shard(module, mesh=mesh["data"])
+    assert isinstance(layer.weight, DTensor)
+    assert isinstance(layer.weight.placements[0], _StridedShard)
+    return layer.weight.detach()
+
+
+def test_a_shard_of_another_size_than_its_mesh_says_is_not_saved() -> None:
+    with fake_rank(0, 2):
+        mesh = init_device_mesh("cpu", (2,))
+        odd = DTensor.from_local(
+            torch.zeros(3, 2), mesh, [Shard(0)], run_check=False, shape=torch.Size((4, 2)), stride=(2, 1)
+        )
+        with pytest.raises(TrainingError, match=r"holds a block of shape \(3, 2\), not \(2, 2\)"):
+            pieces(odd)
+
+
+def test_a_type_or_shape_on_which_ranks_differ_is_named() -> None:
+    one, another = ([{}, [["model/a", dtype, [3, 4]]]] for dtype in ("F32", "BF16"))
+    with pytest.raises(TrainingError, match=r"'model/a' is F32 \[3, 4\] on one process, BF16 \[3, 4\] on another"):
+        holdings([([0], one), ([1], another)])

@@ -7,6 +7,7 @@ is the same for whole classes of them, so the answers are exact: one rank of eac
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from trainer.checkpoint.pieces import Fragment, State
@@ -46,6 +48,7 @@ def fake_rank(rank: int, world: int) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+        _clear_sharding_prop_cache()  # it knows meshes, which are equal on all ranks, with the place of this one
 
 
 def adamw(shapes: Shapes, hold: Callable[[tuple[int, ...]], Any]) -> State:
@@ -137,6 +140,7 @@ class Crowd:
 
     def __init__(self, shapes: Shapes, world: int, state: Callable[..., State], classes: list[int] | None):
         self.world, self.shapes, self.state, self.bytes, self.rounds = world, shapes, state, 0, 0
+        self.simulated = 0.0  # seconds of CPU
         self.sections: list[Sections] = []
         for rank in classes if classes is not None else [0]:
             with fake_rank(rank, world):
@@ -154,9 +158,11 @@ class Crowd:
             def gather_all(self, value: Any, group: Any) -> list[Any]:
                 return crowd.answers(value, rank)
 
-            def broadcast_all(self, value: Any, group: Any) -> Any:
+            def broadcast(self, value: Any) -> Any:
                 assert self.is_main, "what rank 0 reads is read as rank 0"
-                crowd.bytes += len(json.dumps(value))
+                crowd.rounds += 1
+                with crowd.simulating():
+                    crowd.bytes += len(json.dumps(value))
                 return value
 
         return Here(**{**vars(replace(ALONE, rank=rank, world_size=self.world))})
@@ -164,16 +170,38 @@ class Crowd:
     def answers(self, value: Any, rank: int) -> list[Any]:
         """`exchange` gathers digests, then what each of them is a digest of from the first who has it. What else is
         gathered is the same on all ranks."""
-        self.rounds += 1
-        values = [value] * self.world
+        with self.simulating():
+            self.rounds += 1
+            texts = self._texts(value)
+            assert json.loads(texts[rank]) == json.loads(json.dumps(value)), (
+                "the rank says something else than was said"
+            )
+            self.bytes += sum(map(len, texts))
+        return [json.loads(text) for text in texts]
+
+    def _texts(self, value: Any) -> list[str]:
         if self.rounds == 1:
-            values = [list(its) for its in self.sections]
-        elif self.rounds == 2:
-            seen: set[str] = set()
-            values = []
-            for its in self.sections:
-                values.append([text for digest, text in its.items() if digest not in seen])
-                seen |= its.keys()
-        assert json.loads(json.dumps(values[rank])) == value, "the rank says something else than was said for it"
-        self.bytes += sum(len(json.dumps(it)) for it in values)
-        return values
+            return [json.dumps(list(its)) for its in self.sections]
+        if self.rounds > 2:
+            return [json.dumps(value)] * self.world
+        seen: set[str] = set()
+        texts = []
+        for its in self.sections:
+            texts.append(json.dumps([text for digest, text in its.items() if digest not in seen]))
+            seen |= its.keys()
+        return texts
+
+    @contextmanager
+    def simulating(self) -> Iterator[None]:
+        """What no rank of a real run does."""
+        started = time.process_time()
+        yield
+        self.simulated += time.process_time() - started
+
+    @contextmanager
+    def cpu_seconds(self, spent: dict[str, float], what: str) -> Iterator[None]:
+        """Those of the one rank, without the simulation of the others."""
+        started, simulated = time.process_time(), self.simulated
+        yield
+        spent[what] = round(time.process_time() - started - (self.simulated - simulated), 3)
+        spent[f"{what}: simulation"] = round(self.simulated - simulated, 3)

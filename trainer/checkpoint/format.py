@@ -26,7 +26,7 @@ import numpy as np
 import xxhash
 
 from trainer.checkpoint.pieces import DTYPES, Box
-from trainer.checkpoint.shardings import Boxes, Sharding, Table, sharding_of, whole, wholes
+from trainer.checkpoint.shardings import Boxes, Sharding, Table, shape_from, sharding_of, whole, wholes
 from trainer.errors import TrainingError
 from trainer.files import replace_file, sync_folder
 
@@ -34,6 +34,7 @@ VERSION = 3
 READABLE = (2, VERSION)
 MANIFEST, INDEX = "manifest.json", "index.json"
 LARGEST_JSON = 1 << 30
+LARGEST_TABLES = 1 << 24  # numbers, in all tables of an index: a few descriptions can stand for very many pieces
 CHUNK = 8 << 20  # bytes that are written, hashed or read at a time
 
 
@@ -62,11 +63,6 @@ class Stored:
     def numel(self) -> int:
         return prod(self.shape)
 
-    @property
-    def places(self) -> list[Place]:
-        table = self.sharding.table(self.shape)
-        return [self._place(table, row) for row in range(len(table.boxes))]
-
     def meeting(self, box: Box) -> list[Place]:
         """Where elements of this block lie."""
         table = self.sharding.table(self.shape)
@@ -74,10 +70,10 @@ class Stored:
 
     def written_by(self, rank: int) -> list[Box]:
         table = self.sharding.table(self.shape)
-        return [table.boxes[row] for row in table.rows_of(rank, self.replica)]
+        return [table.box(row) for row in table.rows_of(rank, self.replica)]
 
     def _place(self, table: Table, row: int) -> Place:
-        return Place(tensor_file(int(table.ranks[row, self.replica])), table.boxes[row])
+        return Place(tensor_file(int(table.ranks[row, self.replica])), table.box(row))
 
 
 def folder_name(step: int) -> str:
@@ -154,8 +150,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         del manifest["sha256"]
     except FileNotFoundError:
         raise Damaged("no manifest.json") from None
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise Damaged(f"manifest.json cannot be read: {error}") from None
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError, MemoryError) as error:
+        raise Damaged(f"manifest.json cannot be read: {error!r}") from None
     if raw != _written(manifest):
         raise Damaged("manifest.json does not match its own checksum")
     if manifest.get("version") not in READABLE:
@@ -248,11 +244,11 @@ def parse_index(text: str, manifest: dict[str, Any]) -> dict[str, Stored]:
         else:
             shardings = [sharding_of(told) for told in index["shardings"]]
             found = {
-                name: Stored(dtype, wholes(shape), shardings[whole(sharding)], whole(replica))
+                name: Stored(dtype, shape_from(shape), shardings[whole(sharding)], whole(replica))
                 for name, (dtype, shape, sharding, replica) in index["tensors"].items()
             }
         _check_tensors(found, {name: stated["bytes"] for name, stated in manifest["files"].items()})
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError, MemoryError) as error:
         raise Damaged(f"{INDEX} cannot be read: {error!r}") from None
     return found
 
@@ -263,8 +259,14 @@ def _tensors_of_version_2(index: Any) -> dict[str, Stored]:
     found = {}
     for name, (dtype, shape, places) in index["tensors"].items():
         rows = [(ranks[whole(file)], Box(wholes(offset), wholes(size))) for file, _, offset, size in places]
-        found[name] = Stored(dtype, wholes(shape), Boxes(rows))
+        found[name] = Stored(dtype, shape_from(shape), Boxes(rows))
     return found
+
+
+def table_numbers(tensors: dict[str, Stored]) -> int:
+    """How many numbers the tables of all tensors have at most, before one of them is made."""
+    tables = {(stored.sharding, stored.shape) for stored in tensors.values()}
+    return sum(sharding.cost(len(shape)) for sharding, shape in tables)
 
 
 def _check_tensors(tensors: dict[str, Stored], sizes: dict[str, int]) -> None:
@@ -277,6 +279,8 @@ def _check_tensors(tensors: dict[str, Stored], sizes: dict[str, int]) -> None:
         if stored.numel * DTYPES[stored.dtype].itemsize > total:
             raise Damaged(f"{INDEX}: '{name}' is larger than all files")
         itemsizes[stored.sharding, stored.shape, stored.replica] += DTYPES[stored.dtype].itemsize
+    if table_numbers(tensors) > LARGEST_TABLES:
+        raise Damaged(f"{INDEX}: its shardings make more pieces than a checkpoint can have")
     files = np.array(sorted(rank_of(file) for file in sizes if file != INDEX), np.int64)
     needed = np.zeros(len(files))
     for (sharding, shape, replica), itemsize in itemsizes.items():
@@ -333,7 +337,7 @@ def read_header(file: Any, name: str) -> Header:
         if length > min(size, LARGEST_JSON):
             raise ValueError("it is absurdly large")
         return Header(name, json.loads(_exactly(file, length)), 8 + length, size)
-    except (ValueError, EOFError, RecursionError) as error:
+    except (ValueError, EOFError, RecursionError, MemoryError) as error:
         raise Damaged(f"{name}: its header cannot be read: {error!r}") from None
 
 

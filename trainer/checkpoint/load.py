@@ -88,9 +88,9 @@ def _newest(
     names = _agreed(topology, lambda: [path.name for path in candidates(folder)])
     damaged = _agreed(topology, lambda: any(path.name.startswith(".damaged-") for path in folder.iterdir()))
     for path in (folder / name for name in reversed(names)):
-        manifest, index, reason = _checked(path, topology, contents)
+        found, reason = _checked(path, topology, contents)
         if reason is None:
-            return Found(path, manifest, index), events, damaged
+            return found, events, damaged
         damaged = True
         if set_aside:
             event = {"checkpoint": path.name, "reason": reason}
@@ -190,9 +190,9 @@ def _values(file: Any, at: int, dtype: str, count: int) -> Tensor:
     return torch.frombuffer(data, dtype=DTYPES[dtype])
 
 
-def _checked(path: Path, topology: Topology, contents: bool) -> tuple[dict[str, Any], str | None, str | None]:
-    """Its manifest, the text of its index, and what is wrong with it, the same on all ranks. One rank reads the two and
-    hands them on; of the files each looks at its share."""
+def _checked(path: Path, topology: Topology, contents: bool) -> tuple[Found | None, str | None]:
+    """This checkpoint, or what is wrong with it, the same on all ranks. One rank reads manifest and index and hands
+    them on; of the files each looks at its share."""
 
     def looked() -> list[Any]:
         try:
@@ -205,7 +205,7 @@ def _checked(path: Path, topology: Topology, contents: bool) -> tuple[dict[str, 
 
     manifest, index, reason = _agreed(topology, looked)
     if reason is not None:
-        return manifest, index, reason
+        return None, reason
     found = Found(path, manifest, index)
 
     def looked_through() -> str | None:
@@ -222,7 +222,7 @@ def _checked(path: Path, topology: Topology, contents: bool) -> tuple[dict[str, 
     for _, error in parts:
         if error is not None:
             raise TrainingError(f"{path}: {error}")
-    return manifest, index, next((reason for reason, _ in parts if reason), None)
+    return found, next((reason for reason, _ in parts if reason), None)
 
 
 def _agreed(topology: Topology, make: Callable[[], Any]) -> Any:

@@ -8,12 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement
-from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from trainer.errors import TrainingError
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -75,7 +78,8 @@ def dtype_of(held: Tensor | Fragment) -> torch.dtype:
 
 
 def pieces(held: Tensor | Fragment) -> list[tuple[Box, Tensor]]:
-    """The blocks that this process holds, as views of its memory; none where its share is empty."""
+    """The blocks that this process holds, as views of its memory; none where its share is empty. Raises TrainingError
+    for a tensor that is sharded in a way of its own."""
     if isinstance(held, Fragment):
         start, found = 0, []
         for box in stretch(tuple(held.shape), held.start, held.start + len(held.values)):
@@ -88,18 +92,42 @@ def pieces(held: Tensor | Fragment) -> list[tuple[Box, Tensor]]:
         if place is None:
             return []
         box = _box(tuple(held.shape), held.device_mesh.shape, tuple(place), held.placements)
+        if tuple(local.shape) != box.size and (box.numel or local.numel()):
+            raise TrainingError(
+                f"a tensor of shape {tuple(held.shape)}, sharded as {held.placements}, cannot be saved: this process "
+                f"holds a block of shape {tuple(local.shape)}, not {box.size}"
+            )
     else:
         local, box = held, Box((0,) * held.dim(), tuple(held.shape))
     return [(box, local)] if box.numel else []
+
+
+def cuts_of(placements: Sequence[Placement]) -> tuple[tuple[int, int], ...]:
+    """Pairs of a dimension of the mesh and the one of the tensor that is cut along it, in the order of the cuts. FSDP
+    cuts what tensor parallel has cut already, though its dimension of the mesh comes first: torch calls that a strided
+    shard."""
+    cuts = [(isinstance(it, _StridedShard), axis, getattr(it, "dim", None)) for axis, it in enumerate(placements)]
+    return tuple((axis, dim) for _, axis, dim in sorted(cuts, key=lambda cut: cut[:2]) if dim is not None)
+
+
+def cut(length: Any, count: int, number: Any) -> tuple[Any, Any]:
+    """The first index and the size of a piece, or of many, of `count`: each as large as the first, as `torch.chunk`
+    cuts."""
+    chunk = -(-length // count)
+    start = np.minimum(number * chunk, length)
+    return start, np.minimum(chunk, length - start)
 
 
 @lru_cache(4096)
 def _box(
     shape: tuple[int, ...], mesh: tuple[int, ...], place: tuple[int, ...], placements: tuple[Placement, ...]
 ) -> Box:
-    """What of a DTensor lies at this place of its mesh. torch takes 50 us for it, and a state has thousands of tensors
-    of a few kinds."""
-    size, offset = _compute_local_shape_and_global_offset(shape, mesh, list(place), placements)
+    """What of a DTensor lies at this place of its mesh, by the rule of `shardings.Grid`: torch's own answer is wrong
+    for a strided shard of a size that does not divide. A state has thousands of tensors of a few kinds."""
+    offset, size = [0] * len(shape), list(shape)
+    for axis, dim in cuts_of(placements):
+        start, length = cut(size[dim], mesh[axis], place[axis])
+        offset[dim], size[dim] = offset[dim] + int(start), int(length)
     return Box(tuple(offset), tuple(size))
 
 

@@ -19,7 +19,7 @@ import xxhash
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from trainer.checkpoint.format import Stored, header, key_of
+from trainer.checkpoint.format import LARGEST_TABLES, Stored, header, key_of, table_numbers
 from trainer.checkpoint.pieces import DTYPES, NAMES, Box, Fragment, State, dtype_of, pieces, shape_of
 from trainer.checkpoint.shardings import Boxes, Even, Grid, Ints, Sharding, Table, sharding_of
 from trainer.errors import TrainingError
@@ -62,7 +62,7 @@ def describe(state: State, rank: int, world: int) -> Sections:
     """`state` as the rank `rank` of `world` holds it."""
     rows: defaultdict[tuple[str, Any], list[Any]] = defaultdict(list)
     shardings: dict[Any, Any] = {}
-    grids: dict[Any, tuple[Grid, Any]] = {}
+    grids: dict[Any, Any] = {}
     for name, value in state.items():
         key, sharding, blocks = _described(value, rank, world, grids)
         if sharding is not None:
@@ -76,7 +76,7 @@ def _digest(text: str) -> str:
     return xxhash.xxh3_128_hexdigest(text.encode())
 
 
-def _described(value: Tensor | Fragment, rank: int, world: int, grids: dict[Any, tuple[Grid, Any]]) -> Told:
+def _described(value: Tensor | Fragment, rank: int, world: int, grids: dict[Any, Any]) -> Told:
     """What tensors of one sharding have in common, the sharding as JSON (None where nothing is held), and the blocks of
     a tensor that no sharding describes."""
     shape = shape_of(value)
@@ -88,19 +88,10 @@ def _described(value: Tensor | Fragment, rank: int, world: int, grids: dict[Any,
     else:
         key = value.device_mesh, value.placements
         if key not in grids:
-            grid = Grid.of(*key)
-            grids[key] = grid, grid.told()
-        grid, told = grids[key]
-        if _agrees(grid, shape, rank, [box for box, _ in pieces(value)]):
-            return key, told, []
+            grids[key] = Grid.of(*key).told()
+        return key, grids[key], []
     boxes = [box for box, _ in pieces(value)]
     return "boxes", {"boxes": []} if boxes else None, [boxes]
-
-
-def _agrees(grid: Grid, shape: tuple[int, ...], rank: int, boxes: list[Box]) -> bool:
-    """Whether the grid says of this rank what torch says."""
-    table = grid.table(shape)
-    return boxes == [table.boxes[row] for row in table.rows_held_by(rank)]
 
 
 def exchange(sections: Sections, topology: Topology) -> list[tuple[list[int], Any]]:
@@ -131,7 +122,8 @@ def holdings(shared: Sequence[tuple[list[int], Any]]) -> dict[str, Holding]:
         for name, dtype, shape, *blocks in rows:
             holding = found.setdefault(name, Holding(dtype, tuple(shape), []))
             if (holding.dtype, holding.shape) != (dtype, tuple(shape)):
-                raise TrainingError(f"'{name}' is {holding.shape} on one process, {tuple(shape)} on another")
+                one, another = f"{holding.dtype} {list(holding.shape)}", f"{dtype} {list(shape)}"
+                raise TrainingError(f"'{name}' is {one} on one process, {another} on another")
             holding.shardings.append(sharding or _boxes(ranks, blocks[0]))
     return {name: holding for name, holding in found.items() if 0 not in holding.shape}
 
@@ -182,6 +174,10 @@ class Plan:
             replica = int(replicas[busiest.argmin()]) if shape else 0  # counts of steps lie together, in one file more
             np.add.at(sizes, table.ranks[:, replica], table.numel * DTYPES[dtype].itemsize)
             tensors[name] = Stored(dtype, shape, *_sharding_of_replica(shardings, shape, table, replica))
+        if table_numbers(tensors) > LARGEST_TABLES:
+            raise TrainingError(
+                "the run's state cannot be saved: it is cut into more pieces than a checkpoint can have"
+            )
         return cls(tensors, tables, sizes)
 
     def file(self, rank: int) -> list[tuple[Held, int]]:
@@ -207,7 +203,7 @@ class Plan:
                     groups[table, row] = xxhash.xxh3_64_hexdigest(holders.tobytes()) if len(holders) > 1 else ""
                 if group := groups[table, row]:
                     stored = self.tensors[name]
-                    found[group].append(Held(name, stored.dtype, stored.shape, table.boxes[row]))
+                    found[group].append(Held(name, stored.dtype, stored.shape, table.box(row)))
         return found
 
 
@@ -228,23 +224,24 @@ def _tables(held: Mapping[str, Holding]) -> Iterator[tuple[str, Table]]:
 def _merged(tables: Sequence[Table], shape: tuple[int, ...]) -> Table:
     """One of all: of the same blocks the holders beside each other, of others the blocks behind each other."""
     first = tables[0]
-    if all(table.boxes == first.boxes for table in tables):
-        return first if len(tables) == 1 else Table(first.offset, first.size, np.hstack([it.ranks for it in tables]))
+    if all(table.has_blocks_of(first) for table in tables):
+        ranks = np.hstack([table.ranks for table in tables])
+        return first if len(tables) == 1 else Table(first.offset, first.size, ranks, first.disjoint)
     holders: defaultdict[Box, list[int]] = defaultdict(list)
     for table in tables:
         for box, ranks in zip(table.boxes, table.ranks.tolist(), strict=True):
             holders[box] += ranks
     width = max(map(len, holders.values()))
-    ranks = [(its * width)[:width] for its in holders.values()]  # a table has as many columns in each row
+    columns = [(its * width)[:width] for its in holders.values()]  # a table has as many columns in each row
     offset, size = (np.array([box[i] for box in holders], np.int64).reshape(len(holders), len(shape)) for i in (0, 1))
-    return Table(offset, size, np.array(ranks))
+    return Table(offset, size, np.array(columns))
 
 
 def _sharding_of_replica(
     shardings: Sequence[Sharding], shape: tuple[int, ...], table: Table, replica: int
 ) -> tuple[Sharding, int]:
     """As the index tells it: one of the shardings with its own number of the replica, or block by block."""
-    if all(sharding.table(shape).boxes == table.boxes for sharding in shardings):
+    if all(sharding.table(shape).has_blocks_of(table) for sharding in shardings):
         for sharding in shardings:
             if replica < (columns := sharding.table(shape).ranks.shape[1]):
                 return sharding, replica

@@ -19,28 +19,40 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from torch.distributed.tensor import DeviceMesh, Placement
-from torch.distributed.tensor.placement_types import _StridedShard
 
-from trainer.checkpoint.pieces import Box, Shape, stretch
+from trainer.checkpoint.pieces import Box, Shape, cut, cuts_of, stretch
 
 Ints = NDArray[np.int64]
 LARGEST = 1 << 62  # of a size or an offset
+MOST_DIMENSIONS = 64  # torch has no more
 
 
 class Table:
     """All blocks of a tensor of one shape: block i begins at `offset[i]` and is `size[i]` large; the ranks `ranks[i]`
-    hold it, one in each column. No block is empty."""
+    hold it, one in each column. No block is empty. `disjoint`: no element can be in two of them."""
 
-    def __init__(self, offset: Ints, size: Ints, ranks: Ints):
+    def __init__(self, offset: Ints, size: Ints, ranks: Ints, disjoint: bool = False):
         filled = size.all(axis=1)
         self.offset, self.size, self.ranks = offset[filled], size[filled], ranks[filled]
+        self.disjoint = disjoint
         self._meeting: dict[Box, list[int]] = {}
         self._rows: dict[int, dict[int, list[int]]] = {}
         self._held: dict[int, list[int]] = {}
 
-    @cached_property
+    def __len__(self) -> int:
+        return len(self.offset)
+
+    def box(self, row: int) -> Box:
+        return Box(tuple(self.offset[row].tolist()), tuple(self.size[row].tolist()))
+
+    @property
     def boxes(self) -> list[Box]:
+        """All of them: much larger than the table."""
         return [Box(tuple(a), tuple(n)) for a, n in zip(self.offset.tolist(), self.size.tolist(), strict=True)]
+
+    def has_blocks_of(self, other: Table) -> bool:
+        """Whether both have the same blocks in the same order."""
+        return np.array_equal(self.offset, other.offset) and np.array_equal(self.size, other.size)
 
     @cached_property
     def numel(self) -> Ints:
@@ -74,7 +86,7 @@ class Table:
         """Raises ValueError unless the blocks make up a tensor of this shape, each element once."""
         if (self.offset + self.size > np.array(shape, np.int64)).any():
             raise ValueError("a piece lies outside")
-        if sum(box.numel for box in self.boxes) != prod(shape) or _overlap(self.boxes):
+        if sum(self.numel.tolist()) != prod(shape) or (not self.disjoint and _overlap(self.boxes)):
             raise ValueError("its pieces do not make it up")
 
 
@@ -91,6 +103,10 @@ class Sharding:
     def _made(self, shape: Shape) -> Table:
         raise NotImplementedError
 
+    def cost(self, dims: int) -> int:
+        """How many numbers the table of a shape of so many dimensions has at most, known before it is made."""
+        raise NotImplementedError
+
     def told(self) -> dict[str, Any]:
         """As JSON, for `sharding_of`."""
         raise NotImplementedError
@@ -99,7 +115,7 @@ class Sharding:
 @dataclass(eq=False)
 class Grid(Sharding):
     """`shards`: pairs of a dimension of the mesh and the one of the tensor that is cut along it, in the order of the
-    cuts: each into pieces as large as the first, as `torch.chunk` does."""
+    cuts (`pieces.cut`)."""
 
     mesh: Ints
     shards: tuple[tuple[int, int], ...] = ()
@@ -107,35 +123,31 @@ class Grid(Sharding):
 
     @classmethod
     def of(cls, mesh: DeviceMesh, placements: Sequence[Placement]) -> Grid:
-        """Of a DTensor. FSDP cuts what tensor parallel has cut already, though its dimension of the mesh comes first:
-        torch calls that a strided shard."""
-        cuts = [(isinstance(placement, _StridedShard), axis) for axis, placement in enumerate(placements)]
-        dims = {axis: getattr(placement, "dim", None) for axis, placement in enumerate(placements)}
-        ordered = [(axis, dims[axis]) for _, axis in sorted(cuts)]
-        return cls(mesh.mesh.numpy().astype(np.int64), tuple((axis, dim) for axis, dim in ordered if dim is not None))
+        """Of a DTensor."""
+        return cls(mesh.mesh.numpy().astype(np.int64), cuts_of(placements))
+
+    @cached_property
+    def _ranks(self) -> Ints:
+        """One row a block, with a column a replica."""
+        axes = [axis for axis, _ in self.shards]
+        whole = [axis for axis in range(self.mesh.ndim) if axis not in axes]
+        rows = prod(self.mesh.shape[axis] for axis in axes)
+        return self.mesh.transpose([*axes, *whole]).reshape(rows, self.mesh.size // rows)
 
     def _made(self, shape: Shape) -> Table:
-        offset = np.zeros((*self.mesh.shape, len(shape)), np.int64)
-        size = np.broadcast_to(np.array(shape, np.int64), offset.shape).copy()
-        for axis, dim in self.shards:
+        counts = [self.mesh.shape[axis] for axis, _ in self.shards]
+        numbers = np.unravel_index(np.arange(prod(counts)), counts) if counts else ()
+        size = np.tile(np.array(shape, np.int64), (prod(counts), 1))
+        offset = np.zeros_like(size)
+        for (_, dim), count, number in zip(self.shards, counts, numbers, strict=True):
             if dim >= len(shape):
                 raise ValueError("it is sharded in a dimension that it has not")
-            count, length = self.mesh.shape[axis], size[..., dim].copy()
-            chunk = -(-length // count)
-            at = np.arange(count).reshape([-1 if i == axis else 1 for i in range(self.mesh.ndim)])
-            start = np.minimum(at * chunk, length)
-            offset[..., dim] += start
-            size[..., dim] = np.minimum(chunk, length - start)
-        cut = [axis for axis, _ in self.shards]
-        order = [*cut, *(axis for axis in range(self.mesh.ndim) if axis not in cut)]
-        rows = prod(self.mesh.shape[axis] for axis in cut)
+            start, size[:, dim] = cut(size[:, dim], count, number)
+            offset[:, dim] += start
+        return Table(offset, size, self._ranks, disjoint=True)
 
-        def by_row(values: Ints, dims: int) -> Ints:
-            """One row a piece, with a column a replica."""
-            values = values.transpose([*order, *range(self.mesh.ndim, values.ndim)])
-            return values.reshape(rows, self.mesh.size // rows, *([dims] if values.ndim > self.mesh.ndim else []))
-
-        return Table(by_row(offset, len(shape))[:, 0], by_row(size, len(shape))[:, 0], by_row(self.mesh, 0))
+    def cost(self, dims: int) -> int:
+        return self.mesh.size * (1 + 2 * dims)
 
     def told(self) -> dict[str, Any]:
         return {"mesh": self.mesh.tolist(), "shards": self.shards}
@@ -162,7 +174,10 @@ class Even(Sharding):
         for rank in self.ranks:
             start, count = self.span(shape, rank, self.world)
             rows += [(rank, box) for box in stretch(shape, start, start + count)]
-        return _table(rows, len(shape))
+        return _table(rows, len(shape), disjoint=True)
+
+    def cost(self, dims: int) -> int:
+        return len(self.ranks) * max(1, 2 * dims) * (1 + 2 * dims)
 
     def told(self) -> dict[str, Any]:
         return {"even": self.world, "ranks": self.ranks}
@@ -177,6 +192,9 @@ class Boxes(Sharding):
         if any(len(box.offset) != len(shape) or len(box.size) != len(shape) for _, box in self.rows):
             raise ValueError("a piece has other dimensions")
         return _table(self.rows, len(shape))
+
+    def cost(self, dims: int) -> int:
+        return len(self.rows) * (1 + 2 * dims)
 
     def told(self) -> dict[str, Any]:
         return {"boxes": [[rank, *box] for rank, box in self.rows]}
@@ -209,14 +227,22 @@ def whole(number: Any) -> int:
     return number
 
 
+def shape_from(numbers: Any) -> Shape:
+    """Raises ValueError or TypeError for what is not the shape of a tensor."""
+    if len(numbers) > MOST_DIMENSIONS:
+        raise ValueError(f"a tensor has at most {MOST_DIMENSIONS} dimensions")
+    return wholes(numbers)
+
+
 def wholes(numbers: Any) -> Shape:
     return tuple(map(whole, numbers))
 
 
-def _table(rows: Sequence[tuple[int, Box]], dims: int) -> Table:
+def _table(rows: Sequence[tuple[int, Box]], dims: int, disjoint: bool = False) -> Table:
     offset = np.array([box.offset for _, box in rows], np.int64).reshape(len(rows), dims)
     size = np.array([box.size for _, box in rows], np.int64).reshape(len(rows), dims)
-    return Table(offset, size, np.array([[rank] for rank, _ in rows], np.int64).reshape(len(rows), 1))
+    ranks = np.array([rank for rank, _ in rows], np.int64).reshape(len(rows), 1)
+    return Table(offset, size, ranks, disjoint)
 
 
 def _overlap(boxes: Sequence[Box]) -> bool:

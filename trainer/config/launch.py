@@ -35,7 +35,10 @@ class Launch(Plugin):
         description="How often the run is restarted from the newest checkpoint when a process was killed, crashed or "
         "hung. Counted anew with each new checkpoint; the same failure twice at one step ends the run at once.",
     )
-    timeout_s: Count = Field(description="Seconds after which a collective that hangs is an error.")
+    timeout_s: Count = Field(
+        description="Seconds after which a collective that hangs is an error. Those of a save wait for two hours at "
+        "least: with `watchdog.enabled` it ends a save that hangs long before that."
+    )
     time_limit: IntervalText | None = Field(
         description="Wall time, such as `3h`, after which the run stops as if it was asked to: saved, exit code 75."
     )
