@@ -89,7 +89,7 @@ STUCK = [
     # processes, overrides, samples that a process reads in a step
     pytest.param(1, ("strategy=single",), 24, marks=pytest.mark.slow),
     pytest.param(2, ("strategy=ddp",), 12, marks=pytest.mark.slow),
-    (2, ("strategy=fsdp",), 12),
+    pytest.param(2, ("strategy=fsdp",), 12, marks=pytest.mark.slow),
     pytest.param(2, ("strategy=zero", "strategy.stage=2"), 12, marks=pytest.mark.slow),
     pytest.param(2, ("strategy=zero", "strategy.stage=3"), 12, marks=pytest.mark.slow),
     pytest.param(2, PIPELINE, 24, marks=pytest.mark.slow),

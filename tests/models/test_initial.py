@@ -72,6 +72,7 @@ def check(processes: int, cases: dict[str, str], folder: Path) -> None:
         assert sum(its["loaded"]) == its["numbers"] == 0, name
 
 
+@pytest.mark.slow
 def test_each_number_is_drawn_by_one_process(tmp_path: Path) -> None:
     check(2, QUICK, tmp_path)
 

@@ -12,6 +12,7 @@ import pytest
 from tests.strategies.traffic import STEPS, trained
 from trainer.topology import ALONE
 
+pytestmark = pytest.mark.slow  # counted by real processes, which take half a minute to start
 LAYERS = 4
 GROUPS = LAYERS + 1  # that FSDP gathers and reduces at once: each layer, and what is outside of layers
 SHARED = "strategy.tensor_parallel=2 strategy.sequence_parallel=true strategy.loss_parallel=true"
