@@ -15,10 +15,14 @@ from trainer.models import ModelFactory
 from trainer.topology import Topology
 
 log = logging.getLogger("onecurve")
-# Attention on a CPU, which torch's counter does not know.
 _ATTENTION: dict[Any, Any] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
 }
+
+
+def flop_counter() -> FlopCounterMode:
+    """Returns torch's counter of floating-point operations, which also knows attention on a CPU."""
+    return FlopCounterMode(display=False, custom_mapping=_ATTENTION)
 
 
 class Meter:
@@ -59,7 +63,7 @@ def sequence_flops(factory: ModelFactory) -> int | None:
     from torch._subclasses.fake_tensor import FakeTensorMode  # late: it is slow, and CPUs have no use for it
 
     assert factory.example is not None
-    example, counter = factory.example(), FlopCounterMode(display=False, custom_mapping=_ATTENTION)
+    example, counter = factory.example(), flop_counter()
     try:
         with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad(), counter:
             model = factory.build().eval()

@@ -64,6 +64,18 @@ def signed(folder: Path) -> None:
     format.write_manifest(folder, {**manifest, "files": files})
 
 
+def types_and_sizes(tensor: Callable[[int, Any], Callable[[Any], Any]]) -> dict[str, Callable[[Any], Any]]:
+    """Returns the cases that every version of the format has. `tensor` replaces a part of a tensor's entry."""
+    return {
+        "another type": tensor(0, "OBJECT"),
+        "a type that is none": tensor(0, ["F32"]),
+        "an absurd size": tensor(1, [10**15, 4]),
+        "an absurd number of dimensions": tensor(1, [1] * 100_000),
+        "a negative size": tensor(1, [-3, -4]),
+        "a size that is no number": tensor(1, ["3", 4]),
+    }
+
+
 def index_cases() -> dict[str, Callable[[Any], Any]]:
     def tensor(where: int, value: Any) -> Callable[[Any], Any]:
         return lambda index: index["tensors"]["model/a"].__setitem__(where, value)
@@ -79,12 +91,7 @@ def index_cases() -> dict[str, Callable[[Any], Any]]:
         return sharding({"boxes": list(rows)})
 
     return {
-        "another type": tensor(0, "OBJECT"),
-        "a type that is none": tensor(0, ["F32"]),
-        "an absurd size": tensor(1, [10**15, 4]),
-        "an absurd number of dimensions": tensor(1, [1] * 100_000),
-        "a negative size": tensor(1, [-3, -4]),
-        "a size that is no number": tensor(1, ["3", 4]),
+        **types_and_sizes(tensor),
         "a size that is true": tensor(1, [True, 4]),
         "a number beyond all": tensor(1, [1 << 70, 4]),
         "not a number": tensor(1, [float("nan"), 4]),
@@ -137,12 +144,7 @@ def index_cases_of_version_2() -> dict[str, Callable[[Any], Any]]:
         return tensor(2, list(its))
 
     return {
-        "another type": tensor(0, "OBJECT"),
-        "a type that is none": tensor(0, ["F32"]),
-        "an absurd size": tensor(1, [10**15, 4]),
-        "an absurd number of dimensions": tensor(1, [1] * 100_000),
-        "a negative size": tensor(1, [-3, -4]),
-        "a size that is no number": tensor(1, ["3", 4]),
+        **types_and_sizes(tensor),
         "larger than its file": tensor(1, [4, 40]),
         "another file": piece(0, 7),
         "a file before the first": piece(0, -1),

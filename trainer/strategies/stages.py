@@ -12,7 +12,6 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from trainer.config.pipelines import SCHEDULES
 from trainer.config.strategy import Pipeline
@@ -20,11 +19,8 @@ from trainer.errors import ConfigError
 from trainer.models import Cuttable, ModelFactory
 from trainer.objectives import Batch, Objective
 from trainer.strategies.buffers import untouched
+from trainer.utilization import flop_counter
 
-# Attention on a CPU, which torch's counter does not know.
-_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
-}
 CUTTABLE = ("blocks", "embed", "run", "project", "embedding_parts", "head_parts")
 
 
@@ -104,7 +100,7 @@ def _costed(compute: Callable[[], Tensor], modules: Iterable[nn.Module]) -> tupl
             kept[id(tensor)] = tensor.numel() * tensor.element_size()
         return tensor
 
-    counter = FlopCounterMode(display=False, custom_mapping=_ATTENTION)
+    counter = flop_counter()
     with counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         result = compute()
     size = sum(parameter.numel() for parameter in parameters.values())
