@@ -107,7 +107,10 @@ def _beside(family: Family, run: Path) -> Iterator[tuple[str, bytes]]:
     if (run / "tokenizer.json").exists():
         yield "tokenizer.json", (run / "tokenizer.json").read_bytes()
         # As it is: by the kind of the model transformers would take one of its own making for it.
-        yield "tokenizer_config.json", json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}).encode()
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        if (told := run / "tokenizer_config.json").exists():  # the separator, where it is not the usual one
+            settings |= json.loads(told.read_bytes())
+        yield "tokenizer_config.json", json.dumps(settings).encode()
 
 
 def numbers(tensors: dict[str, Later]) -> int:

@@ -87,8 +87,7 @@ class RunFolder:
         as they were at its birth. Raises ConfigError on all ranks where they have other contents now."""
         problem = None
         if self.topology.is_main:
-            if tokenizer.content is not None:
-                replace_file(self.path / "tokenizer.json", tokenizer.content.encode())
+            tokenizer.save(self.path)
             if self.found is None:
                 replace_file(self.path / CATALOGUE, json.dumps(catalogue).encode())
             problem = _other_contents(self.path, catalogue)

@@ -36,10 +36,11 @@ from trainer.topology import ALONE, Topology
 DATASETS: dict[str, Callable[[Path, str], Path]] = {"shakespeare": shakespeare.ensure}
 
 
-# Keys of the data section that say where and how the data is read, not which data comes when.
+# Keys of the data section that say where and how the data is read, not which data comes when. (The fingerprint of the
+# tokenizer tells of its own.)
 WHEREABOUTS = {
-    "name", "shards", "sources", "reweight", "validation", "tokenizer", "workers", "processes", "on_error",
-    "error_budget", "ledger", "cache", "cache_gb", "patience_s", "mmap", "allow_pipe",
+    "name", "shards", "sources", "reweight", "validation", "tokenizer", "separator", "special_tokens", "workers",
+    "processes", "on_error", "error_budget", "ledger", "cache", "cache_gb", "patience_s", "mmap", "allow_pipe",
 }  # fmt: skip
 
 # Keys of the model section that say by what means it is computed or where it is found, not what it is.
@@ -212,16 +213,22 @@ class _Opening:
             mmap=data.mmap,
             patience_s=data.patience_s,
         )
-        return Shards.open(
-            paths,
-            getattr(data, "field", None),
-            storage,
-            key=key,
-            tolerant=self.tolerant and training,
-            before=before,
-            team=self.team,
-            patient=restarted(),  # it was right when the run was started by hand
-        )
+        try:
+            return Shards.open(
+                paths,
+                getattr(data, "field", None),
+                storage,
+                key=key,
+                tolerant=self.tolerant and training,
+                before=before,
+                team=self.team,
+                patient=restarted(),  # it was right when the run was started by hand
+            )
+        except ConfigError as error:
+            if base is None or error.exit_code != ConfigError.exit_code:
+                raise
+            yours = f"{key}: data={data.name} brings shards of its own; for yours: data=webdataset, or data=samples"
+            raise ConfigError([*error.problems, yours]) from error
 
     def source(self, shards: Shards, tokenizer: Tokenizer, held_out: bool = False) -> Source:
         """The units of some shards: packed sequences of their text, or their samples decoded."""
@@ -286,4 +293,5 @@ def tokenizer_of(config: Config) -> Tokenizer:
 
 def _tokenizer(config: Config, base: Path | None) -> Tokenizer:
     name = config.data.tokenizer
-    return tokenizers.load(str(base / "tokenizer.json") if base and name != "bytes" else name)
+    place = str(base / "tokenizer.json") if base and name != "bytes" else name
+    return tokenizers.load(place, config.data.separator, config.data.special_tokens)

@@ -41,7 +41,8 @@ def open_run(folder: Path, plugins: Sequence[str] = ()) -> tuple[Config, Tokeniz
         raw["run"]["plugins"] = list(plugins)
     config = check(completed(raw | {"strategy": {"name": "single"}}) if isinstance(raw, dict) else raw)
     own = folder / "tokenizer.json"
-    return config, tokenizers.load(str(own) if own.exists() else "bytes")
+    data = config.data
+    return config, tokenizers.load(str(own) if own.exists() else "bytes", data.separator, data.special_tokens)
 
 
 def load_run(folder: Path, plugins: Sequence[str] = ()) -> tuple[Config, nn.Module, Tokenizer]:

@@ -164,6 +164,94 @@ def test_separator_is_found_or_missed() -> None:
         JsonTokenizer(words("a", "b").to_str(), "x.json")
 
 
+def family(folder: Path, special: list[str], **settings: object) -> Path:
+    """A byte-level BPE with special tokens as a family of models has them, with its tokenizer_config.json."""
+    folder.mkdir()
+    description = json.loads(train_bpe(TEXTS, 300).to_str())
+    description["model"]["vocab"][special[0]] = description["model"]["vocab"].pop("<|endoftext|>")
+    description["added_tokens"][0]["content"] = special[0]
+    made = tokenizers.Tokenizer.from_str(json.dumps(description))
+    made.add_special_tokens(special[1:])
+    made.save(str(folder / "tokenizer.json"))
+    if settings:
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+FAMILIES = {
+    "deepseek": (["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"], {}, "<｜end▁of▁sentence｜>"),
+    "deepseek-told": (
+        ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"],
+        {"eos_token": {"__type": "AddedToken", "content": "<｜end▁of▁sentence｜>"}},
+        "<｜end▁of▁sentence｜>",
+    ),
+    "command": (["<BOS_TOKEN>", "<EOS_TOKEN>", "<|END_OF_TURN_TOKEN|>"], {}, "<EOS_TOKEN>"),
+    "command-told": (
+        ["<BOS_TOKEN>", "<EOS_TOKEN>", "<|END_OF_TURN_TOKEN|>"],
+        {"eos_token": "<|END_OF_TURN_TOKEN|>"},
+        "<|END_OF_TURN_TOKEN|>",
+    ),
+    "bert": (["[PAD]", "[CLS]", "[SEP]"], {"sep_token": "[SEP]", "eos_token": None}, "[SEP]"),
+    "chatml": (["<|im_start|>", "<|im_end|>"], {}, "<|im_end|>"),
+    "two": (["</s>", "<|endoftext|>"], {"eos_token": "</s>"}, "</s>"),
+    "two, as before": (["</s>", "<|endoftext|>"], {"eos_token": "not there"}, "<|endoftext|>"),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_separators_of_other_families(name: str, tmp_path: Path) -> None:
+    special, settings, separator = FAMILIES[name]
+    folder = family(tmp_path / "it", special, **settings)
+    found = load(str(folder))
+    assert found.separator == load(str(folder), separator=separator).separator
+    assert (
+        found.separator
+        == json.loads((folder / "tokenizer.json").read_text())["added_tokens"][special.index(separator)]["id"]
+    )
+    (tmp_path / "kept").mkdir()
+    found.save(tmp_path / "kept")  # as a run keeps it
+    again = load(str(tmp_path / "kept"))
+    assert (again.separator, again.fingerprint) == (found.separator, found.fingerprint)
+    assert found.separator not in found.encode(f"a{separator}b")
+
+
+def test_the_separator_can_be_named(tmp_path: Path) -> None:
+    folder = family(tmp_path / "it", ["<|bos|>", "<|assistant_end|>"])
+    with pytest.raises(ConfigError) as caught:
+        load(str(folder))
+    assert "name another one that it has by data.separator; its special tokens: <|bos|>, <|assistant_end|>" in str(
+        caught.value
+    )
+    with pytest.raises(
+        ConfigError, match=r"data\.separator=</s>: .*tokenizer\.json has no such token; its special tokens"
+    ):
+        load(str(folder), separator="</s>")
+    with pytest.raises(ConfigError, match=r"data\.separator=</s>: data\.tokenizer=bytes has one of its own"):
+        load("bytes", separator="</s>")
+    one, other = (load(str(folder), separator=token) for token in ("<|bos|>", "<|assistant_end|>"))
+    assert one.separator != other.separator
+    assert one.fingerprint != other.fingerprint  # tokens that end otherwise are others
+    usual = family(tmp_path / "usual", ["<|endoftext|>", "<|im_end|>"], eos_token="<|endoftext|>")
+    assert load(str(usual), separator="<|endoftext|>").fingerprint == load(str(usual)).fingerprint
+    (usual / "tokenizer_config.json").unlink()
+    assert load(str(usual), separator="<|endoftext|>").fingerprint == load(str(usual)).fingerprint
+
+
+def test_special_tokens_in_texts_are_text_unless_they_are_asked_for(tmp_path: Path) -> None:
+    folder = family(tmp_path / "it", ["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
+    chat = "<|im_start|>user\nhello<|im_end|>\n<|endoftext|>"
+    text, tokens = load(str(folder)), load(str(folder), special_tokens=True)
+    start, end, separator = (text._tokenizer.token_to_id(t) for t in ("<|im_start|>", "<|im_end|>", "<|endoftext|>"))
+    assert not {start, end, separator} & set(text.encode(chat).tolist())
+    assert text.decode(text.encode(chat)) == chat
+    assert (text.count_special(chat), tokens.count_special(chat)) == (3, 0)
+    found = tokens.encode(chat).tolist()
+    assert (found.count(start), found.count(end), found.count(separator)) == (1, 1, 0)
+    assert found[0] == start
+    assert text.fingerprint != tokens.fingerprint
+    assert ByteTokenizer().count_special(chat) == 0
+
+
 def test_a_document_cannot_smuggle_in_a_separator() -> None:
     """Whether the file has it as a special token, as any other, or only as a word of the model."""
     description = json.loads(train_bpe(TEXTS, 300).to_str())

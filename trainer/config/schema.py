@@ -14,6 +14,7 @@ from trainer.config.launch import Local, Slurm
 from trainer.config.section import Count, Float, Int, IntervalText, Plugin, Positive, Section, Share
 from trainer.config.strategy import DDP, FSDP, HSDP, WHOLE, Layout, Pipeline, Precision, Single, Strategy, Zero
 from trainer.config.survival import Debug, Guard, Watchdog
+from trainer.config.vocabulary import Vocabulary
 
 
 class Run(Section):
@@ -176,7 +177,7 @@ class DataSource(Section):
     weight: Float = Field(ge=0, description="Its share of the sequences is its weight over the sum of all.")
 
 
-class Data(Plugin):
+class Data(Vocabulary):
     """What text and decoded samples have in common: where the shards are, their order, faults, reading."""
 
     shards: str | list[str] | None = Field(
@@ -193,7 +194,6 @@ class Data(Plugin):
         description="Other weights after that many steps: `{1000: {web: 1, code: 1}}`."
     )
     validation: str | list[str] | None = Field(description="Validation shards, likewise. null: no evaluation.")
-    tokenizer: str = Field(description="`bytes`, or the path of a Hugging Face `tokenizer.json`.")
     sequence_length: Count = Field(description="Tokens of a sequence.")
     workers: Int = Field(ge=0, description="Threads that read ahead. 0: read in the training thread.")
     processes: bool = Field(description="The workers are processes instead: for decoding that keeps a core busy.")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,16 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from trainer.errors import ConfigError
+from trainer.files import replace_file
 
 SEPARATOR = "<|endoftext|>"
-_SEPARATORS = (SEPARATOR, "</s>", "<eos>", "<|end_of_text|>")
+# What ends a document where nothing says so: the first of these that a tokenizer has. New ones go behind the others.
+_SEPARATORS = (
+    SEPARATOR, "</s>", "<eos>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "<EOS_TOKEN>", "[EOS]", "<|im_end|>",
+    "[SEP]",
+)  # fmt: skip
+_SETTINGS = "tokenizer_config.json"  # of transformers, beside a tokenizer.json
+_NAMED = 8  # special tokens that a message names
 _UNKNOWN = "\ufffd"  # what a character tokenizer makes of characters that it does not have
 
 Ids = npt.NDArray[np.int32]
@@ -30,7 +38,8 @@ class Tokenizer(ABC):
     `vocab_size`: ids are below it. `separator`: the id that ends a document. `token_bytes`, `token_chars`:
     int32 [vocab_size], UTF-8 bytes that a token stands for, and characters that start in it; 0 for special
     tokens. `fingerprint`: sha256 of what the tokenizer is. `content`: the text of the tokenizer.json that it was
-    made from, to keep beside what was trained with it; None for bytes.
+    made from, to keep beside what was trained with it (`save`); None for bytes. `settings`: what must be kept of its
+    tokenizer_config.json; {} for most.
     """
 
     vocab_size: int
@@ -39,10 +48,23 @@ class Tokenizer(ABC):
     token_chars: Ids
     fingerprint: str
     content: str | None
+    settings: dict[str, str]
 
     @abstractmethod
     def encode(self, text: str) -> Ids:
-        """Ids of `text`, int32 [n], without separator. Special tokens spelt out in it are ordinary text."""
+        """Ids of `text`, int32 [n], without separator: a document cannot smuggle one in. Other special tokens spelt
+        out in it are ordinary text, too, unless they were asked for."""
+
+    def count_special(self, text: str) -> int:
+        """Returns how many special tokens are spelt out in `text` and taken for ordinary text."""
+        return 0
+
+    def save(self, folder: Path) -> None:
+        """Writes the files of which `load` makes the same tokenizer, if any."""
+        if self.content is not None:
+            replace_file(folder / "tokenizer.json", self.content.encode())
+        if self.settings:
+            replace_file(folder / _SETTINGS, json.dumps(self.settings).encode())
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
@@ -57,7 +79,7 @@ class ByteTokenizer(Tokenizer):
         pieces = [bytes([byte]) for byte in range(256)] + [b""]
         self.token_bytes, self.token_chars = _measure(pieces)
         self.fingerprint = hashlib.sha256(b"bytes").hexdigest()
-        self.content = None
+        self.content, self.settings = None, {}
 
     def encode(self, text: str) -> Ids:
         return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int32)
@@ -69,8 +91,18 @@ class ByteTokenizer(Tokenizer):
 class JsonTokenizer(Tokenizer):
     """A Hugging Face tokenizer, its padding, truncation and template switched off."""
 
-    def __init__(self, content: str, source: str = "tokenizer.json"):
-        """`content`: JSON text, `source`: its file. Raises `ConfigError`: no tokenizer, or no separator."""
+    def __init__(
+        self,
+        content: str,
+        source: str = "tokenizer.json",
+        *,
+        separator: str | None = None,
+        eos_token: str | None = None,
+        special_tokens: bool = False,
+    ):
+        """`content`: JSON text, `source`: its file. `separator`: the token that ends a document; by default
+        `eos_token`, if the tokenizer has it, or else one that is known. `special_tokens`: whether those that texts
+        spell out are taken as tokens. Raises `ConfigError`: no tokenizer, or no separator."""
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(content)
             description = json.loads(content)
@@ -79,11 +111,11 @@ class JsonTokenizer(Tokenizer):
         self.content = content
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        self._tokenizer.encode_special_tokens = True  # a document cannot smuggle in a separator
+        self._tokenizer.encode_special_tokens = not special_tokens
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        if (spelt := next((token for token in _SEPARATORS if token in vocabulary), None)) is None:
-            known = ", ".join(_SEPARATORS)
-            raise ConfigError(f"data.tokenizer: {source} has no end-of-document token (one of {known})")
+        special = [token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special]
+        self._special = re.compile("|".join(map(re.escape, special))) if special and not special_tokens else None
+        spelt = _separator(source, vocabulary, special, separator, eos_token)
         self.vocab_size, self.separator, self._spelt = max(vocabulary.values()) + 1, vocabulary[spelt], spelt
         added = self._tokenizer.get_added_tokens_decoder().get(self.separator)
         if added is None or not added.special:  # whatever the file says of it
@@ -91,7 +123,10 @@ class JsonTokenizer(Tokenizer):
         self.token_bytes, self.token_chars = _measure(list(self._pieces(vocabulary, description)))
         for part in ("padding", "truncation"):
             description.pop(part, None)
-        self.fingerprint = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
+        self.settings = {} if spelt == _known(vocabulary) else {"eos_token": spelt}
+        unusual = self.settings | ({"special_tokens": "tokens"} if special_tokens else {})
+        what = json.dumps([description, unusual] if unusual else description, sort_keys=True)
+        self.fingerprint = hashlib.sha256(what.encode()).hexdigest()
 
     def encode(self, text: str) -> Ids:
         ids = self._ids(text)
@@ -101,6 +136,9 @@ class JsonTokenizer(Tokenizer):
             parts = [first + begin, *(end + part + begin for part in others[:-1]), end + others[-1]]
             ids = np.concatenate([self._ids(part) for part in parts])
         return ids
+
+    def count_special(self, text: str) -> int:
+        return sum(1 for _ in self._special.finditer(text)) if self._special is not None else 0
 
     def _ids(self, text: str) -> Ids:
         return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int32)
@@ -131,6 +169,28 @@ class JsonTokenizer(Tokenizer):
                 yield (after[len(before) :] if after.startswith(before) else self.decode([i])).encode("utf-8")
 
 
+def _known(vocabulary: Mapping[str, int]) -> str | None:
+    return next((token for token in _SEPARATORS if token in vocabulary), None)
+
+
+def _separator(
+    source: str, vocabulary: Mapping[str, int], special: Sequence[str], asked: str | None, eos_token: str | None
+) -> str:
+    """The token that ends a document. Raises `ConfigError` if that is not to be known."""
+    if asked is not None and asked in vocabulary:
+        return asked
+    its = f"its special tokens: {', '.join(special[:_NAMED]) or 'none'}{', ...' if len(special) > _NAMED else ''}"
+    if asked is not None:
+        raise ConfigError(f"data.separator={asked}: {source} has no such token; {its}")
+    if (found := eos_token if eos_token in vocabulary else _known(vocabulary)) is None:
+        known = ", ".join(_SEPARATORS)
+        raise ConfigError(
+            f"data.tokenizer: {source} has no end-of-document token (one of {known}): name another one that it has by "
+            f"data.separator; {its}"
+        )
+    return found
+
+
 def _kinds(decoder: dict | None) -> set[str]:
     """Types of a decoder and of those it is made of."""
     parts = [decoder, *decoder.get("decoders", [])] if decoder else []
@@ -154,9 +214,12 @@ def _byte_alphabet() -> dict[str, int]:
 _BYTE_OF = _byte_alphabet()
 
 
-def load(spec: str) -> Tokenizer:
-    """`bytes`, or the path of a `tokenizer.json` (or of the folder that holds it). Raises `ConfigError`."""
+def load(spec: str, separator: str | None = None, special_tokens: bool = False) -> Tokenizer:
+    """`bytes`, or the path of a `tokenizer.json` (or of the folder that holds it); see `JsonTokenizer`. What ends a
+    document, a tokenizer_config.json beside it may tell. Raises `ConfigError`."""
     if spec == "bytes":
+        if separator is not None:
+            raise ConfigError(f"data.separator={separator}: data.tokenizer=bytes has one of its own, which is no text")
         return ByteTokenizer()
     path = Path(spec).expanduser()
     path = path / "tokenizer.json" if path.is_dir() else path
@@ -164,8 +227,22 @@ def load(spec: str) -> Tokenizer:
         content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise ConfigError(f"data.tokenizer: {path}: {reason}; give 'bytes' or a tokenizer.json") from error
-    return JsonTokenizer(content, str(path))
+        made = "; bpe:SIZE and chars are made by `onecurve data pack`, which writes a tokenizer.json beside the shards"
+        raise ConfigError(
+            f"data.tokenizer: {path}: {reason}; give 'bytes' or a tokenizer.json"
+            f"{made if re.fullmatch(r'chars|bpe:.*', spec) else ''}"
+        ) from error
+    eos_token = _eos_token(path.with_name(_SETTINGS))
+    return JsonTokenizer(content, str(path), separator=separator, eos_token=eos_token, special_tokens=special_tokens)
+
+
+def _eos_token(settings: Path) -> str | None:
+    """What a tokenizer_config.json calls the end of a text: as a string, or as a token with properties."""
+    with suppress(OSError, ValueError, AttributeError):
+        told = json.loads(settings.read_text(encoding="utf-8")).get("eos_token")
+        told = told.get("content") if isinstance(told, dict) else told
+        return told if isinstance(told, str) else None
+    return None
 
 
 def check_bpe_size(vocab_size: int) -> int:
