@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from tests.data.texts import SEPARATOR, read_tokens, write_shards
 from trainer.data import packing as module
+from trainer.data import recent
 from trainer.data.packing import NO_TARGET, Packed, best_fit
 from trainer.data.shards import Shards
 from trainer.data.storage import Storage
@@ -140,7 +141,7 @@ def test_best_fit_is_worked_out_once_and_kept(
     packed_anew: list[int] = []
     original = module.best_fit
     monkeypatch.setattr(module, "best_fit", lambda sizes, room: packed_anew.append(room) or original(sizes, room))
-    monkeypatch.setattr(module, "OPEN_SHARDS", 1)
+    monkeypatch.setattr(recent, "open_room", lambda: 1)
 
     def packed(length: int) -> list[Any]:
         made = Packed(
@@ -157,6 +158,8 @@ def test_best_fit_is_worked_out_once_and_kept(
     assert packed(64) == first
     assert packed_anew == [64] * 4
     for kept in (cache / "tokens").glob("*.best_fit-1-64.npy"):
-        kept.write_bytes(b"damaged")
+        content = bytearray(kept.read_bytes())
+        content[128] ^= 1  # the first number: its piece would be another sequence's
+        kept.write_bytes(content)
     assert packed(64) == first
     assert packed_anew[:8] == [64] * 8

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import os
 import pickle
+import resource
 import tarfile
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,9 @@ from webdataset import TarWriter
 
 from tests.data.ranks import on_ranks
 from tests.data.texts import read_tokens, write_shards
+from trainer.data import recent
 from trainer.data import tokens as module
+from trainer.data.packing import Packed
 from trainer.data.shards import Shards
 from trainer.data.storage import Storage
 from trainer.data.tokenizer import ByteTokenizer, JsonTokenizer, load, train_bpe
@@ -171,11 +175,111 @@ def test_tokens_that_are_made_anew_must_be_the_same(tmp_path: Path) -> None:
     for path in (tmp_path / "cache" / "tokens").iterdir():
         path.unlink()
     assert line.read(0, 9999).tolist() == text
-    for path in (tmp_path / "cache" / "tokens").glob("*.json"):
-        about = json.loads(path.read_text())
-        path.write_text(json.dumps(about | {"sha256": "of another text"}))
+    for path in (tmp_path / "cache" / "tokens").iterdir():
+        path.unlink()
+    replace_keeping_times(Path(paths[0]), lambda content: content.replace(b"a", b"z"))
     with pytest.raises(DataError, match=r"gives other tokens than when the run began"):
         other.read(0, 5)
+
+
+def replace_keeping_times(path: Path, change: Callable[[bytes], bytes]) -> None:
+    """Puts another file in a shard's place, of its size and times."""
+    before, beside = path.stat(), path.with_suffix(".new")
+    beside.write_bytes(change(path.read_bytes()))
+    os.utime(beside, ns=(before.st_atime_ns, before.st_mtime_ns))
+    os.replace(beside, path)
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+
+
+def one_record(folder: Path, letter: str) -> None:
+    """A shard `a.tar` that differs from others like it by its text alone."""
+    folder.mkdir()
+    with TarWriter(str(folder / "a.tar"), mtime=0) as tar:
+        tar.write({"__key__": "record", "txt": letter * 8})
+    os.utime(folder / "a.tar", (1e9, 1e9))
+
+
+def test_two_data_sets_of_one_relative_path_size_and_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder, letter in (("one", "A"), ("two", "B")):
+        one_record(tmp_path / folder, letter)
+        monkeypatch.chdir(tmp_path / folder)
+        assert bytes(line_of(["a.tar"], tmp_path / "cache").read(0, 8).tolist()) == letter.encode() * 8
+
+
+def test_another_shard_of_one_path_size_and_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As containers have them: /data/a.tar in each, with the times of the archive it came from."""
+    encoded: list[int] = []
+    original = TokenLine._encode
+    monkeypatch.setattr(TokenLine, "_encode", lambda self, number: encoded.append(number) or original(self, number))
+    one_record(tmp_path / "in", "A")
+    path = tmp_path / "in" / "a.tar"
+    first = line_of([str(path)], tmp_path / "cache")
+    replace_keeping_times(path, lambda content: content.replace(b"AAAAAAAA", b"BBBBBBBB"))
+    second = line_of([str(path)], tmp_path / "cache")
+    assert bytes(second.read(0, 8).tolist()) == b"BBBBBBBB"
+    assert first.fingerprint != second.fingerprint
+    assert bytes(first.read(0, 8).tolist()) == b"AAAAAAAA"  # a run that goes on beside has its own
+    assert encoded == [0, 0]
+    replace_keeping_times(path, lambda content: content)  # a copy: its text is compared, not encoded
+    for _ in range(2):
+        assert bytes(line_of([str(path)], tmp_path / "cache").read(0, 8).tolist()) == b"BBBBBBBB"
+    assert encoded == [0, 0]
+
+
+@pytest.mark.parametrize("what", ["*.tokens", "*.ends.npy"])
+def test_kept_tokens_that_are_damaged_are_made_anew_and_told(
+    what: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Bytes in the middle are other ones, as a disk or a killed node leaves them; the size is right."""
+    paths = write_shards(tmp_path / "in", [9])
+    line = line_of(paths, tmp_path / "cache")
+    expected = line.read(0, line.total).tolist()
+    (path,) = (tmp_path / "cache" / "tokens").glob(what)
+    whole = path.read_bytes()
+    damaged = bytearray(whole)
+    damaged[len(whole) // 2] ^= 1
+    path.write_bytes(damaged)
+    capfd.readouterr()
+    again = line_of(paths, tmp_path / "cache")
+    assert again.fingerprint == line.fingerprint
+    assert again.read(0, again.total).tolist() == expected
+    assert path.read_bytes() == whole
+    told = capfd.readouterr().err
+    assert told.count("the kept tokens of") == 1
+    assert paths[0] in told
+    assert line_of(paths, tmp_path / "cache").read(0, line.total).tolist() == expected
+    assert capfd.readouterr().err == ""
+
+
+def test_kept_tokens_are_compared_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not each time that a shard is opened again."""
+    paths = write_shards(tmp_path / "in", [5, 6, 7])
+    monkeypatch.setattr(recent, "open_room", lambda: 1)
+    line, opened, hashed = line_of(paths, tmp_path / "cache"), [], []
+    original, sha256 = TokenLine._load, hashlib.sha256
+    monkeypatch.setattr(TokenLine, "_load", lambda self, n: opened.append(n) or original(self, n))
+    monkeypatch.setattr(module.hashlib, "sha256", lambda content=b"": hashed.append(len(content)) or sha256(content))
+    sizes = np.diff(line.starts).tolist()
+    for _ in range(3):
+        line.read(0, line.total)
+    assert opened == [0, 1, 2] * 3
+    assert [hashed.count(size) for size in sizes] == [1, 1, 1]
+
+
+def test_more_shards_than_files_may_be_open(tmp_path: Path) -> None:
+    """The limit is shared by all that keeps shards open: shards of each source, their tokens, how they are packed."""
+    paths = write_shards(tmp_path / "in", [1] * 120, lengths=(5, 9))
+    lines = [line_of(paths, tmp_path / "cache") for _ in range(2)]
+    packed = [Packed(line, 4, packing="best_fit") for line in lines]
+    used = len(os.listdir("/proc/self/fd"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 100, hard))
+    try:
+        for units in packed:
+            assert all(units.read(unit, 0) for unit in range(units.n))
+            assert len({units.entry(unit)[0].shard for unit in range(units.n)}) == 120
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -185,7 +289,7 @@ def test_ranks_share_the_work_and_know_the_same(tmp_path: Path, shared: bool, mo
     expected = line_of(paths, tmp_path / "alone")
     encoded: list[int] = []
     original = TokenLine._encode
-    monkeypatch.setattr(TokenLine, "_encode", lambda self, n, path: encoded.append(n) or original(self, n, path))
+    monkeypatch.setattr(TokenLine, "_encode", lambda self, n: encoded.append(n) or original(self, n))
     lines = on_ranks(3, lambda team: line_of(paths, tmp_path / ("disk" if shared else f"disk{team.rank}"), team=team))
     assert sorted(encoded) == [0, 1, 2, 3, 4]
     for line in lines:
@@ -198,6 +302,23 @@ def test_ranks_share_the_work_and_know_the_same(tmp_path: Path, shared: bool, mo
     assert len({str(error) for error in errors}) == 1
     assert "'a3'" in str(errors[0])
     assert "'c0'" in str(errors[0])
+
+
+def test_special_tokens_that_are_taken_for_text_are_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """At each start, also where they are encoded already; by one of the ranks."""
+    trained = train_bpe(["abc abc"] * 20, 280)
+    trained.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    for number in range(3):
+        with TarWriter(str(tmp_path / f"{number}.tar")) as tar:
+            tar.write({"__key__": "chat", "txt": "<|im_start|>abc<|im_end|><|im_start|>"})
+    paths, tokenizer = [str(tmp_path / f"{number}.tar") for number in range(3)], JsonTokenizer(trained.to_str())
+    for _ in range(2):
+        capfd.readouterr()
+        on_ranks(2, lambda team: line_of(paths, tmp_path / "cache", tokenizer=tokenizer, team=team))
+        assert capfd.readouterr().err.count("special tokens are spelt out 9 times in the texts") == 1
+    tokenizer = JsonTokenizer(trained.to_str(), special_tokens=True)
+    assert line_of(paths, tmp_path / "cache", tokenizer=tokenizer).total < 30
+    assert "special tokens" not in capfd.readouterr().err
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:

@@ -6,25 +6,22 @@ they fit (Ding et al., "Fewer truncations improve language modeling", 2024): onl
 
 from __future__ import annotations
 
-import io
 from bisect import bisect_left, insort
 from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import suppress
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from trainer.data import kept
 from trainer.data.recent import Recent
 from trainer.data.team import ALONE, Team
 from trainer.data.tokens import TokenLine
 from trainer.errors import ConfigError
-from trainer.files import replace_file
 
 NO_TARGET = -100
-OPEN_SHARDS = 1024
 BEST_FIT = "best_fit-1"  # part of the name of what is kept: a change of the algorithm needs another one
 
 Row = dict[str, npt.NDArray[np.int64]]
@@ -60,7 +57,7 @@ class BestFit:
 
     def __init__(self, line: TokenLine, length: int, team: Team):
         self._line, self._length = line, length
-        self._open: Recent[Numbers] = Recent(OPEN_SHARDS)
+        self._open: Recent[Numbers] = Recent()
         shards = list(range(len(line.starts) - 1))
         self._starts = np.cumsum([0, *team.share("packed shards", shards, self._count)])
         self.n = int(self._starts[-1])
@@ -81,10 +78,9 @@ class BestFit:
     def _load(self, shard: int) -> Numbers:
         ends, path = self._line.shard(shard).ends, self._line.beside(shard, f"{BEST_FIT}-{self._length}.npy")
         tokens = int(ends[-1]) if len(ends) else 0
-        with suppress(OSError, ValueError):
-            packed = np.load(path, mmap_mode="r", allow_pickle=False)
-            if packed.shape[0] == 3 and int((packed[2] - packed[1]).sum()) == tokens:
-                return np.asarray(packed)
+        packed = kept.load_array(path)
+        if packed is not None and int((packed[2] - packed[1]).sum()) == tokens:
+            return packed
         pieces = [
             (first, min(first + self._length, end))
             for begin, end in pairwise([0, *ends.tolist()])
@@ -93,11 +89,9 @@ class BestFit:
         units = best_fit([end - first for first, end in pieces], self._length)
         rows = [(number, *pieces[i]) for number, chosen in enumerate(units) for i in chosen]
         packed = np.array(rows, np.int64).reshape(-1, 3).T.copy()
-        content = io.BytesIO()
-        np.save(content, packed, allow_pickle=False)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(path, content.getbuffer())
+            kept.save_array(path, packed)
         except OSError as error:
             raise ConfigError(f"data.cache: {path} cannot be written: {error.strerror}") from error
         return packed

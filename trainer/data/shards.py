@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import resource
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
@@ -24,15 +23,13 @@ from trainer.data import index
 from trainer.data.faults import Fault
 from trainer.data.foreign import Counts
 from trainer.data.index import Numbers, ShardIndex, Summary
+from trainer.data.recent import open_room, share_descriptors
 from trainer.data.spec import expand, file_name
 from trainer.data.storage import Storage, is_remote, shown
 from trainer.data.team import ALONE, Team
 from trainer.errors import ConfigError, DataError
 
-# How many are kept open: each may hold a file, so no more than a part of those that a process may have.
-_FILES = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-OPEN_SHARDS = 4096 if _FILES == resource.RLIM_INFINITY else min(4096, max(64, _FILES // 4))
-OPEN_BYTES = 1 << 30  # and of their indexes
+OPEN_BYTES = 1 << 30  # of indexes that are kept open
 
 Content = bytes | memoryview
 
@@ -113,6 +110,7 @@ class Shards:
         self._open: OrderedDict[int, _Shard] = OrderedDict()  # the last used last
         self._held = 0  # bytes of their indexes
         self._lock = threading.Lock()
+        share_descriptors(self)
 
     @classmethod
     def open(
@@ -273,7 +271,8 @@ class Shards:
             if number not in self._open:
                 self._held += loaded.nbytes
             shard = self._open.setdefault(number, loaded)  # another thread's, where that was faster
-            while len(self._open) > 1 and (len(self._open) > OPEN_SHARDS or self._held > OPEN_BYTES):
+            room = open_room()
+            while len(self._open) > 1 and (len(self._open) > room or self._held > OPEN_BYTES):
                 _, oldest = self._open.popitem(last=False)
                 self._held -= oldest.nbytes
                 oldest.blob.close()
@@ -304,6 +303,7 @@ class Shards:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._open, self._held, self._lock = OrderedDict(), 0, threading.Lock()
+        share_descriptors(self)
 
 
 def _look(

@@ -1,44 +1,49 @@
 """The token line of a data set: all its documents as tokens, in stored order, each ended by the separator.
 
-Text is encoded once, shard by shard, into flat files in the cache folder; shards of token ids (`data.field=u16` or
-`u32`) are read as they are. Either way the length of every document is known before the first step, which is what lets
-a sequence be cut out of the line at any place without reading what lies before it.
+Text is encoded once, shard by shard, into flat files in the cache folder: known by a checksum of the text, checked by
+one of their own. Shards of token ids (`data.field=u16` or `u32`) are read as they are. Either way the length of every
+document is known before the first step, which is what lets a sequence be cut out of the line at any place without
+reading what lies before it.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
+import logging
 import os
+import sys
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from trainer.data import kept
 from trainer.data.faults import Fault
 from trainer.data.recent import Recent
 from trainer.data.shards import Shards
-from trainer.data.storage import is_url, shown
-from trainer.data.storage.urls import local_path, scheme
+from trainer.data.storage import is_remote, is_url, shown
+from trainer.data.storage.urls import PIPE, absolute, local_path, scheme
 from trainer.data.team import ALONE, Team
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError, DataError
 from trainer.files import replace_file
 
-FORMAT = "onecurve-tokens-3"
+log = logging.getLogger("onecurve")
+
+FORMAT = "onecurve-tokens-4"
 STORED: dict[str | None, np.dtype[Any]] = {
     "u16": np.dtype("<u2"),
     "u32": np.dtype("<u4"),
 }  # fields whose members are token ids already
-OPEN_SHARDS = 1024
 _FORESEEN = 1024  # samples between two hints
+_COPIES = 64  # files of one content that are remembered
 
 Numbers = npt.NDArray[np.int64]
 
@@ -65,6 +70,14 @@ class _Shard:
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
 
+class _Told(NamedTuple):
+    """What all ranks know of a shard's tokens: how many, and the checksums of them and of the texts; empty for ids."""
+
+    tokens: int
+    sha256: str
+    content: str
+
+
 class TokenLine:
     """`total` tokens; those of shard s are [`starts`[s], `starts`[s + 1]). `faults`: damaged shards and texts.
 
@@ -84,14 +97,20 @@ class TokenLine:
         self.shards, self._tokenizer, self._cache, self._tolerant = shards, tokenizer, cache, tolerant
         self._stored = STORED.get(shards.field)
         self._dtype: np.dtype[Any] = self._stored or np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
-        self._open: Recent[_Shard] = Recent(OPEN_SHARDS)
+        self._open: Recent[_Shard] = Recent()
+        self._checked: set[int] = set()  # shards whose kept tokens this process, or the one it comes from, has compared
         summaries = team.share("tokens of shards", list(range(len(shards.urls))), self._prepare)
-        self._told = [(tokens, digest) for tokens, _, digest in summaries]
-        self.starts = np.cumsum([0] + [tokens for tokens, _, _ in summaries], dtype=np.int64)
+        self._told = [_Told(*told) for told, *_ in summaries]
+        self.starts = np.cumsum([0] + [told.tokens for told in self._told], dtype=np.int64)
         self.total = int(self.starts[-1])
-        told = json.dumps([shards.fingerprint, [[tokens, digest] for tokens, _, digest in summaries]])
-        self.fingerprint = hashlib.sha256(told.encode()).hexdigest()
+        what = json.dumps([shards.fingerprint, [[told.tokens, told.sha256] for told in self._told]])
+        self.fingerprint = hashlib.sha256(what.encode()).hexdigest()
         self.faults = [*shards.faults, *(Fault(**fault) for _, faults, _ in summaries for fault in faults)]
+        if team.rank == 0 and (spelt := sum(special for *_, special in summaries)):
+            _tell(
+                f"special tokens are spelt out {spelt:,} times in the texts, and taken for ordinary text; as tokens by "
+                "data.special_tokens=true"
+            )
 
     def read(self, first: int, count: int) -> npt.NDArray[Any]:
         """The tokens [first, first + count) of the line, fewer at its end; unsigned [<= count]."""
@@ -132,8 +151,8 @@ class TokenLine:
     def shard(self, number: int) -> _Shard:
         return self._open.get(number, self._load)
 
-    def _prepare(self, number: int) -> tuple[int, list[dict[str, Any]], str]:
-        """Number of tokens and faults of a shard, and the checksum of its tokens where it is known."""
+    def _prepare(self, number: int) -> tuple[_Told, list[dict[str, Any]], int]:
+        """What is to be known of a shard's tokens, its faults, and how many special tokens are text in it."""
         if self._stored is not None:
             self._check_tokenizer(self.shards.urls[number])
             sizes = self.shards.sizes(number)
@@ -145,12 +164,13 @@ class TokenLine:
                 faults.append(vars(Fault(place, key, None, cause)))
                 if not self._tolerant:
                     raise DataError(cause, shard=place, key=key)
-            return int(self._counts(number).sum()), faults, ""
-        about = self._about(number)
+            return _Told(int(self._counts(number).sum()), "", ""), faults, 0
+        content = self._content(number)
+        about = (self._about(number, content) if content is not None else None) or self._encode(number)
         if about["faults"] and not self._tolerant:
             fault = about["faults"][0]
             raise DataError(fault["cause"], **{name: fault[name] for name in ("shard", "key", "byte")})
-        return about["tokens"], about["faults"], about["sha256"]
+        return _Told(about["tokens"], about["sha256"], about["content"]), about["faults"], about["special"]
 
     def _check_tokenizer(self, url: str) -> None:
         """Raises ConfigError if packing said that the token ids of a shard are another tokenizer's: most would be valid
@@ -167,15 +187,31 @@ class TokenLine:
         if self._stored is not None:
             first = int(self.shards.starts[number])
             return _Shard(np.cumsum(self._counts(number)), None, lambda i: self._stored_ids(first + i))
-        about, path = self._about(number), self._path(number)
-        if (about["tokens"], about["sha256"]) != self._told[number]:  # made anew, elsewhere or by another life
-            place = shown(self.shards.urls[number])
-            raise DataError(f"{place}: gives other tokens than when the run began; restore it", shard=place)
-        ends = np.load(self.beside(number, "ends.npy"), mmap_mode="r", allow_pickle=False)
-        flat: npt.NDArray[Any] = (
-            np.memmap(path, self._dtype, "r", shape=(about["tokens"],)) if about["tokens"] else np.empty(0, self._dtype)
-        )
-        return _Shard(np.asarray(ends), flat, lambda i: flat)
+        told = self._told[number]
+        shard = self._opened(number) if self._about(number, told.content) is not None else None
+        if shard is None:  # gone, or another than what was kept: made anew, once
+            about = self._encode(number)
+            if (about["tokens"], about["sha256"]) != told[:2]:
+                place = shown(self.shards.urls[number])
+                raise DataError(f"{place}: gives other tokens than when the run began; restore it", shard=place)
+            self._told[number] = told._replace(content=about["content"])
+            shard = self._opened(number)
+        if shard is None:
+            raise ConfigError(f"data.cache={self._cache}: does not keep what is written there")
+        return shard
+
+    def _opened(self, number: int) -> _Shard | None:
+        """The kept tokens of a shard, mapped; None if they are not what all ranks were told of."""
+        path, told = self._path(number, self._told[number].content), self._told[number]
+        ends = kept.load_array(self.beside(number, "ends.npy"))
+        with suppress(OSError, ValueError):
+            flat = np.memmap(path, self._dtype, "r", shape=(told.tokens,)) if told.tokens else np.empty(0, self._dtype)
+            whole = number in self._checked or hashlib.sha256(flat.data).hexdigest() == told.sha256
+            if whole and ends is not None:
+                self._checked.add(number)
+                return _Shard(ends, flat, lambda i: flat)
+        _tell(f"{path}: the kept tokens of {shown(self.shards.urls[number])} are damaged: encoding it anew")
+        return None
 
     def _counts(self, number: int) -> Numbers:
         """Tokens of each document of a shard of token ids; none of one that is no whole number of them."""
@@ -198,62 +234,91 @@ class TokenLine:
 
     def beside(self, number: int, what: str) -> Path:
         """Where something that follows from the tokens of a shard is kept."""
-        return self._path(number).with_suffix(f".{what}")
+        return self._path(number, self._told[number].content).with_suffix(f".{what}")
 
-    def _path(self, number: int) -> Path:
+    def _path(self, number: int, content: str) -> Path:
         """Where the tokens of a shard are kept: named by all that they depend on."""
-        what: list[str | None] = [
-            FORMAT,
-            self.shards.urls[number],
-            self.shards.summaries[number].stamp,
-            self.shards.summaries[number].digest,
-        ]
-        what += [self.shards.field, self._tokenizer.fingerprint]
-        name = hashlib.sha256(json.dumps(what).encode("utf-8", "surrogateescape")).hexdigest()[:32]
-        return self._cache / "tokens" / f"{name}.tokens"
+        return self._named(number, self._tokenizer.fingerprint, content).with_suffix(".tokens")
 
-    def _about(self, number: int) -> dict[str, Any]:
-        """What is kept of a shard: {"tokens", "faults", "sha256"}; made if it is not there."""
-        path = self._path(number)
+    def _named(self, number: int, *more: str) -> Path:
+        url, summary = self.shards.urls[number], self.shards.summaries[number]
+        what = [FORMAT, absolute(url), summary.stamp, summary.digest, self.shards.field, *more]
+        name = hashlib.sha256(json.dumps(what).encode("utf-8", "surrogateescape")).hexdigest()[:32]
+        return self._cache / "tokens" / name
+
+    def _content(self, number: int) -> str | None:
+        """The checksum of a shard's texts; None where none of this shard was ever taken.
+
+        It is kept with the file that it was taken of. Size and time do not tell files apart (`cp -p`, archives and
+        images of containers keep times), inode and time of change do: of another file it is taken anew.
+        """
+        file = _file(self.shards.urls[number])
+        try:
+            about = json.loads(self._named(number).with_suffix(".texts").read_bytes())
+            content, files = str(about["sha256"]), list(about["files"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        if file is None or file in files or number in self.shards.damaged_since:
+            return content
+        first, digest = int(self.shards.starts[number]), hashlib.sha256()
+        for sample in range(first, int(self.shards.starts[number + 1])):
+            digest.update(self.shards.read(sample))
+        found = digest.hexdigest()
+        with suppress(OSError):  # a cache that is only read
+            self._remember(number, found, [*files, file] if found == content else [file])
+        return found
+
+    def _remember(self, number: int, content: str, files: list[str]) -> None:
+        about = {"sha256": content, "files": files[-_COPIES:]}
+        replace_file(self._named(number).with_suffix(".texts"), json.dumps(about).encode())
+
+    def _about(self, number: int, content: str) -> dict[str, Any] | None:
+        """What is kept of a shard of this content: {"tokens", "faults", "special", "sha256", "content"}; or None."""
+        path = self._path(number, content)
         with suppress(OSError, ValueError, KeyError, TypeError):
             about = json.loads(path.with_suffix(".json").read_bytes())
-            if path.stat().st_size == about["tokens"] * self._dtype.itemsize:
+            if path.stat().st_size == about["tokens"] * self._dtype.itemsize and about["content"] == content:
                 return about
-        if number in self.shards.damaged_since:
-            place, gone = shown(self.shards.urls[number]), "its tokens are no longer in data.cache"
-            raise DataError(f"{place}: was damaged since the run began, and {gone}; restore the shard", shard=place)
-        return self._encode(number, path)
+        return None
 
-    def _encode(self, number: int, path: Path) -> dict[str, Any]:
+    def _encode(self, number: int) -> dict[str, Any]:
         """Encodes a shard: tokens and where documents end first, what is there last, each whole or not at all.
 
         What is no text is kept as a fault, for good. What cannot be read now is an error: it may be readable later.
         """
-        lengths, faults, digest = [], [], hashlib.sha256()
-        beside = path.with_name(f".{uuid.uuid4().hex}.tmp")
+        place, file = shown(self.shards.urls[number]), _file(self.shards.urls[number])
+        if number in self.shards.damaged_since:
+            gone = "its tokens are no longer in data.cache"
+            raise DataError(f"{place}: was damaged since the run began, and {gone}; restore the shard", shard=place)
+        lengths, faults, special, texts, digest = [], [], 0, hashlib.sha256(), hashlib.sha256()
+        beside = self._cache / "tokens" / f".{uuid.uuid4().hex}.tmp"
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(beside, "xb") as file:
+            beside.parent.mkdir(parents=True, exist_ok=True)
+            with open(beside, "xb") as out:
                 first = int(self.shards.starts[number])
                 for sample in range(first, int(self.shards.starts[number + 1])):
                     if (sample - first) % _FORESEEN == 0:
                         self.shards.foresee_from(sample)
-                    if isinstance(ids := self._ids(sample), Fault):
-                        faults.append(vars(ids))
+                    texts.update(content := self.shards.read(sample))
+                    if isinstance(text := self._text(sample, content), Fault):
+                        faults.append(vars(text))
                         lengths.append(0)
                         continue
-                    content = ids.tobytes()
-                    digest.update(content)
-                    file.write(content)
+                    ids = np.append(self._tokenizer.encode(text), self._tokenizer.separator).astype(self._dtype)
+                    digest.update(ids.data)
+                    out.write(ids.data)
                     lengths.append(len(ids))
-                file.flush()
-                os.fsync(file.fileno())
+                    special += self._tokenizer.count_special(text)
+                out.flush()
+                os.fsync(out.fileno())
+            content_sha256 = texts.hexdigest()
+            about: dict[str, Any] = {"tokens": sum(lengths), "faults": faults, "special": special}
+            about |= {"sha256": digest.hexdigest(), "content": content_sha256}
+            path = self._path(number, content_sha256)
             os.replace(beside, path)
-            packed = io.BytesIO()
-            np.save(packed, np.cumsum(lengths, dtype=np.int64), allow_pickle=False)
-            replace_file(self.beside(number, "ends.npy"), packed.getbuffer())
-            about = {"tokens": sum(lengths), "faults": faults, "sha256": digest.hexdigest()}
+            kept.save_array(path.with_suffix(".ends.npy"), np.cumsum(lengths, dtype=np.int64))
             replace_file(path.with_suffix(".json"), json.dumps(about).encode())
+            self._remember(number, content_sha256, [file] if file else [])
             return about
         except OSError as error:
             raise ConfigError(f"data.cache={self._cache}: tokens cannot be kept there: {error.strerror}") from error
@@ -261,17 +326,15 @@ class TokenLine:
             with suppress(OSError):
                 beside.unlink()
 
-    def _ids(self, sample: int) -> npt.NDArray[Any] | Fault:
-        content = self.shards.read(sample)
+    def _text(self, sample: int, content: bytes | memoryview) -> str | Fault:
         try:
-            text = str(content, "utf-8")
+            return str(content, "utf-8")
         except UnicodeDecodeError as error:
             number, i = self.shards.locate(sample)
             shard, key, index = self.shards.path(sample), self.shards.name(sample)[1], self.shards.index(number)
             byte = index.members(i)[self.shards.field or ""][0] + error.start
             cause = f"{shard}: byte {byte}: sample {key!r} is not UTF-8 text"
             return Fault(shard, key, byte, cause)
-        return np.append(self._tokenizer.encode(text), self._tokenizer.separator).astype(self._dtype)
 
 
 @lru_cache(maxsize=64)
@@ -281,3 +344,21 @@ def _packed_with(folder: str) -> dict[str, str]:
         told = json.loads(Path(folder, "dataset.json").read_bytes())
         return dict.fromkeys(told["sha256"], told["tokenizer"]["fingerprint"])
     return {}
+
+
+def _file(url: str) -> str | None:
+    """What no other file of this name ever shares, whatever times were copied with it; None where the stamp is made of
+    the content."""
+    if is_remote(url) or url.startswith(PIPE):
+        return None
+    with suppress(OSError, ValueError):
+        now = os.stat(local_path(url))
+        return f"{now.st_ino}-{now.st_ctime_ns}"
+    return None
+
+
+def _tell(text: str) -> None:
+    if log.hasHandlers():  # else it would go to stderr, too
+        log.warning(text)
+    with suppress(OSError, ValueError):  # a closed terminal
+        print(f"onecurve: {text}", file=sys.stderr, flush=True)

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from trainer import locks
 from trainer.data.storage import command
 from trainer.data.storage.local import LocalBlob
-from trainer.data.storage.urls import PIPE, is_remote, shown
+from trainer.data.storage.urls import PIPE, absolute, is_remote, shown
 from trainer.errors import ConfigError, DataError
 from trainer.files import replace_file
 
@@ -94,7 +94,7 @@ def _kept(
 
 
 def _path(storage: Storage, url: str, version: str) -> Path:
-    return storage.cache / "unpacked" / f"{_hash(url)}-{_hash(version)}.tar"
+    return storage.cache / "unpacked" / f"{_hash(absolute(url))}-{_hash(version)}.tar"
 
 
 def _open(storage: Storage, path: Path, url: str, stamp: str | None, facts: dict[str, Any]) -> Blob:

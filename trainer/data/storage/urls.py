@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from functools import lru_cache
 from urllib.parse import unquote, urlsplit
@@ -44,6 +45,11 @@ def is_url(text: str) -> bool:
 def is_remote(text: str) -> bool:
     """Whether its bytes come over the network."""
     return scheme(text) not in (None, "file")
+
+
+def absolute(url: str) -> str:
+    """The path or URL as it reads from any folder: what is kept of a shard is named by it."""
+    return url if is_url(url) else os.path.abspath(url)
 
 
 def local_path(url: str) -> str:

@@ -1,0 +1,33 @@
+"""Arrays that are kept in a cache: a .npy file each, with a checksum behind it that is compared when it is opened."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from trainer.files import replace_file
+
+_DIGEST = hashlib.sha256().digest_size
+
+
+def save_array(path: Path, array: npt.NDArray[Any]) -> None:
+    """Writes the file, whole or not at all. Raises OSError."""
+    packed = io.BytesIO()
+    np.save(packed, array, allow_pickle=False)
+    content = packed.getbuffer()
+    replace_file(path, [content, hashlib.sha256(content).digest()])
+
+
+def load_array(path: Path) -> npt.NDArray[Any] | None:
+    """Returns the array, mapped; None if it is not there, or not as it was saved."""
+    with suppress(OSError, ValueError):
+        content = np.memmap(path, np.uint8, "r")
+        if hashlib.sha256(content[:-_DIGEST].data).digest() == content[-_DIGEST:].tobytes():
+            return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+    return None
