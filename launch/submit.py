@@ -194,4 +194,26 @@ def _look_at_data(config: Config) -> None:
     from trainer.inputs import open_shards
     from trainer.topology import ALONE
 
-    open_given(config, ALONE, open_shards(config, ALONE).tokenizer)
+    open_given(config, ALONE, open_shards(_glanced_at(config), ALONE).tokenizer)
+
+
+def _glanced_at(config: Config) -> Config:
+    """The config with one shard of those that come over the network: all of them are for the nodes to look through."""
+    from trainer.data.spec import expand
+    from trainer.data.storage import is_url
+
+    def one(spec: Any, key: str) -> Any:
+        patterns = [spec] if isinstance(spec, str) else spec or []
+        if not any(map(is_url, patterns)):
+            return spec
+        found = expand(spec, key, allow_pipe=config.data.allow_pipe)
+        return [url for url in found if not is_url(url)] + [url for url in found if is_url(url)][:1]
+
+    data = config.data
+    sources = {
+        name: source.model_copy(update={"shards": one(source.shards, f"data.sources.{name}.shards")})
+        for name, source in data.sources.items()
+    }
+    shards, validation = one(data.shards, "data.shards"), one(data.validation, "data.validation")
+    looked_at = data.model_copy(update={"shards": shards, "sources": sources, "validation": validation})
+    return config.model_copy(update={"data": looked_at})

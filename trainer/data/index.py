@@ -7,31 +7,32 @@ The file begins with a line of JSON that sums it up, so that the catalogue of ma
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-import os
 import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
 from trainer.data import tar
 from trainer.data.faults import Fault
-from trainer.data.storage import Blob, Storage, is_remote, is_url, shown
-from trainer.data.storage.urls import local_path
-from trainer.errors import DataError
+from trainer.data.storage import Blob, Storage, is_remote, shown
+from trainer.data.storage.unpack import compression
+from trainer.data.storage.urls import absolute, local_path
+from trainer.errors import ConfigError, DataError
 from trainer.files import replace_file
 
 FORMAT = "onecurve-index-2"
 SIDECAR = ".index"
-_KEY_AND_EXTENSION = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)$")  # webdataset.tariterators.base_plus_ext
 _METADATA = re.compile(r"__[^/]*__($|/)")  # members that webdataset skips
 _LONGEST_SUMMARY = 64 << 20
+_PROBES = 4  # members of a remote shard that are held against an index beside it
 MEMBER = np.dtype([("offset", "<i8"), ("size", "<i8"), ("extension", "<i4")])
 
 Span = tuple[int, int]  # first byte in the shard, length
@@ -39,9 +40,14 @@ Numbers = npt.NDArray[np.int64]
 
 
 def key_and_extension(name: str) -> tuple[str, str] | None:
-    """Sample key and lower-cased extension of a member; None for members that belong to no sample."""
-    match = None if _METADATA.match(name) else _KEY_AND_EXTENSION.match(name)
-    return (match[1], match[2].lower()) if match else None
+    """Sample key and lower-cased extension of a member, as webdataset.tariterators.base_plus_ext parts them; None for
+    members that belong to no sample, as all hidden files (`._0001.jpg` and `.DS_Store` of a Mac)."""
+    if _METADATA.match(name) or name.startswith(".", name.rfind("/") + 1):
+        return None
+    line = name.find("\n")  # its regular expression finds folders in the first line alone
+    start = name.rfind("/", 0, None if line < 0 else line) + 1
+    stem, dot, extension = name[start:].partition(".")
+    return (name[:start] + stem, extension.lower()) if stem and dot and "/" not in extension else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +110,7 @@ class ShardIndex:
         if index is None or (index.fault is not None and not tolerant):  # what ends a run is looked at again
             blob = storage.open(url)
             try:
-                index = cls.build(blob, tolerant=tolerant)
+                index = cls.published(blob, storage) or cls.build(blob, tolerant=tolerant)
                 if storage.stamp(url) != blob.stamp:
                     raise DataError(f"{shown(url)}: was written to while it was being indexed", shard=shown(url))
             finally:
@@ -123,16 +129,51 @@ class ShardIndex:
         """The index in a file, if it is whole and of the shard with this stamp (None: with any)."""
         try:
             with open(sidecar, "rb") as file:
-                summary, about = _summary(file.readline(_LONGEST_SUMMARY), url)
-                details = file.read()
+                return cls._read(file, url, stamp)
+        except OSError:
+            return None
+
+    @classmethod
+    def _read(cls, file: BinaryIO, url: str, stamp: str | None = None) -> ShardIndex | None:
+        try:
+            summary, about = _summary(file.readline(_LONGEST_SUMMARY), url)
+            details = file.read()
             if stamp not in (None, summary.stamp) or hashlib.sha256(details).hexdigest() != about["sha256"]:
                 return None
             starts = np.frombuffer(details, "<i8", summary.samples + 1).astype(np.int64, copy=False)
             table = np.frombuffer(details, MEMBER, about["members"], starts.nbytes)
             names = json.loads(details[starts.nbytes + table.nbytes :])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             return None
         return cls(url, summary.size, summary.stamp, names["keys"], starts, table, names["extensions"], summary.fault)
+
+    @classmethod
+    def published(cls, blob: Blob, storage: Storage) -> ShardIndex | None:
+        """The index that lies beside a remote shard, as packing puts it there, if it can be of the shard: it is of its
+        size, and some headers are where it says. (The time in it is that of a file on another machine.)"""
+        if not is_remote(blob.url) or "?" in blob.url or compression(blob.url):
+            return None
+        with suppress(DataError, ConfigError):  # there is none, or it cannot be had: the shard is walked
+            beside = replace(storage, retries=0, patience_s=0).plain(f"{blob.url}{SIDECAR}", keep=False)
+            try:
+                if beside.size < blob.size:
+                    index = cls._read(io.BytesIO(beside.read(0, beside.size)), blob.url)
+                    if index is not None and index.fault is None and index._fits(blob):
+                        return replace(index, stamp=blob.stamp)
+            finally:
+                beside.close()
+        return None
+
+    def _fits(self, blob: Blob) -> bool:
+        """Whether the shard has its first members, its last and some between where this says."""
+        ends = self.table["offset"] + self.table["size"]
+        if self.size != blob.size or ends.max(initial=0) > blob.size or self.table["offset"].min(initial=512) < 512:
+            return False
+        rows = np.unique(np.linspace(0, len(self.table) - 1, _PROBES).astype(np.int64))[: len(self.table)]
+        return all(
+            tar.is_member(bytes(blob.peek(offset - tar.BLOCK, tar.BLOCK)), size, self.extensions[kind])
+            for offset, size, kind in self.table[rows].tolist()
+        )
 
     @classmethod
     def of_before(cls, url: str, storage: Storage, summary: Summary) -> ShardIndex | None:
@@ -301,7 +342,7 @@ def _of_damage(url: str, storage: Storage) -> Path:
 
 
 def _in_cache(url: str, storage: Storage) -> Path:
-    place = (url if is_url(url) else os.path.abspath(url)).encode("utf-8", "surrogateescape")
+    place = absolute(url).encode("utf-8", "surrogateescape")
     return storage.cache / "indexes" / hashlib.sha256(place).hexdigest()[:32]
 
 

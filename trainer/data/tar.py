@@ -19,6 +19,7 @@ _ZEROS = bytes(BLOCK)
 _SCAN = 1 << 20
 _WINDOW, _PEEK = 64 << 10, 2 << 10  # bytes read at once for headers that lie near each other, and far apart
 _NEAR = 16 << 10
+_FAR = 256 << 10  # from where on a server is asked for a header alone, not for all that lies between
 _LARGEST_EXTENSION = 1 << 20  # bytes of a long name or PAX header; real ones have a few hundred
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"\xfd7": "xz", b"BZ": "bzip2", b"\x28\xb5": "zstd"}
 _REGULAR, _SKIPPED, _EXTENSIONS = b"0\x007", b"5V", b"xXgLK"  # 7: contiguous file; V: volume label
@@ -79,9 +80,10 @@ class _Walker:
         """The bytes from `at` on, `size` of them or fewer at the archive's end."""
         size, begin = min(size, max(self.size - at, 0)), at - self.window_start
         if not 0 <= begin <= len(self.window) - size:
-            ahead = _WINDOW if at - self.read_last < _NEAR else _PEEK
+            skipped = at - self.read_last
+            ahead, read = _WINDOW if skipped < _NEAR else _PEEK, self.blob.peek if skipped >= _FAR else self.blob.read
             self.window_start, begin = at, 0
-            self.window = bytes(self.blob.read(at, min(max(ahead, size), self.size - at))) if size else b""
+            self.window = bytes(read(at, min(max(ahead, size), self.size - at))) if size else b""
         self.read_last = at
         return self.window[begin : begin + size]
 
@@ -122,7 +124,8 @@ class _Walker:
             return f"the file is {packed}-compressed: unpack it, samples are read at random places"
         if len(block) < BLOCK:
             return "the archive is cut off, its end block is missing"
-        return "damaged header (its checksum does not fit), or not a tar archive"
+        made = " (`onecurve data pack` makes one of text or images)" if self.offset == 0 else ""
+        return f"damaged header (its checksum does not fit), or not a tar archive{made}"
 
     def check_end(self) -> None:
         """Checks that nothing but zeros follows the end block."""
@@ -174,6 +177,15 @@ class _Walker:
             found[_text(match[2])] = _text(payload[match.end() : end - 1])
             at = end
         return found
+
+
+def is_member(block: bytes, size: int, extension: str) -> bool:
+    """Whether the block can be the header of a plain file of this size, whose name ends so."""
+    if not _is_header(block) or block[156] not in _REGULAR:
+        return False
+    name = _name(block)
+    long = len(block[:100].rstrip(b"\0")) == 100  # the rest of it, and maybe the size, is in a header before
+    return long or (name.lower().endswith(f".{extension}") and _octal(block[124:136]) in (size, 0))
 
 
 def _is_header(block: bytes) -> bool:

@@ -30,6 +30,9 @@ class Blob(Protocol):
     def read(self, at: int, size: int) -> bytes | memoryview:
         """Exactly `size` bytes from byte `at`. DataError (url, byte) where that cannot be had."""
 
+    def peek(self, at: int, size: int) -> bytes | memoryview:
+        """As `read`, for what lies far from everything else: no more than these bytes comes over the network."""
+
     def prefetch(self, at: int, size: int) -> None:
         """A hint that these bytes will be read soon; returns at once. Nothing for local files."""
 

@@ -72,6 +72,9 @@ class LocalBlob:
             f"{name}: byte {end}: the file ends here, {missing} bytes are missing", shard=name, byte=end
         )  # fmt: skip
 
+    def peek(self, at: int, size: int) -> bytes | memoryview:
+        return self.read(at, size)
+
     def prefetch(self, at: int, size: int) -> None:
         """Nothing: the system reads ahead itself."""
 

@@ -120,6 +120,12 @@ class RemoteBlob:
             parts[place] = future.result()[start:stop]
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
+    def peek(self, at: int, size: int) -> bytes:
+        store = self._cache
+        if at + size > self.size or any(store.has(self._key, number) for number in self._chunks(at, size)):
+            return self.read(at, size)
+        return self._download(at, at + size)
+
     def _chunks(self, at: int, size: int) -> range:
         return range(at // self._chunk, -(-(at + size) // self._chunk)) if size > 0 else range(0)
 
