@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gzip
 import io
 import json
 import os
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from webdataset import TarWriter
+from webdataset import TarWriter, tenbin
 
 from launch.data import add_commands
 from tests.data.packs import CLI, alive, wait_for
@@ -225,6 +226,25 @@ def test_members_that_do_not_decode(tmp_path: Path, onecurve: Run) -> None:
     )
     assert lines[-2:] == ["not decoded: bin", lines[-1]]
     assert "1 shards, 1 damaged" in lines[-1]
+
+
+def test_members_that_training_decodes_are_decoded(tmp_path: Path, onecurve: Run) -> None:
+    """By the same decoders: compressed ones, webdataset's own formats, and images that are not known to be colours."""
+    image, msgpack = pytest.importorskip("PIL.Image"), pytest.importorskip("msgpack")
+    grey, numbers = io.BytesIO(), io.BytesIO()
+    image.fromarray(np.full((4, 4), 24000, np.uint16)).save(grey, "png")
+    image.fromarray(np.full((4, 4), 0.5, np.float32)).save(numbers, "tiff")
+    claims = io.BytesIO()
+    np.lib.format.write_array_header_1_0(claims, {"descr": "<f8", "fortran_order": False, "shape": (1 << 50,)})
+    good = {"txt.gz": gzip.compress(b"text"), "mp": msgpack.packb([1]), "ten": tenbin.encode_buffer([np.ones(2)])}
+    path = shard(tmp_path / "good.tar", {"k": {**good, "png": grey.getvalue()}})
+    assert onecurve("check", path, "--decode") == (0, [onecurve("check", path)[1][-1]])
+    bad = {"txt.gz": b"no gzip", "mp": b"", "ten": b"~~", "tiff": numbers.getvalue(), "npy": claims.getvalue()}
+    code, lines = onecurve("check", shard(tmp_path / "bad.tar", {"k": bad}), "--decode")
+    assert code == 3
+    assert {line.partition("member ")[2].partition(" cannot")[0] for line in lines[:-1]} == {repr(name) for name in bad}
+    assert "its pixels are numbers of 32 bits (mode F) of no known range" in "".join(lines)
+    assert "its header tells of 9007199254740992 bytes, but 0 follow" in "".join(lines)
 
 
 def test_tokens_that_are_not_in_the_vocabulary(out: Path, onecurve: Run) -> None:

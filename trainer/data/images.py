@@ -23,6 +23,7 @@ EXTENSIONS = frozenset((
 ))  # fmt: skip
 # Pillow goes by content, whatever the extension says, and hands some formats (EPS) to other programs.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
+_SIXTEEN_BITS_AS_I = ("PNG", "PPM")  # which Pillow has had in this mode
 _SCALES, _RATIOS, _ATTEMPTS = (0.08, 1.0), (3 / 4, 4 / 3), 10  # of a random crop: share of the area, width to height
 
 Box = tuple[float, float, float, float]
@@ -36,14 +37,17 @@ def require_pillow(key: str) -> None:
         raise ConfigError(f"{key}: images need Pillow: pip install 'onecurve[images]'") from None
 
 
-def decode(content: bytes) -> Image:
-    """The image, RGB, as `webdataset.decode("pil")` gives it. Raises ValueError or OSError: it is no whole image."""
+def decode(content: bytes, most_bytes: int) -> Image:
+    """The image, RGB, as `webdataset.decode("pil")` gives it. Raises ValueError or OSError: it is no whole image, its
+    pixels would take more than `most_bytes`, or are not known to be colours."""
     import PIL.Image
 
     try:
         image = PIL.Image.open(io.BytesIO(content), formats=_FORMATS)
     except PIL.UnidentifiedImageError:
         raise ValueError(f"is no image of a known format ({', '.join(_FORMATS)})") from None
+    if (size := image.width * image.height * 3) > most_bytes:
+        raise ValueError(f"has {image.width} x {image.height} pixels, which take {size} bytes, more than {most_bytes}")
     image.load()
     return _rgb(image)
 
@@ -86,7 +90,21 @@ class ImageTensor:
 
 
 def _rgb(image: Image) -> Image:
-    return image if image.mode == "RGB" else image.convert("RGB")  # which copies
+    """The image with 8 bits a channel. Transparency is dropped, as webdataset and torchvision do: what lies beneath
+    shows. Raises ValueError where Pillow would cut off what is above 255."""
+    import PIL.Image
+
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in _SIXTEEN_BITS_AS_I):
+        grey = (np.asarray(image).astype(np.uint32) + 128) // 257  # 65,535 becomes 255
+        image = PIL.Image.fromarray(grey.astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError(
+            f"its pixels are numbers of 32 bits (mode {image.mode}) of no known range: store 8 or 16 bits a channel, "
+            "or an array (.npy)"
+        )
+    return image.convert("RGB")  # which copies
 
 
 def centre_box(width: int, height: int) -> Box:

@@ -7,7 +7,6 @@ Nothing is ever unpickled. What comes of a sample depends on its bytes and on it
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -18,7 +17,7 @@ import torch
 
 from trainer.config import Config, schema
 from trainer.config.check import import_named
-from trainer.data import images
+from trainer.data import decode, images
 from trainer.data.images import ImageTensor
 from trainer.data.shards import Shards
 from trainer.data.storage import shown
@@ -28,7 +27,6 @@ from trainer.randomness import key as random_key
 
 TOKENS = "tokens"  # the field whose text becomes `inputs` and `targets`
 NO_TARGET = -100
-PICKLES = frozenset(("pickle", "pkl", "pth", "pyd"))
 
 Sample = dict[str, Any]
 Row = dict[str, torch.Tensor]
@@ -111,13 +109,13 @@ class Recipe:
         self._tokenizer, self._length, self._image = tokenizer, length, image
         self._given = list(maps), list(plugins)
         problems = [
-            f"data.fields.{name}={extension}: is a pickle, which can run any code when it is read; {_INSTEAD}"
+            f"data.fields.{name}={extension}: is a pickle, which can run any code when it is read; {decode.INSTEAD}"
             for name, wanted in self.fields.items()
             for extension in wanted
-            if _kind(extension) in PICKLES
+            if decode.kind(extension) in decode.PICKLES
         ]
         self._import(problems)
-        if any(_kind(extension) in images.EXTENSIONS for extension in self.extensions):
+        if any(decode.kind(extension) in images.EXTENSIONS for extension in self.extensions):
             _collect(problems, partial(images.require_pillow, "data.fields"))
         if problems:
             raise ConfigError(problems)
@@ -148,7 +146,7 @@ class Recipe:
         for extension in self.fields[name]:
             if extension in members:
                 with _Blame(f"{extension!r} cannot be decoded", extension):
-                    return self._decoder.decode1(extension, members[extension])
+                    return decode.decode(extension, members[extension])
         wanted = " or ".join(map(repr, self.fields[name]))
         raise Unusable(f"has no {wanted} (data.fields.{name})", missing=True)
 
@@ -167,9 +165,6 @@ class Recipe:
         return {name: torch.from_numpy(values) for name, values in row.items()}
 
     def _import(self, problems: list[str]) -> None:
-        from webdataset import autodecode
-
-        self._decoder = autodecode.Decoder([_refuse_pickle, _decode_array, _decode_image])
         self._maps: list[tuple[str, Callable[[Sample, int], Sample]]] = []
         names, plugins = self._given
         for name in names:
@@ -178,7 +173,7 @@ class Recipe:
 
     def __getstate__(self) -> dict[str, Any]:
         """Functions go by name: what a user's module makes by decorators, partial or lambda cannot be pickled."""
-        return {name: value for name, value in vars(self).items() if name not in ("_maps", "_decoder")}
+        return {name: value for name, value in vars(self).items() if name != "_maps"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -189,7 +184,10 @@ class Recipe:
 
 
 class _Blame:
-    """What goes wrong within is the sample's fault, named after `what`; but not memory, nor a missing package."""
+    """What goes wrong within is the sample's fault, named after `what`; but not a missing package.
+
+    Nor is memory spared: what asks for more than there is would do so in every life of the run.
+    """
 
     def __init__(self, what: str, extension: str | None = None):
         self._what, self._extension = what, extension
@@ -200,7 +198,7 @@ class _Blame:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, ImportError):
             raise ConfigError(f"{self._what}: {error}; install what it needs") from error
-        if isinstance(error, Exception) and not isinstance(error, (OnecurveError, MemoryError, Unusable)):
+        if isinstance(error, Exception) and not isinstance(error, (OnecurveError, Unusable)):
             # One line, and the same in every life of the run: without addresses.
             cause = re.sub(r" at 0x[0-9a-f]+", "", f"{type(error).__name__}: {error}".partition("\n")[0])
             raise Unusable(f"{self._what}: {cause}", self._extension) from error
@@ -215,31 +213,6 @@ def _tensor(name: str, value: Any) -> torch.Tensor:
     except (TypeError, ValueError, RuntimeError, OverflowError):
         what = f"field {name!r} is no tensor but of type {type(value).__name__}"
         raise Unusable(f"{what}: make numbers of it in a function of data.maps, or leave it out") from None
-
-
-_INSTEAD = "store it as .npy, .npz or .json"
-
-
-def _kind(extension: str) -> str:
-    """What decides about the decoder: the last part, without compression."""
-    return extension.removesuffix(".gz").rpartition(".")[2]
-
-
-def _refuse_pickle(key: str, content: bytes) -> None:
-    if _kind(key) in PICKLES:
-        raise ValueError(f"is a pickle, which can run any code; {_INSTEAD}")
-
-
-def _decode_array(key: str, content: bytes) -> Any:
-    if _kind(key) == "npy":
-        return np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
-    if _kind(key) == "npz":
-        return dict(np.load(io.BytesIO(content), allow_pickle=False))
-    return None
-
-
-def _decode_image(key: str, content: bytes) -> Any:
-    return images.decode(content) if _kind(key) in images.EXTENSIONS else None
 
 
 def _function(name: str, plugins: Sequence[str]) -> Callable[[Sample, int], Sample]:
