@@ -9,25 +9,33 @@ It has the two methods of torchdata's `Stateful`, so that `StatefulDataLoader` s
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
+from trainer.data.forked import in_a_fork
 from trainer.data.order import ORDER, Numbers, Order, Walk, default_block
 from trainer.data.shards import Shards
-from trainer.data.storage import Storage, default_cache
+from trainer.data.storage import Storage, default_cache, is_remote
+from trainer.data.storage.by_obstore import has_clients
 
 _AT_ONCE = 1024  # samples whose places are worked out together
+_MOST_WORKERS = 128
 
 
 class OrderedSamples(IterableDataset):
-    """Endless samples {"__key__", "__url__", extension: bytes-like} in onecurve's order, every epoch exact.
+    """Endless samples {"__key__", "__url__", extension: bytes} in onecurve's order, every epoch exact.
 
     Sample number k of the run goes to rank k mod `world_size` and there to the data loader's worker
     (k div `world_size`) mod its workers, so one sample at a time (`batch_size=None`) any number of workers gives one
-    order. `storage`: cache, and how remote shards are read. Errors are those of `Shards`: ConfigError, DataError.
+    order. Each pass goes on where the one before ended, in the workers of any loader. With `epoch_length` a pass ends
+    by itself after so many samples of this rank, which a loader that prefetches needs to lose none; one that is broken
+    off is ended by the next. `storage`: cache, and how remote shards are read. Errors are those of `Shards`:
+    ConfigError, DataError.
     """
 
     def __init__(
@@ -39,56 +47,58 @@ class OrderedSamples(IterableDataset):
         window: int = 8,
         rank: int = 0,
         world_size: int = 1,
+        epoch_length: int | None = None,
         storage: Storage | None = None,
     ):
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} of {world_size}")
+        if epoch_length is not None and epoch_length < 1:
+            raise ValueError(f"epoch_length={epoch_length}: a pass has at least one sample")
         self._rank, self._world_size = rank, world_size
-        self._shards = Shards.open(shards, None, storage or Storage(default_cache()), key="shards")
+        self._pass = epoch_length and epoch_length * world_size  # samples of the run
+        storage = storage or Storage(default_cache())
+        find = partial(Shards.open, shards, None, storage, key="shards")
+        remote = any(map(is_remote, [shards] if isinstance(shards, str) else shards))
+        # So that this process has no clients of servers, which no worker that a data loader forks could use.
+        self._shards: Shards = in_a_fork(find) if remote and not has_clients() else find()
+        self._mapped = storage.mmap
         block = default_block(self._shards.n, self._shards.bytes, lanes)
         self._walk = Walk(Order(self._shards.n, lanes, window, block, seed))
         self._identity = {
             "order": ORDER, "seed": seed, "lanes": self._walk.order.lanes, "window": window, "block": block,
             "shards": self._shards.fingerprint,
         }  # fmt: skip
-        self._taken = 0  # samples of the run, all ranks' together, in the rounds that this rank (or worker) has done
+        self._progress = _Progress()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        shards, urls, stride = self._shards, self._shards.urls, self._turns()[1]
+        shards, urls, mapped = self._shards, self._shards.urls, self._mapped
+        turns = _Turns(self)
         count = 8
-        while True:
-            count = min(2 * count, _AT_ONCE)
-            for number, i in shards.locate_many(self._next(count)):
+        while len(numbers := turns.next(count := min(2 * count, _AT_ONCE))):
+            for number, i in shards.locate_many(numbers):
                 key, members = shards.sample(number, i)
-                self._taken += stride
+                turns.take(1)
+                if mapped:  # views of files can be neither decoded by others nor sent to another process
+                    members = {name: bytes(content) for name, content in members.items()}
                 yield {"__key__": key, "__url__": urls[number], **members}
+        turns.end()
 
     def payloads(self, field: str, count: int) -> Iterator[list[bytes | memoryview]]:
-        """Instead of samples lists of `count` times their member `field`: the same order, read in bulk."""
-        stride, lists = self._turns()[1], -(-_AT_ONCE // count)
-        while True:
-            payloads = self._shards.read_many(self._next(lists * count), field)
-            for _ in range(lists):
+        """Instead of samples lists of `count` times their member `field`: the same order, read in bulk. Of shards that
+        are mapped (`Storage(mmap=True)`) they are views, to be made tensors of where they are read."""
+        turns = _Turns(self)
+        while len(numbers := turns.next(-(-_AT_ONCE // count) * count)):
+            payloads = self._shards.read_many(numbers, field)
+            for _ in range(0, len(numbers), count):
                 found = list(islice(payloads, count))
-                self._taken += stride * count
+                turns.take(len(found))
                 yield found
-
-    def _turns(self) -> tuple[int, int]:
-        """Which samples of a round are this rank's, or this worker's of it: the first, and how many are between."""
-        worker = get_worker_info()
-        own, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        return self._rank + own * self._world_size, self._world_size * workers
-
-    def _next(self, count: int) -> Numbers:
-        """The samples that come next, int64 [count]."""
-        turn, stride = self._turns()
-        samples = self._walk.samples(self._taken + turn + stride * np.arange(count))
-        self._shards.foresee(samples)
-        return samples
+        turns.end()
 
     def state_dict(self) -> dict[str, Any]:
         """Where this stage stands: under 1 KB, at any place of any data set."""
-        return {**self._identity, "taken": self._taken}
+        taken, until = self._progress.get(*_worker())
+        return {**self._identity, "taken": taken, "until": until}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes to where `state_dict` was taken, in constant time. ValueError if it is of other data or another order.
@@ -99,4 +109,89 @@ class OrderedSamples(IterableDataset):
         different = [name for name, value in self._identity.items() if state.get(name) != value]
         if different:
             raise ValueError(f"the state is of another stream: {', '.join(different)} differ")
-        self._taken = int(state["taken"])
+        self._progress.reset(*_worker(), int(state["taken"]), int(state.get("until", 0)))
+
+
+def _worker() -> tuple[int, int]:
+    """How many workers the data loader has (0: this is none of a loader), and the number of this one."""
+    worker = get_worker_info()
+    return (worker.num_workers, worker.id) if worker else (0, 0)
+
+
+class _Progress:
+    """How far a stage is, in memory that a process shares with the workers it starts: they come and go with each pass.
+
+    Of each reader: the samples of the run that were taken, all ranks' together, in the rounds that it has done; and
+    where its pass ends (0: none is under way). A row for each number of workers that a loader may have, as each deals
+    samples out otherwise; of two rows the one that is further was read later.
+    """
+
+    def __init__(self) -> None:
+        self._table = torch.zeros(_MOST_WORKERS + 1, _MOST_WORKERS, 2, dtype=torch.int64)
+        self._share()
+
+    def _share(self) -> None:
+        self._table.share_memory_()
+        self._cells = self._table.numpy()
+
+    def get(self, workers: int, own: int) -> tuple[int, int]:
+        """Where a reader stands: (taken, until)."""
+        taken, until = self._cells[workers, own].tolist()
+        others = np.delete(self._cells, workers, axis=0).reshape(-1, 2)
+        furthest = others[others[:, 0].argmax()].tolist()
+        return (taken, until) if taken >= furthest[0] else tuple(furthest)
+
+    def cell(self, workers: int, own: int) -> memoryview:
+        """The numbers of a reader, to write to."""
+        return self._cells[workers, own].data
+
+    def reset(self, workers: int, own: int, taken: int, until: int) -> None:
+        """Puts a reader somewhere, also further back; each worker of a loader does so for itself."""
+        self._cells[:workers] = self._cells[workers + 1 :] = 0
+        self._cells[workers, own] = taken, until
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_table": self._table}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._share()
+
+
+class _Turns:
+    """One pass of one reader: which samples are its own, from where the one before ended."""
+
+    def __init__(self, stage: OrderedSamples):
+        workers, own = _worker()
+        if workers > _MOST_WORKERS:
+            raise ValueError(f"{workers} workers: a data loader of this stage has at most {_MOST_WORKERS}")
+        self._walk, self._shards = stage._walk, stage._shards
+        self._first = stage._rank + own * stage._world_size
+        self._stride = stage._world_size * max(workers, 1)
+        taken, until = stage._progress.get(workers, own)
+        if stage._pass and not until:
+            until = (taken // stage._pass + 1) * stage._pass
+        self._taken, self._until = taken, until
+        self._asked = taken
+        self._cell = stage._progress.cell(workers, own)
+        self._cell[0], self._cell[1] = taken, until
+
+    def next(self, count: int) -> Numbers:
+        """The samples that come next, int64 [<= count]; none where the pass ends."""
+        numbers = self._asked + self._first + self._stride * np.arange(count)
+        if self._until:
+            numbers = numbers[numbers < self._until]
+        self._asked += self._stride * count
+        samples = self._walk.samples(numbers)
+        self._shards.foresee(samples)
+        return samples
+
+    def take(self, count: int) -> None:
+        """Notes that so many more have been read."""
+        self._taken += self._stride * count
+        is_last = self._until and self._taken + self._first >= self._until
+        self._cell[0] = self._until if is_last else self._taken
+
+    def end(self) -> None:
+        """Notes that the pass is over."""
+        self._cell[0], self._cell[1] = self._until, 0

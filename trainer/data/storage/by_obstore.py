@@ -55,7 +55,11 @@ class Obstore:
 
     def stream(self, start: int, end: int | None) -> tuple[Facts, Iterator[bytes]]:
         if _Runtime.lost:
-            raise Failed("a fork of a process that read remote shards cannot: start it by spawn or forkserver", True)
+            raise Failed(
+                "a fork of a process that read remote shards cannot: start it by spawn or forkserver, as by "
+                "DataLoader(..., multiprocessing_context='forkserver')",
+                final=True,
+            )
         _Runtime.used = True
         try:
             if end is None:  # as long as it takes: an attempt that was ended would begin anew
@@ -104,6 +108,11 @@ class _Runtime:
 
 
 os.register_at_fork(after_in_child=_Runtime.forked)
+
+
+def has_clients() -> bool:
+    """Whether this process has read remote objects, or is the fork of one that had: forks of it cannot."""
+    return _Runtime.used
 
 
 def _split(url: str) -> tuple[str, str]:
