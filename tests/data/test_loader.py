@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -312,10 +313,24 @@ def test_no_worker_outlives_a_parent_that_is_killed(number: int, sleep: str, tmp
     assert wait_for(lambda: not any(map(alive, workers)))
 
 
-def run(tmp_path: Path, end: str, sleep: str, processes: bool) -> tuple[subprocess.CompletedProcess[str], Path]:
+@pytest.mark.slow
+def test_a_long_folder_for_temporary_files(tmp_path: Path) -> None:
+    """Addresses of sockets have room for 107 bytes; batch systems make folders of temporary files that leave none."""
+    long = tmp_path / ("x" * 90)
+    long.mkdir()
+    for end in ("print(next(reader), next(reader))", "raise SystemExit(7)"):
+        done, folder = run(tmp_path, end, AT_WORK, True, TMPDIR=str(long))
+        assert done.stderr == ""
+        assert done.stdout == ("ready\n0 1\n" if "print" in end else "ready\n")
+        shutil.rmtree(folder)
+
+
+def run(
+    tmp_path: Path, end: str, sleep: str, processes: bool, **environ: str
+) -> tuple[subprocess.CompletedProcess[str], Path]:
     folder, program = tmp_path / "workers", tmp_path / "program.py"
     folder.mkdir()
     program.write_text(PROGRAM.format(folder=str(folder), sleep=sleep, processes=processes, end=end))
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])} | environ
     command = [sys.executable, str(program)]
     return subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment), folder

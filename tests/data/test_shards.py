@@ -94,7 +94,7 @@ def test_compressed_and_piped_shards_are_the_same(tmp_path: Path) -> None:
 
 
 def test_many_threads_many_shards_few_descriptors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "OPEN_SHARDS", 2)
+    monkeypatch.setattr(module, "open_room", lambda: 2)
     paths = make(tmp_path, shards=9, samples=5)
     shards, expected = load(paths), [sample["txt"] for sample in by_webdataset(paths)]
     order = [(v * 31 + t) % shards.n for t in range(8) for v in range(200)]
@@ -175,6 +175,31 @@ def test_expand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError) as error:
         expand(f"{base}/gone-{{0..99}}.tar")
     assert error.value.problems[20:] == ["data.shards: and 80 more like these"]
+
+
+def test_folders_that_exist_are_no_patterns(tmp_path: Path) -> None:
+    for name in ("[2024] set", "{1..3}", "a*b", "what?"):
+        paths = make(tmp_path / name, 3, 1)
+        assert expand(f"{tmp_path}/{name}/*.tar") == paths
+        assert expand(f"{tmp_path}/{name}/s-{{00..02}}.tar") == paths
+        assert expand(f"{tmp_path}/{name}/s-0[12].tar") == paths[1:]
+    assert expand(f"{tmp_path}/*/s-00.tar") == sorted(map(str, tmp_path.glob("*/s-00.tar")))
+    with pytest.raises(ConfigError, match=r"no file matches .*/\[2024\] set/x-\*\.tar"):
+        expand(f"{tmp_path}/[2024] set/x-*.tar")
+
+
+def test_what_is_not_packed_yet_is_told_how_to_be(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    for name in ("a.jsonl", "b.md", "c.jsonl.gz", "d.parquet", "e.PNG"):
+        (tmp_path / "texts" / name).write_bytes(b"{}")
+        with pytest.raises(ConfigError) as caught:
+            expand(f"{tmp_path}/texts/{name}")
+        how = f"`onecurve data pack {tmp_path}/texts/{name} --out DIR` makes some of text or images"
+        assert str(caught.value) == f"data.shards: {tmp_path}/texts/{name} is not a shard (a .tar); {how}"
+    with pytest.raises(ConfigError) as caught:
+        expand(f"{tmp_path}/texts")
+    how = f"`onecurve data pack {tmp_path}/texts --out DIR` makes some of text or images"
+    assert str(caught.value) == f"data.shards: {tmp_path}/texts is a folder without shards (.tar); {how}"
 
 
 def damage(path: str, at: int) -> None:
@@ -360,7 +385,7 @@ def test_many_open_shards_stay_open_while_they_are_used(tmp_path: Path, monkeypa
     shards, loaded = load(paths), list[int]()
     original = Shards._load
     monkeypatch.setattr(Shards, "_load", lambda self, number: loaded.append(number) or original(self, number))
-    monkeypatch.setattr(module, "OPEN_SHARDS", 3)
+    monkeypatch.setattr(module, "open_room", lambda: 3)
     for number in (0, 1, 2, 0, 3, 0, 4, 0):
         shards.read(3 * number)
     assert loaded == [0, 1, 2, 3, 4]  # the first stays: the last used are kept

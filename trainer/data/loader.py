@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import tempfile
 import threading
 import time
 import traceback
@@ -32,6 +33,7 @@ from trainer.processes import remove_afterwards
 
 T = TypeVar("T")
 
+_LONGEST_TEMPDIR = 107 - len("/pymp-01234567/listener-01234567")  # what the address of a socket has room for
 _LATE_S = 0.5  # from when on an item that is waited for may be given up
 _PATIENCE_S = 0.5  # how long close() waits for the items that are being made
 _KILLED_S = 0.2  # how long it takes at most to be rid of a process that was killed
@@ -182,12 +184,15 @@ def _processes(make: Callable[[int], T], workers: int) -> list[_Process]:
     # Neither fork, which copies locks that threads hold and a CUDA context that is of no use, nor spawn, which pays for
     # an import of torch in every worker (143 MB and 1.4 s against 4 MB and 5 ms).
     context = torch.multiprocessing.get_context("forkserver")
-    _clear_up_afterwards()
     context.set_forkserver_preload(["torch"])
     # Launchers signal every process of a job; what a signal means is the trainer's business alone.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_WORKERS)
     try:
+        _clear_up_afterwards()
         return [_Process(context, pickled) for _ in range(workers)]
+    except OSError as error:  # no place for sockets, none that is short enough, no more processes
+        place = tempfile.gettempdir()
+        raise ConfigError(f"data.processes=true: cannot start processes: {error} (TMPDIR={place})") from error
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
@@ -195,7 +200,13 @@ def _processes(make: Callable[[int], T], workers: int) -> list[_Process]:
 @functools.cache
 def _clear_up_afterwards() -> None:
     """The folder of sockets, which the workers share, goes also when this process is killed."""
-    remove_afterwards(Path(get_temp_dir()))
+    usual = tempfile.tempdir
+    if len(os.fsencode(tempfile.gettempdir())) > _LONGEST_TEMPDIR:
+        tempfile.tempdir = "/tmp"
+    try:
+        remove_afterwards(Path(get_temp_dir()))
+    finally:
+        tempfile.tempdir = usual
 
 
 class _Process:

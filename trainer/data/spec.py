@@ -5,16 +5,19 @@ from __future__ import annotations
 import glob
 import os
 import posixpath
+import re
 from collections.abc import Iterator, Sequence
 from urllib.parse import urlsplit
 
 from braceexpand import braceexpand
 
 from trainer.data.storage import is_url, shown
-from trainer.data.storage.urls import PIPE, check
+from trainer.data.storage.urls import PIPE, absolute, check
 from trainer.errors import ConfigError
 
 _TOLD = 20  # problems that are told one by one
+_UNPACKED = re.compile(r"\.(?:txt|md|jsonl?|csv|parquet|jpe?g|png|webp)(?:\.(?:gz|xz|zst))?$", re.IGNORECASE)
+_PACK = "`onecurve data pack {} --out DIR` makes some of text or images"
 
 
 def expand(spec: str | Sequence[str], key: str = "data.shards", *, allow_pipe: bool = False) -> list[str]:
@@ -32,7 +35,7 @@ def expand(spec: str | Sequence[str], key: str = "data.shards", *, allow_pipe: b
             problems.append(f"{key}: unbalanced braces in {shown(pattern)!r}")
     seen: set[str] = set()
     for url in found:
-        if (real := url if is_url(url) else os.path.abspath(url)) in seen:
+        if (real := absolute(url)) in seen:
             problems.append(f"{key}: {shown(url)} is listed twice")
         seen.add(real)
     if not found and not problems:
@@ -44,7 +47,15 @@ def expand(spec: str | Sequence[str], key: str = "data.shards", *, allow_pipe: b
 
 
 def _braces(pattern: str) -> Iterator[str]:
-    return iter([pattern]) if os.path.exists(pattern) else braceexpand(pattern)
+    there = "" if is_url(pattern) else _existing(pattern)
+    return (there + rest for rest in braceexpand(pattern[len(there) :]))
+
+
+def _existing(pattern: str) -> str:
+    """The longest part of it that exists as it is spelt: `[2024] set` is a folder before it is a pattern."""
+    while pattern and not os.path.exists(pattern):
+        pattern = os.path.dirname(pattern)
+    return pattern
 
 
 def _matches(pattern: str, key: str, allow_pipe: bool, problems: list[str]) -> list[str]:
@@ -60,15 +71,26 @@ def _matches(pattern: str, key: str, allow_pipe: bool, problems: list[str]) -> l
             )
         return [pattern]
     path = os.path.expanduser(pattern)
+    if os.path.isfile(path) and _UNPACKED.search(path):
+        problems.append(f"{key}: {shown(pattern)} is not a shard (a .tar); {_PACK.format(pattern)}")
+        return []
     if os.path.isfile(path):
         return [path]
     if os.path.isdir(path):
-        problems.append(f"{key}: {shown(pattern)} is a folder; name its shards: {shown(pattern).rstrip('/')}/*.tar")
+        problems.append(f"{key}: {shown(pattern)} is a folder{_of_what(path, shown(pattern).rstrip('/'))}")
         return []
-    found = sorted(filter(os.path.isfile, glob.glob(path, recursive=True))) if glob.has_magic(path) else []
+    there = _existing(path)
+    rest = path[len(there) :]
+    found = sorted(filter(os.path.isfile, glob.glob(glob.escape(there) + rest, recursive=True)))
     if not found:
-        problems.append(f"{key}: {'no file matches' if glob.has_magic(path) else 'missing file'} {shown(pattern)}")
+        problems.append(f"{key}: {'no file matches' if glob.has_magic(rest) else 'missing file'} {shown(pattern)}")
     return found
+
+
+def _of_what(folder: str, name: str) -> str:
+    """What to do with a folder that was given for shards."""
+    shards = glob.glob(os.path.join(glob.escape(folder), "*.tar*"))
+    return f"; name its shards: {name}/*.tar" if shards else f" without shards (.tar); {_PACK.format(name)}"
 
 
 def file_name(url: str) -> str:
