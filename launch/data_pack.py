@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,10 @@ def add_command(commands: Any) -> None:
         "what is finished. The result does not depend on the number of workers.",
     )
     parser.add_argument(
-        "inputs", nargs="+", type=Path, metavar="INPUT", help=".txt .md .jsonl [.gz .xz], .parquet, folders"
+        "inputs", nargs="+", type=Path, metavar="INPUT", help=".txt .md .jsonl [.gz .xz .zst], .parquet, folders"
     )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the data set's folder; must not exist")
+    parser.add_argument("--kind", choices=["texts", "images"], help="what is packed of a folder that holds both")
     parser.add_argument("--validation", type=float, default=0.05, metavar="SHARE", help="share of samples held out")
     parser.add_argument("--shard-mb", type=float, default=64, help="size of a shard, MiB")
     parser.add_argument("--workers", type=int, default=None, metavar="N", help="processes (default: one a core)")
@@ -35,6 +37,10 @@ def add_command(commands: Any) -> None:
     text.add_argument("--field", default="txt", help="name of the member that holds the text")
     text.add_argument("--tokenizer", default="bpe:1024", help="bpe:SIZE, chars, bytes or a tokenizer.json")
     text.add_argument("--tokenize", action="store_true", help="store token ids (member u16 or u32) instead of text")
+    text.add_argument("--separator", metavar="TOKEN", help="token that ends a document (default: the tokenizer's own)")
+    text.add_argument(
+        "--on-error", choices=["fail", "skip"], default="fail", help="what a document that cannot be read does"
+    )
     images = parser.add_argument_group("images")
     images.add_argument("--labels", choices=["folder", "none"], default="folder", help="what the member cls is from")
     parser.set_defaults(func=pack)
@@ -50,6 +56,7 @@ def pack(arguments: argparse.Namespace) -> int:
     if arguments.workers is not None and arguments.workers < 1:
         raise ConfigError(f"--workers: must be at least 1, not {arguments.workers}")
     options = Options(
+        kind=arguments.kind,
         validation=arguments.validation,
         shard_bytes=int(arguments.shard_mb * 2**20),
         split=arguments.split,
@@ -57,7 +64,9 @@ def pack(arguments: argparse.Namespace) -> int:
         keep_json=arguments.keep_json,
         field=arguments.field,
         tokenizer=arguments.tokenizer,
+        separator=arguments.separator,
         tokenize=arguments.tokenize,
+        on_error=arguments.on_error,
         labels=arguments.labels == "folder",
     )
     workers = arguments.workers or cores()
@@ -71,21 +80,73 @@ def pack(arguments: argparse.Namespace) -> int:
         raise
     if left_out:
         print(f"left out: {len(left_out)} files of other kinds, such as {left_out[0]}", file=sys.stderr)
-    _tell(arguments.out)
+    _tell(arguments.out, arguments.tokenizer)
     return 0
 
 
-def _tell(out: Path) -> None:
+def _tell(out: Path, asked: str) -> None:
+    """What was made, and the command that trains on it."""
     made = json.loads((out.expanduser() / "dataset.json").read_text(encoding="utf-8"))
+    if skipped := made.get("skipped"):
+        print(f"skipped: {skipped['documents']} documents that cannot be read, such as", file=sys.stderr)
+        print("\n".join(f"  {cause}" for cause in skipped["such_as"]), file=sys.stderr)
+    shards = {name: str(out / split["shards"]) for name, split in made["splits"].items() if split["shards"]}
     for name, split in made["splits"].items():
         if split["shards"]:
-            tokens = f", {split['tokens']} tokens" if "tokens" in split else ""
-            print(f"{name}: {split['samples']} samples, {size(split['bytes'])}{tokens}, {out / split['shards']}")
+            print(
+                f"{name}: {split['samples']} samples, {size(split['bytes'])}{_tokens(out, name, made)}, {shards[name]}"
+            )
     if "tokenizer" in made:
-        load = made["tokenizer"]["load"]
-        place = load if load == "bytes" else str(out / load)
-        print(f"tokenizer: {place}, {made['tokenizer']['vocab_size']} tokens")
-        if made["field"] != "txt":
-            print(f"train with data.field={made['field']} data.tokenizer={place}")
+        wanted, has = asked.removeprefix("bpe:"), made["tokenizer"]["vocab_size"]
+        fewer = wanted.isdecimal() and int(wanted) > has
+        why = f" (not {wanted}: the texts have no more pairs to merge)" if fewer else ""
+        print(f"tokenizer: {_tokenizer(out, made)}, {has} tokens{why}")
     if "classes" in made:
         print(f"classes: {out / 'classes.json'}, {made['classes']} of them")
+    places = [f"data.shards={shards['train']}"]
+    places += [f"data.validation={shards['validation']}"] if "validation" in shards else []
+    if "tokenizer" in made:
+        field = [f"data.field={made['field']}"] if made["field"] != "txt" else []
+        data = ["data=webdataset", *places, f"data.tokenizer={_tokenizer(out, made)}", *field]
+        print(f"train on it: onecurve train {shlex.join(data)}")
+    else:
+        label = ", label: cls" if "classes" in made else ""
+        fields = f'data.fields={{image: "{_images(out, made)}"{label}}}'
+        data = ["data=samples", *places, fields, "data.image.size=224"]
+        print(f"train a model of yours on it: onecurve train {shlex.join(data)} model.name=... objective.name=...")
+
+
+def _tokenizer(out: Path, made: dict[str, Any]) -> str:
+    load = made["tokenizer"]["load"]
+    return load if load == "bytes" else str(out / load)
+
+
+def _tokens(out: Path, split: str, made: dict[str, Any]) -> str:
+    """How many tokens a split of text has: counted, or by a part of it."""
+    from trainer.data.shards import Shards
+    from trainer.data.storage import Storage
+    from trainer.data.tokenizer import load
+    from trainer.data.tools.measure import about_tokens
+
+    about = made["splits"][split]
+    if "tokens" in about:
+        return f", {about['tokens']} tokens"
+    if "tokenizer" not in made:
+        return ""
+    folder = out.expanduser()
+    shards = Shards.open(str(folder / about["shards"]), made["field"], Storage(folder))
+    tokens = about_tokens(shards, load(_tokenizer(folder, made)))
+    shards.close()
+    return f", about {tokens} tokens"
+
+
+def _images(out: Path, made: dict[str, Any]) -> str:
+    """The extensions of the images, as a field of `data=samples` names them."""
+    from trainer.data.images import EXTENSIONS
+    from trainer.data.shards import Shards
+    from trainer.data.storage import Storage
+
+    folder = out.expanduser()
+    shards = Shards.open(str(folder / made["splits"]["train"]["shards"]), None, Storage(folder))
+    found = {name for summary in shards.summaries for name in summary.fields if name in EXTENSIONS}
+    return ";".join(sorted(found)) or "jpg"

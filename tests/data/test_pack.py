@@ -262,11 +262,11 @@ def test_folders_of_images(tmp_path: Path) -> None:
     (folder / "dog" / "1.1.cls").write_text("77")
     (folder / "dog" / "deep" / "x.png").write_bytes(b"png")
     (folder / "notes.txt").write_text("of no image")
+    options = Options(shard_bytes=10_000, kind="images")
     for workers in (1, 2):
-        left_out = pack_inputs(
-            [folder], tmp_path / f"o{workers}", Options(shard_bytes=10_000), workers=workers, piece_bytes=9
-        )
+        left_out = pack_inputs([folder], tmp_path / f"o{workers}", options, workers=workers, piece_bytes=9)
         assert left_out == [folder / "notes.txt"]
+    (folder / "notes.txt").unlink()
     assert contents(tmp_path / "o1") == contents(tmp_path / "o2")
     assert json.loads((tmp_path / "o1" / "classes.json").read_text()) == {"cat": 0, "dog": 1}
     found = read(tmp_path / "o1")

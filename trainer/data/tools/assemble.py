@@ -15,7 +15,7 @@ import uuid
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +33,7 @@ from trainer.files import replace_file, sync_folder
 PIECES, SHARDS, DONE, TEMPORARY = "pieces", "out", "done", "tmp"  # folders of the work folder
 _DIGEST = ".sha256"
 _COPY = 4 << 20
+_TOLD = 5  # documents of a piece that were left out, whose causes are kept
 
 Sample = tuple[str, str, Mapping[str, bytes], Mapping[str, int]]  # split, key, members, what is counted of them
 
@@ -95,8 +96,9 @@ class _Checked:
         return self._file.write(content)
 
 
-def write_piece(work: Path, number: int, samples: Iterable[Sample]) -> None:
-    """Makes the bodies and the table of a piece, unless they are there."""
+def write_piece(work: Path, number: int, samples: Iterable[Sample], skipped: Sequence[str] = ()) -> None:
+    """Makes the bodies and the table of a piece, unless they are there. `skipped`: what `samples` left out, and why, by
+    the time that they are through."""
     if _is_whole(work, number):
         return
     bodies: dict[str, tuple[Path, _Checked, Body]] = {}
@@ -114,7 +116,8 @@ def write_piece(work: Path, number: int, samples: Iterable[Sample]) -> None:
                 raise ConfigError(str(error)) from error
             for what, amount in {"samples": 1, **amounts}.items():
                 counts[split][what] = counts[split].get(what, 0) + amount
-    arrays: dict[str, Any] = {}
+    left_out = json.dumps([len(skipped), list(skipped[:_TOLD])]).encode()
+    arrays: dict[str, Any] = {"skipped": np.frombuffer(left_out, np.uint8)}
     about: dict[str, Any] = {}
     for split, (path, file, body) in bodies.items():
         names = json.dumps({"keys": body.keys, "extensions": [*body.extensions]}).encode()
@@ -156,6 +159,13 @@ def counted(work: Path, number: int) -> tuple[dict[str, Any], dict[str, Numbers]
     with np.load(_table(work, number), allow_pickle=False) as arrays:
         about = json.loads(arrays["about"].tobytes())
         return about, {split: arrays[f"{split}.ends"] for split in about}
+
+
+def skipped(work: Path, number: int) -> tuple[int, list[str]]:
+    """How many documents of a piece were left out, and why the first of them were."""
+    with np.load(_table(work, number), allow_pickle=False) as arrays:
+        count, causes = json.loads(arrays["skipped"].tobytes())
+        return count, causes
 
 
 def _read_table(work: Path, number: int, split: str) -> Table:

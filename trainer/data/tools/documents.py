@@ -1,4 +1,4 @@
-"""Text as documents: .txt and .md (whole, by paragraphs or by lines) and .jsonl, also as .gz or .xz; .parquet.
+"""Text as documents: .txt and .md (whole, by paragraphs or by lines) and .jsonl, also as .gz, .xz or .zst; .parquet.
 
 A file is read in pieces that know nothing of each other: a document belongs to the piece in which it begins, and its
 key is made of the place where it begins. So what comes out does not depend on how the work was parted.
@@ -6,12 +6,9 @@ key is made of the place where it begins. So what comes out does not depend on h
 
 from __future__ import annotations
 
-import gzip
 import json
-import lzma
 import os
 import re
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -19,11 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from trainer.data.tools.compressed import opened
 from trainer.errors import ConfigError
 
 CUTS = ("file", "paragraphs", "lines")
-NAME = re.compile(r"(?P<stem>.+)\.(?:(?P<kind>txt|md|jsonl)(\.(?P<packing>xz|gz))?|(?P<table>parquet))", re.IGNORECASE)
-_OPENERS: dict[str, Callable[..., IO[Any]]] = {"": open, "xz": lzma.open, "gz": gzip.open}
+NAME = re.compile(
+    r"(?P<stem>.+)\.(?:(?P<kind>txt|md|jsonl)(?:\.(?P<packing>xz|gz|zst))?|json\.(?P<lines>xz|gz|zst)|(?P<table>parquet))",
+    re.IGNORECASE,
+)  # C4 and its like call JSON lines .json.gz; plain .json is no text
 _BOM = b"\xef\xbb\xbf"
 _BACK = 64 << 10  # bytes that are searched at once for where a line begins
 
@@ -36,8 +36,8 @@ class Document(NamedTuple):
 
 
 class Source(NamedTuple):
-    """A text file: key of its documents, kind (`txt`, `md`, `jsonl`, `parquet`), packing (`xz`, `gz` or empty), and the
-    size and time that it had when it was found."""
+    """A text file: key of its documents, kind (`txt`, `md`, `jsonl`, `parquet`), packing (`xz`, `gz`, `zst` or empty),
+    and the size and time that it had when it was found."""
 
     key: str
     path: Path
@@ -58,6 +58,7 @@ class Cut:
 
 
 Found = tuple[Document, bytes | None]  # and the other fields, as JSON
+Skip = Callable[[str], object]  # is told of a document that is left out, and why; None: that is an error
 
 
 def sources(files: Sequence[tuple[Path, Path]], taken: set[str]) -> list[Source]:
@@ -68,8 +69,9 @@ def sources(files: Sequence[tuple[Path, Path]], taken: set[str]) -> list[Source]
         if match is None:
             raise ValueError(path)
         key = unique_key(path.relative_to(base).with_name(match["stem"]).as_posix(), "text", taken)
-        kind, about = (match["kind"] or match["table"]).lower(), path.stat()
-        found.append(Source(key, path, kind, (match["packing"] or "").lower(), about.st_size, about.st_mtime_ns))
+        kind, about = (match["kind"] or match["table"] or "jsonl").lower(), path.stat()
+        packing = (match["packing"] or match["lines"] or "").lower()
+        found.append(Source(key, path, kind, packing, about.st_size, about.st_mtime_ns))
     return found
 
 
@@ -92,10 +94,10 @@ class Whole:
     def size(self) -> int:
         return sum(source.size for source in self.sources)
 
-    def documents(self, cut: Cut) -> Iterator[Found]:
+    def documents(self, cut: Cut, skip: Skip | None = None) -> Iterator[Found]:
         for source in self.sources:
             with _reading(source) as file:
-                text = _text(source, 0, file.read().removeprefix(_BOM))
+                text = _text(source, 0, file.read().removeprefix(_BOM), skip)
                 if text.strip():
                     yield Document(source.key, text), None
 
@@ -112,16 +114,16 @@ class Stretch:
     def size(self) -> int:
         return int(min(self.end, self.source.size)) - self.begin
 
-    def documents(self, cut: Cut) -> Iterator[Found]:
+    def documents(self, cut: Cut, skip: Skip | None = None) -> Iterator[Found]:
         """Raises `ConfigError` (file, place) if the file cannot be read."""
         source = self.source
         with _reading(source) as file:
             if source.kind == "jsonl":
-                yield from _objects(source, _lines(file, self.begin, self.end), cut)
+                yield from _objects(source, _lines(file, self.begin, self.end), cut, skip)
                 return
             parts = _paragraphs(file, self.begin, self.end) if cut.split == "paragraphs" else None
             for at, line in parts or _lines(file, self.begin, self.end):
-                text = _text(source, at, line).rstrip("\r\n")
+                text = _text(source, at, line, skip).rstrip("\r\n")
                 if text.strip():
                     yield Document(_key(source, at), text), None
 
@@ -135,7 +137,7 @@ class Rows:
     first: int
     size: int
 
-    def documents(self, cut: Cut) -> Iterator[Found]:
+    def documents(self, cut: Cut, skip: Skip | None = None) -> Iterator[Found]:
         import pyarrow
         from pyarrow import parquet
 
@@ -145,12 +147,15 @@ class Rows:
             with parquet.ParquetFile(source.path) as file:
                 for batch in file.iter_batches(1024, row_groups=list(self.groups), columns=columns):
                     for values in batch.to_pylist():
-                        if (text := values.pop(cut.text_field)) is None:
-                            raise ValueError(
-                                f"row {row}: {cut.text_field!r} (--text-field) is null; leave such rows out"
-                            )
-                        if text.strip():
-                            yield Document(_key(source, row), text), _others(values, cut, f"row {row}")
+                        try:
+                            text, others = _of_row(values, cut, row)
+                        except ValueError as error:
+                            if skip is None:
+                                raise
+                            skip(f"{source.path}: {error}")
+                        else:
+                            if text.strip():
+                                yield Document(_key(source, row), text), others
                         row += 1
         except (OSError, ValueError, pyarrow.ArrowException) as error:
             raise ConfigError(f"{source.path}: cannot be read: {_first_line(error)}") from error
@@ -191,23 +196,24 @@ def check_unchanged(path: Path, size: int, mtime_ns: int) -> None:
 @contextmanager
 def _reading(source: Source) -> Iterator[IO[bytes]]:
     """The file, unpacked. What goes wrong within is a `ConfigError`."""
-    try:
-        with _OPENERS[source.packing](source.path, "rb") as file:
-            yield file
+    with opened(source.path, source.packing) as file:
+        yield file
         check_unchanged(source.path, source.size, source.mtime_ns)
-    except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
-        raise ConfigError(f"{source.path}: cannot be read: {error}") from error
 
 
 def _key(source: Source, place: int) -> str:
     return f"{source.key}/{place:012d}"
 
 
-def _text(source: Source, at: int, content: bytes) -> str:
+def _text(source: Source, at: int, content: bytes, skip: Skip | None) -> str:
     try:
         return content.decode()
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{source.path}: is not UTF-8 text (at byte {at + error.start})") from error
+        problem = f"{source.path}: is not UTF-8 text (at byte {at + error.start})"
+        if skip is None:
+            raise ConfigError(problem) from error
+        skip(problem)
+        return ""
 
 
 def _lines(file: IO[bytes], begin: int, end: float) -> Iterator[tuple[int, bytes]]:
@@ -263,10 +269,10 @@ def _blank(line: bytes) -> bool:
     return not line.decode(errors="replace").strip()
 
 
-def _objects(source: Source, lines: Iterator[tuple[int, bytes]], cut: Cut) -> Iterator[Found]:
+def _objects(source: Source, lines: Iterator[tuple[int, bytes]], cut: Cut, skip: Skip | None) -> Iterator[Found]:
     """The documents of JSON lines."""
     for at, line in lines:
-        if not (spelt := _text(source, at, line)).strip():
+        if not (spelt := _text(source, at, line, skip)).strip():
             continue
         try:
             values = _object(spelt, cut.text_field)
@@ -274,7 +280,10 @@ def _objects(source: Source, lines: Iterator[tuple[int, bytes]], cut: Cut) -> It
             others = _others(values, cut, "") if text.strip() else None
         except (ValueError, RecursionError) as error:
             problem = "is nested too deeply" if isinstance(error, RecursionError) else f"{error}".lstrip(" :")
-            raise ValueError(f"line {_line_number(source, at)}: {problem}") from error
+            if skip is None:
+                raise ValueError(f"line {_line_number(source, at)}: {problem}") from error
+            skip(f"{source.path}: line at byte {at}: {problem}")  # whose number would take a pass for each
+            continue
         if text.strip():
             yield Document(_key(source, at), text), others
 
@@ -296,6 +305,13 @@ def _object(spelt: str, field: str) -> dict[str, Any]:
     except UnicodeEncodeError:  # JSON can spell it
         raise ValueError(f"{field!r} (--text-field) is no Unicode text") from None
     return values
+
+
+def _of_row(values: dict[str, Any], cut: Cut, row: int) -> tuple[str, bytes | None]:
+    """The text of a row, and its other columns as JSON. Raises ValueError."""
+    if (text := values.pop(cut.text_field)) is None:
+        raise ValueError(f"row {row}: {cut.text_field!r} (--text-field) is null; leave such rows out (--on-error skip)")
+    return text, _others(values, cut, f"row {row}") if text.strip() else None
 
 
 def _named(value: Any) -> str:
@@ -325,7 +341,7 @@ def _plain(value: Any) -> str:
 def _line_number(source: Source, at: int) -> int:
     """Number of the line that begins at byte `at`, from 1 on."""
     number = 1
-    with _OPENERS[source.packing](source.path, "rb") as file:
+    with opened(source.path, source.packing) as file:
         while at > 0 and (part := file.read(min(at, 1 << 20))):
             number += part.count(b"\n")
             at -= len(part)

@@ -12,9 +12,11 @@ import numpy as np
 
 from trainer.data import tokenizer as tokenization
 from trainer.data.index import Numbers, ShardIndex
+from trainer.data.shards import Shards
 from trainer.data.storage import Storage, shown
 from trainer.errors import ConfigError, DataError
 
+_SAMPLE = 1 << 20  # bytes of text that an estimate is made from
 STORED = {"u16": 2, "u32": 4}  # bytes of a token id
 
 
@@ -69,6 +71,14 @@ def _count(index: ShardIndex, storage: Storage, field: str, tokenizer: tokenizat
                     f"{place}: byte {byte}: sample {key!r}: is not UTF-8 text", shard=place, key=key, byte=byte
                 ) from None
     return tokens
+
+
+def about_tokens(shards: Shards, tokenizer: tokenization.Tokenizer) -> int:
+    """Returns how many tokens the texts of the shards are, separators included, by some of them, evenly spread."""
+    step = -(-shards.bytes // _SAMPLE) or 1
+    found = [bytes(shards.read(v)) for v in range(0, shards.n, step)]
+    tokens = sum(len(tokenizer.encode(str(content, "utf-8"))) for content in found)
+    return round(tokens * shards.bytes / max(1, sum(map(len, found)))) + shards.n
 
 
 def together(parts: Sequence[Measured]) -> dict[str, Any]:

@@ -1,13 +1,12 @@
 """Packing files into a data set: in parallel, resumable, and the same bytes whatever the number of processes.
 
-Inputs are parted into pieces by their bytes alone (`documents`, `image_folders`); `assemble` makes the shards of them.
+Inputs are parted into pieces by their bytes alone (`request`); `assemble` makes the shards of them.
 All is written to a folder `.NAME.partial` beside the data set NAME, from which a killed command goes on.
 """
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -23,73 +22,20 @@ from typing import Any
 import numpy as np
 
 from trainer.data import tokenizer as tokenization
-from trainer.data.tools import assemble, documents, image_folders, write
-from trainer.data.tools.documents import CUTS, Cut, Document, Rows, Stretch, Whole
-from trainer.data.tools.image_folders import IMAGES, Pictures
+from trainer.data.tools import assemble, write
+from trainer.data.tools.documents import Document
+from trainer.data.tools.image_folders import Pictures
 from trainer.data.tools.parallel import Workers, result
+from trainer.data.tools.request import Found, Options, Text, find, identity_of
 from trainer.data.tools.write import SPLITS
 from trainer.errors import ConfigError
 from trainer.files import replace_file
-from trainer.randomness import key as random_key
 
 PIECE_BYTES = 16 << 20
-_VERSION = 1  # of what is in a work folder
+_TOLD = 5  # documents that were left out, of which is told why
+_VERSION = 2  # of what is in a work folder
 
 Told = Callable[[str, int, int], None]
-Text = Whole | Stretch | Rows
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to pack. `validation`: share of the samples that a hash of their keys holds out. The rest is of text:
-    `split`, `text_field`, `keep_json` (see `documents.Cut`), `field` (the member), `tokenizer` (see
-    `write.tokenizer_recipe`), `tokenize` (store token ids); and of images: `labels` (classes by folder)."""
-
-    validation: float = 0.05
-    shard_bytes: int = write.SHARD_BYTES
-    split: str = "file"
-    text_field: str = "text"
-    keep_json: bool = False
-    field: str = "txt"
-    tokenizer: str = "bpe:1024"
-    tokenize: bool = False
-    labels: bool = True
-
-    def problems(self) -> list[str]:
-        found = []
-        if self.split not in CUTS:
-            found.append(f"--split: {self.split!r} is none of {', '.join(CUTS)}")
-        if not 0 <= self.validation < 1:
-            found.append(f"--validation: a share from 0 to below 1, not {self.validation}")
-        if not self.field:
-            found.append("--field: needs a name, such as txt")
-        if self.keep_json and self.field.lower() == "json":
-            found.append("--field json: --keep-json makes a member of this name")
-        return found
-
-    def split_of(self, key: str) -> str:
-        held_out = self.validation and random_key("validation", key) < self.validation * 2**63
-        return "validation" if held_out else "train"
-
-    @property
-    def cut(self) -> Cut:
-        return Cut(self.split, self.text_field, self.keep_json)
-
-
-@dataclass(frozen=True)
-class Found:
-    """What there is to pack: text or pictures. `left_out`: files that are neither. `identity`: of all of it."""
-
-    texts: list[Text]
-    pictures: list[Pictures]
-    classes: dict[str, int]
-    names: list[str]
-    left_out: list[Path]
-    identity: str
-
-    @property
-    def size(self) -> int:
-        return sum(piece.size for piece in (*self.texts, *self.pictures))
 
 
 def pack_inputs(
@@ -114,97 +60,24 @@ def pack_inputs(
     if problems := options.problems():
         raise ConfigError(problems)
     found = find(inputs, options, piece_bytes)
-    make = write.tokenizer_recipe(options.tokenizer) if found.texts else None
-    given = options.tokenizer if make is None or write.TRAINED.fullmatch(options.tokenizer) else make([])
-    identity = _hash([_VERSION, piece_bytes, found.identity, asdict(options), given])
+    make = write.tokenizer_recipe(options.tokenizer, options.separator) if found.texts else None
+    given = options.tokenizer if make is None or write.TRAINED.fullmatch(options.tokenizer) else make([]).fingerprint
+    identity = identity_of([_VERSION, piece_bytes, found.identity, asdict(options), given])
     with _work_folder(out, identity, restart) as work:
         assemble.prepare(work)
         encode, tokenizer = None, None
         if make is not None:
             kept = work / "tokenizer.json"
-            content = (
-                kept.read_text(encoding="utf-8") if kept.exists() else make(_some_texts(found.texts, options, told))
-            )
-            tokenizer = write.save_tokenizer(work, options.tokenizer, content)
-            encode = Encode(options, "bytes" if content is None else str(kept))
+            made = tokenization.load(str(kept)) if kept.exists() else make(_some_texts(found.texts, options, told))
+            tokenizer = write.save_tokenizer(work, options.tokenizer, made)
+            encode = Encode(options, str(kept) if kept.exists() else "bytes")
         with Workers(workers) as pool:
             splits, counts, digests = _shards(work, found, options, encode, pool, told)
         write.check_splits({split: sums["samples"] for split, sums in splits.items()}, options.validation > 0)
-        _finish(work, found, encode, tokenizer, splits, counts, digests)
+        skipped = [assemble.skipped(work, number) for number in range(len(found.texts))]
+        _finish(work, found, encode, tokenizer, splits, counts, digests, skipped)
         write.publish(work / assemble.SHARDS, out)
     return found.left_out
-
-
-def find(inputs: Sequence[Path], options: Options, piece_bytes: int) -> Found:
-    """The files to pack, in pieces. Raises one `ConfigError` with all that is wrong with them."""
-    problems: list[str] = []
-    problems += _twice(inputs)
-    texts: list[tuple[Path, Path]] = []
-    pictures: list[image_folders.Picture] = []
-    left_out: list[Path] = []
-    taken: set[str] = set()
-    for given in (Path(os.path.abspath(path.expanduser())) for path in inputs):
-        files = [(path, given.parent) for path in ([given] if given.is_file() else _files(given, problems))]
-        if given.is_dir() and any(image_folders.extension(path) in IMAGES for path, _ in files):
-            found = image_folders.pictures(files, given, taken, problems)
-            pictures += found
-            packed = {file.path for picture in found for file in picture.files}
-            left_out += [path for path, _ in files if path not in packed]
-            continue
-        named = [(path, base) for path, base in files if documents.NAME.fullmatch(path.name)]
-        left_out += [path for path, _ in files if not documents.NAME.fullmatch(path.name)]
-        texts += named
-        if not named:
-            kinds = "no .txt, .md or .jsonl file (plain, .xz or .gz), no .parquet, and no folder of images"
-            problems.append(f"{given}: {kinds if files else 'missing or empty'}")
-    if texts and pictures:
-        problems.append("text and images cannot be in one data set: pack them apart")
-    if problems:
-        raise ConfigError(problems)
-    sources = documents.sources(texts, taken)
-    in_pieces, classes = image_folders.pieces(pictures, options.labels, piece_bytes)
-    stated = [(s.key, str(s.path), s.size, s.mtime_ns) for s in sources]
-    stated += [(p.key, str(f.path), f.size, f.mtime_ns) for p in pictures for f in p.files]
-    return Found(
-        texts=list(documents.pieces(sources, options.cut, piece_bytes)),
-        pictures=in_pieces,
-        classes=classes,
-        names=[path.name for path, _ in texts] or [path.name for path in inputs],
-        left_out=left_out,
-        identity=_hash(stated),
-    )
-
-
-def _twice(inputs: Sequence[Path]) -> Iterator[str]:
-    """Of each input that is given before, or lies in one that is given: a problem."""
-    real = [Path(os.path.realpath(path.expanduser())) for path in inputs]
-    every, seen = set(real), set[Path]()
-    for given, path in zip(inputs, real, strict=True):
-        if folder := next((parent for parent in path.parents if parent in every), None):
-            yield f"{given}: lies in {folder}, which is given too"
-        if path in seen:
-            yield f"{given}: is given twice"
-        seen.add(path)
-
-
-def _files(folder: Path, problems: list[str]) -> list[Path]:
-    """All files in a folder, sorted; hidden ones are no data. What cannot be read is a problem."""
-    found: list[Path] = []
-    seen = set()
-    unreadable: list[OSError] = []
-    for place, folders, names in os.walk(folder, onerror=unreadable.append, followlinks=True):
-        about = os.stat(place)
-        if (about.st_dev, about.st_ino) in seen:  # a link back
-            folders.clear()
-            continue
-        seen.add((about.st_dev, about.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        paths = [Path(place, name) for name in names if not name.startswith(".")]
-        found += [path for path in paths if path.is_file()]
-        problems += [f"{path}: is a link to nothing" for path in paths if path.is_symlink() and not path.exists()]
-    if folder.exists():
-        problems += [f"{error.filename}: cannot be read: {error.strerror}" for error in unreadable]
-    return sorted(found)
 
 
 def _some_texts(pieces: Sequence[Text], options: Options, told: Told) -> Iterator[str]:
@@ -213,7 +86,7 @@ def _some_texts(pieces: Sequence[Text], options: Options, told: Told) -> Iterato
     for piece in pieces:
         told("reading for the tokenizer", done, total)
         left = write.TOKENIZER_SAMPLE * piece.size // max(total, 1)
-        for document, _ in piece.documents(options.cut):
+        for document, _ in piece.documents(options.cut, options.skips([])):
             if options.split_of(document.key) == "train":
                 yield document.text
                 left -= len(document.text)
@@ -256,8 +129,9 @@ def _tokenizer(spec: str) -> tokenization.Tokenizer:
 
 
 def _write_text(work: Path, number: int, piece: Text, encode: Encode) -> None:
-    documents = piece.documents(encode.options.cut)
-    assemble.write_piece(work, number, (encode.sample(document, others) for document, others in documents))
+    skipped: list[str] = []
+    found = piece.documents(encode.options.cut, encode.options.skips(skipped))
+    assemble.write_piece(work, number, (encode.sample(document, others) for document, others in found), skipped)
 
 
 def _write_pictures(work: Path, number: int, piece: Pictures, options: Options) -> None:
@@ -327,24 +201,24 @@ def _finish(
     splits: dict[str, dict[str, int]],
     counts: dict[str, int],
     digests: dict[str, str],
+    skipped: Sequence[tuple[int, list[str]]],
 ) -> None:
     """Puts what goes beside the shards into their folder."""
     folder = work / assemble.SHARDS
     assemble.prepare(work)
     first = {} if encode is None else {"field": encode.field}
     more: dict[str, Any] = {"sources": found.names}
+    if left_out := sum(count for count, _ in skipped):
+        causes = [cause for _, some in skipped for cause in some]
+        more |= {"skipped": {"documents": left_out, "such_as": causes[:_TOLD]}}
     if tokenizer is not None:
         more = {"tokenizer": tokenizer, **more}
-        if (work / "tokenizer.json").exists():
-            replace_file(folder / "tokenizer.json", (work / "tokenizer.json").read_bytes())
+        for path in sorted(work.glob("tokenizer*.json")):
+            replace_file(folder / path.name, path.read_bytes())
     if found.classes:
         more = {"classes": len(found.classes), **more}
         replace_file(folder / "classes.json", (json.dumps(found.classes, indent=1) + "\n").encode())
     write.describe(folder, first, splits, counts, more, digests)
-
-
-def _hash(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 @contextmanager

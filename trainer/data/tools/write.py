@@ -25,6 +25,7 @@ from trainer.data.shards import Shards
 from trainer.data.storage import Storage
 from trainer.data.storage.local import stamp
 from trainer.data.tar import BLOCK
+from trainer.data.tokenizer import JsonTokenizer, Tokenizer
 from trainer.data.tools.documents import Document
 from trainer.errors import ConfigError, DataError
 from trainer.files import replace_file, sha256, sync_folder
@@ -262,8 +263,7 @@ def pack_documents(
                 for what, amount in (("samples", 1), ("bytes", len(payload)), ("chars", len(text))):
                     splits[split][what] += amount
         check_splits({split: writer.samples for split, writer in writers.items()}, held_out is not None)
-        content = make(_texts(writers["train"].paths, field))
-        about = save_tokenizer(folder, tokenizer, content)
+        about = save_tokenizer(folder, tokenizer, make(_texts(writers["train"].paths, field)))
         counts = {split: len(writer.paths) for split, writer in writers.items()}
         describe(folder, {"field": field}, splits, counts, {"tokenizer": about, "sources": list(source_names)})
 
@@ -277,16 +277,14 @@ def check_splits(samples: Mapping[str, int], divided: bool) -> None:
         )
 
 
-def save_tokenizer(folder: Path, made: str, content: str | None) -> dict[str, Any]:
-    """Puts tokenizer.json into the folder (None: there is none, text is bytes); what is written down of it."""
-    if content is not None:
-        replace_file(folder / "tokenizer.json", content.encode())
-    loaded = tokenization.load("bytes" if content is None else str(folder))
+def save_tokenizer(folder: Path, made: str, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Puts tokenizer.json into the folder, unless text is bytes; what is written down of it. `made`: from what."""
+    tokenizer.save(folder)
     return {
-        "made": Path(made).name,  # from what
-        "load": "bytes" if content is None else "tokenizer.json",
-        "vocab_size": loaded.vocab_size,
-        "fingerprint": loaded.fingerprint,
+        "made": Path(made).name,
+        "load": "bytes" if tokenizer.content is None else "tokenizer.json",
+        "vocab_size": tokenizer.vocab_size,
+        "fingerprint": tokenizer.fingerprint,
     }
 
 
@@ -321,15 +319,19 @@ def _texts(paths: Sequence[str], field: str) -> Iterator[str]:
     shards.close()
 
 
-def tokenizer_recipe(spec: str) -> Callable[[Iterable[str]], str | None]:
-    """What makes the tokenizer.json (None: there is none) from the train texts. Raises `ConfigError`.
+def tokenizer_recipe(spec: str, separator: str | None = None) -> Callable[[Iterable[str]], Tokenizer]:
+    """What makes the tokenizer from the train texts. Raises `ConfigError`.
 
-    `bpe:SIZE` and `chars` are trained; `bytes` has no file; else the path of a tokenizer.json, taken as it is.
+    `bpe:SIZE` and `chars` are trained; else it is `bytes`, or the path of a tokenizer.json, taken as it is, but for the
+    `separator`.
     """
+    match = TRAINED.fullmatch(spec)
+    if match is None:
+        given = tokenization.load(spec, separator)
+        return lambda texts: given
+    if separator is not None:
+        raise ConfigError(f"--separator: {spec} has one of its own, {tokenization.SEPARATOR}")
     if spec == "chars":
-        return lambda texts: tokenization.train_chars(texts).to_str(pretty=True)
-    if match := TRAINED.fullmatch(spec):
-        size = tokenization.check_bpe_size(int(match[1]))
-        return lambda texts: tokenization.train_bpe(texts, size).to_str(pretty=True)
-    content = tokenization.load(spec).content
-    return lambda texts: content
+        return lambda texts: JsonTokenizer(tokenization.train_chars(texts).to_str(pretty=True))
+    size = tokenization.check_bpe_size(int(match[1]))
+    return lambda texts: JsonTokenizer(tokenization.train_bpe(texts, size).to_str(pretty=True))
