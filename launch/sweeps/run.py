@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -17,9 +18,11 @@ from launch.sweeps.summary import outcome
 from launch.sweeps.trials import Trial
 from trainer.errors import ConfigError, Interrupted
 from trainer.processes import die_with_parent
+from trainer.secrets import shown_override
 
 WORST = (4, 3, 2, 75)  # of the contract's exit codes, the first one that a trial ended with is the sweep's
-TRAIN = (sys.executable, "-c", "import sys; from launch.cli import main; sys.argv[0] = 'onecurve'; main()", "train")
+COMMAND = "ONECURVE_COMMAND"  # the words of a trial's command, which nobody else can list there
+ENTRY = f"import json, os, sys; from launch.cli import main; sys.argv = json.loads(os.environ.pop('{COMMAND}')); main()"
 LOOK_S = 0.1
 
 
@@ -78,9 +81,11 @@ class Runner:
         own = ["--config-dir", self.config_dir] if self.config_dir else []
         folder.parent.mkdir(parents=True, exist_ok=True)
         with log_of(trial).open("ab") as log:
+            words = ["onecurve", "train", "-n", str(self.procs), *own, *trial.overrides]
             process = subprocess.Popen(
-                [*TRAIN, "-n", str(self.procs), *own, *trial.overrides], stdin=subprocess.DEVNULL, stdout=log,
-                stderr=log, env=environment, start_new_session=True, preexec_fn=die_with_parent,
+                [sys.executable, "-c", ENTRY, *map(shown_override, words[1:])], stdin=subprocess.DEVNULL, stdout=log,
+                stderr=log, env=environment | {COMMAND: json.dumps(words)}, start_new_session=True,
+                preexec_fn=die_with_parent,
             )  # fmt: skip
         self.running.append(Running(trial, process, slot, time.monotonic()))
 
