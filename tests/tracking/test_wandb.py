@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.tracking.demo_run import evaluation, info, row
+from trainer.config.compose import load
 from trainer.tracking import JsonLines, Trackers
 from trainer.tracking.jsonl import read
 from trainer.tracking.wandb import WandB, named
@@ -139,3 +141,66 @@ assert "wandb" not in sys.modules
     command = [sys.executable, "-c", script, str(tmp_path / "run"), str(Path(__file__).parent), mode]
     subprocess.run(command, check=True, env={**os.environ, **variables})
     assert not (tmp_path / "run").exists()
+
+
+def steps_in(folder: Path) -> list[list[int]]:
+    """The steps that each attempt's file has rows of."""
+    files = sorted((folder / "wandb").glob("offline-run-*/*.wandb"))
+    return [[item["item"]["progress/step"] for item in of_kind(inspect(path), "history")] for path in files]
+
+
+def attempt(folder: Path, first: int, last: int, tracker: WandB | None = None) -> None:
+    tracker = tracker or WandB("offline", say=lambda _: None)
+    trackers = Trackers(JsonLines(folder), [tracker])
+    trackers.start(info(folder, step=first - 1))
+    trackers.rows([row(step) for step in range(first, last + 1)])
+    trackers.close({"state": "interrupted"})
+
+
+def test_rows_that_a_killed_attempt_lost_are_logged_by_the_next(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    attempt(folder, 1, 60)
+    (file,) = (folder / "wandb").glob("offline-run-*/*.wandb")
+    os.truncate(file, file.stat().st_size * 2 // 3)  # as it is when W&B's process was killed, too
+    kept = json.loads((folder / "wandb.json").read_text())
+    del kept["logged"]  # which comes with the end of an attempt
+    (folder / "wandb.json").write_text(json.dumps(kept))
+    (lost,) = steps_in(folder)
+    assert 1 <= len(lost) < 60
+    attempt(folder, 61, 62)
+    first, second = steps_in(folder)
+    assert first + second == list(range(1, 63))
+    attempt(folder, 41, 42)  # behind a step that it has: a step again is a row again, and none is lost
+    assert steps_in(folder)[-1] == [41, 42]
+
+
+def test_a_copied_run_directory_is_another_run_there(tmp_path: Path) -> None:
+    attempt(tmp_path / "run", 1, 3)
+    identity = json.loads((tmp_path / "run/wandb.json").read_text())["id"]
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    said: list[str] = []
+    attempt(tmp_path / "copy", 4, 5, WandB("offline", say=said.append))
+    other = json.loads((tmp_path / "copy/wandb.json").read_text())["id"]
+    assert other != identity
+    (own,) = (tmp_path / "copy/wandb").glob(f"offline-run-*/run-{other}.wandb")
+    assert [item["item"]["progress/step"] for item in of_kind(inspect(own), "history")] == [1, 2, 3, 4, 5]
+    assert said[-1].endswith(f"wandb sync {own.parent}")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    attempt(tmp_path / "moved", 4, 5)
+    assert json.loads((tmp_path / "moved/wandb.json").read_text())["id"] == identity
+    assert steps_in(tmp_path / "moved") == [[1, 2, 3], [4, 5]]
+
+
+def test_variables_of_wandb_hold_where_no_key_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    section = load([]).track.wandb
+    assert (section.project, section.group, section.name) == (None, None, None)
+    for name in ("PROJECT", "RUN_GROUP", "NAME", "ENTITY"):
+        monkeypatch.setenv(f"WANDB_{name}", f"my-{name.lower()}")
+    for number, keys in enumerate(({}, {"project": "p", "group": "g", "name": "n"})):
+        folder = tmp_path / str(number)
+        attempt(folder, 1, 1, WandB("offline", say=lambda _: None, **keys))
+        (file,) = (folder / "wandb").glob("offline-run-*/*.wandb")
+        told = of_kind(inspect(file), "run")[0]
+        found = [told.get(name) for name in ("project", "run_group", "display_name", "entity")]
+        expected = ["my-project", "my-run_group", "my-name"] if not keys else ["p", "g", "n"]
+        assert found == [*expected, "my-entity"]
