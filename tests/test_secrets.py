@@ -125,7 +125,7 @@ def test_a_sweep_over_addresses(tmp_path: Path) -> None:
     assert "hush" not in told + (tmp_path / "sweep/sweep.json").read_text()
     renewed = expand([word.replace("hush", "renewed") for word in words], 1)
     assert [trial.folder for trial in renewed] == [trial.folder for trial in trials]
-    with pytest.raises(ConfigError, match="but for their secrets"):
+    with pytest.raises(ConfigError, match="differ in secrets alone"):
         expand([*words[:-1], "data.shards='http://h/a.tar?sig=1','http://h/a.tar?sig=2'"], 1)
 
 

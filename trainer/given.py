@@ -94,7 +94,8 @@ def _known(config: Config) -> str | None:
 
 def _look_through(path: Path, config: Config, tokenizer: Tokenizer, topology: Topology) -> Given:
     """Raises Unusable with all that does not fit."""
-    family, held, beside = family_of(config, tokenizer), find(path), files_beside(path)
+    family, held = family_of(config, tokenizer), find(path)
+    beside = files_beside(path) if topology.is_main else files_beside(path, [CONFIG])  # that one keeps them
     base = _config_of(beside, family.config)
     with without_values():
         model = model_factory(config, tokenizer).build()

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -21,8 +22,8 @@ from trainer.processes import die_with_parent
 from trainer.secrets import shown_override
 
 WORST = (4, 3, 2, 75)  # of the contract's exit codes, the first one that a trial ended with is the sweep's
-COMMAND = "ONECURVE_COMMAND"  # the words of a trial's command, which nobody else can list there
-ENTRY = f"import json, os, sys; from launch.cli import main; sys.argv = json.loads(os.environ.pop('{COMMAND}')); main()"
+# A trial's command comes by a file that has no name: what is in the list of processes is only shown.
+ENTRY = "import json, sys; from launch.cli import main; sys.argv = json.load(sys.stdin); main()"
 LOOK_S = 0.1
 
 
@@ -80,12 +81,13 @@ class Runner:
             environment.setdefault("OMP_NUM_THREADS", str(max(1, cores)))
         own = ["--config-dir", self.config_dir] if self.config_dir else []
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with log_of(trial).open("ab") as log:
-            words = ["onecurve", "train", "-n", str(self.procs), *own, *trial.overrides]
+        words = ["onecurve", "train", "-n", str(self.procs), *own, *trial.overrides]
+        with log_of(trial).open("ab") as log, tempfile.TemporaryFile("w+") as command:
+            json.dump(words, command)
+            command.seek(0)
             process = subprocess.Popen(
-                [sys.executable, "-c", ENTRY, *map(shown_override, words[1:])], stdin=subprocess.DEVNULL, stdout=log,
-                stderr=log, env=environment | {COMMAND: json.dumps(words)}, start_new_session=True,
-                preexec_fn=die_with_parent,
+                [sys.executable, "-c", ENTRY, *map(shown_override, words[1:])], stdin=command, stdout=log,
+                stderr=log, env=environment, start_new_session=True, preexec_fn=die_with_parent,
             )  # fmt: skip
         self.running.append(Running(trial, process, slot, time.monotonic()))
 

@@ -77,7 +77,7 @@ def expand(overrides: Sequence[str], procs: int, config_dir: str | None = None) 
                 name = " ".join(f"{key}={value}" for key, value in _values(job, swept).items())
                 problems.setdefault(problem, []).append(name)
     if len({trial.folder for trial in trials}) < len(trials):
-        wrong.append("two trials are the same, or but for their secrets: they would share a folder")
+        wrong.append("two trials differ in secrets alone, or not at all: they would share a folder")
     if wrong or problems:
         raise ConfigError([*wrong, *(_of_some(problem, names, len(jobs)) for problem, names in problems.items())])
     return trials

@@ -200,7 +200,7 @@ def base(tmp_path: Path) -> Path:
 
 def test_a_fine_tuned_model_says_what_its_base_said(tmp_path: Path, export: Export, base: Path) -> None:
     """Wherever that is by now."""
-    config = config_of(*MODELS["llama"], f"model.weights={base}")
+    config = config_of(*MODELS["llama"], "model.config.vocab_size=257", f"model.weights={base}")
     given = open_given(config, ALONE, ByteTokenizer())
     assert given is not None
     model = shaken(config)

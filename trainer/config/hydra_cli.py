@@ -88,7 +88,7 @@ def _without_secrets(is_quiet: bool) -> Iterator[None]:
             with redirect_stdout(printed):
                 yield
         finally:
-            print(*map(masked, printed.getvalue().splitlines()), sep="\n")
+            sys.stdout.write("".join(map(masked, printed.getvalue().splitlines(keepends=True))))
 
 
 def _checked_later(argument: str) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,10 @@ LARGEST = 64 << 20  # bytes of such a file; more is something else
 Files = Mapping[str, bytes]
 
 
-def files_beside(weights: Path) -> Files:
+def files_beside(weights: Path, names: Sequence[str] = (CONFIG, TOKENIZER, *OF_TEXT)) -> Files:
     """The small files of the folder that pretrained weights lie in; none beside a single file."""
     found = {}
-    for name in (CONFIG, TOKENIZER, *OF_TEXT) if weights.is_dir() else ():
+    for name in names if weights.is_dir() else ():
         with suppress(OSError):
             if (weights / name).stat().st_size <= LARGEST:
                 found[name] = (weights / name).read_bytes()
@@ -36,12 +36,12 @@ def files_beside(weights: Path) -> Files:
 
 
 def keep(run: Path, files: Files) -> None:
-    """Copies the files into the run directory, unless it has them. Training does not need them: what fails is no
-    error."""
+    """Copies the files into the run directory where it has none of that name. Training does not need them: what fails
+    is no error."""
     with suppress(OSError):
-        if files and not (run / KEPT).exists():
-            (run / KEPT).mkdir()
-            for name, content in files.items():
+        for name, content in files.items():
+            if not (run / KEPT / name).exists():
+                (run / KEPT).mkdir(exist_ok=True)
                 replace_file(run / KEPT / name, content)
 
 

@@ -130,7 +130,7 @@ class WandB:
         self.run.define_metric("progress/step")
         self.run.define_metric("*", step_metric="progress/step")
         self.run.define_metric("val/loss", step_metric="progress/step", summary="min")
-        if kept.get("logged", -1) < info.step:
+        if kept.get("logged", 0) < info.step:
             self._fill(_last_step(self.run, local), info.step)
 
     def _fill(self, since: int, step: int) -> None:
