@@ -13,12 +13,14 @@ import yaml
 
 from launch.submit import composed
 from launch.sweeps.trials import Sweep, expand
+from tests.tracking.demo_run import demo_run, info
 from trainer.config.compose import load, with_overrides
 from trainer.errors import ConfigError, DataError
 from trainer.folder import _continues
 from trainer.secrets import holds_secret, masked, prose, shown_override
 from trainer.tracking import JsonLines, Trackers
 from trainer.tracking.jsonl import read
+from trainer.tracking.report import write_report
 
 DATA = ("experiment=none", "data=webdataset")
 ADDRESS = "http://joe:hush@127.0.0.1:8765/a.tar?X-Amz-Signature=hush"
@@ -106,13 +108,22 @@ def test_errors_and_events_have_none(tmp_path: Path) -> None:
     assert "hush" not in str(error.value)
     assert len(error.value.problems) >= 3
     trackers = Trackers(JsonLines(tmp_path))
-    from tests.tracking.demo_run import info
-
     trackers.start(info(tmp_path))
     trackers.event({"kind": "checkpoint_not_mirrored", "step": 1, "reason": f"cannot reach {ADDRESS}", "key": "a"})
     (event,) = read(tmp_path / "events.jsonl")
     assert event["reason"] == f"cannot reach {masked(ADDRESS)}"
     assert event["key"] == "a"
+
+
+def test_the_report_of_an_earlier_versions_run(tmp_path: Path) -> None:
+    """Which wrote them into its folder."""
+    folder = demo_run(tmp_path / "run", steps=4)
+    (folder / "config.yaml").write_text(yaml.safe_dump(load([*DATA, *SECRET[:1]]).with_secrets()))
+    with (folder / "events.jsonl").open("a") as file:
+        file.write(json.dumps({"kind": "config_changed", "step": 4, "changes": {"data.shards": ["a", ADDRESS]}}) + "\n")
+    report = write_report(folder).read_text()
+    assert "hush" not in report
+    assert report.count("/a.tar?***") == 2
 
 
 def test_a_sweep_over_addresses(tmp_path: Path) -> None:

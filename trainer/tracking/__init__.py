@@ -85,7 +85,7 @@ class Trackers:
 
     def _say(self, text: str) -> None:
         with suppress(OSError, ValueError):  # a closed terminal
-            self.say(text)
+            self.say(prose(text))
 
     def _tell(self, tell: Callable[[Tracker], None]) -> None:
         for tracker in list(self.others):
