@@ -115,7 +115,8 @@ def test_nothing_has_them(store: Store) -> None:
     assert {name for change in changes for name in change} == {"train.steps", "debug.faults"}
     assert len(Run(folder).metrics()) == 16
 
-    assert "0.0" in store.run(onecurve("replay", "runs/mine", "--step", "13", *_again(renewed)))
+    told = store.run(onecurve("replay", "runs/mine", "--step", "13", *_again(renewed)))
+    assert "the samples are those of ledger.jsonl" in told
     assert "config.yaml has it without its secrets; add --set data.sources.NAME.shards=" in store.run(
         onecurve("replay", "runs/mine", "--step", "13"), expect=2
     )
@@ -126,7 +127,7 @@ def test_nothing_has_them(store: Store) -> None:
     store.run(onecurve("sweep", "-n", "1", *renewed, *few))
     store.valid = "another one"
     refused = [*renewed, "run.dir=runs/refused", f"data.cache={store.cwd}/empty", "checkpoint.mirror=null"]
-    assert "answered 403" in store.run(trainer(*refused), expect=2)
+    assert "answered 403" in store.run(trainer(*refused), expect=3)
 
     names = {path.name for path in folder.iterdir()}
     assert {"config.yaml", "report.html", "wandb", "environment.json", "samples.txt", "logs"} <= names
