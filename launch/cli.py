@@ -11,16 +11,20 @@ from launch import checkpoint, data, export, jobs, plan, replay, report, sample,
 from launch.doctor import command as doctor
 from trainer.__main__ import tell
 from trainer.errors import OnecurveError
+from trainer.processes import print_anywhere
+from trainer.secrets import hide_arguments
 
 
 def main() -> None:
     """Parses the command line, runs the command, exits with the code of the contract."""
+    print_anywhere()
     parser = argparse.ArgumentParser(prog="onecurve", description=trainer.__doc__)
     parser.add_argument("--version", action="version", version=f"onecurve {trainer.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for part in (train, submit, sweep, jobs, plan, doctor, sample, report, replay, export, checkpoint, data):
         part.add_commands(commands)
     arguments = parser.parse_args()
+    hide_arguments()
     sys.path.append(os.getcwd())  # packages of the user's, as for `python -m trainer`
     try:
         code = arguments.func(arguments)

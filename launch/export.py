@@ -48,6 +48,7 @@ def export(arguments: argparse.Namespace) -> int:
     from trainer.errors import ConfigError
     from trainer.export import Weights, checkpoint, numbers, to_transformers
     from trainer.models.family import NoFamily, family_of
+    from trainer.models.pretrained import kept
     from trainer.models.weight_files import write_file
     from trainer.precision import DTYPES
     from trainer.sampling import open_run
@@ -65,7 +66,8 @@ def export(arguments: argparse.Namespace) -> int:
     try:
         if family:
             out.mkdir(parents=True, exist_ok=True)
-            to_transformers(out, tensors, family, arguments.shard_size or size(LARGEST), folder)
+            base = kept(folder, getattr(config.model, "weights", None))
+            to_transformers(out, tensors, family, arguments.shard_size or size(LARGEST), folder, base)
         elif arguments.shard_size:
             raise ConfigError(f"--shard-size: this export is one file: {why}")
         else:

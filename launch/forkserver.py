@@ -21,7 +21,7 @@ from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
-from trainer.processes import die_with_parent
+from trainer.processes import die_with_parent, print_anywhere
 
 OURS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)  # the supervisor's to understand
 LEFTOVERS_S = 3.0  # what children of a dead rank get to end by themselves: W&B's service writes what it has
@@ -30,6 +30,7 @@ _PR_SET_NAME = 15
 
 def main() -> None:
     """`python -m launch.forkserver SOCKET_FD`. Returns in the ranks, too, and ends each as its own process."""
+    print_anywhere()
     signal.pthread_sigmask(signal.SIG_BLOCK, OURS)  # what is sent to a rank before it is one waits for it
     import_module("torch._dynamo")  # which optimizers import
     import_module("trainer.run")

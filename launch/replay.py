@@ -41,6 +41,13 @@ def add_commands(commands: Any) -> None:
         help="the one to begin with, 0: the initial weights (default: the nearest before the step)",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object instead, with all samples in their order")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="where its data is, if not where its config.yaml says, such as data.shards=... with its secrets",
+    )
     parser.add_argument("--plugins", nargs="*", default=[], help="packages of yours that the run's classes come from")
     parser.set_defaults(func=replay)
 
@@ -53,7 +60,12 @@ def replay(arguments: argparse.Namespace) -> int:
 
     with _progress() as told:
         found = rebuild(
-            arguments.run_dir, arguments.step, told, plugins=arguments.plugins, checkpoint=arguments.checkpoint
+            arguments.run_dir,
+            arguments.step,
+            told,
+            plugins=arguments.plugins,
+            checkpoint=arguments.checkpoint,
+            overrides=arguments.set,
         )
         if arguments.bisect and not found.samples:
             raise ConfigError(f"--bisect: no sample of step {arguments.step} could be read in the run")

@@ -28,6 +28,7 @@ from trainer.config.compose import load, load_sized
 from trainer.config.launch import Slurm
 from trainer.errors import ConfigError
 from trainer.files import replace_file
+from trainer.secrets import shown_command
 
 JOBS, CANCELLED = "slurm/jobs", "slurm/cancelled"  # a job's id on each line; slurm/job.sh reads them, too
 
@@ -135,16 +136,17 @@ def write(job: Job) -> Path:
         for config in job.configs:
             files = folder_of(config) / "slurm" / str(number)
             files.mkdir(mode=0o700, parents=True, exist_ok=True)
-            values = config.resolved()
+            values = config.with_secrets()
             values["run"]["fresh"] = False  # done
             replace_file(files / "config.yaml", yaml.safe_dump(values, sort_keys=False).encode())
+            (files / "config.yaml").chmod(0o600)  # addresses may have passwords
         (job.folder / "logs").mkdir(parents=True, exist_ok=True)
         if job.sweep:
             job.sweep.save()
         files = job.folder / "slurm" / str(number)
         files.mkdir(mode=0o700, parents=True, exist_ok=True)
         about, diff = revision(Path.cwd())
-        replace_file(files / "overrides.txt", (shlex.join(job.overrides) + "\n").encode())
+        replace_file(files / "overrides.txt", (shown_command(job.overrides) + "\n").encode())
         replace_file(files / "revision.json", (json.dumps(about, indent=1) + "\n").encode())
         if diff:
             replace_file(files / "changes.diff", diff.encode())

@@ -166,7 +166,7 @@ class Supervisor:
         self.ranks = Ranks(procs)
         # Composed once: each life has the same config, whatever becomes of its files. Nothing of it is left behind.
         self._composed = os.memfd_create("onecurve-config")
-        os.write(self._composed, yaml.safe_dump(config.resolved()).encode())
+        os.write(self._composed, yaml.safe_dump(config.with_secrets()).encode())
 
     def __enter__(self) -> Supervisor:
         return self
@@ -289,7 +289,7 @@ class Supervisor:
 
     def _fits(self, procs: int) -> bool:
         with suppress(ConfigError):
-            return bool(check(self.config.resolved(), procs))
+            return bool(check(self.config.with_secrets(), procs))
         return False
 
     def _what_failed(self, life: Life) -> str:

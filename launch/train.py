@@ -14,9 +14,11 @@ from filelock import Timeout
 
 from launch.plan import batch
 from trainer import locks
+from trainer.config import Config
 from trainer.config.compose import load_sized
 from trainer.config.launch import Local
 from trainer.errors import ConfigError
+from trainer.secrets import MASK, shown_command
 from trainer.tracking.jsonl import read_status
 
 
@@ -50,7 +52,7 @@ def train(arguments: argparse.Namespace) -> int:
                 print(f"{title:12}{text}", flush=True)
         code, reason = supervisor.run()
     if code == 0:
-        _what_next(folder, procs, arguments)
+        _what_next(config, procs, arguments)
     elif reason and not supervisor.told and read_status(folder).get("state") in (None, "running"):
         print(f"\nonecurve: {reason}", file=sys.stderr)
     if code and folder.is_dir():
@@ -68,16 +70,22 @@ def gpus() -> int:
     return max(1, torch.cuda.device_count())
 
 
-def _what_next(folder: Path, procs: int, arguments: argparse.Namespace) -> None:
-    """The next commands to try, ready to paste."""
-    program = Path(sys.argv[0])
+def _what_next(config: Config, procs: int, arguments: argparse.Namespace) -> None:
+    """The next commands to try, ready to paste, but for secrets."""
+    from trainer.sampling import continues_text
+
+    folder, program = Path(config.run.dir).expanduser(), Path(sys.argv[0])
     near = program.absolute().is_relative_to(Path.cwd())  # such as .venv/bin/onecurve: say it so that it can be pasted
     name = os.path.relpath(program) if near else "onecurve"
     longer = f"train.steps={2 * read_status(folder)['steps']}"
     own = ["--config-dir", arguments.config_dir] if arguments.config_dir else []
     same = [part for part in [*own, *arguments.overrides] if not part.startswith(("train.steps=", "run.fresh="))]
-    again = shlex.join([name, "train", "-n", str(procs), *same, longer])
+    again = shown_command([name, "train", "-n", str(procs), *same, longer])
     print(f"\nreport  {folder / 'report.html'}\n\nnext:")
-    print(f"  {name} sample {folder} --prompt 'JULIET:'   # more text from the model")
-    print(f"  {again}   # go on: the same run, twice as long")
-    print(f"  {name} data pack my_texts/ --out my_shards   # your own text as shards")
+    is_ours = config.data.name == "shakespeare"
+    if continues_text(config):
+        prompt = " --prompt 'JULIET:'" if is_ours else ""
+        print(f"  {name} sample {shlex.quote(str(folder))}{prompt}   # more text from the model")
+    print(f"  {again}   # go on: the same run, twice as long" + ("; *** are its secrets" if MASK in again else ""))
+    if is_ours:
+        print(f"  {name} data pack my_texts/ --out my_shards   # your own text as shards")

@@ -8,16 +8,20 @@ import time
 import traceback
 from collections.abc import Sequence
 
-from trainer.processes import die_with_parent
+from trainer.processes import die_with_parent, print_anywhere
+from trainer.secrets import hide_arguments, prose, shown_override
 
 BORN = time.monotonic()
 
 
 def main() -> None:
     """The entry of every rank. Exits with the code of the contract."""
+    print_anywhere()
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun, killed, would leave us behind
         die_with_parent()
-    sys.exit(guarded(sys.argv[1:], BORN))
+    arguments = sys.argv[1:]
+    hide_arguments()
+    sys.exit(guarded(arguments, BORN))
 
 
 def guarded(arguments: Sequence[str], born: float) -> int:
@@ -35,7 +39,7 @@ def guarded(arguments: Sequence[str], born: float) -> int:
                 refusal.write(str(error.exit_code))
         return error.exit_code
     except Exception:
-        traceback.print_exc()
+        print(prose(traceback.format_exc()), end="", file=sys.stderr)
         return 4
     return 0
 
@@ -53,7 +57,9 @@ def command(arguments: Sequence[str], born: float) -> None:
         from trainer.run import run
 
         if more:
-            raise ConfigError(f"--config {composed}: is a whole config; leave out {' '.join(more)}")
+            raise ConfigError(
+                f"--config {composed}: is a whole config; leave out {' '.join(map(shown_override, more))}"
+            )
         run(load_composed(composed, world_size()), born)
     elif any(argument in ("--help", "-h") for argument in rest):
         from trainer.config.reference import help_text

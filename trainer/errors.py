@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from trainer.secrets import prose
+
 
 class OnecurveError(Exception):
-    """An end with a reason that a person can act on. `exit_code` is the process's."""
+    """An end with a reason that a person can act on, in which no address has its credentials. `exit_code` is the
+    process's."""
 
     exit_code = 4
     retry = False
@@ -15,7 +18,7 @@ class OnecurveError(Exception):
     """Whether the run's folder says so: then `onecurve train` tells of it, once for all ranks."""
 
     def __init__(self, reason: str, exit_code: int | None = None):
-        super().__init__(reason)
+        super().__init__(prose(reason))
         self.exit_code = exit_code or self.exit_code
 
 
@@ -25,7 +28,7 @@ class ConfigError(OnecurveError):
     exit_code = 2
 
     def __init__(self, problems: str | Sequence[str], exit_code: int | None = None):
-        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        self.problems = [prose(problem) for problem in ([problems] if isinstance(problems, str) else problems)]
         super().__init__("\n".join(self.problems), exit_code)
 
 

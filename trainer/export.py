@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -19,6 +18,7 @@ from trainer.errors import ConfigError
 from trainer.files import replace_file
 from trainer.folder import CHECKPOINTS
 from trainer.models.family import Family
+from trainer.models.pretrained import CONFIG, TOKENIZER, TOKENIZER_CONFIG, Files, for_export
 from trainer.models.weight_files import Later, write_folder
 
 EMA, EMA_WEIGHT = "optimizer/ema/", "optimizer/ema_weight/"
@@ -94,23 +94,33 @@ class Weights:
         return value
 
 
-def to_transformers(folder: Path, tensors: dict[str, Later], family: Family, largest: int, run: Path) -> None:
-    """A folder that `from_pretrained` of transformers loads, with the tokenizer of the run's folder."""
+def to_transformers(
+    folder: Path, tensors: dict[str, Later], family: Family, largest: int, run: Path, base: Files
+) -> None:
+    """A folder that `from_pretrained` of transformers loads, with the tokenizer of the run's folder. `base`: what lies
+    beside the weights that the run started with."""
     family.config.dtype = next(tensor.dtype for tensor in tensors.values())
-    for name, content in _beside(family, run):
+    for name, content in _beside(family, run, base).items():
         replace_file(folder / name, content)
     write_folder(folder, tensors, largest, {})
 
 
-def _beside(family: Family, run: Path) -> Iterator[tuple[str, bytes]]:
-    yield "config.json", family.config.to_json_string().encode()
-    if (run / "tokenizer.json").exists():
-        yield "tokenizer.json", (run / "tokenizer.json").read_bytes()
+def _beside(family: Family, run: Path, base: Files) -> dict[str, bytes]:
+    found, tokenizer = {}, run / TOKENIZER
+    if tokenizer.exists():
+        found[TOKENIZER] = tokenizer.read_bytes()
         # As it is: by the kind of the model transformers would take one of its own making for it.
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast"}
-        if (told := run / "tokenizer_config.json").exists():  # the separator, where it is not the usual one
-            settings |= json.loads(told.read_bytes())
-        yield "tokenizer_config.json", json.dumps(settings).encode()
+        found[TOKENIZER_CONFIG] = json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}).encode()
+    end = family.config.eos_token_id
+    found |= for_export(base, family.config, found.get(TOKENIZER))
+    if (told := run / TOKENIZER_CONFIG).exists():  # documents ended with a token that is not the usual one
+        found[TOKENIZER_CONFIG] = json.dumps(
+            json.loads(found[TOKENIZER_CONFIG]) | json.loads(told.read_bytes())
+        ).encode()
+        ends = family.config.eos_token_id
+        if end not in (ends if isinstance(ends, list) else [ends]):
+            family.config.eos_token_id = end
+    return found | {CONFIG: family.config.to_json_string().encode()}
 
 
 def numbers(tensors: dict[str, Later]) -> int:

@@ -23,6 +23,7 @@ from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError, Interrupted, OnecurveError, TrainingError
 from trainer.files import replace_file
 from trainer.resilience.interruption import STOP
+from trainer.secrets import masked
 from trainer.topology import Topology
 from trainer.tracking.jsonl import read_status, write_status
 
@@ -200,7 +201,7 @@ def will_restart() -> bool:
 
 def _continues(then: dict[str, Any], identity: dict[str, Any], config: Config, path: Path) -> list[dict[str, Any]]:
     """Events of going on with the run of manifest `then`. Raises ConfigError where this would be another run."""
-    before, after = dict(_flat(then["identity"])), dict(_flat(identity))
+    before, after = dict(_flat(masked(then["identity"]))), dict(_flat(identity))  # earlier versions wrote secrets
     differences = [
         _difference(name, before.get(name), after.get(name), path)
         for name in {**before, **after}
@@ -211,7 +212,7 @@ def _continues(then: dict[str, Any], identity: dict[str, Any], config: Config, p
         raise ConfigError([*differences, f"{path}: holds another run; {advice}"])
     if config.train.steps < then["step"]:
         raise ConfigError(f"train.steps={config.train.steps}: this run has done {then['step']} steps already")
-    before, after = dict(_flat(then["config"])), dict(_flat(config.resolved()))
+    before, after = dict(_flat(masked(then["config"]))), dict(_flat(config.resolved()))
     changed = {name: [before.get(name), value] for name, value in after.items() if before.get(name) != value}
     return [{"kind": "config_changed", "changes": changed}] if changed else []
 

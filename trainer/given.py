@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +18,25 @@ from torch import Tensor
 from trainer.build import model_factory
 from trainer.checkpoint.format import read_manifest
 from trainer.checkpoint.retention import candidates
-from trainer.config import Config, schema
+from trainer.config import Config, huggingface, schema
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError
 from trainer.folder import CHECKPOINTS, restarted
 from trainer.models import without_values
 from trainer.models.family import Family, NoFamily, family_of
+from trainer.models.pretrained import CONFIG, Files, files_beside, position_matters
 from trainer.models.weight_files import Held, Unusable, files, find, fingerprint
 from trainer.topology import Topology
 
-HEAD = "lm_head.weight"
+HEAD, POSITIONS = "lm_head.weight", "max_position_embeddings"
+ROWS = 1024  # of a matrix, read at a time
 BUFFERS = re.compile(r"rotary_emb\.inv_freq$|\battn\.(masked_)?bias$")  # that older versions of transformers saved
 # Keys of transformers' configs that only matter where shapes differ, and that never do for what is computed.
 SIZES = {"vocab_size", "n_positions"}
+# tie_word_embeddings: shapes and `lost` tell; initializer_range: nothing is drawn; pretraining_tp: the same sums; that
+# of padding: only which row of the embedding has no gradient. The longest position: see `position_matters`.
 FREE = re.compile(
-    "max_position_embeddings|tie_word_embeddings|.*(dropout|pdrop)|summary_.*|initializer_range|use_cache|"
-    "pretraining_tp|(bos|eos|pad)_token_id"
+    "tie_word_embeddings|.*(dropout|pdrop)|summary_.*|initializer_range|use_cache|pretraining_tp|(bos|eos|pad)_token_id"
 )
 
 
@@ -45,6 +48,8 @@ class Given:
     family: Family
     places: dict[str, tuple[Path, str]]
     """Of each parameter the file, and its name there."""
+    beside: Files = field(default_factory=dict)
+    """What else lies there."""
 
     def fill(self, name: str, value: Tensor) -> None:
         file, theirs = self.places[name]
@@ -66,7 +71,7 @@ def open_given(config: Config, topology: Topology, tokenizer: Tokenizer) -> Give
         return Given(known, Family(None), {})
     given, problem = None, None
     try:
-        given = _look_through(path, config, tokenizer)
+        given = _look_through(path, config, tokenizer, topology)
     except (NoFamily, Unusable, OSError) as error:
         problem = f"{key}: {error}"
     if problems := sorted({found for found in topology.gather(problem) if found}):
@@ -87,9 +92,11 @@ def _known(config: Config) -> str | None:
     return None
 
 
-def _look_through(path: Path, config: Config, tokenizer: Tokenizer) -> Given:
+def _look_through(path: Path, config: Config, tokenizer: Tokenizer, topology: Topology) -> Given:
     """Raises Unusable with all that does not fit."""
     family, held = family_of(config, tokenizer), find(path)
+    beside = files_beside(path) if topology.is_main else files_beside(path, [CONFIG])  # that one keeps them
+    base = _config_of(beside, family.config)
     with without_values():
         model = model_factory(config, tokenizer).build()
     embedding = f"{model.embedding_parts[0]}.weight"  # type: ignore[index]
@@ -104,18 +111,24 @@ def _look_through(path: Path, config: Config, tokenizer: Tokenizer) -> Given:
         != (here := tuple(family.theirs(name, torch.empty(parameter.shape, device="meta")).shape))
     ]
     unused = [name for name in sorted(set(held) - set(sources.values())) if not BUFFERS.search(name)]
-    if HEAD in unused and (HEAD not in sources) and _same(held, HEAD, sources[embedding]):
-        unused.remove(HEAD)
-    other = list(_otherwise(path, family.config, bool(missing or unfit or unused), config))
+    if HEAD in unused and (HEAD not in sources) and (not topology.is_main or _same(held, HEAD, sources[embedding])):
+        unused.remove(HEAD)  # the main rank looks for all: two whole matrices are read
+    lost = [HEAD] if base is not None and not base.tie_word_embeddings and HEAD not in held else []
+    other = _otherwise(base, family.config, bool(missing or unfit or unused), config)
+    unsupported = list(_unsupported(other, config))
     texts = [
         *_listed(f"{len(missing)} of {len(sources)} parameters are not in it", missing),
         *_listed("of another shape", unfit),
         *_listed(f"{len(unused)} of its tensors have no place in this model", unused),
-        *_listed("its config.json is of another model; this one would be it with", other, most=99),
+        *_listed("its config.json says tie_word_embeddings=false, but its head is lost", lost),
+        *_listed("its config.json is of a model that is not supported", unsupported),
     ]
+    if not unsupported:
+        title = "its config.json is of another model; this one would be it with"
+        texts += _listed(title, map(_told, other.items()), most=99)
     if texts:
         raise Unusable("; ".join(texts))
-    return Given(fingerprint(files(path)), family, places)
+    return Given(fingerprint(files(path)), family, places, beside)
 
 
 def _source(name: str, embedding: str, held: dict[str, Held]) -> str | None:
@@ -128,40 +141,69 @@ def _source(name: str, embedding: str, held: dict[str, Held]) -> str | None:
 
 
 def _same(held: dict[str, Held], one: str, other: str | None) -> bool:
-    """Whether the first rows are."""
-    rows = []
-    for name in (one, other):
-        if name is None:
+    """Whether two tensors are equal, read a few rows at a time."""
+    if other is None or held[one].shape != held[other].shape:
+        return False
+    with safe_open(held[one].file, "pt") as ours, safe_open(held[other].file, "pt") as theirs:
+        parts = ours.get_slice(one), theirs.get_slice(other)
+        if len({part.get_dtype() for part in parts}) > 1:
             return False
-        with safe_open(held[name].file, "pt") as tensors:
-            rows.append(tensors.get_slice(name)[:8])
-    return torch.equal(*rows)
+        rows = range(0, held[one].shape[0], ROWS)
+        return all(torch.equal(*(part[start : start + ROWS] for part in parts)) for start in rows)
 
 
-def _otherwise(path: Path, here: Any, sizes: bool, config: Config) -> Iterator[str]:
-    """What the weights' own config says that this model's does not, and would have to; it is not all to be seen in
-    shapes. `sizes`: some differ."""
-    beside = path / "config.json"
-    if not beside.is_file():
-        return
+def _config_of(beside: Files, here: Any) -> Any:
+    """The weights' own config, if there is one. Raises Unusable."""
+    if CONFIG not in beside:
+        return None
     try:
-        from transformers import PreTrainedConfig  # an extra
-
-        content = json.loads(beside.read_bytes())
+        content = json.loads(beside[CONFIG])
         if content.get("model_type") != here.model_type:
             raise Unusable(f"its config.json is of a {content.get('model_type')}, this model is a {here.model_type}")
-        there = type(here).from_dict(content)
+        return type(here).from_dict(content)
     except Unusable:
         raise
     except Exception as error:  # transformers raises many kinds
         raise Unusable(f"config.json cannot be read: {str(error).splitlines()[-1]}") from None
-    own = {field.name for field in fields(here)} - {field.name for field in fields(PreTrainedConfig)}
+
+
+def _otherwise(there: Any, here: Any, sizes: bool, config: Config) -> dict[str, Any]:
+    """What the weights' own config says that this model's does not, and would have to; it is not all to be seen in
+    shapes. `sizes`: some differ. Keys as the run's config has them."""
+    if there is None:
+        return {}
+    from transformers import PreTrainedConfig  # an extra
+
+    prefix, found = "model.config." if isinstance(config.model, schema.HuggingFace) else "", {}
+    own = {one.name for one in fields(here)} - {one.name for one in fields(PreTrainedConfig)}
     for name in sorted(own):
         ours, theirs = getattr(here, name), getattr(there, name)
-        if ours != theirs and (sizes or name not in SIZES) and not FREE.fullmatch(name):
-            key = f"model.config.{name}" if isinstance(config.model, schema.HuggingFace) else name
-            told = f"{key}={json.dumps(theirs, separators=(',', ':'))}"
-            yield f"'{told}'".replace('"', "") if isinstance(theirs, (dict, list)) else told
+        if name == POSITIONS and name not in here.attribute_map:
+            differs = ours != theirs and position_matters(there, ours, length=ours)
+        else:
+            differs = ours != theirs and (sizes or name not in SIZES) and not FREE.fullmatch(name)
+        if differs:
+            found[f"{prefix}{name}"] = theirs
+    return found
+
+
+def _unsupported(other: dict[str, Any], config: Config) -> Iterator[str]:
+    """What would be refused if the run's config had these keys: then there is no way to train these weights."""
+    model = config.model
+    if not isinstance(model, schema.HuggingFace) or not other:
+        return
+    keys = {key.removeprefix("model.config."): value for key, value in other.items()}
+    aliases = huggingface.architecture(model).config_class.attribute_map
+    kept = {key: value for key, value in model.config.items() if aliases.get(key, key) not in keys}
+    wanted = model.model_copy(update={"config": {**kept, **keys}})
+    yield from huggingface.problems(wanted, config.data.sequence_length, tensor_parallel=1)
+
+
+def _told(item: tuple[str, Any]) -> str:
+    """As it is written on a command line."""
+    key, value = item
+    told = f"{key}={json.dumps(value, separators=(',', ':'))}"
+    return f"'{told}'".replace('"', "") if isinstance(value, (dict, list)) else told
 
 
 def _listed(title: str, items: Iterable[str], most: int = 3) -> Iterator[str]:

@@ -30,6 +30,7 @@ from trainer.data.tokens import TokenLine
 from trainer.data.validation import Validation
 from trainer.errors import ConfigError, DataError, OnecurveError
 from trainer.folder import CATALOGUE, restarted
+from trainer.secrets import masked, shown
 from trainer.topology import ALONE, Topology
 
 # Data sets that are made on first use: (cache folder, tokenizer) -> folder of shards and tokenizer.json.
@@ -62,15 +63,16 @@ class Found:
         ramp = sorted(config.train.batch_ramp.items())
         starts = [0, *(end for end, _ in ramp)]
         begun = {str(end): size for start, (end, size) in zip(starts, ramp, strict=False) if start < until}
+        model = masked(config.model.model_dump(mode="json", exclude=MEANS))
         return {
-            "model": config.model.model_dump(mode="json", exclude=MEANS) | ({"weights": given} if given else {}),
-            "objective": config.objective.model_dump(mode="json"),
+            "model": model | ({"weights": given} if given else {}),
+            "objective": masked(config.objective.model_dump(mode="json")),
             "data": {
                 "order": ORDER,
                 "shards": {name: shards.fingerprint for name, shards in self.training.items()},
                 "weights": {str(at): given for at, given in weights(config).items() if at < until},
                 "tokenizer": self.tokenizer.fingerprint,
-                **config.data.model_dump(mode="json", exclude=WHEREABOUTS),
+                **masked(config.data.model_dump(mode="json", exclude=WHEREABOUTS)),
             },
             "train": {"global_batch": config.train.global_batch, "batch_ramp": begun},
             "run": {"seed": config.run.seed},
@@ -240,7 +242,7 @@ class _Opening:
             return samples
         line = TokenLine(shards, tokenizer, self.cache, tolerant=self.tolerant and not held_out, team=self.team)
         if line.total < 2:
-            raise DataError(f"{', '.join(shards.urls[:8])}: no token to predict: the documents are empty")
+            raise DataError(f"{', '.join(map(shown, shards.urls[:8]))}: no token to predict: the documents are empty")
         packing = "concat" if held_out else data.packing
         return Packed(line, data.sequence_length, packing=packing, document_mask=data.document_mask, team=self.team)
 

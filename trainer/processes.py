@@ -1,4 +1,4 @@
-"""What this process owes to others: it ends with its parent."""
+"""What this process owes to others: it ends with its parent, and what it prints never ends it."""
 
 from __future__ import annotations
 
@@ -21,6 +21,22 @@ def die_with_parent(parent: int | None = None) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(4)
+
+
+def print_anywhere() -> None:
+    """Lets stdout and stderr take any text: `?` stands for what their encoding lacks, and nothing is written where they
+    are closed. Their numbers are taken then, so that no file gets one, which other processes would write into."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+            os.set_inheritable(number, True)
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, os.fdopen(number, "r" if name == "stdin" else "w", encoding="utf-8", closefd=False))
+        elif number and hasattr(stream, "reconfigure"):  # a notebook's has not
+            stream.reconfigure(errors="replace")
 
 
 def remove_afterwards(path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -36,6 +37,7 @@ from trainer.randomness import seed_torch
 from trainer.resilience import quarantine
 from trainer.resilience.recovery import take_up
 from trainer.sampling import open_run
+from trainer.secrets import MASK, shown_override
 from trainer.strategies.buffers import untouched
 from trainer.strategies.single import Single
 from trainer.topology import ALONE, Topology
@@ -166,15 +168,21 @@ def let_go(strategy: Single) -> torch.Tensor:
 
 
 def rebuild(
-    folder: Path, step: int, told: Told, *, plugins: Sequence[str] = (), checkpoint: int | None = None
+    folder: Path,
+    step: int,
+    told: Told,
+    *,
+    plugins: Sequence[str] = (),
+    checkpoint: int | None = None,
+    overrides: Sequence[str] = (),
 ) -> Replay:
     """The run in `folder` as it was before `step`. `checkpoint`: the step of the one to begin with, 0 for the initial
-    weights; None for the nearest that is whole.
+    weights; None for the nearest that is whole. `overrides`: where its data is, if not where its config.yaml says.
 
     Code is imported from no package but those in `plugins`. Raises ConfigError where there is no such run, step or
     checkpoint, or where its data is not what it was; DataError where a sample cannot be read.
     """
-    config, tokenizer = open_run(folder, plugins)
+    config, tokenizer = open_run(folder, plugins, _whereabouts(overrides))
     rows = {row["step"]: row for row in jsonl.read(folder / "metrics.jsonl")}
     if step not in rows:
         there = f"has recorded steps {min(rows)} to {max(rows)}" if rows else "has recorded no step yet"
@@ -243,10 +251,18 @@ def _left_out(folder: Path) -> frozenset[Slot]:
     return frozenset(Slot(row["number"], row["source"], row["unit"]) for row in rows if row["number"] is not None)
 
 
+def _whereabouts(overrides: Sequence[str]) -> Sequence[str]:
+    """Raises ConfigError for one that would make it another run."""
+    allowed = re.compile(r"data\.(shards|sources\.[^.=]+\.shards|cache|allow_pipe|patience_s)=")
+    if other := [shown_override(text) for text in overrides if not allowed.match(text)]:
+        raise ConfigError(f"--set {', '.join(other)}: replay takes only where its data is, such as data.shards")
+    return overrides
+
+
 def _as_at(step: int, config: Config, folder: Path) -> Config:
     """The config under which the step was done, as far as numbers follow from it, for this process. The learning rate
     is recorded with each step."""
-    raw = config.resolved()
+    raw = config.with_secrets()
     raw["run"] |= {"dir": str(folder.absolute()), "fresh": False}
     raw["train"] |= {"compile": False}
     raw["data"] |= {"validation": None}
@@ -269,6 +285,9 @@ def _as_at(step: int, config: Config, folder: Path) -> Config:
 
 def _opened(config: Config, topology: Topology, folder: Path) -> Inputs:
     """The run's data. Raises ConfigError where it is gone, or not what it was at the run's birth."""
+    if MASK in str(config.data.shards) + str(config.data.sources):
+        key = "data.shards" if config.data.shards else "data.sources.NAME.shards"
+        raise ConfigError(f"{key}: {folder / 'config.yaml'} has it without its secrets; add --set {key}=...")
     try:
         inputs = open_inputs(config, topology, open_shards(config, topology))
     except ConfigError as error:

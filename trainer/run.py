@@ -25,9 +25,11 @@ from trainer.files import replace_file
 from trainer.folder import RunFolder, settle, will_restart
 from trainer.given import open_given
 from trainer.inputs import open_inputs, open_shards
+from trainer.models import pretrained
 from trainer.resilience import interruption
 from trainer.resilience.timeledger import GOODPUT, TimeLedger
 from trainer.resilience.watchdog import Watchdog
+from trainer.secrets import prose
 from trainer.topology import Topology, join, world_size
 from trainer.tracking.disk import Disk
 from trainer.tracking.report import write_report
@@ -58,6 +60,8 @@ def run(config: Config, born: float) -> None:
         try:
             inputs = open_inputs(config, topology, found)
             folder.keep(inputs.tokenizer, inputs.catalogue)
+            if given and topology.is_main:
+                pretrained.keep(folder.path, given.beside)
             job = build(
                 config, topology, inputs, folder, identity, disk, clock, watchdog, given.fill if given else None
             )
@@ -145,10 +149,10 @@ def _show(config: Config, folder: Path, tokenizer: Tokenizer, model: nn.Module |
         return
     if texts:
         replace_file(folder / "samples.txt", ("\n\n---\n\n".join(texts) + "\n").encode())
-        if config.track.console:
-            print(f"\nsample (more in {Path(config.run.dir) / 'samples.txt'}):\n\n{texts[0]}")
     if config.track.report:
         write_report(folder)
+    if texts and config.track.console:  # last: a terminal may fail
+        print(f"\nsample (more in {Path(config.run.dir) / 'samples.txt'}):\n\n{texts[0]}")
 
 
 @contextmanager
@@ -158,7 +162,17 @@ def _harmless(folder: Path, what: str) -> Iterator[None]:
         yield
     except Exception as error:
         log.exception(what)
-        print(f"onecurve: the run in {folder} has ended and is saved, but {what} failed: {error}", file=sys.stderr)
+        print(
+            f"onecurve: the run in {folder} has ended and is saved, but {what} failed: {prose(str(error))}",
+            file=sys.stderr,
+        )
+
+
+class _Formatter(logging.Formatter):
+    """Leaves credentials out of what others wrote into their exceptions."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return prose(super().format(record))
 
 
 @contextmanager
@@ -166,7 +180,7 @@ def _log(folder: Path, rank: int) -> Iterator[None]:
     """Warnings and tracebacks of each rank in a file of its own, `logs/rank-N.log`; under `onecurve train` all else
     that ranks other than the main one write, too."""
     handler = logging.FileHandler(folder / "logs" / f"rank-{rank}.log")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(message)s"))
     loggers = [log, logging.getLogger("py.warnings")]
     logging.captureWarnings(True)
     log.setLevel(logging.INFO)

@@ -15,7 +15,7 @@ from trainer.build import model_factory, plugin
 from trainer.checkpoint.load import newest, read
 from trainer.config import Config
 from trainer.config.check import check
-from trainer.config.compose import completed
+from trainer.config.compose import completed, with_overrides
 from trainer.data import tokenizer as tokenizers
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError
@@ -26,18 +26,20 @@ from trainer.strategies.base import Strategy
 from trainer.topology import Topology
 
 
-def open_run(folder: Path, plugins: Sequence[str] = ()) -> tuple[Config, Tokenizer]:
+def open_run(folder: Path, plugins: Sequence[str] = (), overrides: Sequence[str] = ()) -> tuple[Config, Tokenizer]:
     """The config and tokenizer of a run's folder, which is only read.
 
     It is the config for one process, `strategy=single`: here its model is whole, however it was spread. Code is
-    imported from no package but those in `plugins`, whatever the folder says. Raises ConfigError if the folder holds no
-    run that can be read.
+    imported from no package but those in `plugins`, whatever the folder says. `overrides`: what it is to be besides,
+    such as addresses whose secrets the folder does not hold. Raises ConfigError if the folder holds no run that can be
+    read.
     """
     try:
         raw = yaml.safe_load((folder / "config.yaml").read_text())
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"{folder}: is no run's folder (config.yaml: {str(error).splitlines()[0]})") from None
     if isinstance(raw, dict) and isinstance(raw.get("run"), dict):
+        raw = with_overrides(raw, overrides)
         raw["run"]["plugins"] = list(plugins)
     config = check(completed(raw | {"strategy": {"name": "single"}}) if isinstance(raw, dict) else raw)
     own = folder / "tokenizer.json"
@@ -169,6 +171,7 @@ def generate(
     """
     model.eval()
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    prompt = prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # a command line's encoding is any
     start = [tokenizer.separator, *tokenizer.encode(prompt).tolist()]
     ids = torch.tensor([start] * count, dtype=torch.int64)
     for _ in range(tokens if count else 0):

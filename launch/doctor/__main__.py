@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 
 from launch.doctor.command import main
-from trainer.processes import die_with_parent
+from trainer.processes import die_with_parent, print_anywhere
 
 if __name__ == "__main__":
+    print_anywhere()
     die_with_parent()
     sys.exit(main())

@@ -24,6 +24,7 @@ from trainer.config.compose import compose, options
 from trainer.config.pipelines import SCHEDULES
 from trainer.config.strategy import Pipeline
 from trainer.errors import ConfigError
+from trainer.secrets import shown_override
 
 REPLACED = ("strategy", "train.activation_checkpointing", "train.micro_batch")
 RECOMPUTED = ("none", "selective", "full")
@@ -150,6 +151,6 @@ def bound(of: Accountant, gpu: Gpu) -> float:
 
 
 def command(base: Sequence[str], proposal: Proposal) -> str:
-    """The user's overrides, with those of the proposal in their place."""
+    """The user's overrides, with those of the proposal in their place; secrets are masked."""
     kept = [text for text in base if not text.lstrip("+").split("=")[0].startswith(REPLACED)]
-    return " ".join([*kept, *proposal.overrides])
+    return " ".join([*map(shown_override, kept), *proposal.overrides])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,9 +19,11 @@ from launch.sweeps.summary import outcome
 from launch.sweeps.trials import Trial
 from trainer.errors import ConfigError, Interrupted
 from trainer.processes import die_with_parent
+from trainer.secrets import shown_override
 
 WORST = (4, 3, 2, 75)  # of the contract's exit codes, the first one that a trial ended with is the sweep's
-TRAIN = (sys.executable, "-c", "import sys; from launch.cli import main; sys.argv[0] = 'onecurve'; main()", "train")
+# A trial's command comes by a file that has no name: what is in the list of processes is only shown.
+ENTRY = "import json, sys; from launch.cli import main; sys.argv = json.load(sys.stdin); main()"
 LOOK_S = 0.1
 
 
@@ -77,9 +81,12 @@ class Runner:
             environment.setdefault("OMP_NUM_THREADS", str(max(1, cores)))
         own = ["--config-dir", self.config_dir] if self.config_dir else []
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with log_of(trial).open("ab") as log:
+        words = ["onecurve", "train", "-n", str(self.procs), *own, *trial.overrides]
+        with log_of(trial).open("ab") as log, tempfile.TemporaryFile("w+") as command:
+            json.dump(words, command)
+            command.seek(0)
             process = subprocess.Popen(
-                [*TRAIN, "-n", str(self.procs), *own, *trial.overrides], stdin=subprocess.DEVNULL, stdout=log,
+                [sys.executable, "-c", ENTRY, *map(shown_override, words[1:])], stdin=command, stdout=log,
                 stderr=log, env=environment, start_new_session=True, preexec_fn=die_with_parent,
             )  # fmt: skip
         self.running.append(Running(trial, process, slot, time.monotonic()))

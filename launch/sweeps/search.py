@@ -12,6 +12,7 @@ from launch.sweeps.trials import Sweep, Trial, trial_of
 from trainer.config import sweep as grammar
 from trainer.config.compose import in_hydra, load
 from trainer.errors import ConfigError
+from trainer.secrets import shown_override
 from trainer.tracking.jsonl import read
 
 if TYPE_CHECKING:
@@ -40,14 +41,16 @@ class Search:
             raise ConfigError(problems)
         if not spaces:
             raise ConfigError("--trials: nothing is searched; write key=interval(1e-4,1e-2), key=a,b or key=range(1,9)")
-        self.optuna, self.spaces, self.count, self.metric = optuna, spaces, count, metric
+        self.optuna, self.count, self.metric = optuna, count, metric
+        self.choices = {key: space.choices for key, space in spaces.items() if hasattr(space, "choices")}
+        self.spaces = {key: _shown_space(key, space) for key, space in spaces.items()}  # as they are written
         self.fixed = [str(one.input_line) for one in parsed if not one.is_sweep_override()]
         self.swept = [key.lstrip("+") for key in spaces]
         self.procs, self.config_dir, self.folder = procs, config_dir, folder
         self.open: dict[int, Any] = {}  # our number -> Optuna's trial
-        for end in ({key: _end(space, which) for key, space in spaces.items()} for which in (0, -1)):
-            load(self._job(end), procs, config_dir)
-        seed = load(self._job({key: _end(space, 0) for key, space in spaces.items()}), procs, config_dir).run.seed
+        first, last = ({key: _end(space, which) for key, space in self.spaces.items()} for which in (0, -1))
+        load(self._job(last), procs, config_dir)
+        seed = load(self._job(first), procs, config_dir).run.seed
         folder.mkdir(parents=True, exist_ok=True)
         from optuna.storages.journal import JournalFileBackend
 
@@ -84,7 +87,11 @@ class Search:
         return trial_of(number, self._job(values), self.swept, self.procs, self.config_dir)
 
     def _job(self, values: dict[str, Any]) -> list[str]:
-        return [*self.fixed, *(f"{key}={_text(value)}" for key, value in values.items())]
+        return [*self.fixed, *(f"{key}={_text(self._chosen(key, value))}" for key, value in values.items())]
+
+    def _chosen(self, key: str, value: Any) -> Any:
+        """The value behind what is written of it."""
+        return self.choices[key][self.spaces[key].choices.index(value)] if key in self.choices else value
 
 
 def value_of(trial: Trial, metric: str) -> float | None:
@@ -122,7 +129,15 @@ def _space(override: Override) -> optuna.distributions.BaseDistribution:
     if isinstance(value, (ChoiceSweep, RangeSweep)) or override.is_discrete_sweep():
         choices = list(override.sweep_string_iterator())
         return CategoricalDistribution(choices) if choices else _none(override)
-    raise ConfigError(f"{override.input_line}: is no sweep that can be searched")
+    raise ConfigError(f"{shown_override(str(override.input_line))}: is no sweep that can be searched")
+
+
+def _shown_space(key: str, space: Any) -> Any:
+    """As the study may write it: without secrets. Raises ConfigError where choices are then the same."""
+    choices = [shown_override(f"{key}={choice}").removeprefix(f"{key}=") for choice in getattr(space, "choices", ())]
+    if len(set(choices)) < len(choices):
+        raise ConfigError(f"{key}: has choices that are the same but for their secrets; a sweep cannot tell them apart")
+    return type(space)(choices) if choices else space
 
 
 def _none(override: Override) -> Any:

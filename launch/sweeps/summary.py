@@ -98,7 +98,7 @@ def write_page(sweep: Sweep, outcomes: list[Outcome]) -> Path:
         duration=duration,
         name=sweep.folder.resolve().name,
     )
-    replace_file(sweep.folder / "sweep.html", text.encode())
+    replace_file(sweep.folder / "sweep.html", text.encode(errors="replace"))
     return sweep.folder / "sweep.html"
 
 

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from trainer.config import sweep
 from trainer.config.compose import compose, load
 from trainer.errors import ConfigError
+from trainer.secrets import masked, shown_override
 from trainer.tracking.jsonl import read_status, write_json
 
 FILE = "sweep.json"
 MOST = 10_000  # more is a mistake
+LONGEST_NAME = 128  # that W&B takes
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A run of a sweep. `overrides` are those of the run, with its folder; `values`: what the swept keys are."""
+    """A run of a sweep. `overrides` are those of the run, with its folder and its secrets; `values`: of the swept keys,
+    as they may be shown."""
 
     number: int
     folder: str
@@ -50,7 +53,10 @@ class Sweep:
 
     def save(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / FILE, {**asdict(self), "folder": str(self.folder)})
+        told = {**asdict(self), "folder": str(self.folder)}
+        for trial in told["trials"]:
+            trial["overrides"] = [shown_override(text) for text in trial["overrides"]]
+        write_json(self.folder / FILE, told)
 
 
 def expand(overrides: Sequence[str], procs: int, config_dir: str | None = None) -> list[Trial]:
@@ -68,8 +74,10 @@ def expand(overrides: Sequence[str], procs: int, config_dir: str | None = None) 
             trials.append(trial_of(number, job, swept, procs, config_dir))
         except ConfigError as error:
             for problem in error.problems:
-                name = " ".join(f"{key}={value}" for key, value in sweep.values_of(job, swept).items())
+                name = " ".join(f"{key}={value}" for key, value in _values(job, swept).items())
                 problems.setdefault(problem, []).append(name)
+    if len({trial.folder for trial in trials}) < len(trials):
+        wrong.append("two trials differ in secrets alone, or not at all: they would share a folder")
     if wrong or problems:
         raise ConfigError([*wrong, *(_of_some(problem, names, len(jobs)) for problem, names in problems.items())])
     return trials
@@ -79,8 +87,19 @@ def trial_of(number: int, job: Sequence[str], swept: Sequence[str], procs: int, 
     """One trial, checked. Raises ConfigError."""
     config = load(job, procs, config_dir)
     folder = str(Path(config.run.dir).expanduser() / sweep.name_of(job))
-    escaped = folder.replace("\\", "\\\\").replace("'", "\\'")
-    return Trial(number, folder, [*job, f"run.dir='{escaped}'"], sweep.values_of(job, swept), config.train.steps)
+    trial = Trial(number, folder, [*job, _override("run.dir", folder)], _values(job, swept), config.train.steps)
+    shown = {"group": config.run.name, "name": trial.name[:LONGEST_NAME]}
+    own = [_override(f"track.wandb.{key}", text) for key, text in shown.items() if not getattr(config.track.wandb, key)]
+    return replace(trial, overrides=[*trial.overrides, *own])
+
+
+def _override(key: str, text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"{key}='{escaped}'"
+
+
+def _values(job: Sequence[str], swept: Sequence[str]) -> dict[str, str]:
+    return masked(sweep.values_of(job, swept))
 
 
 def folder_of(overrides: Sequence[str], config_dir: str | None) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from launch.export import size
-from tests.exported import GPT, INPUTS, MODELS, config_of, onecurve, saved, shaken
+from tests.exported import GPT, INPUTS, LENGTH, MODELS, config_of, onecurve, saved, shaken
 from trainer.data.tokenizer import ByteTokenizer
-from trainer.models.family import from_gpt2, to_gpt2
+from trainer.given import open_given
+from trainer.models.family import family_of, from_gpt2, to_gpt2
+from trainer.models.pretrained import files_beside, keep
 from trainer.sampling import with_weights
+from trainer.topology import ALONE
 
 transformers = pytest.importorskip("transformers")
 Export = Callable[..., str]
@@ -159,6 +163,97 @@ def test_the_tokenizer_goes_with_it(tmp_path: Path, export: Export) -> None:
     theirs = transformers.AutoTokenizer.from_pretrained(folder / "export")
     assert theirs("b a zz b").input_ids == [2, 1, 3, 2]
     assert json.loads((folder / "export/config.json").read_text())["eos_token_id"] == 0
+
+
+def word_tokenizer(*words: str) -> str:
+    import tokenizers
+    from tokenizers import models, pre_tokenizers
+
+    special = ["<unk>", "<s>", "</s>", "<pad>"]
+    vocabulary = {word: number for number, word in enumerate([*special, *words])}
+    tokenizer = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(special)
+    return tokenizer.to_str()
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """The folder of a model that somebody else trained, with all that is served by."""
+    folder = tmp_path / "base"
+    config = family_of(config_of(*MODELS["llama"]), ByteTokenizer()).config
+    config.max_position_embeddings = 512
+    config.bos_token_id, config.eos_token_id, config.pad_token_id = 1, [2, 6], 3
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model.generation_config.temperature, model.generation_config.do_sample = 0.6, True
+    model.save_pretrained(folder)
+    (folder / "tokenizer.json").write_text(word_tokenizer("a", "b", "<|end|>"))
+    told = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 512, "bos_token": "<s>", "eos_token": "</s>",
+        "pad_token": "<pad>", "unk_token": "<unk>",
+    }  # fmt: skip
+    (folder / "tokenizer_config.json").write_text(json.dumps(told))
+    (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": "</s>", "pad_token": "<pad>"}))
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }} <|end|>{% endfor %}")
+    return folder
+
+
+def test_a_fine_tuned_model_says_what_its_base_said(tmp_path: Path, export: Export, base: Path) -> None:
+    """Wherever that is by now."""
+    config = config_of(*MODELS["llama"], "model.config.vocab_size=257", f"model.weights={base}")
+    given = open_given(config, ALONE, ByteTokenizer())
+    assert given is not None
+    model = shaken(config)
+    folder = saved(tmp_path / "run", config, {1: model})
+    (folder / "tokenizer.json").write_text((base / "tokenizer.json").read_text())
+    for gone in (False, True):
+        if gone:
+            keep(folder, given.beside)
+            shutil.rmtree(base)
+        export(folder)
+        out = folder / "export"
+        told = transformers.AutoConfig.from_pretrained(out)
+        assert told.max_position_embeddings == 512
+        assert (told.bos_token_id, told.eos_token_id, told.pad_token_id) == (1, [2, 6], 3)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+        assert (tokenizer.eos_token, tokenizer.pad_token, tokenizer.model_max_length) == ("</s>", "<pad>", 512)
+        talk = tokenizer.apply_chat_template([{"role": "user", "content": "a b"}], tokenize=False)
+        assert talk == "a b <|end|>"
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
+        assert theirs.generation_config.temperature == 0.6
+        assert theirs.generation_config.eos_token_id == [2, 6]
+        torch.testing.assert_close(theirs(INPUTS).logits.float(), expected(model), rtol=1e-5, atol=1e-5)
+        shutil.rmtree(out)
+
+
+def test_with_another_tokenizer_the_ids_are_its_own(tmp_path: Path, export: Export, base: Path) -> None:
+    config = config_of(*MODELS["llama"], f"model.weights={base}")
+    folder = saved(tmp_path / "run", config, {1: shaken(config)})
+    (folder / "tokenizer.json").write_text(word_tokenizer("b", "a"))
+    export(folder)
+    told = transformers.AutoConfig.from_pretrained(folder / "export")
+    assert told.max_position_embeddings == 512
+    assert (told.eos_token_id, told.pad_token_id) == (2, None)
+    assert not (folder / "export/generation_config.json").exists()
+    assert not (folder / "export/chat_template.jinja").exists()
+
+
+LONGROPE = (
+    "model.config.rope_parameters={rope_theta: 10000.0, rope_type: longrope, original_max_position_embeddings: 8, "
+    "short_factor: [1, 1, 1, 1], long_factor: [2, 2, 2, 2]}"
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "longest", "more"), [("llama", 512, []), ("llama", LENGTH, [LONGROPE]), ("gpt2", LENGTH, [])]
+)
+def test_longest_position(name: str, longest: int, more: list[str], tmp_path: Path, export: Export, base: Path) -> None:
+    """The base's, unless rotations are scaled by it, or a table has that size."""
+    config = config_of(*MODELS[name], *more)
+    folder = saved(tmp_path / "run", config, {1: shaken(config)})
+    keep(folder, files_beside(base))
+    export(folder)
+    assert transformers.AutoConfig.from_pretrained(folder / "export").max_position_embeddings == longest
 
 
 def test_gpt2s_layout_there_and_back() -> None:

@@ -187,3 +187,86 @@ def test_a_run_that_goes_on_does_not_need_them(tmp_path: Path) -> None:
     assert given.fingerprint == "abc"
     with pytest.raises(ConfigError, match="no such file or folder"):
         open_given(config_of(*LLAMA, f"model.weights={tmp_path}/gone", "run.fresh=true"), ALONE, ByteTokenizer())
+
+
+ROPES = {
+    "linear": {"factor": 4.0},
+    "dynamic": {"factor": 4.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 16},
+    "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16},
+    "longrope": {
+        "short_factor": [1.0, 1.1, 1.2, 1.3],
+        "long_factor": [2.0, 2.1, 2.2, 2.3],
+        "original_max_position_embeddings": 16,
+    },
+}
+
+
+def turned(kind: str, longest: int, *overrides: str) -> Any:
+    """A model with so many positions, and a way to scale them."""
+    config = family_of(config_of(*LLAMA, *overrides), ByteTokenizer()).config
+    config.max_position_embeddings = longest
+    config.rope_parameters = {"rope_theta": 10000.0, "rope_type": kind, **ROPES.get(kind, {})}
+    torch.manual_seed(7)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def advised(told: str) -> list[str]:
+    return [way.strip("'") for way in told.partition("this one would be it with: ")[2].split(", ") if way]
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_rotations_that_are_scaled(kind: str, tmp_path: Path) -> None:
+    """The longest position has to be set where it has a part in them; what is said to be set is enough."""
+    turned(kind, 512).save_pretrained(tmp_path)
+    ways = advised(refused(tmp_path, *LLAMA))
+    assert ("model.config.max_position_embeddings=512" in ways) == (kind == "longrope")
+    expected = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    same(started(tmp_path, *LLAMA, *ways)[1], expected)
+
+
+def test_what_is_not_supported_is_said_at_once(tmp_path: Path) -> None:
+    """Not behind advice that would be refused in its turn."""
+    turned("dynamic", 16).save_pretrained(tmp_path / "short")
+    told = refused(tmp_path / "short", *LLAMA)
+    assert "is of a model that is not supported: model.config: its 16 positions are fewer than data.seq" in told
+    assert advised(told) == []
+    window, mistral = "model.config.sliding_window", (*LLAMA, "model.architecture=MistralForCausalLM")
+    model = turned("default", 512, *mistral[4:])
+    model.config.sliding_window = 16
+    model.save_pretrained(tmp_path / "windows")
+    told = refused(tmp_path / "windows", *mistral)
+    assert f"{window}=16: windows shorter than data.sequence_length=24 are not supported; nearest: data.seq" in told
+    assert advised(told) == []
+    (problem,) = problems(*mistral, f"{window}=16", "data.sequence_length=24")
+    assert problem in told
+    assert f"{window}=32" in advised(refused_with(tmp_path / "windows", 32, *mistral))
+
+
+def refused_with(folder: Path, window: int, *overrides: str) -> str:
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**content, "sliding_window": window}))
+    return refused(folder, *overrides)
+
+
+def test_a_head_is_the_embedding_only_if_all_of_it_is(tmp_path: Path) -> None:
+    theirs("llama tied").save_pretrained(tmp_path)
+    weights = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    weights["lm_head.weight"][-1, -1] += 1
+    safetensors.torch.save_file(weights, tmp_path / "other.safetensors")
+    assert "no place in this model: lm_head.weight" in refused(tmp_path / "other.safetensors", *MODELS["llama tied"])
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].bfloat16()
+    safetensors.torch.save_file(weights, tmp_path / "other.safetensors")
+    assert "no place in this model: lm_head.weight" in refused(tmp_path / "other.safetensors", *MODELS["llama tied"])
+
+
+def test_a_head_that_is_lost(tmp_path: Path) -> None:
+    """The embedding does not stand for it where its config.json says that they are two."""
+    theirs("llama").save_pretrained(tmp_path)
+    weights = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    del weights["lm_head.weight"]
+    safetensors.torch.save_file(weights, tmp_path / "model.safetensors")
+    for name in ("llama", "llama tied"):
+        told = refused(tmp_path, *MODELS[name])
+        assert told == "its config.json says tie_word_embeddings=false, but its head is lost: lm_head.weight"

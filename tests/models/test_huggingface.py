@@ -127,7 +127,7 @@ def test_what_its_parameters_are() -> None:
         (("model.config.num_attention_heads=4", "model.config.num_key_value_heads=3"), "num_key_value_heads=3: does"),
         (("model.config.max_position_embeddings=8",), "its 8 positions are fewer than data.sequence_length="),
         (("model.architecture=BertModel",), "model.architecture=BertModel: should be 'LlamaForCausalLM',"),
-        (("model.architecture=MistralForCausalLM", "model.config.sliding_window=8"), "sliding_window=8: shorter"),
+        (("model.architecture=MistralForCausalLM", "model.config.sliding_window=8"), "sliding_window=8: windows sh"),
         (("strategy=fsdp", "strategy.tensor_parallel=4"), "its 2 heads of keys do not divide by strategy.tens"),
         (("model=gpt2", "model.config.hidden_size=64"), "is another name of model.config.n_embd; give one of the two"),
         (("model=gpt2", "model.config.n_head=3"), "its width 128 does not divide by its 3 attention heads"),

@@ -59,6 +59,11 @@ def test_a_trials_own_overrides_compose_to_its_folder() -> None:
     for trial in expand([*SMOKE, "optimizer.lr=0.001,0.01", odd], 1):
         assert load(trial.overrides).run.dir == trial.folder
         assert trial.folder.startswith("it's, {here}/")
+        wandb = load(trial.overrides).track.wandb
+        assert (wandb.group, wandb.name) == ("smoke", trial.name)
+        assert trial.name == f"optimizer.lr={trial.values['optimizer.lr']}"
+    (own,) = expand([*SMOKE, "run.seed=1,2", "track.wandb.name=mine", "track.wandb.group=ours"], 1)[:1]
+    assert (load(own.overrides).track.wandb.group, load(own.overrides).track.wandb.name) == ("ours", "mine")
     assert str(folder_of([*SMOKE, "optimizer.lr=0.001,0.01", odd], None)) == "it's, {here}"
 
 

@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from tests.tracking.demo_run import evaluation, info, row
+from trainer.config.compose import load
 from trainer.tracking import JsonLines, Trackers
 from trainer.tracking.jsonl import read
-from trainer.tracking.wandb import WandB, named
+from trainer.tracking.wandb import WandB, identity, named
 
 
 @pytest.fixture(autouse=True)
@@ -139,3 +142,108 @@ assert "wandb" not in sys.modules
     command = [sys.executable, "-c", script, str(tmp_path / "run"), str(Path(__file__).parent), mode]
     subprocess.run(command, check=True, env={**os.environ, **variables})
     assert not (tmp_path / "run").exists()
+
+
+def steps_in(folder: Path) -> list[list[int]]:
+    """The steps that each attempt's file has rows of."""
+    files = sorted((folder / "wandb").glob("offline-run-*/*.wandb"))
+    return [[item["item"]["progress/step"] for item in of_kind(inspect(path), "history")] for path in files]
+
+
+def attempt(folder: Path, first: int, last: int, tracker: WandB | None = None) -> None:
+    tracker = tracker or WandB("offline", say=lambda _: None)
+    trackers = Trackers(JsonLines(folder), [tracker])
+    trackers.start(info(folder, step=first - 1))
+    trackers.rows([row(step) for step in range(first, last + 1)])
+    trackers.close({"state": "interrupted"})
+
+
+@pytest.mark.slow
+def test_rows_that_a_killed_attempt_lost_are_logged_by_the_next(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    attempt(folder, 1, 60)
+    (file,) = (folder / "wandb").glob("offline-run-*/*.wandb")
+    os.truncate(file, file.stat().st_size * 2 // 3)  # as it is when W&B's process was killed, too
+    kept = json.loads((folder / "wandb.json").read_text())
+    del kept["logged"]  # which comes with the end of an attempt
+    (folder / "wandb.json").write_text(json.dumps(kept))
+    attempt(folder, 61, 62)
+    first, second = steps_in(folder)
+    assert 1 <= len(first) < 60
+    assert first + second == list(range(1, 63))
+
+
+@pytest.mark.slow
+def test_a_run_directory_that_is_copied_while_its_run_goes_on(tmp_path: Path) -> None:
+    attempt(tmp_path / "run", 1, 3)
+    shutil.copytree(tmp_path / "run", tmp_path / "copy", symlinks=True)
+    said: list[str] = []
+    attempt(tmp_path / "copy", 4, 5, WandB("offline", say=said.append))
+    other = identity(tmp_path / "copy")["id"]
+    (own,) = (tmp_path / "copy/wandb").glob(f"offline-run-*/run-{other}.wandb")
+    assert [item["item"]["progress/step"] for item in of_kind(inspect(own), "history")] == [1, 2, 3, 4, 5]
+    assert said[-1].endswith(f"wandb sync {own.parent}")
+
+
+def test_which_rows_are_logged_again(tmp_path: Path) -> None:
+    """Those behind what W&B has, up to the step that the run goes on from; none after an end in order."""
+    record = JsonLines(tmp_path)
+    record.start(info(tmp_path))
+    record.rows([row(step) for step in range(1, 11)])
+    logged: list[int] = []
+    for since, step in ((6, 9), (9, 9), (12, 10)):
+        tracker = WandB("offline")
+        tracker.folder = tmp_path
+        tracker.run = SimpleNamespace(log=lambda told: logged.append(told["progress/step"]))
+        tracker._fill(since, step)
+    assert logged == [7, 8, 9]
+
+
+def test_a_copied_run_directory_is_another_run_there(tmp_path: Path) -> None:
+    run, copy, moved, link = (tmp_path / name for name in ("run", "copy", "moved", "link"))
+    run.mkdir()
+    kept = identity(run)
+    assert identity(run) == kept
+    (run / "wandb.json").write_text(json.dumps({"id": kept["id"], "logged": 3}))  # an earlier version names no path
+    assert identity(run) == {**kept, "logged": 3}
+    link.symlink_to(run)
+    assert identity(link)["id"] == kept["id"]
+    shutil.copytree(run, copy)
+    other = identity(copy)
+    assert other["id"] != kept["id"]
+    assert "logged" not in other
+    assert identity(copy) == other
+    assert identity(run)["id"] == kept["id"]
+    run.rename(moved)
+    assert identity(moved)["id"] == kept["id"]
+    (moved / "wandb.json").write_text("{")  # cut short
+    assert identity(moved)["id"] != kept["id"]
+
+
+def test_keys_beat_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    section = load([]).track.wandb
+    assert (section.project, section.group, section.name) == (None, None, None)
+    assert WandB(section.mode, section.project).project == "onecurve"
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    monkeypatch.setenv("WANDB_NAME", "me")
+    tracker = WandB(section.mode, section.project, group=section.group, name=section.name)
+    assert (tracker.project, tracker.name) == ("mine", "me")
+    tracker = WandB("auto", "theirs", name="they")
+    assert (tracker.project, tracker.name) == ("theirs", "they")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("keys", [{}, {"project": "p", "group": "g", "name": "n"}])
+def test_variables_of_wandb_hold(keys: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    for name in ("PROJECT", "RUN_GROUP", "NAME", "ENTITY"):
+        monkeypatch.setenv(f"WANDB_{name}", f"my-{name.lower()}")
+    wandb.teardown()  # it has read them for all runs of this process
+    attempt(tmp_path / "run", 1, 1, WandB("offline", say=lambda _: None, **keys))
+    wandb.teardown()
+    (file,) = (tmp_path / "run/wandb").glob("offline-run-*/*.wandb")
+    told = of_kind(inspect(file), "run")[0]
+    expected = list(keys.values()) or ["my-project", "my-run_group", "my-name"]
+    assert [told[name] for name in ("project", "run_group", "display_name")] == expected
+    assert told["entity"] == "my-entity"

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from trainer.config import rules
 from trainer.config.schema import OPTIONS, SECTIONS, Config, Plugin, Section
 from trainer.errors import ConfigError
+from trainer.secrets import masked
 
 
 def check(raw: dict[str, Any], world_size: int = 1) -> Config:
@@ -110,5 +111,5 @@ def _describe(section: str, schema: type[Section], error: ValidationError) -> li
             lines[key] = f"{key}: missing; this key has no default"
         else:
             message = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
-            lines.setdefault(key, f"{key}={item['input']}: {message}")
+            lines.setdefault(key, f"{key}={masked(item['input'])}: {message}")
     return list(lines.values())

@@ -22,6 +22,7 @@ from trainer.config.check import check, checked, did_you_mean, option_schema
 from trainer.config.recipes import leave_out_foreign_keys
 from trainer.config.schema import OPTIONS, SECTIONS, Config
 from trainer.errors import ConfigError, first_line
+from trainer.secrets import shown_override
 
 
 def load(overrides: Sequence[str], world_size: int = 1, config_dir: str | None = None) -> Config:
@@ -59,8 +60,8 @@ def load_sized(
 
 
 def load_composed(path: str | os.PathLike[str], world_size: int) -> Config:
-    """The config in a file that holds all values of `Config.resolved()`, as a launcher writes it: whatever happens to
-    the YAML files meanwhile, each start of a run has the same. Raises ConfigError."""
+    """The config in a file that holds all of `Config.with_secrets()`, as a launcher writes it: whatever happens to the
+    YAML files meanwhile, each start of a run has the same. Raises ConfigError."""
     try:
         raw = yaml.safe_load(Path(path).read_bytes())
     except (OSError, yaml.YAMLError) as error:
@@ -75,7 +76,7 @@ def compose(overrides: Sequence[str], config_dir: str | None = None) -> tuple[di
     parser = OverridesParser.create()
     for text in overrides:
         if text.startswith("--"):
-            problems.append(f"{text}: options are written key=value, without dashes")
+            problems.append(f"{shown_override(text)}: options are written key=value, without dashes")
             continue
         try:
             parser.parse_overrides([text])
@@ -84,7 +85,8 @@ def compose(overrides: Sequence[str], config_dir: str | None = None) -> tuple[di
             if fixed := quoted(text, parser):
                 good.append(fixed)
                 continue
-            problems.append(f"{text}: is no override; write key=value (quote values with spaces, commas or braces)")
+            what = "is no override; write key=value (quote values with spaces, commas or braces)"
+            problems.append(f"{shown_override(text)}: {what}")
     extra = [f"hydra.searchpath=[file://{os.path.abspath(config_dir)}]"] if config_dir else []
     with in_hydra():
         while True:
@@ -102,6 +104,21 @@ def compose(overrides: Sequence[str], config_dir: str | None = None) -> tuple[di
                 good.remove(culprit)
             except (HydraException, OmegaConfBaseException, ValueError) as error:
                 return {}, [*problems, " ".join(str(error if str(error) else error.__cause__).split())]
+
+
+def with_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The values that a run was resolved to, some of them replaced. Raises ConfigError."""
+    try:
+        again = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)), resolve=True)
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ConfigError(f"{first_line(error)}; write key=value, such as data.shards='...'") from None
+    return _merged(raw, again)
+
+
+def _merged(raw: Any, again: Any) -> Any:
+    if not (isinstance(raw, dict) and isinstance(again, dict)):
+        return again
+    return raw | {key: _merged(raw.get(key), value) for key, value in again.items()}
 
 
 def quoted(text: str, parser: OverridesParser) -> str | None:

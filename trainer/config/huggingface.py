@@ -83,6 +83,7 @@ def problems(model: HuggingFace, sequence_length: int, tensor_parallel: int) -> 
         yield f"model.config: its {key_heads} heads of keys do not divide by strategy.tensor_parallel={tensor_parallel}"
     window = getattr(config, "sliding_window", None)
     if window is not None and window < sequence_length:
-        yield f"model.config.sliding_window={window}: shorter windows than data.sequence_length are not supported; null"
+        key, limit = f"model.config.sliding_window={window}", f"data.sequence_length={sequence_length}"
+        yield f"{key}: windows shorter than {limit} are not supported; nearest: data.sequence_length={window}"
     if positions < sequence_length:
         yield f"model.config: its {positions} positions are fewer than data.sequence_length={sequence_length}"

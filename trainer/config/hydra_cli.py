@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from trainer.config.check import check
@@ -20,6 +24,7 @@ from trainer.config.compose import lenient, raw_values
 from trainer.config.recipes import leave_out_foreign_keys
 from trainer.config.sweep import name_of
 from trainer.errors import ConfigError, OnecurveError
+from trainer.secrets import hide_arguments, masked
 from trainer.topology import world_size
 
 QUIET = ("--cfg", "-c", "--info", "-i", "--version", "--hydra-help")
@@ -29,13 +34,14 @@ COMPLETION = ("--shell-completion", "-sc")
 def hydra_command(arguments: Sequence[str]) -> None:
     """Hands the arguments to Hydra. Only the main rank prints what is the same on every rank."""
     rank = int(os.environ.get("RANK", "0"))
-    if rank and any(argument.split("=")[0] in QUIET for argument in arguments):
+    is_quiet = any(argument.split("=")[0] in QUIET for argument in arguments)
+    if rank and is_quiet:
         return
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # ours are shown in one block, others deserve their trace
     try:
         if not any(argument in COMPLETION for argument in arguments):
             arguments = [_checked_later(argument) for argument in arguments]
-        with tempfile.TemporaryDirectory(prefix="onecurve-") as scratch:
+        with tempfile.TemporaryDirectory(prefix="onecurve-") as scratch, _without_secrets(is_quiet):
             # A sweep's own file is the main rank's to write.
             sys.argv[1:] = [*arguments, f"hydra.sweep.dir={scratch}"] if rank else arguments
             _main()
@@ -49,15 +55,40 @@ def _main(composed: DictConfig) -> None:
     from trainer.__main__ import BORN, tell
     from trainer.run import run
 
+    hide_arguments()  # Hydra has read them
     raw, hydra_config = raw_values(composed), HydraConfig.get()
     leave_out_foreign_keys(raw, hydra_config.overrides.task)
     if hydra_config.mode == RunMode.MULTIRUN:
-        raw["run"]["dir"] = str(Path(raw["run"]["dir"]) / name_of(hydra_config.overrides.task))
+        name = name_of(hydra_config.overrides.task)
+        raw["run"]["dir"] = str(Path(raw["run"]["dir"]) / name)
+        with suppress(KeyError, TypeError, AttributeError):  # the check names what is wrong
+            wandb = raw["track"]["wandb"]
+            wandb |= {"group": wandb.get("group") or raw["run"]["name"], "name": wandb.get("name") or name[:128]}
     try:
         run(check(raw, world_size()), BORN)
     except OnecurveError as error:  # Hydra would keep an exception and start the next job
         tell(error)
         sys.exit(error.exit_code)
+
+
+@contextmanager
+def _without_secrets(is_quiet: bool) -> Iterator[None]:
+    """Masks what Hydra prints of a config, and writes of a sweep. It prints values of single keys, too (`--package`):
+    of a command that trains nothing (`is_quiet`) every line is looked at."""
+    to_yaml, printed = OmegaConf.to_yaml, io.StringIO()
+
+    def hidden(config: Any, *, resolve: bool = False, sort_keys: bool = False) -> str:
+        return to_yaml(OmegaConf.create(masked(OmegaConf.to_container(config, resolve=resolve))), sort_keys=sort_keys)
+
+    with patch.object(OmegaConf, "to_yaml", staticmethod(hidden)):
+        if not is_quiet:
+            yield
+            return
+        try:
+            with redirect_stdout(printed):
+                yield
+        finally:
+            sys.stdout.write("".join(map(masked, printed.getvalue().splitlines(keepends=True))))
 
 
 def _checked_later(argument: str) -> str:

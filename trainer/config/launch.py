@@ -9,6 +9,7 @@ from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
 
 from trainer.config.section import Count, Int, IntervalText, Plugin, Positive, Section
+from trainer.secrets import holds_secret
 
 # What sbatch takes: minutes, min:sec, h:min:sec, days-h, days-h:min, days-h:min:sec.
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d+){0,2})")
@@ -146,10 +147,10 @@ class Slurm(Launch):
     @field_validator("env")
     @classmethod
     def _no_secrets(cls, env: dict[str, str]) -> dict[str, str]:
-        for name in env:
+        for name, value in env.items():
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
                 raise ValueError(f"'{name}' is no name of a variable")
-            if _SECRET.search(name):
+            if _SECRET.search(name) or holds_secret(value):
                 raise PydanticCustomError(
                     "secret", "{name} looks like a secret; export it before you submit", {"name": name}
                 )
@@ -165,7 +166,11 @@ class Slurm(Launch):
     @field_validator("setup", "options")
     @classmethod
     def _no_secrets_in_text(cls, lines: list[str]) -> list[str]:
+        """They are written into the script of the job."""
         for line in lines:
+            if holds_secret(line):
+                what = "an address with a password or a signature: export that before you submit, and write $NAME"
+                raise PydanticCustomError("secret", "holds {what}", {"what": what})
             if found := re.search(r"\w*(?:KEY|TOKEN|SECRET|PASSW)\w*(?==[^$\s])", line, re.IGNORECASE):
                 raise PydanticCustomError(
                     "secret", "{name} looks like a secret; export it before you submit", {"name": found[0]}

@@ -14,7 +14,9 @@ from trainer.config.launch import Local, Slurm
 from trainer.config.section import Count, Float, Int, IntervalText, Plugin, Positive, Section, Share
 from trainer.config.strategy import DDP, FSDP, HSDP, WHOLE, Layout, Pipeline, Precision, Single, Strategy, Zero
 from trainer.config.survival import Debug, Guard, Watchdog
+from trainer.config.track import Track
 from trainer.config.vocabulary import Vocabulary
+from trainer.secrets import masked
 
 
 class Run(Section):
@@ -81,23 +83,6 @@ class Checkpoint(Section):
         description="What a resume checks before it uses a checkpoint: full (the checksum of every byte, each process "
         "its share of the files) or sizes (that all files are there, of their sizes)."
     )
-
-
-class Wandb(Section):
-    mode: Literal["auto", "offline", "online", "disabled"] = Field(
-        description="auto: online if an API key is set up, else offline."
-    )
-    project: str = Field(description="W&B project.")
-
-
-class Track(Section):
-    console: bool = Field(description="Show progress on the terminal.")
-    report: bool = Field(description="Write `report.html` at the end of the run.")
-    fingerprint: bool = Field(
-        description="Record with each step a checksum of all weights behind it: where two runs on the same processes "
-        "part, `onecurve checkpoint diff` says at which step. Costs a pass over the weights a step."
-    )
-    wandb: Wandb = Field(description="Weights & Biases.")
 
 
 class Sample(Section):
@@ -395,5 +380,9 @@ class Config(BaseModel):
         return self.strategy.layout(world_size) if isinstance(self.strategy, Strategy) else WHOLE
 
     def resolved(self) -> dict[str, Any]:
-        """Plain, JSON-able values of every key."""
+        """Plain, JSON-able values of every key, as others may see them: without secrets."""
+        return masked(self.with_secrets())
+
+    def with_secrets(self) -> dict[str, Any]:
+        """Plain, JSON-able values of every key, for who starts the run or reads its data: to be shown to nobody."""
         return {name: getattr(self, name).model_dump(mode="json") for name in type(self).model_fields}

@@ -15,12 +15,13 @@ from hydra.errors import HydraException, OverrideParseException
 
 from trainer.config.compose import in_hydra, lenient, quoted
 from trainer.errors import ConfigError
+from trainer.secrets import shown_override
 
 
 def name_of(overrides: Sequence[str]) -> str:
     """Of the folder of a sweep's job, below `run.dir`, by all that it overrides: another sweep must not go on with
-    these runs under other values. How they are launched does not matter."""
-    bare = (text.lstrip("+") for text in overrides)
+    these runs under other values. How they are launched does not matter, nor a secret in them."""
+    bare = (shown_override(text).lstrip("+") for text in overrides)
     name = ",".join(sorted(text for text in bare if not re.match(r"launch[.=]", text)))
     name = re.sub(r"[^A-Za-z0-9=.,+-]", "_", name) or "0"
     return name if len(name) <= 150 else f"{name[:130]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
@@ -34,7 +35,8 @@ def parse(overrides: Sequence[str]) -> tuple[list[Override], list[str]]:
             given = text if _parses(text, parser) else quoted(text, parser) or text
             parsed += parser.parse_overrides([lenient(given)])
         except HydraException:
-            problems.append(f"{text}: is no override; write key=value, and a sweep as key=1,2 or key=range(1,4)")
+            what = "is no override; write key=value, and a sweep as key=1,2 or key=range(1,4)"
+            problems.append(f"{shown_override(text)}: {what}")
     return parsed, problems
 
 

@@ -8,6 +8,7 @@ from contextlib import suppress
 from datetime import datetime, timezone
 
 from trainer.errors import TrainingError
+from trainer.secrets import masked, prose
 from trainer.tracking.base import Row, RunInfo, Tracker
 from trainer.tracking.jsonl import write_status
 from trainer.tracking.record import JsonLines
@@ -66,7 +67,7 @@ class Trackers:
             self.record.close(status)
 
     def _event(self, event: Row) -> None:
-        event = {"time": now(), **event}
+        event = masked({"time": now(), **event}, prose)
         self.record.event(event)
         self._tell(lambda tracker: tracker.event(event))
 
@@ -84,7 +85,7 @@ class Trackers:
 
     def _say(self, text: str) -> None:
         with suppress(OSError, ValueError):  # a closed terminal
-            self.say(text)
+            self.say(prose(text))
 
     def _tell(self, tell: Callable[[Tracker], None]) -> None:
         for tracker in list(self.others):

@@ -40,7 +40,7 @@ def write_report(folder: Path, run: Run | None = None) -> Path:
         environment=list(_flat(run.environment)),
         events=[(event, _details(event)) for event in run.events[-EVENTS_SHOWN:]],
     )
-    replace_file(folder / "report.html", text.encode())
+    replace_file(folder / "report.html", text.encode(errors="replace"))
     return folder / "report.html"
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import yaml
 
 from trainer.errors import ConfigError
+from trainer.secrets import masked, prose
 from trainer.tracking.base import Row
 from trainer.tracking.console import duration
 from trainer.tracking.goodput import Goodput, goodput
@@ -58,12 +59,12 @@ def load(folder: Path) -> Run:
     """
     if not any((folder / name).is_file() for name in ("status.json", "metrics.jsonl")):
         raise ConfigError(f"{folder}: not a run's folder (neither status.json nor metrics.jsonl is in it)")
-    config = _text(folder / "config.yaml")
+    config = prose(_text(folder / "config.yaml"))  # earlier versions wrote secrets there and into events
     return Run(
         name=_name(folder / "config.yaml", config) or folder.resolve().name,
         status={"state": "unknown", **_json(folder / "status.json")},
         rows=read(folder / "metrics.jsonl"),
-        events=read(folder / "events.jsonl"),
+        events=masked(read(folder / "events.jsonl"), prose),
         config=config,
         environment=_json(folder / "environment.json"),
         sample=_text(folder / "samples.txt")[-SAMPLE_SHOWN:],

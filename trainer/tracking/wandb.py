@@ -10,11 +10,14 @@ import json
 import os
 import secrets
 import shlex
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
+from trainer.tracking import jsonl
 from trainer.tracking.base import Row, RunInfo
 from trainer.tracking.jsonl import write_json
 
@@ -41,6 +44,7 @@ NAMES = {
     "mfu": "perf/mfu",
     "mem_gib": "mem/peak_gib",
 }  # every other number of a row is under train/, of an evaluation under val/
+KEPT = "wandb.json"  # in the run directory
 EXIT_CODES = {"finished": 0, "interrupted": 75}
 INIT_S = 30.0  # how long the server may take to answer at the start, before it goes on offline
 FINISH_S = 25.0  # and to take what is left at the end; the rest can be synced later
@@ -52,11 +56,21 @@ class WandB:
 
     mode: `auto` is W&B's own WANDB_MODE, else online when W&B finds a key (WANDB_API_KEY, netrc, its
     settings), else offline. It never asks for a key: `online` without one goes offline and says so.
+    What is None is as W&B's own variables say. Rows that a killed attempt did not get to W&B are logged by the next.
     """
 
-    def __init__(self, mode: Mode = "auto", project: str | None = None, say: Say | None = None):
+    def __init__(
+        self,
+        mode: Mode = "auto",
+        project: str | None = None,
+        say: Say | None = None,
+        group: str | None = None,
+        name: str | None = None,
+    ):
         self.mode = mode
         self.project = project or os.environ.get("WANDB_PROJECT") or "onecurve"
+        self.group, self.name = group, name or os.environ.get("WANDB_NAME")
+        self.id, self.last = "*", 0
         self.say = say or (lambda text: print(text, file=sys.stderr, flush=True))
         self.run: Any = None
         self.ended = False
@@ -98,10 +112,14 @@ class WandB:
             finish_timeout_raises=True,
         )
         self.folder.mkdir(parents=True, exist_ok=True)
+        kept = identity(info.folder)
+        self.id, self.last = kept["id"], info.step
+        local = self._files("*run-*")
         arguments: dict[str, Any] = {
             "project": self.project,
-            "id": run_id(info.folder),
-            "name": info.name,
+            "id": self.id,
+            "name": self.name or info.name,
+            "group": self.group,
             "dir": str(info.folder),
             "config": {**info.config, **{f"env/{name}": value for name, value in info.environment.items()}},
             "resume": "allow",
@@ -112,10 +130,18 @@ class WandB:
         self.run.define_metric("progress/step")
         self.run.define_metric("*", step_metric="progress/step")
         self.run.define_metric("val/loss", step_metric="progress/step", summary="min")
+        if kept.get("logged", 0) < info.step:
+            self._fill(_last_step(self.run, local), info.step)
+
+    def _fill(self, since: int, step: int) -> None:
+        """Logs the recorded rows after step `since`, up to the restored one."""
+        rows = jsonl.read(self.folder / "metrics.jsonl") if since < step else []
+        self.rows([row for row in rows if since < row["step"] <= step])
 
     def rows(self, rows: list[Row]) -> None:
         for row in rows if self.run else ():
             self.run.log(named(row))
+            self.last = row["step"]
 
     def event(self, event: Row) -> None:
         """Alerts of what somebody should look at; the others are in events.jsonl, evaluations in their rows."""
@@ -134,6 +160,7 @@ class WandB:
         except TimeoutError:
             self.say(f"W&B did not take everything within {FINISH_S:.0f} s; {self.advice}")
         else:
+            write_json(self.folder / KEPT, {**identity(self.folder), "logged": self.last})
             if self._offline():
                 self.say(f"W&B was offline; {self.advice}")
 
@@ -147,11 +174,15 @@ class WandB:
 
     def _offline(self) -> list[Path]:
         """What was logged offline, in this life or before."""
-        return sorted(self.folder.glob("wandb/offline-run-*"))
+        return [path.parent for path in self._files("offline-run-*")]
+
+    def _files(self, folders: str) -> list[Path]:
+        """W&B's own files of this run: a copied run directory has another's, too."""
+        return sorted(self.folder.glob(f"wandb/{folders}/run-{self.id}.wandb"))
 
     def _on_disk(self) -> list[Path]:
         """What may not be on the server: also of this life, whatever it is."""
-        own = [Path(self.run.settings.sync_dir)] if self.run else sorted(self.folder.glob("wandb/run-*"))
+        own = [Path(self.run.settings.sync_dir)] if self.run else [path.parent for path in self._files("run-*")]
         return list(dict.fromkeys([*self._offline(), *own]))
 
 
@@ -168,12 +199,50 @@ def named(row: Row) -> dict[str, Any]:
     return {name: value + 0 for name, value in values.items() if value is not None}  # + 0: True is 1
 
 
-def run_id(folder: Path) -> str:
-    """The W&B id of the run in `folder`: made at its birth, the same in all its lives."""
-    path = folder / "wandb.json"
-    if not path.exists():
-        write_json(path, {"id": secrets.token_hex(6)})
-    return json.loads(path.read_text(encoding="utf-8"))["id"]
+def identity(folder: Path) -> Row:
+    """What RUN_DIR/wandb.json says: the W&B `id` of the run, made at its birth, the same in all its attempts; the
+    `path` of its directory; and the last step that was `logged`, if the attempt before ended in order.
+
+    A copy of a run directory gets an id of its own: the one that it was copied from is still where the file says.
+    """
+    kept = _kept(folder)
+    origin = Path(kept.get("path", folder))
+    is_copy = _kept(origin).get("id") == kept.get("id") and not origin.samefile(folder)
+    if not kept or is_copy:
+        kept = {"id": secrets.token_hex(6)}
+    if kept.get("path") != str(folder.absolute()):
+        kept["path"] = str(folder.absolute())
+        write_json(folder / KEPT, kept)
+    return kept
+
+
+def _kept(folder: Path) -> Row:
+    try:
+        kept = json.loads((folder / KEPT).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return kept if isinstance(kept, dict) and isinstance(kept.get("id"), str) else {}
+
+
+def _last_step(run: Any, local: Iterable[Path]) -> int:
+    """The last step that W&B has of the attempts before, or may be given by `wandb sync` of these files; 0: none."""
+    steps = [0]
+    with suppress(TypeError, ValueError):  # a server that knows nothing of it
+        steps.append(int(run.summary.get("progress/step") or 0))
+    for path in local:
+        if run.offline or path.parent.name.startswith("offline-"):
+            steps += _steps_in(path)
+    return max(steps)
+
+
+def _steps_in(path: Path) -> Iterator[int]:
+    """The steps that one of W&B's own files has rows of; a killed attempt's lacks its last ones."""
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
+    quiet: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, errors="replace", **quiet) as process:
+        for line in process.stdout or ():
+            with suppress(ValueError, KeyError, TypeError):  # no row, or a line that is cut short
+                yield int(json.loads(line)["history"]["item"]["progress/step"])
 
 
 def _open(wandb: Any, arguments: dict[str, Any], say: Say) -> Any:

@@ -1,34 +1,17 @@
-"""What the text of a shard's place means, and how it is shown: without what is secret in it."""
+"""What the text of a shard's place means."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from functools import lru_cache
 from urllib.parse import unquote, urlsplit
 
 from trainer.errors import ConfigError
+from trainer.secrets import PIPE, shown
 
-PIPE = "pipe:"
 OBSTORE = ("http", "https", "s3", "s3a", "gs", "az", "abfs", "abfss")
 _SCHEME = re.compile(r"((?:[A-Za-z0-9+.-]+::)*[A-Za-z][A-Za-z0-9+.-]*)://")  # fsspec's chains are no paths either
-_USER = re.compile(r"((?:https?|s3|ftp):/|://)[^/\s'\"]*@")  # also where a slash is missing
-_QUERY = re.compile(r"((?:https?:/|://)[^\s?'\"]*)\?[^\s'\"]*")
-_SECRET = re.compile(
-    r"(?i)(\bauthorization['\"]?\s*[=:]\s*['\"]?(?:\w+\s+)?|\b(?:bearer|basic)\s+"
-    r"|(?:^|\s)(?:-u|--user|--password)[=\s]+|(?:^|\s)-u(?=[^\s:]+:)"
-    r"|[\w-]*(?:secret|token|password|passwd|api-?_?key|access_?key|signature)[\w-]*['\"]?\s*[=:]\s*)"
-    r"(?!\s)(?:\"[^\"]*\"|'[^']*'|[^\s'\"]+)"
-)
-# What words of a command are shown: what is certainly no secret. The rest of them is masked.
-_WORD = re.compile(r"[|;&()<>]+|(?:[^\s'\"|;&()<>]|'[^']*'|\"[^\"]*\")+|['\"]")
-_MASKED = re.compile(r"(?:-*\w[\w-]*=)?\*\*\*|\[[0-9a-f]{8}\]")
-_PROGRAM = re.compile(r"[\w./~+-]+")
-_ASSIGNED = re.compile(r"(-*\w[\w-]*=)")
-_OPTION = re.compile(r"-[A-Za-z0-9]{1,4}|--[a-z][a-z0-9-]*")
-_FILE = re.compile(r"\w[a-zA-Z0-9+.-]*://.*|[\w./+~=,@%{}*-]*\.(?:tar|tgz|gz|xz|bz2|zst|lz4|zip|enc|gpg)")
-_PATH = re.compile(r"(?:\.{0,2}|~)/[\w./+~=,@%{}*-]*|\w{1,3}|-")
 
 
 def scheme(url: str) -> str | None:
@@ -55,42 +38,6 @@ def absolute(url: str) -> str:
 def local_path(url: str) -> str:
     """The path that a path or `file://` URL means."""
     return unquote(urlsplit(url).path) if scheme(url) == "file" else url
-
-
-def shown(url: str) -> str:
-    """The URL or command as messages may name it: no user, password, query (signatures) or token.
-
-    Of a command only programs, options, paths and URLs are left; a checksum tells those apart that then look the same.
-    It is not of what is known to be a secret, which may be another one in another life of a run.
-    """
-    text = _SECRET.sub(r"\1***", _QUERY.sub(r"\1?***", _USER.sub(r"\1***@", url)))
-    if not url.startswith(PIPE):
-        return text
-    masked = f"{PIPE}{_masked(text[len(PIPE) :])}"
-    checksum = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]
-    return masked if masked == text else f"{masked} [{checksum}]"
-
-
-def _masked(command: str) -> str:
-    begins, valued = True, False  # whether a program is named next, or the value of an option may be
-
-    def word(match: re.Match[str]) -> str:
-        nonlocal begins, valued
-        spelt = match[0]
-        if spelt[0] in "|;&()<>":
-            begins, valued = not set(spelt) & set("<>"), False
-            return spelt
-        if spelt in "'\"":  # one that has no end
-            return spelt
-        plain, first, after = spelt.strip("'\""), begins, valued
-        begins, valued = first and _ASSIGNED.match(plain) is not None, _OPTION.fullmatch(plain) is not None
-        whole = (_PROGRAM,) if first else (_OPTION, _FILE) if after else (_OPTION, _FILE, _PATH)
-        if any(kind.fullmatch(plain) for kind in (_MASKED, *whole)):
-            return spelt
-        assigned = _ASSIGNED.match(plain)
-        return f"{assigned[1] if assigned else ''}***"
-
-    return _WORD.sub(word, command)
 
 
 def check(url: str, allow_pipe: bool) -> None:

@@ -1,0 +1,35 @@
+"""Keys of the trackers: the terminal, the report, Weights & Biases."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from trainer.config.section import Section
+
+
+class Wandb(Section):
+    mode: Literal["auto", "offline", "online", "disabled"] = Field(
+        description="auto: online if an API key is set up, else offline."
+    )
+    project: str | None = Field(description="W&B project. null: WANDB_PROJECT, else `onecurve`.")
+    # With defaults: earlier runs do not have them.
+    group: str | None = Field(
+        default=None,
+        description="What runs are shown together by. null: WANDB_RUN_GROUP; the trials of a sweep, its `run.name`.",
+    )
+    name: str | None = Field(
+        default=None,
+        description="Name of the W&B run. null: WANDB_NAME, else `run.name`; for a trial of a sweep, what was swept.",
+    )
+
+
+class Track(Section):
+    console: bool = Field(description="Show progress on the terminal.")
+    report: bool = Field(description="Write `report.html` at the end of the run.")
+    fingerprint: bool = Field(
+        description="Record with each step a checksum of all weights behind it: where two runs on the same processes "
+        "part, `onecurve checkpoint diff` says at which step. Costs a pass over the weights a step."
+    )
+    wandb: Wandb = Field(description="Weights & Biases.")

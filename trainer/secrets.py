@@ -1,0 +1,153 @@
+"""Secrets: what must not leave the process, masked in one place.
+
+Addresses hold users, passwords and signatures, commands hold headers. The config in memory has them as they are; what
+is written, sent or printed goes through `masked` (values of a config), `shown_override` (a command line), `shown` (an
+address in a message) or `prose` (an error, an event, a log). A mask depends on no secret: two attempts of a run with a
+renewed signature look the same.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import re
+import shlex
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+PIPE = "pipe:"
+MASK = "***"
+_USER = re.compile(r"((?:https?|s3|ftp):/|://)[^/\s'\"]*@")  # also where a slash is missing
+# What is masked already stays as it is, with the words behind it.
+_QUERY = re.compile(r"((?:https?:/|://)[^\s?'\"]*)\?(?:\*\*\*(?![^\s'\",:;)\]}])|[^\s'\"]*)")
+_VALUE = r"(?!\s)(?:\"[^\"]*\"|'[^']*'|[^\s'\"]+)"
+_SECRET = re.compile(
+    r"(?i)(\bauthorization['\"]?\s*[=:]\s*['\"]?(?:\w+\s+)?|\b(?:bearer|basic)\s+"
+    r"|(?:^|\s)(?:-u|--user|--password)[=\s]+|(?:^|\s)-u(?=[^\s:]+:)"
+    r"|[\w-]*(?:secret|token|password|passwd|api-?_?key|access_?key|signature)[\w-]*['\"]?\s*[=:]\s*)" + _VALUE
+)
+_HEADER = re.compile(r"((?i:\bauthorization)['\"]?\s*[=:]\s*['\"]?(?:\w+\s+)?|\bBearer\s+)" + _VALUE)
+_NAME = (  # not any token: that is also a word of models
+    r"[\w-]*(?:secret|passw(?:or)?d|api[-_]?key|access[-_]?key|credential|authorization"
+    r"|(?:hf|hub|api|auth|access|bearer|session|security|private|refresh|id|git\w*|wandb)[-_]token)[\w-]*"
+)
+_NAMED = re.compile(rf"(?i)(?:^|[.+]){_NAME}$")
+_ASSIGNMENT = re.compile(rf"(?i)((?<![\w-]){_NAME}['\"]?\s*[=:]\s*)(?:\"[^\"]*\"|'[^']*'|[^\s'\",}}\]]+)")
+_COMMAND = re.compile(rf"(?:^|(?<=[\s'\"\[,=({{])){PIPE}")
+_PASSWORD = re.compile(
+    r"://[^/\s'\"$]*:[^/\s'\"$]+@|(?i:[?&][^\s'\"=&]*(?:sig|token|secret|key|passw|cred)[^\s=&]*=[^$\s])"
+)
+# What words of a command are shown: what is certainly no secret. The rest of them is masked.
+_WORD = re.compile(r"[|;&()<>]+|(?:[^\s'\"|;&()<>]|'[^']*'|\"[^\"]*\")+|['\"]")
+_MASKED = re.compile(r"(?:-*\w[\w-]*=)?\*\*\*|\[[0-9a-f]{8}\]")
+_PROGRAM = re.compile(r"[\w./~+-]+")
+_ASSIGNED = re.compile(r"(-*\w[\w-]*=)")
+_OPTION = re.compile(r"-[A-Za-z0-9]{1,4}|--[a-z][a-z0-9-]*")
+_FILE = re.compile(r"\w[a-zA-Z0-9+.-]*://.*|[\w./+~=,@%{}*-]*\.(?:tar|tgz|gz|xz|bz2|zst|lz4|zip|enc|gpg)")
+_PATH = re.compile(r"(?:\.{0,2}|~)/[\w./+~=,@%{}*-]*|\w{1,3}|-")
+
+
+def shown(url: str) -> str:
+    """The URL or command as messages may name it: no user, password, query (signatures) or token.
+
+    Of a command only programs, options, paths and URLs are left; a checksum tells those apart that then look the same.
+    It is not of what is known to be a secret, which may be another one in another life of a run.
+    """
+    text = _SECRET.sub(r"\1***", _without_credentials(url))
+    if not url.startswith(PIPE):
+        return text
+    masked = f"{PIPE}{_masked_words(text[len(PIPE) :])}"
+    checksum = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    return masked if masked == text else f"{masked} [{checksum}]"
+
+
+def prose(text: str) -> str:
+    """Returns a sentence, a log or a traceback without the credentials in its addresses and headers."""
+    return _HEADER.sub(r"\1***", _without_credentials(text))
+
+
+def masked(value: Any, text: Callable[[str], str] | None = None) -> Any:
+    """Returns a copy of a tree of plain values without secrets: neither in its texts, masked by `text` (default: as
+    addresses and commands), nor under a key that names one, such as `hf_token`."""
+    match value:
+        case str():
+            return (text or _address)(value)
+        case dict():
+            return {key: _under(key, part, text) for key, part in value.items()}
+        case list() | tuple():
+            return [masked(part, text) for part in value]
+    return value
+
+
+def shown_override(text: str) -> str:
+    """Returns a word of a command line, `key=value` or any other, as it may be shown."""
+    key, equals, value = text.partition("=")
+    if equals and _NAMED.search(key):
+        return f"{key}={MASK}"
+    return key + equals + _address(_ASSIGNMENT.sub(r"\1***", value)) if equals else _address(text)
+
+
+def shown_command(words: Iterable[str]) -> str:
+    """Returns a command line that can be pasted where it holds no secrets."""
+    return shlex.join(map(shown_override, words))
+
+
+def holds_secret(text: str) -> bool:
+    """Returns whether a password or a signature is spelt out in it; `$NAME` of a shell is none."""
+    return bool(_PASSWORD.search(text) or _HEADER.search(text))
+
+
+def hide_arguments() -> None:
+    """Masks this process's arguments, which everybody on the machine can list and trackers record. They are written
+    over in place, as database clients do with a password; who has started us with them may still show them."""
+    sys.argv[1:] = map(shown_override, sys.argv[1:])
+    with suppress(OSError, ValueError, IndexError):  # not Linux
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        at, end = int(fields[45]), int(fields[46])  # arg_start, arg_end
+        for word in ctypes.string_at(at, end - at).split(b"\0"):
+            hidden = os.fsencode(shown_override(os.fsdecode(word)))
+            if hidden != word:
+                ctypes.memmove(at, hidden[: len(word)].ljust(len(word)), len(word))
+            at += len(word) + 1
+
+
+def _without_credentials(text: str) -> str:
+    return _QUERY.sub(r"\1?***", _USER.sub(r"\1***@", text)) if ":/" in text else text
+
+
+def _address(text: str) -> str:
+    """A value, which may be an address or a command, or hold one."""
+    if command := _COMMAND.search(text):
+        return _address(text[: command.start()]) + shown(text[command.start() :])
+    return shown(text) if ":/" in text else text
+
+
+def _under(key: Any, value: Any, text: Callable[[str], str] | None) -> Any:
+    is_secret = isinstance(value, str) and value and _NAMED.search(str(key))
+    return MASK if is_secret else masked(value, text)
+
+
+def _masked_words(command: str) -> str:
+    begins, valued = True, False  # whether a program is named next, or the value of an option may be
+
+    def word(match: re.Match[str]) -> str:
+        nonlocal begins, valued
+        spelt = match[0]
+        if spelt[0] in "|;&()<>":
+            begins, valued = not set(spelt) & set("<>"), False
+            return spelt
+        if spelt in "'\"":  # one that has no end
+            return spelt
+        plain, first, after = spelt.strip("'\""), begins, valued
+        begins, valued = first and _ASSIGNED.match(plain) is not None, _OPTION.fullmatch(plain) is not None
+        whole = (_PROGRAM,) if first else (_OPTION, _FILE) if after else (_OPTION, _FILE, _PATH)
+        if any(kind.fullmatch(plain) for kind in (_MASKED, *whole)):
+            return spelt
+        assigned = _ASSIGNED.match(plain)
+        return f"{assigned[1] if assigned else ''}***"
+
+    return _WORD.sub(word, command)
