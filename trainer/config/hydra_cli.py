@@ -15,9 +15,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from trainer.config.check import check
-from trainer.config.compose import lenient, raw_values
-from trainer.config.recipes import leave_out_foreign_keys
+from trainer.config import recipes
+from trainer.config.compose import config_of, lenient, raw_values
 from trainer.config.sweep import name_of
 from trainer.errors import ConfigError, OnecurveError
 from trainer.topology import world_size
@@ -38,6 +37,7 @@ def hydra_command(arguments: Sequence[str]) -> None:
         with tempfile.TemporaryDirectory(prefix="onecurve-") as scratch:
             # A sweep's own file is the main rank's to write.
             sys.argv[1:] = [*arguments, f"hydra.sweep.dir={scratch}"] if rank else arguments
+            recipes.install()
             _main()
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(" ".join(str(error).split())) from error
@@ -50,11 +50,10 @@ def _main(composed: DictConfig) -> None:
     from trainer.run import run
 
     raw, hydra_config = raw_values(composed), HydraConfig.get()
-    leave_out_foreign_keys(raw, hydra_config.overrides.task)
     if hydra_config.mode == RunMode.MULTIRUN:
         raw["run"]["dir"] = str(Path(raw["run"]["dir"]) / name_of(hydra_config.overrides.task))
     try:
-        run(check(raw, world_size()), BORN)
+        run(config_of(raw, [], world_size()), BORN)
     except OnecurveError as error:  # Hydra would keep an exception and start the next job
         tell(error)
         sys.exit(error.exit_code)
