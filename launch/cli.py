@@ -9,6 +9,7 @@ import sys
 import trainer
 from launch import checkpoint, data, export, jobs, plan, replay, report, sample, submit, sweep, train
 from launch.doctor import command as doctor
+from onecurve.paths import put_working_folder_last
 from trainer.__main__ import tell
 from trainer.errors import OnecurveError
 
@@ -21,7 +22,7 @@ def main() -> None:
     for part in (train, submit, sweep, jobs, plan, doctor, sample, report, replay, export, checkpoint, data):
         part.add_commands(commands)
     arguments = parser.parse_args()
-    sys.path.append(os.getcwd())  # packages of the user's, as for `python -m trainer`
+    put_working_folder_last()  # where packages of the user's are
     try:
         code = arguments.func(arguments)
         sys.stdout.flush()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -15,11 +14,12 @@ from types import FrameType
 
 from launch.sweeps.summary import outcome
 from launch.sweeps.trials import Trial
+from onecurve.paths import python
 from trainer.errors import ConfigError, Interrupted
 from trainer.processes import die_with_parent
 
 WORST = (4, 3, 2, 75)  # of the contract's exit codes, the first one that a trial ended with is the sweep's
-TRAIN = (sys.executable, "-c", "import sys; from launch.cli import main; sys.argv[0] = 'onecurve'; main()", "train")
+TRAIN = (*python("onecurve"), "train")
 LOOK_S = 0.1
 
 
