@@ -76,6 +76,12 @@ def recognise(environment: Environment = os.environ) -> None:
         )
 
 
+def are_by_hand(environment: Environment = os.environ) -> bool:
+    """Returns whether RANK is set, but by no launcher that is known: it may be left over, and no other process come."""
+    known = ("TORCHELASTIC_RUN_ID", "ONECURVE_STORE", *(launcher.by for launcher in LAUNCHERS))
+    return "RANK" in environment and not any(name in environment for name in known)
+
+
 def _several(launcher: Launcher, values: Environment) -> bool:
     size = values.get(launcher.variables[1])
     return size is None or _number(launcher.variables[1], size) > 1
