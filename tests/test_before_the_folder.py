@@ -20,7 +20,7 @@ from trainer.config import compose
 from trainer.config.compose import load
 from trainer.data.storage import default_cache
 from trainer.errors import ConfigError, Crashed
-from trainer.launchers import LAUNCHERS, are_by_hand
+from trainer.launchers import LAUNCHERS, are_by_hand, to_unset
 from trainer.resilience import interruption
 
 LEFT_OVER = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "MASTER_ADDR": "node-1", "MASTER_PORT": "29500"}
@@ -85,6 +85,7 @@ def test_a_rank_without_a_main_one_tells_what_is_wrong(
         with monkeypatch.context() as patch:
             patch.setenv(launcher, "8")
             assert not are_by_hand()
+            assert to_unset() == ([] if launcher in ("TORCHELASTIC_RUN_ID", "ONECURVE_STORE") else [launcher])
             tell(ConfigError("train.stpes: no such key"))
             assert capsys.readouterr().err == ""
             patch.setenv("LOCAL_RANK", "0")

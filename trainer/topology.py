@@ -29,7 +29,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from trainer import meeting
 from trainer.config.strategy import WHOLE, Layout
 from trainer.errors import ConfigError, Crashed, first_line
-from trainer.launchers import MEETING, STANDARD, are_by_hand
+from trainer.launchers import MEETING, STANDARD, are_by_hand, to_unset
 from trainer.processes import remove_afterwards
 
 SAVING = datetime.timedelta(hours=2)
@@ -190,7 +190,7 @@ def _waiting(rank: int, size: int) -> Iterator[None]:
     """Says what is waited for when the other processes do not come. Raises OnecurveError where they never do."""
     names = [name for name in (*STANDARD, "MASTER_ADDR", "MASTER_PORT") if name in os.environ]
     variables, by_hand = " ".join(f"{name}={os.environ[name]}" for name in names), are_by_hand()
-    left_over = f"; to train alone: unset {' '.join(names)}" if by_hand else ""
+    left_over = f"; to train alone: unset {' '.join(to_unset())}" if to_unset() else ""
 
     def tell() -> None:
         print(f"onecurve: rank {rank} waits for {size} processes to come: {variables}{left_over}", file=sys.stderr)

@@ -83,7 +83,10 @@ def load_composed(path: str | os.PathLike[str], world_size: int) -> Config:
 
 def compose(overrides: Sequence[str], config_dir: str | None = None) -> tuple[dict[str, Any], list[str]]:
     """Raw values of a command line, and what is wrong with the overrides themselves. Wrong ones are left out."""
-    problems = [f"--config-dir {config_dir}: no such folder"] if config_dir and not os.path.isdir(config_dir) else []
+    problems: list[str] = []
+    if config_dir and not os.path.isdir(config_dir):
+        problems.append(f"--config-dir {config_dir}: no such folder")
+        config_dir = None
     good: list[str] = []
     parser = OverridesParser.create()
     for text in overrides:
