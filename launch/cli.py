@@ -9,6 +9,7 @@ import sys
 import trainer
 from launch import checkpoint, data, export, jobs, plan, replay, report, sample, submit, sweep, train
 from launch.doctor import command as doctor
+from onecurve.paths import put_working_folder_last
 from trainer.__main__ import tell
 from trainer.errors import OnecurveError
 from trainer.processes import print_anywhere
@@ -25,7 +26,7 @@ def main() -> None:
         part.add_commands(commands)
     arguments = parser.parse_args()
     hide_arguments()
-    sys.path.append(os.getcwd())  # packages of the user's, as for `python -m trainer`
+    put_working_folder_last()  # where packages of the user's are
     try:
         code = arguments.func(arguments)
         sys.stdout.flush()

@@ -21,6 +21,7 @@ from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
+from onecurve.paths import put_working_folder_last
 from trainer.processes import die_with_parent, print_anywhere
 
 OURS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)  # the supervisor's to understand
@@ -152,4 +153,5 @@ def _kill_group(group: int) -> None:
 
 
 if __name__ == "__main__":
+    put_working_folder_last()
     main()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-from launch import slurm_queue
+from launch import alive, slurm_queue
 from launch.submit import CANCELLED, jobs_of
 from launch.sweep import is_sweep
 from trainer.errors import ConfigError
@@ -56,6 +57,8 @@ def summary(run: Path) -> str:
     status = read_status(run)
     if not status:
         return "has not begun"
+    if (since := alive.dead_since(run)) is not None:
+        status |= {"state": "dead", "reason": alive.obituary(since)}
     told = f"{status['state']}, step {status['step']}/{status['steps']}"
     with suppress(ConfigError, OSError, KeyError, IndexError, TypeError):
         rows = read(run / "metrics.jsonl")[-20:]
@@ -86,7 +89,9 @@ def cancel(arguments: argparse.Namespace) -> int:
         if jobs := jobs_of(run):  # they are not queued again
             with (run / CANCELLED).open("a") as file:
                 file.writelines(f"{job}\n" for job in jobs)
-        if read_status(run).get("state") == "running" and not arguments.now:
+        if (since := alive.dead_since(run)) is not None:
+            print(f"{run}: nothing to stop, it is dead {alive.obituary(since)}")
+        elif read_status(run).get("state") == "running" and not arguments.now:
             (run / STOP).touch()
             print(f"{run}: is asked to save and stop")
     queued = slurm_queue.active(jobs_of(folder))
@@ -128,8 +133,8 @@ def _log(folder: Path, rank: int | None) -> Path:
 
 
 def _grows(file: IO[str], folder: Path) -> Iterator[str]:
-    """What is written from now on, until the run has ended and no job of it is left."""
-    looked = time.monotonic()
+    """What is written from now on, until the run has ended, or died, and no job of it is left."""
+    looked = -math.inf  # at once, where nothing is written
     while True:
         if text := file.read():
             yield text
@@ -139,6 +144,9 @@ def _grows(file: IO[str], folder: Path) -> Iterator[str]:
             with suppress(ConfigError):  # Slurm may be busy
                 queued = bool(slurm_queue.active(jobs_of(folder)))
             if not queued and read_status(folder).get("state") != "running":
+                return
+            if (since := alive.dead_since(folder)) is not None:
+                yield f"==> dead {alive.obituary(since)} <==\n"
                 return
         else:
             time.sleep(POLL_S)

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Generator, Iterator, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from launch.sizes import size
 from trainer.config import Config
-from trainer.config.compose import load_sized
+from trainer.config.compose import load_sized, recipe_told
 from trainer.config.launch import Local
 from trainer.config.strategy import Pipeline
 from trainer.errors import ConfigError
@@ -41,7 +42,7 @@ def plan(arguments: argparse.Namespace) -> int:
     if arguments.procs is not None and arguments.procs < 1:
         raise ConfigError(f"-n {arguments.procs}: should be 1 or more")
     config, procs = load_sized(arguments.overrides, arguments.procs, folder)
-    for title, text in lines(config, procs, gpu, arguments.overrides, folder):
+    for title, text in chain([("recipe", recipe_told())], lines(config, procs, gpu, arguments.overrides, folder)):
         print(f"{title:12}{text}", flush=True)
     return 0
 

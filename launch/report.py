@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ def report(arguments: argparse.Namespace) -> int:
     Raises:
         ConfigError: RUN_DIR is no run's folder, or a file in it is damaged.
     """
+    from launch.alive import dead_since, obituary
     from launch.sweep import is_sweep
 
     if is_sweep(arguments.run_dir):
@@ -38,6 +40,8 @@ def report(arguments: argparse.Namespace) -> int:
     from trainer.tracking.summary import headline, load
 
     run = load(arguments.run_dir)
+    if (since := dead_since(arguments.run_dir)) is not None:
+        run = replace(run, status={**run.status, "state": "dead", "reason": obituary(since)})
     path = write_report(arguments.run_dir, run)
     table = Table(show_header=False, box=None)
     table.add_column(style="dim")
@@ -47,6 +51,8 @@ def report(arguments: argparse.Namespace) -> int:
         table.add_row(*figure)
     console = Console(markup=False, highlight=False, emoji=False)
     console.print(f"{run.name}: {run.status['state']}", style="bold")
+    if run.status["state"] == "dead":
+        console.print(run.status["reason"], soft_wrap=True)
     console.print(table)
     if run.time:
         _tell_time(console, run.time)

@@ -26,6 +26,7 @@ from typing import IO, Any, cast
 import yaml
 
 from launch import failure
+from onecurve.paths import python
 from trainer.config import Config
 from trainer.config.check import check
 from trainer.config.launch import Local
@@ -55,7 +56,7 @@ class Ranks:
         self._connection, theirs = socket.socketpair()
         with theirs:
             self._server = subprocess.Popen(
-                [sys.executable, "-m", "launch.forkserver", str(theirs.fileno())],
+                [*python("launch.forkserver"), str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 env=environment,
                 stdout=output,
@@ -136,14 +137,14 @@ class Budget:
 
     restarts: int
     used: int = 0
-    last: tuple[int, str] | None = None  # step and reason of the failure before
+    last: tuple[int, str] | None = None  # step (-1: before it began) and reason of the failure before
 
     def refused(self, progressed: bool, cause: tuple[int, str] | None) -> str | None:
         """Pays for a restart; or says why there is none. `cause`: where a rank told of its failure."""
         if progressed:
             self.used, self.last = 0, None
         if cause is not None and cause == self.last:
-            return f"the same failure twice at step {cause[0]}"
+            return f"the same failure twice {f'at step {cause[0]}' if cause[0] >= 0 else 'before the run began'}"
         self.last = cause
         if self.used == self.restarts:
             return f"no new checkpoint in {self.restarts} restarts" if self.restarts else "launch.restarts=0"
@@ -277,6 +278,8 @@ class Supervisor:
             self.budget = Budget(self.budget.restarts, used=1)
             return None
         cause = (int(told["step"]), str(told["cause"])) if told else None
+        if not told and (codes := {life.codes[rank] for rank in life.first}) and min(codes) > 0 and not self._began():
+            cause = (-1, f"exit codes {codes}")  # what they said is on the terminal
         return self.budget.refused(progressed, cause)
 
     def _choose(self) -> list[int]:
@@ -309,6 +312,12 @@ class Supervisor:
 
         told = read_failure(self.folder)
         return told if told and told.get("life") == self.life else None
+
+    def _began(self) -> bool:
+        """Returns whether this life has taken the run's folder."""
+        with suppress(OSError):
+            return (self.folder / STATUS).stat().st_mtime >= self.began
+        return False
 
     def _newest(self) -> int:
         """The step of the newest checkpoint; -1 if there is none."""

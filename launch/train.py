@@ -15,7 +15,7 @@ from filelock import Timeout
 from launch.plan import batch
 from trainer import locks
 from trainer.config import Config
-from trainer.config.compose import load_sized
+from trainer.config.compose import load_sized, recipe_told
 from trainer.config.launch import Local
 from trainer.errors import ConfigError
 from trainer.secrets import MASK, shown_command
@@ -35,7 +35,7 @@ def train(arguments: argparse.Namespace) -> int:
     if arguments.procs is not None and arguments.procs < 1:
         raise ConfigError(f"-n {arguments.procs}: at least one process is needed")
     config, procs = load_sized(arguments.overrides, arguments.procs, arguments.config_dir, otherwise=gpus)
-    folder, launch = Path(config.run.dir).expanduser(), config.launch
+    folder, launch, recipe = Path(config.run.dir).expanduser(), config.launch, recipe_told()
     if not isinstance(launch, Local):
         raise ConfigError(f"launch={launch.name}: `onecurve train` starts processes here; for Slurm: `onecurve submit`")
     from launch.supervisor import Supervisor  # late: torch, and the config's problems should show at once
@@ -44,11 +44,13 @@ def train(arguments: argparse.Namespace) -> int:
         from trainer.folder import settle
         from trainer.given import open_given
         from trainer.inputs import open_shards
+        from trainer.protocol import check_plugins
         from trainer.topology import ALONE
 
+        check_plugins(config)
         open_given(config, ALONE, open_shards(config, ALONE).tokenizer)
         if config.track.console:
-            for title, text in [*batch(config, procs), ("folder", str(folder))]:
+            for title, text in [("recipe", recipe), *batch(config, procs), ("folder", str(folder))]:
                 print(f"{title:12}{text}", flush=True)
         code, reason = supervisor.run()
     if code == 0:

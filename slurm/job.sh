@@ -38,10 +38,10 @@ train() {
     # SIGUSR1 (`scancel --signal=USR1`) is for the ranks, which listen: it would kill torchrun.
     srun --kill-on-bad-exit=1 --wait=60 ${container[@]+"${container[@]}"} \
         bash -c 'trap "" USR1; export PET_NODE_RANK=$SLURM_NODEID PET_ROLE=$SLURMD_NODENAME-; exec "$@"' bash \
-        ${inside[@]+"${inside[@]}"} "$python" -m torch.distributed.run \
+        ${inside[@]+"${inside[@]}"} "$python" -m onecurve.torchrun \
         --nnodes="$SLURM_NNODES" --nproc-per-node="$procs_per_node" --max-restarts=0 \
         --master-addr="$head" --master-port="$port" --shutdown-timeout="$lead_s" \
-        --log-dir="$logs" --redirects=3 --tee=0:3 -m trainer --config "$config" &
+        --log-dir="$logs" --redirects=3 --tee=0:3 -m onecurve.rank --config "$config" &
     local srun=$!
     while kill -0 $srun 2>/dev/null; do
         if [ "$asked" ] && [ $((SECONDS - asked_at)) -gt $((lead_s * 3 / 4)) ]; then
@@ -59,7 +59,7 @@ train() {
 check_nodes() { # sets bad_nodes to those that fail, as n1,n2
     [ "$health_check" ] || return 0
     local report
-    report=$("$python" -m launch.cli doctor --quick --dir "$run_dir")
+    report=$("$python" -m onecurve doctor --quick --dir "$run_dir")
     echo "$report"
     bad_nodes=$(sed -nE 's/^bad nodes: *//p' <<<"$report")
 }

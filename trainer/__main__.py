@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before anything else is imported
+    import onecurve.paths
+
+    onecurve.paths.put_working_folder_last()
+
 import os
 import sys
 import time
 import traceback
 from collections.abc import Sequence
 
+from onecurve.paths import put_working_folder_last
 from trainer.processes import die_with_parent, print_anywhere
 from trainer.secrets import hide_arguments, prose, shown_override
 
@@ -16,6 +22,7 @@ BORN = time.monotonic()
 
 def main() -> None:
     """The entry of every rank. Exits with the code of the contract."""
+    put_working_folder_last()
     print_anywhere()
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun, killed, would leave us behind
         die_with_parent()
@@ -76,16 +83,18 @@ def command(arguments: Sequence[str], born: float) -> None:
 
 
 def tell(error: Exception) -> None:
-    """One block on stderr. A problem of the config is the same on every rank: the main one tells it."""
+    """One block on stderr. A problem of the config is the same on every rank: the main one tells it, where there is one
+    for sure."""
     from trainer.errors import ConfigError, Interrupted, PeerLost
+    from trainer.launchers import are_by_hand
 
     if getattr(error, "recorded", False) and "ONECURVE_LIFE" in os.environ:
         return
     rank, alone = int(os.environ.get("RANK", "0")), "RANK" not in os.environ
     if isinstance(error, ConfigError):
-        if rank == 0:
-            count = len(error.problems)
-            print(f"\nonecurve: {count} problem{'s' * (count > 1)}, nothing was started:", file=sys.stderr)
+        if rank == 0 or are_by_hand() or (error.local and os.environ.get("LOCAL_RANK") == "0"):
+            count, who = len(error.problems), f"rank {rank}: " if rank else ""
+            print(f"\nonecurve: {who}{count} problem{'s' * (count > 1)}, nothing was started:", file=sys.stderr)
             print(*(f"  {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
     elif not isinstance(error, PeerLost) and (rank == 0 or not isinstance(error, Interrupted)):
         where = "" if alone or isinstance(error, Interrupted) else f"rank {rank}: "

@@ -37,6 +37,7 @@ from trainer.optim.lion import lion
 from trainer.optim.muon import muon
 from trainer.optim.schedule import constant, linear, warmup_cosine, wsd
 from trainer.precision import DTYPES, Precision
+from trainer.protocol import watched
 from trainer.resilience.agreement import AgreedStream
 from trainer.resilience.guard import Guard
 from trainer.resilience.interruption import Requests
@@ -122,6 +123,7 @@ def build_strategy(
     a checkpoint's values follow, so the model has none."""
     tokenizer = inputs.tokenizer
     objective = plugin(config, "objective")(config.objective, tokenizer.token_bytes, tokenizer.token_chars)
+    objective = watched(config, objective)
     train = config.train
     precision = Precision.resolve(config.precision, topology.device)
     strategy = plugin(config, "strategy")(
@@ -147,7 +149,8 @@ def build_strategy(
 
 def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     optimizer = plugin(config, "optimizer")(config.optimizer, model)
-    return track_average(optimizer, config.optimizer.ema) if config.optimizer.ema else optimizer
+    decay = getattr(config.optimizer, "ema", None)  # which the Config of a user's may not have
+    return track_average(optimizer, decay) if decay else optimizer
 
 
 def build_journal(config: Config, topology: Topology, disk: Disk) -> Journal:

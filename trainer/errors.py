@@ -26,6 +26,8 @@ class ConfigError(OnecurveError):
     """The command, the config or what it points at is wrong: all problems, found before anything was started."""
 
     exit_code = 2
+    local = False
+    """Whether this process alone found it, on its machine; else all processes did, and the main one tells."""
 
     def __init__(self, problems: str | Sequence[str], exit_code: int | None = None):
         self.problems = [prose(problem) for problem in ([problems] if isinstance(problems, str) else problems)]

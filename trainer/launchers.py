@@ -76,6 +76,19 @@ def recognise(environment: Environment = os.environ) -> None:
         )
 
 
+def are_by_hand(environment: Environment = os.environ) -> bool:
+    """Returns whether RANK is set, but by no launcher that is known: it may be left over, and no other process come."""
+    return "RANK" in environment and to_unset(environment) == list(STANDARD[:2])
+
+
+def to_unset(environment: Environment = os.environ) -> list[str]:
+    """Returns the variables without which a process is alone; none under torchrun and `onecurve train`, which start
+    all that they speak of."""
+    if any(name in environment for name in ("TORCHELASTIC_RUN_ID", "ONECURVE_STORE")):
+        return []
+    return [launcher.by for launcher in LAUNCHERS if launcher.by in environment] or list(STANDARD[:2])
+
+
 def _several(launcher: Launcher, values: Environment) -> bool:
     size = values.get(launcher.variables[1])
     return size is None or _number(launcher.variables[1], size) > 1

@@ -19,6 +19,7 @@ from trainer import fault_points, loop, sampling
 from trainer.build import build, check_machine
 from trainer.causes import advice
 from trainer.config import Config
+from trainer.config.compose import recipe_told
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError, Crashed, Interrupted, OnecurveError, PeerLost, TrainingError
 from trainer.files import replace_file
@@ -26,6 +27,7 @@ from trainer.folder import RunFolder, settle, will_restart
 from trainer.given import open_given
 from trainer.inputs import open_inputs, open_shards
 from trainer.models import pretrained
+from trainer.protocol import check_plugins, rehearse
 from trainer.resilience import interruption
 from trainer.resilience.timeledger import GOODPUT, TimeLedger
 from trainer.resilience.watchdog import Watchdog
@@ -36,6 +38,9 @@ from trainer.tracking.report import write_report
 
 log = logging.getLogger("onecurve")
 
+# Of code that has never worked, these come again: there is no use in a restart.
+MISTAKES = (TypeError, AttributeError, NameError, ImportError, NotImplementedError, KeyError, IndexError)
+
 
 def run(config: Config, born: float) -> None:
     """Trains as `config` says. `born` is the `time.monotonic()` of the process's start.
@@ -45,6 +50,7 @@ def run(config: Config, born: float) -> None:
     topology = join(config.launch.timeout_s, config.layout(world_size()))
     interruption.listen()
     check_machine(config, topology.device)
+    check_plugins(config)
     found = open_shards(config, topology)
     given = open_given(config, topology, found.tokenizer)
     identity = partial(found.identity, config, given.fingerprint if given else None)
@@ -53,6 +59,7 @@ def run(config: Config, born: float) -> None:
         job, stopped = None, None
         if topology.is_main:
             interruption.before_leaving_at_once(partial(settle, folder.path))
+            _tell_recipe(config)
         fault_points.arm(config.debug.faults, folder.path, topology.rank)
         disk = Disk(folder.path)
         clock = TimeLedger(disk.appended(GOODPUT) if topology.is_main else None, born)
@@ -66,6 +73,7 @@ def run(config: Config, born: float) -> None:
                 config, topology, inputs, folder, identity, disk, clock, watchdog, given.fill if given else None
             )
             fault_points.point("start.built")
+            rehearse(job)
             try:
                 loop.train(job)
                 job.journal.close("finished")
@@ -99,11 +107,19 @@ def run(config: Config, born: float) -> None:
             raise stopped
 
 
+def _tell_recipe(config: Config) -> None:
+    """Says which recipe the config was composed with, as nobody may have named it; a launcher has told of its own."""
+    if config.track.console and (told := recipe_told()):
+        with suppress(BrokenPipeError):  # the console looks after that
+            print(f"{'recipe':12}{told}", flush=True)
+
+
 def _told(
     failure: BaseException, config: Config, topology: Topology, folder: RunFolder, job: loop.Job | None
 ) -> OnecurveError:
     """Tells of a failure once for all ranks; gives the error that this rank ends with."""
-    error, lost_peer = _explained(failure, config, folder.path, topology)
+    begun = job is not None and job.clock.step > 0
+    error, lost_peer = _explained(failure, config, folder.path, topology, begun)
     first = folder.fail(topology.rank, error, lost_peer, job.clock.step if job else 0)
     error.recorded = True
     if topology.is_main:
@@ -117,8 +133,11 @@ def _told(
     return error if first["rank"] == topology.rank else PeerLost(first["reason"], first["exit_code"])
 
 
-def _explained(failure: BaseException, config: Config, folder: Path, topology: Topology) -> tuple[OnecurveError, bool]:
-    """The cause and what to change, where we know it; and whether it is only that another rank is gone."""
+def _explained(
+    failure: BaseException, config: Config, folder: Path, topology: Topology, begun: bool
+) -> tuple[OnecurveError, bool]:
+    """The cause and what to change, where we know it; and whether it is only that another rank is gone. `begun`: the
+    run has done a step, so its code has worked once."""
     if isinstance(failure, ConfigError):  # found too late to be a refusal: told by whoever was first, as a failure
         return OnecurveError(str(failure), failure.exit_code), False
     if isinstance(failure, OnecurveError):
@@ -139,7 +158,8 @@ def _explained(failure: BaseException, config: Config, folder: Path, topology: T
     lost_peer = isinstance(failure, dist.DistError) or "gloo" in str(failure) or "Connection closed" in str(failure)
     if topology.world_size > 1 and lost_peer:
         return Crashed(f"lost another process, or the way to it: {first_line} {trace}"), True
-    return Crashed(f"{first_line} {trace}"), False
+    fails_again = isinstance(failure, MISTAKES) and not begun
+    return (TrainingError if fails_again else Crashed)(f"{first_line} {trace}"), False
 
 
 def _show(config: Config, folder: Path, tokenizer: Tokenizer, model: nn.Module | None) -> None:

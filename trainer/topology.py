@@ -8,10 +8,15 @@ import hashlib
 import itertools
 import json
 import os
+import platform
 import resource
+import socket
 import stat
+import sys
 import tempfile
-from contextlib import suppress
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -23,14 +28,15 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from trainer import meeting
 from trainer.config.strategy import WHOLE, Layout
-from trainer.errors import ConfigError
-from trainer.launchers import MEETING
+from trainer.errors import ConfigError, Crashed, first_line
+from trainer.launchers import MEETING, STANDARD, are_by_hand, to_unset
 from trainer.processes import remove_afterwards
 
 SAVING = datetime.timedelta(hours=2)
 """How long ranks that have written wait at least for the slowest one: its disk is slow, it is not lost. With the
 watchdog on, as by default, a save that hangs ends before that: the first after `watchdog.first_s`, a later one after
 max(5 s, 3 x what 99 of 100 took) + `watchdog.grace_s`."""
+TELL_S = 10.0  # how long the other processes may take to come before that is told
 _JOINED = itertools.count()  # how often this process joined: once for each run of a sweep
 
 
@@ -161,7 +167,7 @@ def join(timeout_s: int, layout: Layout = WHOLE, store: dist.Store | None = None
     if device.type == "cuda":
         if local_size > torch.cuda.device_count():
             found = torch.cuda.device_count()
-            raise ConfigError(f"{local_size} processes on a machine with {found} GPUs: start one a GPU")
+            raise _of_this_machine(f"{local_size} processes on a machine with {found} GPUs: start one a GPU")
         torch.cuda.set_device(device)
     control = saving = None
     raise_open_files()
@@ -170,11 +176,66 @@ def join(timeout_s: int, layout: Layout = WHOLE, store: dist.Store | None = None
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         # Each process would open a connection to each other one, in every group: only those that are used are opened.
         os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
-        store = store or store_of(size, local_size, timeout)
-        dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout, store=store)
+        check_interfaces(device.type == "cuda")
+        with _waiting(rank, size):
+            store = store or store_of(size, local_size, timeout)
+            dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout, store=store)
         control = dist.group.WORLD  # the main thread's, as the strategy's collectives are; its CPU part is gloo
         saving = dist.new_group(backend="gloo", timeout=max(timeout, SAVING))
     return Topology(rank, size, local_rank, local_size, device, rank, size, control, saving).used_as(layout)
+
+
+@contextmanager
+def _waiting(rank: int, size: int) -> Iterator[None]:
+    """Says what is waited for when the other processes do not come. Raises OnecurveError where they never do."""
+    names = [name for name in (*STANDARD, "MASTER_ADDR", "MASTER_PORT") if name in os.environ]
+    variables, by_hand = " ".join(f"{name}={os.environ[name]}" for name in names), are_by_hand()
+    left_over = f"; to train alone: unset {' '.join(to_unset())}" if to_unset() else ""
+
+    def tell() -> None:
+        print(f"onecurve: rank {rank} waits for {size} processes to come: {variables}{left_over}", file=sys.stderr)
+
+    teller = threading.Timer(TELL_S, tell)
+    teller.daemon = True
+    if rank == 0 or by_hand:
+        teller.start()
+    try:
+        yield
+    except RuntimeError as error:  # all of torch's are
+        told = f"the {size} processes did not find each other: {first_line(error)} ({variables}){left_over}"
+        if by_hand:
+            raise _of_this_machine(told) from error
+        raise Crashed(told) from error
+    finally:
+        teller.cancel()
+
+
+def check_interfaces(with_gpus: bool) -> None:
+    """Raises ConfigError where a variable names network interfaces that are not here: gloo and NCCL would fail in words
+    that name neither."""
+    here = [name for _, name in socket.if_nameindex()]
+    wanted = {"GLOO_SOCKET_IFNAME": lambda word: word in here}
+    if with_gpus:  # ^ leaves out, = is exact, else a name begins so
+        wanted["NCCL_SOCKET_IFNAME"] = lambda word: word[1:] in here if word[0] == "=" else _begins(here, word)
+    for variable, is_here in wanted.items():
+        given = os.environ.get(variable, "")
+        words = [word.strip() for word in given.split(",") if word.strip()]
+        if given.startswith("^") or not words or (any if variable[0] == "N" else all)(map(is_here, words)):
+            continue
+        raise _of_this_machine(
+            f"{variable}={given}: no such network interface on this machine, which has {', '.join(here)}; unset it, or "
+            "name one of them"
+        )
+
+
+def _begins(names: list[str], word: str) -> bool:
+    return any(name.startswith(word) for name in names)
+
+
+def _of_this_machine(text: str) -> ConfigError:
+    error = ConfigError(f"{platform.node()}: {text}")
+    error.local = True
+    return error
 
 
 def raise_open_files() -> None:

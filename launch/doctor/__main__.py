@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before anything else is imported
+    import onecurve.paths
+
+    onecurve.paths.put_working_folder_last()
+
 import sys
 
 from launch.doctor.command import main

@@ -11,7 +11,6 @@ import os
 import queue
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -24,6 +23,7 @@ from typing import Any
 
 from launch.doctor.examination import Examination, Heard, Options
 from launch.doctor.verdict import Finding, Report
+from onecurve.paths import python
 
 CLOSING_S = 3.0  # for a step of Slurm to end, once it was asked to
 ERRORS = 5  # last lines of a member's stderr that are kept
@@ -65,7 +65,7 @@ def on_all_nodes(options: Options, nodes: Sequence[str]) -> Report:
 
 
 def _command(options: Options) -> list[str]:
-    command = [sys.executable, "-m", "launch.doctor", "--dir", str(options.folder), "--limit", str(options.limit_s)]
+    command = [*python("launch.doctor"), "--dir", str(options.folder), "--limit", str(options.limit_s)]
     return [*command, "--quick"] if options.quick else command
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -17,13 +16,13 @@ from types import FrameType
 
 from launch.sweeps.summary import outcome
 from launch.sweeps.trials import Trial
+from onecurve.paths import python
 from trainer.errors import ConfigError, Interrupted
 from trainer.processes import die_with_parent
 from trainer.secrets import shown_override
 
 WORST = (4, 3, 2, 75)  # of the contract's exit codes, the first one that a trial ended with is the sweep's
-# A trial's command comes by a file that has no name: what is in the list of processes is only shown.
-ENTRY = "import json, sys; from launch.cli import main; sys.argv = json.load(sys.stdin); main()"
+COMMAND = python("launch.sweeps.start")
 LOOK_S = 0.1
 
 
@@ -86,7 +85,7 @@ class Runner:
             json.dump(words, command)
             command.seek(0)
             process = subprocess.Popen(
-                [sys.executable, "-c", ENTRY, *map(shown_override, words[1:])], stdin=command, stdout=log,
+                [*COMMAND, *map(shown_override, words[1:])], stdin=command, stdout=log,
                 stderr=log, env=environment, start_new_session=True, preexec_fn=die_with_parent,
             )  # fmt: skip
         self.running.append(Running(trial, process, slot, time.monotonic()))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from launch.alive import dead_since
 from launch.sweeps.trials import Sweep, Trial, read
 from trainer.errors import ConfigError
 
@@ -50,13 +51,14 @@ def outcome(trial: Trial) -> Outcome:
         run = load(folder)
     except ConfigError:
         return Outcome(trial, "damaged")
+    state = "dead" if dead_since(folder) is not None else str(run.status["state"])
     evaluations = [values["loss"] for values in run.evaluations.values() if values.get("loss") is not None]
     if not run.rows:
-        return Outcome(trial, str(run.status["state"]), run=run)
+        return Outcome(trial, state, run=run)
     last = run.rows[-1]
     seconds = sum(row["step_s"] for row in run.rows)
     best = min(evaluations, default=None)
-    return Outcome(trial, str(run.status["state"]), last["step"], last["loss"], best, seconds, run)
+    return Outcome(trial, state, last["step"], last["loss"], best, seconds, run)
 
 
 def show(folder: Path) -> int:

@@ -1,4 +1,4 @@
-"""A recipe and a choice that it was not written for: its keys of another option are left out, and nothing else."""
+"""A recipe and what a person chooses besides: an option that was chosen by hand has its own values."""
 
 from __future__ import annotations
 
@@ -7,74 +7,134 @@ from pathlib import Path
 
 import pytest
 
-from trainer.config.compose import load
+from trainer.__main__ import guarded
+from trainer.config.compose import compose, load, options, recipe_told
 from trainer.errors import ConfigError
 
 RECIPE = """# @package _global_
+fits: {schedule: [linear]}
 model: {layers: 2, width: 64, heads: 2}
-objective: {smoothing: 0.1}
-optimizer: {betas: [0.9, 0.9], eps: 1.0e-6, momentum: 0.9}
-schedule: {min_ratio: 0.5, decay_share: 0.1}
-strategy: {stage: 2, stages: 2}
+optimizer: {betas: [0.9, 0.9], eps: 1.0e-6}
+schedule: {min_ratio: 0.5, warmup_steps: 3}
 train: {steps: 7}
 """
-OBJECTIVE = """
+MINE = """# @package _global_
+defaults:
+  - override /optimizer: sgd
+optimizer: {lr: 0.5}
+"""
+SGD = """
 import trainer.config
 
-class Own:
+class SGD:
     class Config(trainer.config.Plugin):
-        smoothing: float
-
-class Other:
-    class Config(trainer.config.Plugin):
-        pass
+        lr: float
+        weight_decay: float
+        warm: int
 """
+LOCAL = "# @package _global_\ndefaults:\n  - override /optimizer: lion\n"
+OWN = ["run.plugins=[recipe_sgd]"]
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     for group, name, text in (
         ("experiment", "ours", RECIPE),
+        ("experiment", "mine", MINE),
         ("experiment", "wrong", "# @package _global_\nmodel: {layrs: 2}\n"),
-        ("objective", "own", "name: recipe_goals:Own\nsmoothing: 0.2\n"),
-        ("objective", "other", "name: recipe_goals:Other\n"),
-        ("objective", "typo", "name: recipe_goals:Other\nsmooth: 1\n"),
+        ("experiment", "misfit", "# @package _global_\nfits: {dta: [webdataset]}\n"),
+        ("optimizer", "sgd", "name: recipe_sgd:SGD\nlr: 0.01\nweight_decay: 0.0\nwarm: ${train.steps}\n"),
+        ("optimizer", "adam", "name: adamw\nlr: 0.02\n"),
     ):
         (tmp_path / "conf" / group).mkdir(parents=True, exist_ok=True)
         (tmp_path / "conf" / group / f"{name}.yaml").write_text(text)
-    (tmp_path / "recipe_goals.py").write_text(OBJECTIVE)
+    (tmp_path / "recipe_sgd.py").write_text(SGD)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     return str(tmp_path / "conf")
 
 
-CHOICE = ["run.plugins=[recipe_goals]", "objective=own", "optimizer=muon", "schedule=wsd"]
+@pytest.mark.parametrize("experiment", [[], ["experiment=shakespeare"]])
+def test_a_chosen_optimizer_has_its_own_rate(folder: str, experiment: list[str]) -> None:
+    assert load(experiment).optimizer.lr == 0.004
+    for name in options("optimizer"):
+        if name != "adamw":
+            plain, config = load(["experiment=none", f"optimizer={name}"]), load([*experiment, f"optimizer={name}"])
+            assert config.optimizer == plain.optimizer
+            assert config.train.steps == 1200
+            assert "without its optimizer.lr" in recipe_told()
+    config = load([*experiment, "optimizer=sgd", *OWN], config_dir=folder)
+    assert (config.optimizer.lr, config.optimizer.warm) == (0.01, 1200)  # its interpolation sees the run's values
+    assert compose([*experiment, "optimizer=adam"], folder)[0]["optimizer"]["lr"] == 0.02
+    assert load([*experiment, "optimizer=lion", "optimizer.lr=0.1"]).optimizer.lr == 0.1
+    assert load([*experiment, "optimizer=adamw"]).optimizer.lr == 0.004  # the recipe's own: nothing else was chosen
 
 
-def test_of_each_group_the_option_that_was_chosen_decides(folder: str) -> None:
-    config = load(["experiment=ours", *CHOICE], config_dir=folder)
-    assert (config.model.layers, config.objective.smoothing, config.optimizer.momentum) == (2, 0.1, 0.9)
-    assert (config.schedule.decay_share, config.train.steps) == (0.1, 7)
-    sharded = [*CHOICE[:2], "strategy=zero", "schedule=linear"]
-    assert load(["experiment=ours", *sharded], config_dir=folder).strategy.stage == 2
-    others = ["model=llama", "objective=other", "optimizer=lion", "schedule=constant", "strategy=fsdp"]
-    config = load(["experiment=ours", "run.plugins=[recipe_goals]", *others], config_dir=folder)
-    assert config.optimizer.betas == (0.9, 0.9)  # which lion has, too
-    assert config.train.steps == 7
-    sections = (config.model, config.objective, config.optimizer, config.schedule, config.strategy)
-    kept = {key for section in sections for key in section.model_fields_set}
-    assert not kept & {"layers", "smoothing", "eps", "momentum", "min_ratio", "decay_share", "stage", "stages"}
+def test_an_option_chosen_in_conf_local_or_by_its_name_has_its_own_values(folder: str) -> None:
+    (Path(folder) / "local").mkdir()
+    (Path(folder) / "local" / "default.yaml").write_text(LOCAL)
+    assert load(["experiment=shakespeare"], config_dir=folder).optimizer.lr == 0.0006
+    assert load([], config_dir=folder).optimizer.lr == 0.0006
+    raw, _ = compose(["experiment=ours", "optimizer.name=recipe_sgd:SGD", *OWN], config_dir=folder)
+    assert raw["optimizer"]["betas"] == [0.9, 0.99]
+
+
+@pytest.mark.parametrize(
+    "other", ["model=llama", "data=webdataset", "data=samples", "objective.name=mine:Goal", "model.name=mine:Net"]
+)
+def test_the_default_recipe_is_for_its_own_model_data_and_objective(other: str) -> None:
+    chosen = [other, "strategy=fsdp", "data.shards=x.tar"]
+    assert compose(chosen) == compose([*chosen, "experiment=none"])
+    compose(chosen)
+    assert recipe_told().startswith(f"none: the default one, shakespeare, is not for {other};")
+    assert compose(chosen)[0]["run"]["name"] == "run"
+
+
+def test_what_is_no_choice_of_a_group_leaves_the_default_recipe() -> None:
+    for other in ([], ["strategy=fsdp"], ["precision=bf16"], ["model.layers=1"], ["schedule=wsd"], ["launch=slurm"]):
+        config = load(other)
+        assert (config.train.global_batch, config.optimizer.lr, config.run.name) == (12, 0.004, "shakespeare")
+        assert config.sample.prompt == "ROMEO:\n"
+        assert recipe_told().startswith("shakespeare, the default;")
+    assert load(["experiment=none"]).sample.prompt == ""
+
+
+def test_a_recipe_says_for_which_other_options_its_values_are_made(folder: str) -> None:
+    given = load(["experiment=ours", "schedule=linear"], config_dir=folder)
+    assert (given.schedule.min_ratio, given.schedule.warmup_steps) == (0.5, 3)
+    other = load(["experiment=ours", "schedule=wsd", "model=llama"], config_dir=folder)
+    assert (other.schedule.min_ratio, other.schedule.warmup_steps, other.train.steps) == (0.0, 100, 7)
+    smoke = load(["experiment=smoke", "model=llama", "data=webdataset", "data.shards=x.tar", "schedule=constant"])
+    assert (smoke.data.sequence_length, smoke.schedule.warmup_steps, smoke.train.steps) == (64, 5, 20)
+    large = load(["experiment=gpt2_124m", "data=webdataset", "data.shards=x.tar", "optimizer=muon"])
+    assert (large.data.lanes, large.optimizer.lr, large.schedule.warmup_steps) == (960, 0.003, 700)
+
+
+def test_the_option_that_a_recipe_chooses_itself_is_its_own(folder: str) -> None:
+    for again in ([], ["optimizer=sgd"]):
+        assert load(["experiment=mine", *OWN, *again], config_dir=folder).optimizer.lr == 0.5
+    assert load(["experiment=mine", "optimizer=adamw"], config_dir=folder).optimizer.lr == 0.003
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (["experiment=ours", "model=llama", "model.layers=3"], "model.layers: no such key"),
-        (["experiment=ours", "objective=typo", "run.plugins=[recipe_goals]"], "objective.smooth: no such key"),
         (["experiment=wrong"], "model.layrs: no such key; did you mean 'model.layers'?"),
+        (["experiment=misfit", "data=webdataset"], "experiment=misfit: `fits` names options by group"),
     ],
 )
-def test_what_a_person_writes_for_the_option_is_refused(folder: str, overrides: list[str], message: str) -> None:
+def test_what_nobody_has_a_key_for_is_refused(folder: str, overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load(overrides, config_dir=folder)
     assert message in str(caught.value)
+
+
+def test_hydras_own_command_line_composes_alike(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["trainer"])
+    assert guarded(["--cfg", "job", "-p", "optimizer", "optimizer=lion"], 0.0) == 0
+    assert "lr: 0.0006\n" in capsys.readouterr().out
+    assert guarded(["--cfg", "job", "data=webdataset"], 0.0) == 0
+    shown = capsys.readouterr().out
+    assert "\n  name: run\n" in shown
+    assert "fits:" not in shown

@@ -173,7 +173,8 @@ class Net(torch.nn.Module):
     assert len(losses[1]) == 8
     assert losses[1][:4] == losses[0]
     assert losses[1][-1] < losses[1][0]
-    sample = run(onecurve("sample", "runs/own", "--plugins", "my_package", "--tokens", "4"), tmp_path)
+    own = ("--plugins", "my_package", "--tokens", "4", "--prompt", "ROMEO:")
+    sample = run(onecurve("sample", "runs/own", *own), tmp_path)
     assert sample.startswith("ROMEO:")
     refused = subprocess.run(onecurve("sample", "runs/own"), cwd=tmp_path, capture_output=True, text=True)
     assert refused.returncode == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from trainer.tracking.base import Row
 from trainer.tracking.disk import Disk
 from trainer.tracking.goodput import FILE, Goodput, account, goodput
 from trainer.tracking.jsonl import read
+from trainer.tracking.summary import load
 
 NOON = datetime(2026, 3, 14, 12, tzinfo=timezone.utc)
 PRODUCTIVE, WAITING = 3.0, 0.5  # seconds of a step
@@ -302,3 +304,30 @@ def test_a_run_that_was_killed_and_stopped_is_accounted_for(tmp_path: Path) -> N
     assert spent.seconds["down"] > 4
     assert len({row["life"] for row in read(run.folder / GOODPUT)}) == 4
     assert {"startup", "productive", "data_wait", "checkpoint", "evaluation", "finishing"} <= spent.seconds.keys()
+
+
+def test_the_time_in_which_a_run_was_finished_is_not_down(tmp_path: Path) -> None:
+    def at(seconds: float) -> str:
+        return (NOON + timedelta(seconds=seconds)).isoformat()
+
+    def line(told: float, life: str, step: int, **seconds: float) -> Row:
+        return {"time": at(told), "life": life, "step": step, "seconds": seconds}
+
+    rows = [
+        line(10, "a", 5, startup=1, productive=9),
+        line(110, "b", 9, startup=2, productive=7, finishing=1),  # killed for 90 s
+        line(1010, "c", 12, startup=2, productive=8),  # made longer after 890 s
+        line(1020, "c", 12, finishing=10),
+    ]
+    events = [
+        {"time": at(1), "kind": "start"}, {"time": at(102), "kind": "resume"}, {"time": at(109), "kind": "finished"},
+        {"time": at(1002), "kind": "resume"}, {"time": at(1010), "kind": "finished"}, {"kind": "by hand"},
+    ]  # fmt: skip
+    for name, lines in ((FILE, rows), ("events.jsonl", events)):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in lines))
+    spent = goodput(tmp_path)
+    assert spent
+    assert spent.seconds["down"] == pytest.approx(90)
+    assert spent.wall == pytest.approx(1020 - 890)
+    (tmp_path / "metrics.jsonl").touch()
+    assert load(tmp_path).restarts == 1

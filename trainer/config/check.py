@@ -14,6 +14,9 @@ from trainer.config.schema import OPTIONS, SECTIONS, Config, Plugin, Section
 from trainer.errors import ConfigError
 from trainer.secrets import masked
 
+WITH_CLASSES = ("model", "objective", "strategy", "optimizer", "schedule")  # groups that take classes of users
+INSTEAD = {"data": "; functions of yours change its samples by data.maps"}
+
 
 def check(raw: dict[str, Any], world_size: int = 1) -> Config:
     """Validates composed values for a run on `world_size` processes. Raises ConfigError with every problem at once."""
@@ -54,6 +57,8 @@ def option_schema(group: str, name: str, plugins: list[str]) -> type[Plugin]:
         if name not in OPTIONS[group]:
             raise ConfigError(f"{group}.name={name}: no such option{did_you_mean(name, OPTIONS[group])}")
         return OPTIONS[group][name]
+    if group not in WITH_CLASSES:
+        raise ConfigError(f"{group}.name={name}: should be one of {', '.join(OPTIONS[group])}{INSTEAD.get(group, '')}")
     return import_plugin(f"{group}.name", name, plugins).Config
 
 

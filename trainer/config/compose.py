@@ -18,8 +18,8 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from trainer.config import recipes
 from trainer.config.check import check, checked, did_you_mean, option_schema
-from trainer.config.recipes import leave_out_foreign_keys
 from trainer.config.schema import OPTIONS, SECTIONS, Config
 from trainer.errors import ConfigError, first_line
 from trainer.secrets import shown_override
@@ -27,17 +27,30 @@ from trainer.secrets import shown_override
 
 def load(overrides: Sequence[str], world_size: int = 1, config_dir: str | None = None) -> Config:
     """The checked config of a command line. Raises ConfigError with every problem of it at once."""
-    return _checked(*compose(overrides, config_dir), world_size)
+    return config_of(*compose(overrides, config_dir), world_size)
 
 
-def _checked(raw: dict[str, Any], problems: list[str], world_size: int) -> Config:
+def config_of(raw: dict[str, Any], problems: list[str], world_size: int) -> Config:
+    config = None
     try:
-        config = check(raw, world_size) if raw else None
+        if raw:
+            config = check(raw, world_size)
+            problems += homeless(config)
     except ConfigError as error:
         problems += error.problems
     if problems or config is None:
         raise ConfigError(problems)
     return config
+
+
+def homeless(config: Config) -> list[str]:
+    """Returns what is wrong with paths that begin with `~`: a user of a container may have no home."""
+    paths = {"run.dir": config.run.dir, "data.cache": config.data.cache, "data.tokenizer": config.data.tokenizer}
+    if os.path.expanduser("~") != "~":  # as it stays where there is none
+        return []
+    advice = "this user has no home folder: set HOME, or give a folder"
+    more = {"data.cache": " (also by ONECURVE_CACHE)"}
+    return [f"{key}={path}: {advice}{more.get(key, '')}" for key, path in paths.items() if path.startswith("~")]
 
 
 def load_sized(
@@ -56,7 +69,7 @@ def load_sized(
     except (ConfigError, LookupError, TypeError):
         pass  # the check names it, with all else
     procs = procs or otherwise()
-    return _checked(raw, problems, procs), procs
+    return config_of(raw, problems, procs), procs
 
 
 def load_composed(path: str | os.PathLike[str], world_size: int) -> Config:
@@ -72,6 +85,9 @@ def load_composed(path: str | os.PathLike[str], world_size: int) -> Config:
 def compose(overrides: Sequence[str], config_dir: str | None = None) -> tuple[dict[str, Any], list[str]]:
     """Raw values of a command line, and what is wrong with the overrides themselves. Wrong ones are left out."""
     problems: list[str] = []
+    if config_dir and not os.path.isdir(config_dir):
+        problems.append(f"--config-dir {config_dir}: no such folder")
+        config_dir = None
     good: list[str] = []
     parser = OverridesParser.create()
     for text in overrides:
@@ -92,9 +108,7 @@ def compose(overrides: Sequence[str], config_dir: str | None = None) -> tuple[di
         while True:
             try:
                 given = [*extra, *map(lenient, good)]
-                raw = raw_values(hydra.compose("config", overrides=given))
-                leave_out_foreign_keys(raw, given)
-                return raw, problems
+                return raw_values(hydra.compose("config", overrides=given)), problems
             except MissingConfigException as error:
                 group, option = _missing(error)
                 culprit = next((text for text in good if text in (f"{group}={option}", f"+{group}={option}")), None)
@@ -172,6 +186,12 @@ def _missing(error: MissingConfigException) -> tuple[str, str]:
     return group or "config", re.sub(r"\.yaml$", "", option)
 
 
+def recipe_told() -> str:
+    """A sentence on the recipe of the config that was composed last: which it is, and what it does not decide."""
+    return recipes.Loader.told
+
+
 def in_hydra() -> AbstractContextManager[None]:
     GlobalHydra.instance().clear()
+    recipes.install()
     return hydra.initialize_config_module("trainer.conf", version_base="1.3")

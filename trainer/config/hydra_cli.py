@@ -19,9 +19,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from trainer.config.check import check
-from trainer.config.compose import lenient, raw_values
-from trainer.config.recipes import leave_out_foreign_keys
+from trainer.config import recipes
+from trainer.config.compose import config_of, lenient, raw_values
 from trainer.config.sweep import name_of
 from trainer.errors import ConfigError, OnecurveError
 from trainer.secrets import hide_arguments, masked
@@ -44,6 +43,7 @@ def hydra_command(arguments: Sequence[str]) -> None:
         with tempfile.TemporaryDirectory(prefix="onecurve-") as scratch, _without_secrets(is_quiet):
             # A sweep's own file is the main rank's to write.
             sys.argv[1:] = [*arguments, f"hydra.sweep.dir={scratch}"] if rank else arguments
+            recipes.install()
             _main()
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(" ".join(str(error).split())) from error
@@ -57,7 +57,6 @@ def _main(composed: DictConfig) -> None:
 
     hide_arguments()  # Hydra has read them
     raw, hydra_config = raw_values(composed), HydraConfig.get()
-    leave_out_foreign_keys(raw, hydra_config.overrides.task)
     if hydra_config.mode == RunMode.MULTIRUN:
         name = name_of(hydra_config.overrides.task)
         raw["run"]["dir"] = str(Path(raw["run"]["dir"]) / name)
@@ -65,7 +64,7 @@ def _main(composed: DictConfig) -> None:
             wandb = raw["track"]["wandb"]
             wandb |= {"group": wandb.get("group") or raw["run"]["name"], "name": wandb.get("name") or name[:128]}
     try:
-        run(check(raw, world_size()), BORN)
+        run(config_of(raw, [], world_size()), BORN)
     except OnecurveError as error:  # Hydra would keep an exception and start the next job
         tell(error)
         sys.exit(error.exit_code)

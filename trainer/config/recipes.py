@@ -1,43 +1,134 @@
-"""Recipes beside other choices: `experiment=smoke model=mine` is smoke's training of another model."""
+"""Recipes beside what a person chooses: a recipe never beats an option that was chosen by hand.
+
+The values that a recipe has for a group (`optimizer.lr`) are made for its own option of that group. Where another one
+is chosen, by `optimizer=lion`, `optimizer.name=...` or conf/local, that option's values hold; a recipe says in `fits`
+which others its values are made for as well. The default recipe, which nobody named, is left out as a whole where the
+model, the data or the objective is another one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
-import hydra
-from omegaconf import OmegaConf
+import hydra._internal.hydra
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, flag_override
 
-from trainer.config.check import option_schema
 from trainer.config.schema import OPTIONS
-from trainer.errors import ConfigError
+
+FITS = "fits"
+SUBJECT = ("model", "data", "objective")  # what the default recipe is a recipe for
+ADVICE = "experiment=NAME takes another"
 
 
-def leave_out_foreign_keys(raw: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Takes those keys out of `raw`, composed of `overrides`, that only the recipe sets and that are another option's
-    than the chosen one's. Hydra must be initialized.
+class Loader(ConfigLoaderImpl):
+    """Hydra's, for all that composes: ours, `--cfg job`, each job of a sweep."""
 
-    What a person types, or has in a file of an option, stays, to be refused. So does a key that no option has, unless
-    the option was chosen by hand.
-    """
-    foreign = {group: unknown for group in OPTIONS if (unknown := _unknown(raw, group))}
-    if not foreign:
-        return
-    rest = [text for text in overrides if text.lstrip("+").partition("=")[0] != "experiment"]
-    plain = OmegaConf.to_container(hydra.compose("config", overrides=[*rest, "experiment=none"]), resolve=False)
-    assert isinstance(plain, dict)
-    for group, unknown in foreign.items():
-        chosen = any(text.lstrip("+").startswith((f"{group}=", f"{group}.name=")) for text in overrides)
-        others = {key for schema in OPTIONS[group].values() for key in schema.model_fields}
-        for key in unknown:
-            if key not in plain[group] and (chosen or key in others):
-                del raw[group][key]
+    told = ""  # of the recipe of the config that was composed last
+
+    def load_configuration(
+        self, config_name: str | None, overrides: list[str], run_mode: RunMode, *args: Any, **more: Any
+    ) -> DictConfig:
+        composed = super().load_configuration(config_name, overrides, run_mode, *args, **more)
+        again = super().load_configuration
+
+        def compose(other: list[str]) -> DictConfig:
+            return again(config_name, other, RunMode.RUN, from_shell=False)
+
+        if run_mode == RunMode.RUN:  # the config of a whole sweep is none that anything runs with
+            Loader.told = settle(composed, overrides, compose, self._sections(composed))
+        with flag_override(composed, ["struct", "readonly"], False):
+            composed.pop(FITS, None)
+        return composed
+
+    def _sections(self, composed: DictConfig) -> set[str]:
+        """Returns the sections that the recipe has values for, where its file alone says so: most commands need not be
+        composed again to know that it took nothing."""
+        found = self.repository.load_config(f"experiment/{composed.hydra.runtime.choices.get('experiment')}")
+        return set() if found is None or found.defaults_list else set(map(str, found.config))
 
 
-def _unknown(raw: dict[str, Any], group: str) -> set[str]:
-    """Returns the keys that the chosen option of a group does not have."""
-    try:
-        schema = option_schema(group, str(raw[group]["name"]), raw["run"]["plugins"])
-        return set(raw[group]) - set(schema.model_fields)
-    except (ConfigError, LookupError, TypeError):
-        return set()  # the check names what is wrong
+def install() -> None:
+    """Makes Hydra compose with our loader; it has no setting for that."""
+    hydra._internal.hydra.ConfigLoaderImpl = Loader  # type: ignore[misc]
+
+
+def settle(
+    composed: DictConfig, overrides: Sequence[str], compose: Callable[[list[str]], DictConfig], recipe: set[str]
+) -> str:
+    """Gives `composed` back what the recipe took from options that were chosen. `compose` makes a config of other
+    overrides; `recipe` are the sections that the recipe has values for, if that is known. Returns a sentence on it."""
+    name = str(composed.hydra.runtime.choices.get("experiment"))
+    if name == "none":
+        return f"none; {ADVICE}"
+    keys = [OverridesParser.create().parse_override(text).key_or_group for text in overrides]
+    named = [text for text, key in zip(overrides, keys, strict=True) if key == "experiment"]
+    others = [text for text, key in zip(overrides, keys, strict=True) if key != "experiment"]
+    told = f"{name}{'' if named else f', the default; {ADVICE}'}"
+    local = _has_local(composed)
+    chosen = {group for group in OPTIONS if group in keys or f"{group}.name" in keys}
+    if not local and (not chosen or (recipe and not chosen & (recipe if named else recipe.union(SUBJECT)))):
+        return told
+    of_hydra = [text for text in others if text.startswith("hydra.")]
+    own = compose([*of_hydra, *named, *(["~local"] if local else [])])
+    fits = OmegaConf.to_container(own.get(FITS, OmegaConf.create()))
+    if not isinstance(fits, dict) or not fits.keys() <= OPTIONS.keys():
+        raise ValueError(f"experiment={name}: `{FITS}` names options by group, such as {FITS}: {{data: [webdataset]}}")
+    other = [group for group in OPTIONS if _option(composed, group) != _option(own, group)]
+    other = [group for group in other if composed.hydra.runtime.choices.get(group) not in fits.get(group, ())]
+    if not other:
+        return told
+    plain = compose([*others, "experiment=none"])
+    by_default = not named and name == own.hydra.runtime.choices.get("experiment")
+    if by_default and (subject := [group for group in SUBJECT if group in other]):
+        _replace(composed, plain, [str(key) for key in composed if key != "hydra"])
+        composed.hydra.runtime.choices.experiment = "none"
+        instead = ", ".join(_written(_option(plain, group), _option(own, group), group) for group in subject)
+        return f"none: the default one, {name}, is not for {instead}; {ADVICE}"
+    dropped = [key for group in other for key in _differing(composed, plain, group)]
+    _replace(composed, plain, other)
+    return told + (f"; without its {', '.join(dropped)}: the options chosen have their own" if dropped else "")
+
+
+def _has_local(config: DictConfig) -> bool:
+    """Returns whether a person has a file of their own in conf/local; Hydra names the option even if there is none."""
+    runtime = config.hydra.runtime
+    files = [Path(source.path) for source in runtime.config_sources if source["schema"] == "file"]
+    return any((folder / "local" / f"{runtime.choices.get('local')}.yaml").is_file() for folder in files)
+
+
+def _option(config: DictConfig, group: str) -> tuple[Any, Any]:
+    """Returns which option a group has: the file that was chosen, and the name that it or a person gave it."""
+    section = _plain(config, group)
+    return config.hydra.runtime.choices.get(group), section.get("name") if isinstance(section, dict) else section
+
+
+def _written(option: tuple[Any, Any], other: tuple[Any, Any], group: str) -> str:
+    """Returns what makes an option another one, as it is written on a command line."""
+    return f"{group}={option[0]}" if option[0] != other[0] else f"{group}.name={option[1]}"
+
+
+def _differing(composed: DictConfig, plain: DictConfig, group: str) -> list[str]:
+    """Returns the keys of a group that the recipe has set."""
+    here, there = _plain(composed, group), _plain(plain, group)
+    if not isinstance(here, dict) or not isinstance(there, dict):
+        return []
+    return [f"{group}.{key}" for key, value in here.items() if key not in there or there[key] != value]
+
+
+def _plain(config: DictConfig, group: str) -> Any:
+    value = config._get_node(group)
+    return OmegaConf.to_container(value, resolve=False) if isinstance(value, DictConfig) else value
+
+
+def _replace(composed: DictConfig, plain: DictConfig, keys: Sequence[str]) -> None:
+    with flag_override(composed, ["struct", "readonly"], False):
+        for key in keys:
+            if key in plain:
+                composed[key] = plain._get_node(key)  # not its value: interpolations stay what they are
+            else:
+                del composed[key]

@@ -86,7 +86,7 @@ class Checkpoint(Section):
 
 
 class Sample(Section):
-    prompt: str = Field(description="Text that the samples at the end of the run continue.")
+    prompt: str = Field(description="Text that the samples at the end of the run continue. Empty: a document's begin.")
     count: Int = Field(
         ge=0,
         description="Samples to write at the end of the run, where its objective learns to continue text. 0: none.",

@@ -54,4 +54,7 @@ class Section(BaseModel):
 class Plugin(Section):
     """A section with options. User plugins subclass it as `Config` of their class and add their own keys."""
 
-    name: str = Field(description="Which option this is; or `package.module:Class` of a package in `run.plugins`.")
+    name: str = Field(
+        description="Which option this is. Of model, objective, strategy, optimizer and schedule also "
+        "`package.module:Class` of a package in `run.plugins`."
+    )

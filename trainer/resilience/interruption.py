@@ -12,14 +12,15 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from trainer.errors import Interrupted
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 STOP, SAVE = "STOP", "SAVE"
 TWICE = "interrupted a second time: what came after the last checkpoint is not saved"
 EARLY = "stopped as asked{by}, before there was anything new to save: run the same command to continue"
@@ -46,7 +47,23 @@ def listen() -> None:
     # A thread: the main one may be in foreign code, where Python hears of no signal.
     threading.Thread(target=_watch, args=(read,), name="interrupts", daemon=True).start()
     for number in SIGNALS:
-        signal.signal(number, _note)
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, _note)
+
+
+def handlers() -> dict[signal.Signals, Any]:
+    """Returns what the signals mean to this process now."""
+    return {number: signal.getsignal(number) for number in SIGNALS}
+
+
+def stop_listening(meant: Mapping[signal.Signals, Any]) -> None:
+    """Gives the signals back what they `meant` before `listen`, and ends its thread."""
+    global _listening
+    for number, handler in meant.items():
+        signal.signal(number, signal.SIG_DFL if handler is None else handler)
+    read, _listening = _listening, -1
+    if read != -1:
+        os.close(signal.set_wakeup_fd(-1))  # which its thread, waiting at the other end, hears
 
 
 def may_leave_at_once(idle: bool) -> None:
@@ -75,6 +92,7 @@ def _watch(pipe: int) -> None:
     while came.count(signal.SIGINT) < 2:
         ready = select.select([pipe], [], [], _LOOK_S if came else None)[0]
         if pipe != _listening:
+            os.close(pipe)
             return
         if ready:
             came += bytes(number for number in os.read(pipe, 64) if number in SIGNALS)

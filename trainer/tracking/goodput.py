@@ -1,6 +1,7 @@
 """`goodput.jsonl` summed up: where the time of a run went, over all its lives, and what took the most of it.
 
-Between two lives the run was down, also for what a killed life had not written down. Work is lost when the run goes on
+Between two lives the run was down, also for what a killed life had not written down; not where it was finished before,
+and was made longer: that time is none of the run's. Work is lost when the run goes on
 from a step before it: the lines behind that step then count as lost, and a line that straddles it in proportion.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -17,7 +19,8 @@ from trainer.tracking.base import Row
 from trainer.tracking.console import duration
 from trainer.tracking.jsonl import read
 
-FILE = "goodput.jsonl"
+FILE, EVENTS = "goodput.jsonl", "events.jsonl"
+LIFE = ("start", "resume", "finished", "interrupted", "failed")  # events of how an attempt began and ended
 NAMES = {
     "productive": "Productive",
     "data_wait": "Waiting for data",
@@ -42,7 +45,8 @@ _OF_NO_STEP = {"startup", "finishing"}  # never lost
 
 @dataclass(frozen=True)
 class Goodput:
-    """Seconds by class. They sum to the time from the first birth to the last line."""
+    """Seconds by class. They sum to the time from the first birth to the last line, that in which it was finished left
+    out."""
 
     seconds: dict[str, float]
 
@@ -82,22 +86,37 @@ def goodput(folder: Path) -> Goodput | None:
     """Of a run's folder; None where nothing was written down. Raises ConfigError if the file is damaged."""
     rows = read(folder / FILE)
     try:
-        return Goodput(account(rows)) if rows else None
+        return Goodput(account(rows, _ends(read(folder / EVENTS)))) if rows else None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ConfigError(f"{folder / FILE}: not a ledger of time ({error}); delete it to go on without it") from None
 
 
-def account(rows: Sequence[Row]) -> dict[str, float]:
-    """Seconds by class, of all lines together."""
+def _ends(events: Sequence[Row]) -> list[tuple[datetime, bool]]:
+    """When the run began, went on or ended, and whether it was finished from then on; in order."""
+    ends = []
+    for event in events:
+        with suppress(KeyError, TypeError, ValueError, AttributeError):  # one that was written by hand
+            if event["kind"] in LIFE:
+                ends.append((_time(event), event["kind"] == "finished"))
+    return ends
+
+
+def _time(row: Row) -> datetime:
+    return datetime.fromisoformat(row["time"].replace("Z", "+00:00"))
+
+
+def account(rows: Sequence[Row], ends: Sequence[tuple[datetime, bool]] = ()) -> dict[str, float]:
+    """Seconds by class, of all lines together. `ends`: when the run began and ended, and whether it was finished."""
     totals: dict[str, float] = defaultdict(float)
     done: list[_Stretch] = []  # what counts so far
     life, ended, at = None, None, 0
     for number, row in enumerate(rows):
-        seconds, told = dict(row["seconds"]), datetime.fromisoformat(row["time"].replace("Z", "+00:00"))
+        seconds, told = dict(row["seconds"]), _time(row)
         born = number == 0 or row.get("life") != life or ("life" not in row and "startup" in seconds)
         if born and ended is not None:
             birth = told - timedelta(seconds=sum(seconds.values()))
-            totals["down"] += max(0.0, (birth - ended).total_seconds())
+            was_finished = next((finished for at, finished in reversed(ends) if at <= max(birth, ended)), False)
+            totals["down"] += 0.0 if was_finished else max(0.0, (birth - ended).total_seconds())
         for kind in _OF_NO_STEP & seconds.keys():
             totals[kind] += seconds.pop(kind)
         life, ended, step = row.get("life"), told, int(row["step"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from trainer.errors import ConfigError
 from trainer.secrets import masked, prose
 from trainer.tracking.base import Row
 from trainer.tracking.console import duration
-from trainer.tracking.goodput import Goodput, goodput
+from trainer.tracking.goodput import LIFE, Goodput, goodput
 from trainer.tracking.jsonl import read
 from trainer.tracking.plot import label
 
@@ -47,6 +48,12 @@ class Run:
         """By step."""
         return {row["step"]: row["eval"] for row in self.rows if row.get("eval")}
 
+    @property
+    def restarts(self) -> int:
+        """How often it went on after it was killed or stopped; not how often it was made longer once finished."""
+        kinds = [event["kind"] for event in self.events if event["kind"] in LIFE]
+        return sum(kind == "resume" and before != "finished" for before, kind in pairwise(["start", *kinds]))
+
     def count(self, kind: str) -> int:
         return sum(event["kind"] == kind for event in self.events)
 
@@ -75,7 +82,7 @@ def load(folder: Path) -> Run:
 def headline(run: Run) -> list[Figure]:
     """The run in a few numbers. Times and rates are of the steps that count, lost work left out."""
     steps = run.status.get("steps")
-    restarts, checkpoints = run.count("resume"), run.count("checkpoint")
+    restarts, checkpoints = run.restarts, run.count("checkpoint")
     return [
         Figure("Steps", f"{run.rows[-1]['step'] if run.rows else 0:,}", f"of {steps:,}" if steps else ""),
         *(_trained(run) if run.rows else []),

@@ -8,13 +8,17 @@ from pathlib import Path
 from typing import Protocol
 
 from trainer.data.storage.urls import PIPE, check, is_remote, is_url, local_path, shown
+from trainer.errors import ConfigError
 
 __all__ = ["Blob", "Storage", "default_cache", "is_remote", "is_url", "shown"]
 
 
 def default_cache() -> Path:
     """The cache folder of those who name none."""
-    return Path(os.environ.get("ONECURVE_CACHE") or "~/.cache/onecurve").expanduser()
+    try:
+        return Path(os.environ.get("ONECURVE_CACHE") or "~/.cache/onecurve").expanduser()
+    except RuntimeError:
+        raise ConfigError("this user has no home folder to keep a cache in: set HOME or ONECURVE_CACHE") from None
 
 
 class Blob(Protocol):

@@ -159,7 +159,7 @@ def _facts(meta: Any, url: str) -> Facts:
 def _aws_profile() -> dict[str, Any]:
     """The credentials of `~/.aws`, which obstore does not read itself, where the environment holds none."""
     given = ("AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_SKIP_SIGNATURE")
-    stored = Path(os.environ.get("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials")).expanduser()
+    stored = Path(os.path.expanduser(os.environ.get("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials")))
     if any(map(os.environ.get, given)) or not ("AWS_PROFILE" in os.environ or stored.exists()):
         return {}
     with suppress(Exception):  # no boto3, or nothing in the profile: obstore's own ways

@@ -1,0 +1,56 @@
+"""onecurve for programs: load a config, train in this process, read what a run left, write plugins.
+
+Each name is imported when it is first used: `import onecurve` takes no time, and torch only where it is needed. Nor
+does it look for `trainer` before `onecurve.paths` has seen to it that the right one is found.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from onecurve.running import Result, run
+    from trainer import __version__
+    from trainer.config import Config, Plugin
+    from trainer.config.compose import load
+    from trainer.config.schema import Optimizer, Schedule
+    from trainer.data.stage import OrderedSamples
+    from trainer.errors import ConfigError, DataError, OnecurveError, TrainingError
+    from trainer.models import Model
+    from trainer.objectives import Objective
+    from trainer.sampling import load_run
+
+_HOMES = {
+    "Config": "trainer.config",
+    "ConfigError": "trainer.errors",
+    "DataError": "trainer.errors",
+    "Model": "trainer.models",
+    "Objective": "trainer.objectives",
+    "OnecurveError": "trainer.errors",
+    "Optimizer": "trainer.config.schema",
+    "OrderedSamples": "trainer.data.stage",
+    "Plugin": "trainer.config",
+    "Result": "onecurve.running",
+    "Schedule": "trainer.config.schema",
+    "TrainingError": "trainer.errors",
+    "__version__": "trainer",
+    "load": "trainer.config.compose",
+    "load_run": "trainer.sampling",
+    "run": "onecurve.running",
+}
+
+__all__ = [
+    "Config", "ConfigError", "DataError", "Model", "Objective", "OnecurveError", "Optimizer", "OrderedSamples",
+    "Plugin", "Result", "Schedule", "TrainingError", "__version__", "load", "load_run", "run",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'onecurve' has no attribute '{name}'")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

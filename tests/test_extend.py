@@ -1,0 +1,172 @@
+"""Classes of a user's: the code in the documents runs as it stands, and what lacks something is refused beforehand."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import onecurve
+from trainer.config import Config
+from trainer.config.compose import load
+from trainer.protocol import Watched, check_plugins
+
+ROOT = Path(__file__).parents[1]
+QUICK = [
+    "experiment=smoke", "train.steps=3", "eval.every=3", "sample.count=0", "track.report=false", "track.console=false",
+    "track.wandb.mode=disabled", "strategy=single", "checkpoint.asynchronous=false", "run.plugins=[my_package]",
+]  # fmt: skip
+
+
+def blocks(page: str) -> Iterator[tuple[str, str, str]]:
+    """(language, the file that its first line names, text) of each block of code."""
+    for language, text in re.findall(r"^```(python|yaml)\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S):
+        named = re.match(r"# (\S+\.(?:py|yaml))", text)
+        yield language, named[1] if named else "", text
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    yield tmp_path
+    for name in [name for name in sys.modules if name.partition(".")[0] == "my_package"]:
+        del sys.modules[name]
+
+
+def written(folder: Path, page: str) -> None:
+    for _, name, text in blocks(page):
+        if name:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text)
+    (folder / "my_package" / "__init__.py").touch()
+
+
+def test_the_package_of_the_page_trains(folder: Path) -> None:
+    written(folder, "docs/EXTEND.md")
+    chosen = ["model=net", "objective=goal", "optimizer=sgd", "schedule=stairs", "schedule.each=2"]
+    config = onecurve.load([*QUICK, *chosen], config_dir="my_conf")
+    result = onecurve.run(config)
+    assert (result.status, result.step) == ("finished", 3)
+    assert {"loss", "accuracy"} == result.metrics["eval"].keys()
+    rows = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["lr"] for row in rows] == [0.1, 0.1, 0.05]
+    longer = onecurve.load([*QUICK, *chosen, "train.steps=4", "eval.every=4"], config_dir="my_conf")
+    assert onecurve.run(longer).step == 4  # from its checkpoint, momentum included
+
+
+def test_the_model_of_the_readme_and_the_program_of_the_page_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written(folder, "README.md")
+    (folder / "my_conf" / "model").mkdir(parents=True)
+    (folder / "my_conf" / "model" / "net.yaml").write_text("name: my_package.net:Net\nwidth: 64\n")
+    assert onecurve.run(onecurve.load([*QUICK, "model=net"], config_dir="my_conf")).step == 3
+    monkeypatch.setattr(onecurve, "load", lambda overrides: load([*QUICK, *overrides[1:]]))
+    (program,) = [text for language, name, text in blocks("docs/EXTEND.md") if language == "python" and not name]
+    exec(compile(program, "EXTEND.md", "exec"), scope := {})
+    assert scope["result"].status == "finished"
+
+
+WRONG = {
+    "model": ("model", "def initialise(", "def initialize(", "has no method `initialise(name, parameter, generator)`"),
+    "forward": ("model", "def forward(", "def call(", "has no method `forward(batch)` of its own"),
+    "made": ("objective", "token_bytes: np.ndarray, token_chars", "token_chars", "should be made of (config, token_"),
+    "evaluate": ("objective", "def evaluate(", "def judge(", "has no method `evaluate(outputs, batch)`"),
+    "summary": ("objective", "def summary(self, sums", "def summary(self", "its method `summary` should take (sums)"),
+    "optimizer": ("optimizer", "(onecurve.Optimizer)", "(onecurve.Plugin)", "its Config has no `lr`"),
+    "schedule": ("schedule", "lr: float, steps: int", "steps: int", "should be made of (config, lr, steps)"),
+}
+FILES = {"model": "net", "objective": "goal", "optimizer": "sgd", "schedule": "stairs"}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_a_class_lacks_is_told_before_the_start(what: str, folder: Path) -> None:
+    group, text, other, told = WRONG[what]
+    written(folder, "docs/EXTEND.md")
+    file = folder / "my_package" / f"{FILES[group]}.py"
+    assert text in file.read_text()
+    file.write_text(file.read_text().replace(text, other))
+    if what == "optimizer":
+        (folder / "my_conf" / "optimizer" / "sgd.yaml").write_text("name: my_package.sgd:SGD\nmomentum: 0.9\n")
+    config = onecurve.load([*QUICK, f"{group}={FILES[group]}"], config_dir="my_conf")
+    with pytest.raises(onecurve.ConfigError) as caught:
+        check_plugins(config)
+    (problem,) = caught.value.problems
+    assert problem.startswith(f"{group}.name=my_package.{FILES[group]}:")
+    assert told in problem
+    with pytest.raises(onecurve.ConfigError, match=re.escape(told)):
+        onecurve.run(config)
+    assert not (folder / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "other", "told"),
+    [
+        ('{**self.loss(outputs, batch), "right"', '{"right"', "`evaluate` should return .* which lacks loss and count"),
+        ('{"loss": sums["loss"] / sums["count"], ', "{", "`summary` should return numbers by name"),
+        ('sums["right"]', 'sums["wrong"]', "KeyError: 'wrong'"),
+    ],
+)
+def test_an_evaluation_that_would_fail_fails_before_the_first_step(
+    folder: Path, text: str, other: str, told: str
+) -> None:
+    written(folder, "docs/EXTEND.md")
+    file = folder / "my_package" / "goal.py"
+    assert text in file.read_text()
+    file.write_text(file.read_text().replace(text, other))
+    with pytest.raises(onecurve.OnecurveError, match=told) as caught:
+        onecurve.run(onecurve.load([*QUICK, "objective=goal", "eval.every=0"], config_dir="my_conf"))
+    assert not caught.value.retry
+    assert not (folder / "runs/smoke/metrics.jsonl").exists()
+
+
+def test_the_first_sums_of_an_objective_are_looked_at() -> None:
+    class Goal:
+        given: object = None
+
+        def loss(self, outputs, batch):
+            return self.given
+
+    goal = Goal()
+    good = {"loss": torch.zeros(()), "count": torch.ones(())}
+    for wrong, told in (
+        (torch.zeros(()), "`loss` should return a dict of scalar tensors, .* not Tensor"),
+        ({"loss": torch.zeros(())}, "which lacks count"),
+        ({**good, "accuracy": 0.5}, "which 'accuracy' is not"),
+        ({**good, "loss": torch.zeros(2)}, "which 'loss' is not"),
+    ):
+        goal.given = wrong
+        with pytest.raises(onecurve.ConfigError, match=told):
+            Watched(goal, "mine:Goal").loss(None, {})  # type: ignore[arg-type]
+    goal.given, watched = good, Watched(goal, "mine:Goal")  # type: ignore[arg-type]
+    assert watched.loss(None, {}) is good  # type: ignore[arg-type]
+    assert watched.loss == goal.loss  # nothing is between them from then on
+
+
+def test_classes_that_would_not_be_used_and_folders_that_are_not_there_are_refused() -> None:
+    for group in ("data", "precision", "launch"):
+        with pytest.raises(onecurve.ConfigError, match=rf"{group}.name=my_package:Mine: should be one of"):
+            load([f"{group}.name=my_package:Mine", "run.plugins=[my_package]"])
+    with pytest.raises(onecurve.ConfigError, match="--config-dir nowhere: no such folder"):
+        load(["experiment=smoke"], config_dir="nowhere")
+
+
+def test_a_config_without_a_moving_average_needs_none() -> None:
+    from types import SimpleNamespace
+
+    from trainer.build import build_optimizer
+
+    config = SimpleNamespace(optimizer=SimpleNamespace(name="adamw"), run=SimpleNamespace(plugins=[]))
+    made = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 0.1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trainer.build.plugin", lambda config, group: lambda *_: made)
+        assert build_optimizer(config, torch.nn.Linear(1, 1)) is made  # type: ignore[arg-type]
+
+
+def test_the_configs_type_is_public() -> None:
+    assert onecurve.Config is Config
