@@ -107,7 +107,7 @@ def test_a_pass_that_is_broken_off_repeats_nothing(shards: list[str], persistent
 def test_stateful_dataloader_resumes_within_and_between_passes(shards: list[str]) -> None:
     """Passes of 5 in two workers, one of which has no sample left where the other one has."""
     expected = keys(make(shards), 15)
-    for taken in (1, 4, 5, 8, 9):
+    for taken in (4, 5, 8):  # within a pass, at its end, in the next one
         loader = by_torchdata(make(shards, epoch_length=5))
         seen: list[str] = []
         state = {}
@@ -164,11 +164,12 @@ def test_remote_shards_in_forked_workers(shards: list[str], tmp_path: Path) -> N
     with http_server() as server:
         urls = [server.put(Path(path).name, Path(path).read_bytes()) for path in shards]
         code = f"""
-import itertools, json
+import json
+from pathlib import Path
 from torch.utils.data import DataLoader
 from trainer.data.stage import OrderedSamples
 from trainer.data.storage import Storage
-source = OrderedSamples({urls!r}, seed=3, lanes=4, window=2, epoch_length=10, storage=Storage({str(tmp_path)!r}))
+source = OrderedSamples({urls!r}, seed=3, lanes=4, window=2, epoch_length=10, storage=Storage(Path({str(tmp_path)!r})))
 loader = DataLoader(source, batch_size=None, num_workers=2, multiprocessing_context="fork")
 print(json.dumps([sample["__key__"] for _ in range(2) for sample in loader]))
 next(iter(source))
