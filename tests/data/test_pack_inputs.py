@@ -141,6 +141,7 @@ def test_the_end_tells_tokens_and_the_command_that_trains(tmp_path: Path, capsys
         (texts / f"{i}.txt").write_text(f"text number {i}, of a few words")
     (texts / "bad.txt").write_bytes(b"\xff")
     words = ["pack", texts, "--out", tmp_path / "out", "--tokenizer", "bpe:8192", "--on-error", "skip"]
+    words += ["--validation", "0.3"]
     assert onecurve(*words) == 0
     said = capsys.readouterr()
     assert "skipped: 1 documents that cannot be read, such as\n" in said.err

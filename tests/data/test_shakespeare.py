@@ -119,7 +119,8 @@ def test_bad_requests(tmp_path: Path) -> None:
 
 def test_shards_of_ones_own_are_not_looked_for_in_it(folder: Path) -> None:
     """Whoever gives shards, and leaves the default data set in place, is told which key is missing."""
-    config = load_config(["experiment=smoke", "data=shakespeare", "data.shards=shards", f"data.cache={folder.parent}"])
+    data = ["data=shakespeare", "data.tokenizer=bpe:1024", "data.shards=shards", f"data.cache={folder.parent}"]
+    config = load_config(["experiment=smoke", *data])
     with pytest.raises(ConfigError) as caught:
         open_shards(config, ALONE)
     assert caught.value.problems[0] == f"data.shards: missing file {folder}/shards"
