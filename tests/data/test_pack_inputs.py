@@ -35,8 +35,8 @@ def test_texts_and_images_of_one_folder_are_not_guessed(tmp_path: Path) -> None:
         "say which to pack, --kind images or --kind texts"
     ]
     assert not (tmp_path / "out").exists()
-    texts = pack(folder, tmp_path / "texts", kind="texts", tokenizer="bytes")
-    assert sum(split["samples"] for split in texts["splits"].values()) == 11
+    texts = pack(folder, tmp_path / "texts", kind="texts", tokenizer="bytes", validation=0)
+    assert texts["splits"]["train"]["samples"] == 11
     images = pack(folder, tmp_path / "images", kind="images", validation=0)
     assert images["splits"]["train"]["samples"] == 1
     (folder / "figure.txt").write_text("its caption")  # belongs to an image
@@ -91,7 +91,7 @@ def damaged(folder: Path) -> int:
 
 def test_documents_that_cannot_be_read_are_left_out_if_asked(tmp_path: Path) -> None:
     count = damaged(tmp_path / "in")
-    options = {"tokenizer": "bytes", "validation": 0, "piece_bytes": 200}
+    options = {"tokenizer": "bytes", "validation": 0, "piece_bytes": 5000}
     with pytest.raises(ConfigError, match=r"cannot be read: line 2: has no 'text'"):
         pack(tmp_path / "in", tmp_path / "out", **options)
     for workers in (1, 2):
@@ -122,8 +122,8 @@ def test_what_was_left_out_is_known_after_a_kill(tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        pack_inputs([tmp_path / "in"], tmp_path / "out", options, piece_bytes=200, told=stop)
-    pack_inputs([tmp_path / "in"], tmp_path / "out", options, piece_bytes=200)
+        pack_inputs([tmp_path / "in"], tmp_path / "out", options, piece_bytes=5000, told=stop)
+    pack_inputs([tmp_path / "in"], tmp_path / "out", options, piece_bytes=5000)
     assert json.loads((tmp_path / "out" / "dataset.json").read_text())["skipped"]["documents"] == count
 
 
@@ -141,6 +141,7 @@ def test_the_end_tells_tokens_and_the_command_that_trains(tmp_path: Path, capsys
         (texts / f"{i}.txt").write_text(f"text number {i}, of a few words")
     (texts / "bad.txt").write_bytes(b"\xff")
     words = ["pack", texts, "--out", tmp_path / "out", "--tokenizer", "bpe:8192", "--on-error", "skip"]
+    words += ["--validation", "0.3"]
     assert onecurve(*words) == 0
     said = capsys.readouterr()
     assert "skipped: 1 documents that cannot be read, such as\n" in said.err

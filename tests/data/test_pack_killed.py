@@ -249,7 +249,7 @@ def test_the_command(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")  # no bars for a file
     assert re.search(r"train: \d+ samples, [\d.]+ KiB, \d+ tokens, .*/out/train-000000\.tar\n", done.stdout)
-    assert f"train with data.field=u16 data.tokenizer={out}/tokenizer.json" in done.stdout
+    assert f" data.tokenizer={out}/tokenizer.json data.field=u16\n" in done.stdout
     again = subprocess.run(command, capture_output=True, text=True, check=False)
     assert again.returncode == 2
     assert again.stderr.strip().splitlines()[1:] == [

@@ -13,11 +13,14 @@ from pathlib import Path
 
 import pytest
 
+from trainer.config.compose import load as load_config
 from trainer.data import shakespeare
 from trainer.data.shards import Shards
 from trainer.data.storage import Storage
 from trainer.data.tokenizer import load
 from trainer.errors import ConfigError
+from trainer.inputs import open_shards
+from trainer.topology import ALONE
 
 PACKED = resources.files("trainer.data").joinpath("shakespeare.txt.xz").read_bytes()
 TEXT = lzma.decompress(PACKED).decode()
@@ -112,3 +115,13 @@ def test_bad_requests(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="file: cannot be written"):
         shakespeare.ensure(tmp_path / "file", "bytes")
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_shards_of_ones_own_are_not_looked_for_in_it(folder: Path) -> None:
+    """Whoever gives shards, and leaves the default data set in place, is told which key is missing."""
+    data = ["data=shakespeare", "data.tokenizer=bpe:1024", "data.shards=shards", f"data.cache={folder.parent}"]
+    config = load_config(["experiment=smoke", *data])
+    with pytest.raises(ConfigError) as caught:
+        open_shards(config, ALONE)
+    assert caught.value.problems[0] == f"data.shards: missing file {folder}/shards"
+    assert "for yours: data=webdataset, or data=samples" in caught.value.problems[1]

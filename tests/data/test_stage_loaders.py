@@ -56,8 +56,13 @@ def by_webdataset(source: OrderedSamples, workers: int = 2, **options: Any) -> I
     return webdataset.WebLoader(pipeline, batch_size=None, num_workers=workers, **options)
 
 
+def by_webdatasets_epochs(source: OrderedSamples, workers: int = 2, **options: Any) -> Iterable[dict[str, Any]]:
+    """Which ends a pass by not asking for what follows its last sample."""
+    return by_webdataset(source, workers, **options).with_epoch(9)
+
+
 @pytest.mark.parametrize("persistent", [False, True])
-@pytest.mark.parametrize("loader", [plain, by_torchdata, by_webdataset])
+@pytest.mark.parametrize("loader", [plain, by_torchdata, by_webdataset, by_webdatasets_epochs])
 def test_passes_follow_one_another(shards: list[str], loader: Any, persistent: bool) -> None:
     """In one order, whatever is prefetched; 9 samples are not as many for each of two workers."""
     passes = loader(make(shards, epoch_length=9), persistent_workers=persistent)
@@ -74,7 +79,7 @@ def test_webdatasets_epochs_follow_one_another(shards: list[str], persistent: bo
 
 def test_passes_with_other_numbers_of_workers(shards: list[str]) -> None:
     source = make(shards, epoch_length=8)
-    found = [keys(plain(source, workers)) for workers in (2, 0, 3, 2, 1)]
+    found = [keys(plain(source, workers), 8) for workers in (2, 0, 3, 2, 1)]
     assert [key for one in found for key in one] == keys(make(shards), 40)
     assert source.state_dict()["taken"] == 40
     again = make(shards)
@@ -107,7 +112,7 @@ def test_a_pass_that_is_broken_off_repeats_nothing(shards: list[str], persistent
 def test_stateful_dataloader_resumes_within_and_between_passes(shards: list[str]) -> None:
     """Passes of 5 in two workers, one of which has no sample left where the other one has."""
     expected = keys(make(shards), 15)
-    for taken in (1, 4, 5, 8, 9):
+    for taken in (4, 5, 8):  # within a pass, at its end, in the next one
         loader = by_torchdata(make(shards, epoch_length=5))
         seen: list[str] = []
         state = {}
@@ -164,11 +169,12 @@ def test_remote_shards_in_forked_workers(shards: list[str], tmp_path: Path) -> N
     with http_server() as server:
         urls = [server.put(Path(path).name, Path(path).read_bytes()) for path in shards]
         code = f"""
-import itertools, json
+import json
+from pathlib import Path
 from torch.utils.data import DataLoader
 from trainer.data.stage import OrderedSamples
 from trainer.data.storage import Storage
-source = OrderedSamples({urls!r}, seed=3, lanes=4, window=2, epoch_length=10, storage=Storage({str(tmp_path)!r}))
+source = OrderedSamples({urls!r}, seed=3, lanes=4, window=2, epoch_length=10, storage=Storage(Path({str(tmp_path)!r})))
 loader = DataLoader(source, batch_size=None, num_workers=2, multiprocessing_context="fork")
 print(json.dumps([sample["__key__"] for _ in range(2) for sample in loader]))
 next(iter(source))

@@ -150,6 +150,9 @@ def test_what_is_no_tokenizer_is_refused(tmp_path: Path, content: str) -> None:
 def test_missing_or_binary_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere: No such file.*give 'bytes' or a tokenizer\.json"):
         load(str(tmp_path / "nowhere"))
+    for trained in ("bpe:1024", "chars"):
+        with pytest.raises(ConfigError, match=f"{trained}: No such file.*are made by `onecurve data pack`"):
+            load(trained)
     (tmp_path / "spm.model").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="not UTF-8"):
         load(str(tmp_path / "spm.model"))

@@ -32,6 +32,7 @@ FORMAT = "onecurve-index-2"
 SIDECAR = ".index"
 _METADATA = re.compile(r"__[^/]*__($|/)")  # members that webdataset skips
 _LONGEST_SUMMARY = 64 << 20
+_WHOLE_NAME = 100  # bytes from which on a header may not hold all of a name
 _PROBES = 4  # members of a remote shard that are held against an index beside it
 MEMBER = np.dtype([("offset", "<i8"), ("size", "<i8"), ("extension", "<i4")])
 
@@ -170,10 +171,17 @@ class ShardIndex:
         if self.size != blob.size or ends.max(initial=0) > blob.size or self.table["offset"].min(initial=512) < 512:
             return False
         rows = np.unique(np.linspace(0, len(self.table) - 1, _PROBES).astype(np.int64))[: len(self.table)]
-        return all(
-            tar.is_member(bytes(blob.peek(offset - tar.BLOCK, tar.BLOCK)), size, self.extensions[kind])
-            for offset, size, kind in self.table[rows].tolist()
-        )
+        return all(self._is_there(blob, row) for row in rows.tolist())
+
+    def _is_there(self, blob: Blob, row: int) -> bool:
+        """Whether the shard has the header of a member before its payload."""
+        offset, size, kind = self.table[row].tolist()
+        told = tar.described(bytes(blob.peek(offset - tar.BLOCK, tar.BLOCK)))
+        if told is None or told[1] not in (size, 0):  # 0: too large for the field
+            return False
+        key = self.keys[int(np.searchsorted(self.starts, row, side="right")) - 1]
+        cut = len(told[0].encode("utf-8", "surrogateescape")) >= _WHOLE_NAME or not key.isascii()
+        return cut or key_and_extension(told[0]) == (key, self.extensions[kind])
 
     @classmethod
     def of_before(cls, url: str, storage: Storage, summary: Summary) -> ShardIndex | None:

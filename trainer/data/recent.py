@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 T = TypeVar("T")
 
 _FILES_EACH = 2  # of what is open for a shard; its bytes, its tokens, how they are packed are kept apart
-_MOST, _FEWEST = 4096, 4
+_MOST, _MOST_EACH, _FEWEST = 16384, 4096, 4  # a mapping takes no file, but they have a limit, too
 _keepers: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
@@ -25,9 +25,8 @@ def open_room() -> int:
     """Returns how many shards each object that keeps shards open may hold: together they take half of the files that
     the process may open, as its limit is now."""
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    if files == resource.RLIM_INFINITY:
-        return _MOST
-    return min(_MOST, max(_FEWEST, files // 2 // _FILES_EACH // max(1, len(_keepers))))
+    room = _MOST if files == resource.RLIM_INFINITY else min(_MOST, files // 2 // _FILES_EACH)
+    return min(_MOST_EACH, max(_FEWEST, room // max(1, len(_keepers))))
 
 
 class Recent(Generic[T]):

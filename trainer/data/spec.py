@@ -72,7 +72,7 @@ def _matches(pattern: str, key: str, allow_pipe: bool, problems: list[str]) -> l
         return [pattern]
     path = os.path.expanduser(pattern)
     if os.path.isfile(path) and _UNPACKED.search(path):
-        problems.append(f"{key}: {shown(pattern)} is not a shard (a .tar); {_PACK.format(pattern)}")
+        problems.append(f"{key}: {shown(pattern)} is not a shard (a .tar); {_PACK.format(shown(pattern))}")
         return []
     if os.path.isfile(path):
         return [path]

@@ -24,7 +24,7 @@ from trainer.data.storage import Storage, default_cache, is_remote
 from trainer.data.storage.by_obstore import has_clients
 
 _AT_ONCE = 1024  # samples whose places are worked out together
-_MOST_WORKERS = 128
+_MOST_WORKERS = 64
 
 
 class OrderedSamples(IterableDataset):
@@ -133,22 +133,41 @@ class _Progress:
     def _share(self) -> None:
         self._table.share_memory_()
         self._cells = self._table.numpy()
+        self._resumed = False  # whether this process is a worker that is put in the middle of a pass
 
     def get(self, workers: int, own: int) -> tuple[int, int]:
         """Where a reader stands: (taken, until)."""
-        taken, until = self._cells[workers, own].tolist()
-        others = np.delete(self._cells, workers, axis=0).reshape(-1, 2)
-        furthest = others[others[:, 0].argmax()].tolist()
-        return (taken, until) if taken >= furthest[0] else tuple(furthest)
+        row, place = self._latest(workers, own)
+        taken, until = self._cells[row, place].tolist()
+        return taken, until
 
-    def cell(self, workers: int, own: int) -> memoryview:
-        """The numbers of a reader, to write to."""
-        return self._cells[workers, own].data
+    def begin(self, workers: int, own: int, length: int | None) -> memoryview:
+        """The numbers of a reader that begins a pass, to be written to. `length`: of a pass; None: it never ends. One
+        that was broken off goes on, unless all its readers were through."""
+        row, place = self._latest(workers, own)
+        taken, until = self._cells[row, place].tolist()
+        is_over = bool((self._cells[row, : max(row, 1), 0] >= until).all()) and not self._resumed
+        if is_over or not until:
+            until = (taken // length + 1) * length if length else 0
+        self._resumed = False
+        cell = self._cells[workers, own].data
+        cell[0], cell[1] = taken, until
+        return cell
+
+    def _latest(self, workers: int, own: int) -> tuple[int, int]:
+        """Row and place of the reader that stands where this one goes on: its own, or of another loader's row."""
+        taken = self._cells[..., 0]
+        furthest = max(taken[:workers].max(initial=0), taken[workers + 1 :].max(initial=0))
+        if taken[workers, own] >= furthest:
+            return workers, own
+        rows, places = np.nonzero(taken == furthest)
+        return next((int(row), int(place)) for row, place in zip(rows, places, strict=True) if row != workers)
 
     def reset(self, workers: int, own: int, taken: int, until: int) -> None:
         """Puts a reader somewhere, also further back; each worker of a loader does so for itself."""
         self._cells[:workers] = self._cells[workers + 1 :] = 0
         self._cells[workers, own] = taken, until
+        self._resumed = workers > 0
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_table": self._table}
@@ -168,13 +187,9 @@ class _Turns:
         self._walk, self._shards = stage._walk, stage._shards
         self._first = stage._rank + own * stage._world_size
         self._stride = stage._world_size * max(workers, 1)
-        taken, until = stage._progress.get(workers, own)
-        if stage._pass and not until:
-            until = (taken // stage._pass + 1) * stage._pass
-        self._taken, self._until = taken, until
-        self._asked = taken
-        self._cell = stage._progress.cell(workers, own)
-        self._cell[0], self._cell[1] = taken, until
+        self._cell = stage._progress.begin(workers, own, stage._pass)
+        self._taken, self._until = self._cell
+        self._asked = self._taken
 
     def next(self, count: int) -> Numbers:
         """The samples that come next, int64 [<= count]; none where the pass ends."""

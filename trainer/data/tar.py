@@ -179,13 +179,12 @@ class _Walker:
         return found
 
 
-def is_member(block: bytes, size: int, extension: str) -> bool:
-    """Whether the block can be the header of a plain file of this size, whose name ends so."""
+def described(block: bytes) -> tuple[str, int | None] | None:
+    """Name and size of the plain file whose header the block is; None if it is none. What does not fit in there, as a
+    name of more than 100 bytes, another header before it tells."""
     if not _is_header(block) or block[156] not in _REGULAR:
-        return False
-    name = _name(block)
-    long = len(block[:100].rstrip(b"\0")) == 100  # the rest of it, and maybe the size, is in a header before
-    return long or (name.lower().endswith(f".{extension}") and _octal(block[124:136]) in (size, 0))
+        return None
+    return _name(block), _octal(block[124:136])
 
 
 def _is_header(block: bytes) -> bool:

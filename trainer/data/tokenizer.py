@@ -61,10 +61,10 @@ class Tokenizer(ABC):
 
     def save(self, folder: Path) -> None:
         """Writes the files of which `load` makes the same tokenizer, if any."""
+        if self.settings:  # first: without them the tokenizer would be another one
+            replace_file(folder / _SETTINGS, json.dumps(self.settings).encode())
         if self.content is not None:
             replace_file(folder / "tokenizer.json", self.content.encode())
-        if self.settings:
-            replace_file(folder / _SETTINGS, json.dumps(self.settings).encode())
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
