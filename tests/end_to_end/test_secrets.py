@@ -104,7 +104,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
 def test_nothing_has_them(store: Store) -> None:
     folder = store.cwd / "runs/mine"
     first, renewed = ([*store.keys(signature), "run.dir=runs/mine"] for signature in SIGNATURES)
-    killed = "debug.faults=[step.after_backward:kill:8:1]"
+    killed = "debug.faults=[step.after_backward:kill:8:0]"
     told = store.run(onecurve("train", "-n", "1", *first, "train.steps=12", killed))
     assert "restart 1 of 3" in told
     assert f"http://***@{store.server.host}/s-0.tar?***" in told  # in the command to go on with
