@@ -56,8 +56,8 @@ class Store:
         return [
             "experiment=none", "data=webdataset", *TINY, "sample.count=1", "track.report=true", "train.log_every=1",
             "eval.every=5", "checkpoint.every=5", "data.shards=null", f"data.sources={sources}", "data.allow_pipe=true",
-            f"data.validation='{address.format('s-2.tar')}'", f"data.cache={self.cwd}/cache", "track.wandb.mode=offline",
-            f"checkpoint.mirror='s3://{USER}:{PASSWORD}@shards/runs/one?sig={signature}'",
+            f"data.validation='{address.format('s-2.tar')}'", f"data.cache={self.cwd}/cache",
+            "track.wandb.mode=offline", f"checkpoint.mirror='s3://{USER}:{PASSWORD}@shards/runs/one?sig={signature}'",
         ]  # fmt: skip
 
     def run(self, command: list[str], expect: int = 0) -> str:
@@ -132,7 +132,9 @@ def test_nothing_has_them(store: Store) -> None:
     store.run(onecurve("sweep", "-n", "1", *renewed, *few))
     store.valid = "another one"
     refused = [*renewed, "run.dir=runs/refused", f"data.cache={store.cwd}/empty", "checkpoint.mirror=null"]
+    assert store.refused == 0
     assert "answered 403" in store.run(trainer(*refused), expect=3)
+    assert store.refused > 0
 
     names = {path.name for path in folder.iterdir()}
     assert {"config.yaml", "report.html", "wandb", "environment.json", "samples.txt", "logs"} <= names
