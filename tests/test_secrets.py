@@ -26,7 +26,7 @@ DATA = ("experiment=none", "data=webdataset")
 ADDRESS = "http://joe:hush@127.0.0.1:8765/a.tar?X-Amz-Signature=hush"
 SECRET = (
     f"data.shards='{ADDRESS}'", f"data.validation=['{ADDRESS}','pipe:curl -H \"Authorization: hush\" http://h/b.tar']",
-    "checkpoint.mirror=s3://joe:hush@bucket/run?token=hush", "data.allow_pipe=true",
+    "checkpoint.mirror='s3://joe:hush@bucket/run?token=hush'", "data.allow_pipe=true",
 )  # fmt: skip
 
 
@@ -175,12 +175,8 @@ def test_a_job_of_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert not holds_secret("curl http://$NAME:$PASSWORD@h/x?version=3")
 
 
-@pytest.mark.parametrize(
-    "option", [["--cfg", "job"], ["--cfg", "all"], ["--cfg", "job", "-p", "data.shards"], ["--info"]]
-)
-def test_what_hydra_prints(
-    option: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("option", ["--cfg job", "--cfg all --resolve", "--cfg job -p data.shards", "--info all"])
+def test_what_hydra_prints(option: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from trainer.config.hydra_cli import hydra_command
 
     monkeypatch.setattr(sys, "argv", ["trainer"])

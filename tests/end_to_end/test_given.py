@@ -51,6 +51,8 @@ def test_one_curve(strategy: str, single: Run, tmp_path: Path) -> None:
 
 
 def test_resumed_it_is_the_same_run_and_does_not_need_them(single: Run, weights: Path, tmp_path: Path) -> None:
+    kept = single.folder / "pretrained/config.json"  # for exports
+    assert kept.read_bytes() == (weights / "config.json").read_bytes()
     shutil.copytree(single.folder, tmp_path / "run")
     shutil.copytree(weights, tmp_path / "copy")
     at = f"model.weights={tmp_path}/copy"

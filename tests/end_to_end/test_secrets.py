@@ -56,8 +56,8 @@ class Store:
         return [
             "experiment=none", "data=webdataset", *TINY, "sample.count=1", "track.report=true", "train.log_every=1",
             "eval.every=5", "checkpoint.every=5", "data.shards=null", f"data.sources={sources}", "data.allow_pipe=true",
-            f"data.validation={address.format('s-2.tar')}", f"data.cache={self.cwd}/cache", "track.wandb.mode=offline",
-            f"checkpoint.mirror=s3://{USER}:{PASSWORD}@shards/runs/one?sig={signature}",
+            f"data.validation='{address.format('s-2.tar')}'", f"data.cache={self.cwd}/cache",
+            "track.wandb.mode=offline", f"checkpoint.mirror='s3://{USER}:{PASSWORD}@shards/runs/one?sig={signature}'",
         ]  # fmt: skip
 
     def run(self, command: list[str], expect: int = 0) -> str:
@@ -89,6 +89,9 @@ class Store:
             yield item["Key"], self.s3.get_object(Bucket="shards", Key=item["Key"])["Body"].read()
         yield from (("told", text) for text in self.told)
 
+    def hits(self) -> list[tuple[str, bytes]]:
+        return [(name, secret) for name, text in self.left() for secret in SECRETS if secret in text]
+
 
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
@@ -98,13 +101,15 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
         monkeypatch.setenv(name, str(tmp_path / "home"))
     (tmp_path / "home").mkdir()
     with http_server() as server, s3_server(monkeypatch):
-        yield Store(tmp_path, server, boto3.client("s3"))
+        store = Store(tmp_path, server, boto3.client("s3"))
+        yield store
+        assert store.hits() == []  # whatever else failed
 
 
 def test_nothing_has_them(store: Store) -> None:
     folder = store.cwd / "runs/mine"
     first, renewed = ([*store.keys(signature), "run.dir=runs/mine"] for signature in SIGNATURES)
-    killed = "debug.faults=[step.after_backward:kill:8:1]"
+    killed = "debug.faults=[step.after_backward:kill:8:0]"
     told = store.run(onecurve("train", "-n", "1", *first, "train.steps=12", killed))
     assert "restart 1 of 3" in told
     assert f"http://***@{store.server.host}/s-0.tar?***" in told  # in the command to go on with
@@ -127,7 +132,9 @@ def test_nothing_has_them(store: Store) -> None:
     store.run(onecurve("sweep", "-n", "1", *renewed, *few))
     store.valid = "another one"
     refused = [*renewed, "run.dir=runs/refused", f"data.cache={store.cwd}/empty", "checkpoint.mirror=null"]
+    assert store.refused == 0
     assert "answered 403" in store.run(trainer(*refused), expect=3)
+    assert store.refused > 0
 
     names = {path.name for path in folder.iterdir()}
     assert {"config.yaml", "report.html", "wandb", "environment.json", "samples.txt", "logs"} <= names
@@ -135,7 +142,7 @@ def test_nothing_has_them(store: Store) -> None:
     left = list(store.left())
     assert any(name.startswith("runs/one/step-") for name, _ in left)
     assert len([text for name, text in left if name == "told"]) > 20
-    assert [(name, secret) for name, text in left for secret in SECRETS if secret in text] == []
+    assert store.hits() == []
     print(f"{len(left)} texts, {sum(len(text) for _, text in left):,} bytes")  # -s: figures
 
 

@@ -249,6 +249,13 @@ def refused_with(folder: Path, window: int, *overrides: str) -> str:
     return refused(folder, *overrides)
 
 
+def test_a_config_that_cannot_be_read_is_no_config_that_is_not_there(tmp_path: Path) -> None:
+    theirs("llama").save_pretrained(tmp_path)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").symlink_to("config.json")
+    assert "config.json" in refused(tmp_path, *LLAMA)
+
+
 def test_a_head_is_the_embedding_only_if_all_of_it_is(tmp_path: Path) -> None:
     theirs("llama tied").save_pretrained(tmp_path)
     weights = safetensors.torch.load_file(tmp_path / "model.safetensors")

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer.errors import ConfigError
 from trainer.files import replace_file
 
 CONFIG, TOKENIZER, TOKENIZER_CONFIG = "config.json", "tokenizer.json", "tokenizer_config.json"
@@ -26,10 +27,11 @@ Files = Mapping[str, bytes]
 
 
 def files_beside(weights: Path, names: Sequence[str] = (CONFIG, TOKENIZER, *OF_TEXT)) -> Files:
-    """The small files of the folder that pretrained weights lie in; none beside a single file."""
+    """The small files of the folder that pretrained weights lie in; none beside a single file. Raises OSError: one that
+    is there cannot be read."""
     found = {}
     for name in names if weights.is_dir() else ():
-        with suppress(OSError):
+        with suppress(FileNotFoundError):
             if (weights / name).stat().st_size <= LARGEST:
                 found[name] = (weights / name).read_bytes()
     return found
@@ -46,8 +48,12 @@ def keep(run: Path, files: Files) -> None:
 
 
 def kept(run: Path, weights: str | None) -> Files:
-    """What the run directory has, or, of an earlier version's run, the folder `weights` while it is there."""
-    return files_beside(run / KEPT) or (files_beside(Path(weights).expanduser()) if weights else {})
+    """What the run directory has, or, of an earlier version's run, the folder `weights` while it is there. Raises
+    ConfigError."""
+    try:
+        return files_beside(run / KEPT) or (files_beside(Path(weights).expanduser()) if weights else {})
+    except OSError as error:
+        raise ConfigError(f"{error.filename}: cannot be read: {error.strerror}") from None
 
 
 def for_export(base: Files, config: Any, tokenizer: bytes | None) -> Files:
