@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import platform
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -18,11 +20,12 @@ SIGNS = ("status.json", "metrics.jsonl", "events.jsonl", "goodput.jsonl", "logs/
 
 def dead_since(run: Path) -> float | None:
     """Returns when a run gave its last sign (`time.time()`) that says it is running, though nobody trains there. None
-    where somebody does or may, where it has ended in order, and for jobs of Slurm, which tells of them itself.
+    where somebody does or may, where it has ended in order, for jobs of Slurm, which tells of them itself, and for runs
+    of another machine, whose lock may not be seen here.
 
     The lock is only tried where there was no sign for a while: whoever starts the run meanwhile would find it taken.
     """
-    if read_status(run).get("state") != "running" or jobs_of(run):
+    if read_status(run).get("state") != "running" or jobs_of(run) or not _is_of_this_machine(run):
         return None
     sign = last_sign(run)
     if time.time() < sign + PATIENCE_S:
@@ -31,6 +34,14 @@ def dead_since(run: Path) -> float | None:
         locks.acquire_run(run).release()
         return sign
     return None
+
+
+def _is_of_this_machine(run: Path) -> bool:
+    """Returns whether the run's last attempt was here, or it does not say where."""
+    try:
+        return json.loads((run / "environment.json").read_bytes()).get("host", platform.node()) == platform.node()
+    except (OSError, ValueError, AttributeError):
+        return True
 
 
 def last_sign(run: Path) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -89,6 +90,9 @@ def test_a_run_that_gave_a_sign_or_has_its_lock_lives(run: Path, capsys: pytest.
     os.utime(run / "metrics.jsonl", (time.time() - PATIENCE_S / 2,) * 2)  # a launcher may be starting it again
     assert dead_since(run) is None
     silent(run)
+    (run / "environment.json").write_text(json.dumps({"host": "node-of-another-world"}))
+    assert dead_since(run) is None
+    (run / "environment.json").write_text(json.dumps({"host": platform.node()}))
     (run / "slurm").mkdir()
     (run / "slurm" / "jobs").write_text("17\n")
     assert dead_since(run) is None  # Slurm knows more

@@ -109,7 +109,10 @@ def _lacking(config: Config, group: str) -> Iterator[str]:
     target = import_plugin(f"{group}.name", name, config.run.plugins)
     if not _takes(target, MADE_OF[group]):
         yield f"{key}: should be made of ({', '.join(MADE_OF[group])})"
-    for method, arguments in METHODS.get(group, {}).items():
+    methods = METHODS.get(group, {})
+    if group == "objective" and hasattr(target, "__getattr__"):  # it hands on to another one
+        methods = {}
+    for method, arguments in methods.items():
         found = inspect.getattr_static(target, method, None)
         if not (_is_bound(found) or callable(found)):
             yield f"{key}: has no method `{method}({', '.join(arguments)})`"

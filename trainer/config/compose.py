@@ -46,6 +46,7 @@ def config_of(raw: dict[str, Any], problems: list[str], world_size: int) -> Conf
 def homeless(config: Config) -> list[str]:
     """Returns what is wrong with paths that begin with `~`: a user of a container may have no home."""
     paths = {"run.dir": config.run.dir, "data.cache": config.data.cache, "data.tokenizer": config.data.tokenizer}
+    paths["model.weights"] = getattr(config.model, "weights", None) or ""
     if os.path.expanduser("~") != "~":  # as it stays where there is none
         return []
     advice = "this user has no home folder: set HOME, or give a folder"

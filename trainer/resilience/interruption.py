@@ -29,19 +29,19 @@ _LOOK_S = 0.25
 _asked: set[int] = set()  # the signals that came
 _idle_since: float | None = None  # `time.monotonic()` since when there is nothing to save
 _last_words: Callable[[str, int], None] | None = None
-_listening = -1  # the pipe of the newest `listen`: a sweep's runs follow each other in one process
+_listening = _woken = -1  # the pipe of the newest `listen`, both ends: a sweep's runs follow each other in one process
 
 
 def listen() -> None:
     """From now on signals are requests. A second Ctrl-C ends the process at once, whatever it is doing: checkpoints
     bear that at any instant. So does the first signal, after a moment, where nothing would be lost: a start that reads,
     verifies or connects for minutes asks nobody."""
-    global _last_words, _listening
+    global _last_words, _listening, _woken
     _asked.clear()
     _last_words = None
     may_leave_at_once(True)
     read, write = os.pipe()
-    _listening = read
+    _listening, _woken = read, write
     os.set_blocking(write, False)
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)
     # A thread: the main one may be in foreign code, where Python hears of no signal.
@@ -58,12 +58,13 @@ def handlers() -> dict[signal.Signals, Any]:
 
 def stop_listening(meant: Mapping[signal.Signals, Any]) -> None:
     """Gives the signals back what they `meant` before `listen`, and ends its thread."""
-    global _listening
+    global _listening, _woken
     for number, handler in meant.items():
         signal.signal(number, signal.SIG_DFL if handler is None else handler)
-    read, _listening = _listening, -1
-    if read != -1:
-        os.close(signal.set_wakeup_fd(-1))  # which its thread, waiting at the other end, hears
+    if _woken != -1:
+        signal.set_wakeup_fd(-1)
+        write, _listening, _woken = _woken, -1, -1
+        os.close(write)  # which the thread, waiting at the other end, hears
 
 
 def may_leave_at_once(idle: bool) -> None:
