@@ -25,7 +25,7 @@ from trainer.data.faults import Fault
 from trainer.data.storage import Blob, Storage, is_remote, is_url, shown
 from trainer.data.storage.urls import local_path
 from trainer.errors import DataError
-from trainer.files import replace_file
+from trainer.files import replace_file, with_file
 
 FORMAT = "onecurve-index-2"
 SIDECAR = ".index"
@@ -122,9 +122,8 @@ class ShardIndex:
     def load(cls, sidecar: Path, url: str, stamp: str | None = None) -> ShardIndex | None:
         """The index in a file, if it is whole and of the shard with this stamp (None: with any)."""
         try:
-            with open(sidecar, "rb") as file:
-                summary, about = _summary(file.readline(_LONGEST_SUMMARY), url)
-                details = file.read()
+            line, details = with_file(sidecar, lambda file: (file.readline(_LONGEST_SUMMARY), file.read()))
+            summary, about = _summary(line, url)
             if stamp not in (None, summary.stamp) or hashlib.sha256(details).hexdigest() != about["sha256"]:
                 return None
             starts = np.frombuffer(details, "<i8", summary.samples + 1).astype(np.int64, copy=False)
@@ -278,8 +277,8 @@ def summary(url: str, storage: Storage) -> Summary | None:
     """What the kept index says, its details left unread; None if there is none of the shard as it is now."""
     stamp = storage.stamp(url)
     for place in places(url, storage):
-        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError), open(place, "rb") as file:
-            found, _ = _summary(file.readline(_LONGEST_SUMMARY), url)
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            found, _ = _summary(with_file(place, lambda file: file.readline(_LONGEST_SUMMARY)), url)
             if found.stamp == stamp:
                 return found
     return None

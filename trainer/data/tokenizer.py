@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 from abc import ABC, abstractmethod
@@ -16,6 +17,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from trainer.errors import ConfigError
+from trainer.files import with_file
 
 SEPARATOR = "<|endoftext|>"
 _SEPARATORS = (SEPARATOR, "</s>", "<eos>", "<|end_of_text|>")
@@ -161,7 +163,7 @@ def load(spec: str) -> Tokenizer:
     path = Path(spec).expanduser()
     path = path / "tokenizer.json" if path.is_dir() else path
     try:
-        content = path.read_text(encoding="utf-8")
+        content = with_file(path, lambda file: io.TextIOWrapper(file, "utf-8").read())
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise ConfigError(f"data.tokenizer: {path}: {reason}; give 'bytes' or a tokenizer.json") from error

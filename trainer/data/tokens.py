@@ -30,7 +30,8 @@ from trainer.data.storage.urls import local_path, scheme
 from trainer.data.team import ALONE, Team
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError, DataError
-from trainer.files import replace_file
+from trainer.files import move, read_file, replace_file, stat_file, sync
+from trainer.outage import CANNOT_MAP, Patience, patiently
 
 FORMAT = "onecurve-tokens-3"
 STORED: dict[str | None, np.dtype[Any]] = {
@@ -167,14 +168,14 @@ class TokenLine:
         if self._stored is not None:
             first = int(self.shards.starts[number])
             return _Shard(np.cumsum(self._counts(number)), None, lambda i: self._stored_ids(first + i))
-        about, path = self._about(number), self._path(number)
+        about, path, beside = self._about(number), self._path(number), self.beside(number, "ends.npy")
         if (about["tokens"], about["sha256"]) != self._told[number]:  # made anew, elsewhere or by another life
             place = shown(self.shards.urls[number])
             raise DataError(f"{place}: gives other tokens than when the run began; restore it", shard=place)
-        ends = np.load(self.beside(number, "ends.npy"), mmap_mode="r", allow_pickle=False)
-        flat: npt.NDArray[Any] = (
-            np.memmap(path, self._dtype, "r", shape=(about["tokens"],)) if about["tokens"] else np.empty(0, self._dtype)
-        )
+        ends = _mapped(beside, lambda: np.load(beside, mmap_mode="r", allow_pickle=False))
+        flat: npt.NDArray[Any] = np.empty(0, self._dtype)
+        if about["tokens"]:
+            flat = _mapped(path, lambda: np.memmap(path, self._dtype, "r", shape=(about["tokens"],)))
         return _Shard(np.asarray(ends), flat, lambda i: flat)
 
     def _counts(self, number: int) -> Numbers:
@@ -216,8 +217,8 @@ class TokenLine:
         """What is kept of a shard: {"tokens", "faults", "sha256"}; made if it is not there."""
         path = self._path(number)
         with suppress(OSError, ValueError, KeyError, TypeError):
-            about = json.loads(path.with_suffix(".json").read_bytes())
-            if path.stat().st_size == about["tokens"] * self._dtype.itemsize:
+            about = json.loads(read_file(path.with_suffix(".json")))
+            if stat_file(path).st_size == about["tokens"] * self._dtype.itemsize:
                 return about
         if number in self.shards.damaged_since:
             place, gone = shown(self.shards.urls[number]), "its tokens are no longer in data.cache"
@@ -247,8 +248,8 @@ class TokenLine:
                     file.write(content)
                     lengths.append(len(ids))
                 file.flush()
-                os.fsync(file.fileno())
-            os.replace(beside, path)
+                sync(file.fileno())
+            move(beside, path)
             packed = io.BytesIO()
             np.save(packed, np.cumsum(lengths, dtype=np.int64), allow_pickle=False)
             replace_file(self.beside(number, "ends.npy"), packed.getbuffer())
@@ -274,10 +275,25 @@ class TokenLine:
         return np.append(self._tokenizer.encode(text), self._tokenizer.separator).astype(self._dtype)
 
 
+def _mapped(path: Path, load: Callable[[], npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    """Returns a file of the cache as memory, once its storage answers. Raises ConfigError where that maps no files."""
+
+    def attempt() -> npt.NDArray[Any]:
+        try:
+            return load()
+        except OSError as error:
+            if error.errno in CANNOT_MAP:
+                place = "its file system cannot map files into memory; choose a folder on another one"
+                raise ConfigError(f"data.cache: {path}: {place}") from error
+            raise
+
+    return patiently(attempt, Patience(str(path), str(path)))
+
+
 @lru_cache(maxsize=64)
 def _packed_with(folder: str) -> dict[str, str]:
     """By shard: the fingerprint of the tokenizer whose ids it holds, as far as a dataset.json in the folder tells."""
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        told = json.loads(Path(folder, "dataset.json").read_bytes())
+        told = json.loads(read_file(Path(folder, "dataset.json")))
         return dict.fromkeys(told["sha256"], told["tokenizer"]["fingerprint"])
     return {}
