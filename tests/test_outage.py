@@ -85,6 +85,12 @@ def test_it_ends_with_a_refusal_that_names_the_file(tmp_path: Path, monkeypatch:
             files.stat_file(tmp_path / "b")
     assert call.left[0] < 99  # type: ignore[attr-defined]
     assert caught.value.exit_code == 4
+    monkeypatch.setattr(outage, "PATIENCE_S", 0.05)
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "stat", failing(os.stat, errno.EIO, 99))
+        with pytest.raises(Outage, match="attempts"):
+            files.stat_file(tmp_path / "b")
+    assert not outage.is_on()  # or the watchdog would wait with it for ever
 
 
 @pytest.mark.parametrize("number", [errno.ENOENT, errno.EIO])

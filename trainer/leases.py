@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from filelock import Timeout
 
-from trainer.processes import boot, started
+from trainer.processes import boot, is_there, started
 
 LEASE_S = 60.0  # without being renewed: then a lease is taken over
 RENEW_S = 10.0
@@ -39,12 +39,12 @@ class Owner(NamedTuple):
     @property
     def lives_here(self) -> bool:
         """Whether it is a process of this machine that is still there."""
-        return self.boot == boot() and self.started is not None and started(self.pid) == self.started
+        return self.boot == boot() and is_there(self.pid, self.started)
 
     @property
     def has_ended(self) -> bool:
         """Whether it was a process of this machine, and is there no more."""
-        return self.boot == boot() and self.started is not None and started(self.pid) != self.started
+        return self.boot == boot() and not is_there(self.pid, self.started)
 
 
 class Seen(NamedTuple):
@@ -81,20 +81,23 @@ class Lease:
         threading.Thread(target=self._renew, name="onecurve-lease", daemon=True).start()
 
     def release(self) -> None:
-        with self._lock:
+        with self._lock, suppress(OSError):  # what stays there is taken over
             self._is_released.set()
             if self._is_ours():
                 self._path.unlink(missing_ok=True)
 
     def _take(self, timeout: float, poll_s: float) -> None:
         began, is_told = time.monotonic(), False
-        seen, since, is_renewed = None, began, False
+        seen, since, looked, is_renewed = None, began, began, False
         while not self._create():
             if (found := look(self._path)) is None:
                 continue  # released at this moment
             now = time.monotonic()
             if found != seen:
                 seen, since, is_renewed = found, now, seen is not None
+            elif now - looked > LEASE_S / 2:  # the storage was away: who holds it could not renew it either
+                since = now
+            looked = now
             if now - since >= LEASE_S or (found.owner and found.owner.has_ended):
                 if self._take_over(found):
                     return

@@ -33,7 +33,7 @@ ANSWERS = frozenset(
         *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ELOOP, errno.ENAMETOOLONG),
         *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL, errno.EBADF, errno.EFAULT, errno.EXDEV, errno.ESPIPE),
         *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMLINK),
-        *(errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTTY, errno.EOVERFLOW),
+        *(errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTTY, errno.EOVERFLOW, errno.ENXIO),
     )
 )
 """Errors that say how it is with a file, with this process or with the file system."""
@@ -87,6 +87,8 @@ class Patience:
             place = self._name if at is None else f"{self._name}: byte {at}"
             often = f" ({self._failures} attempts)" if self._failures > 1 else ""
             text = f"{place}: {reason}{often}{self._advice and f'; {self._advice}'}"
+            with _lock:
+                _waited_for.pop(self._storage, None)
             raise Outage(text, self._exit_code)
         if self._limit_s and (spent or waited >= TOLD_AFTER_S):
             self._tell(reason)

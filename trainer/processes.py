@@ -40,6 +40,17 @@ def started(pid: int) -> str | None:
     return None
 
 
+def is_there(pid: int, start: str | None) -> bool:
+    """Whether a process of this machine that began then is still there. Others' may be hidden from us, but for that."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return start is None or started(pid) in (None, start)
+
+
 @cache
 def boot() -> str:
     """Of which machine the process numbers are."""

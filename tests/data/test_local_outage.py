@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.data.ranks import on_ranks
 from tests.data.tars import make, write
 from tests.test_outage import failing
 from trainer import outage
@@ -21,8 +22,10 @@ from trainer.data import foreign, index, tokens
 from trainer.data.batches import Batches
 from trainer.data.mixture import Mixture
 from trainer.data.shards import Shards
+from trainer.data.spec import expand
 from trainer.data.storage import Storage, local, unpack
 from trainer.data.stream import Part, Share
+from trainer.data.team import Team
 from trainer.data.tokenizer import ByteTokenizer
 from trainer.data.tokens import TokenLine
 from trainer.errors import ConfigError, DataError, Outage
@@ -146,6 +149,28 @@ def test_what_is_kept_beside_a_shard_is_not_passed_over(
     else:
         assert foreign.Counts(its).count(its.open(path)) == foreign.Count(7, str(tmp_path / "in" / foreign.SIZES))
     assert broken.left[0] == 0  # type: ignore[attr-defined]
+
+
+def test_a_folder_that_cannot_be_listed_for_now_has_no_fewer_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = make(tmp_path / "in")
+    for call, pattern in (("listdir", "*.tar"), ("stat", "s-{00..02}.tar"), ("stat", "*.tar")):
+        broken = failing(getattr(os, call), errno.EIO, 2)
+        with monkeypatch.context() as away:
+            away.setattr(os, call, lambda *given, broken=broken: broken(*given))
+            assert expand(f"{tmp_path}/in/{pattern}") == paths
+        assert broken.left[0] == 0  # type: ignore[attr-defined]
+
+
+def test_what_this_process_may_not_have_is_told_on_all_ranks(tmp_path: Path) -> None:
+    def make(team: Team) -> Any:
+        return team.share("files", [0, 1], failing(str, errno.EMFILE, team.rank))
+
+    for error in on_ranks(2, make):
+        assert isinstance(error, ConfigError)
+        assert "Too many open files: raise the limit of open files" in str(error)
+        assert error.exit_code == 4
 
 
 def test_cached_tokens_and_unpacked_shards_are_not_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import glob
 import os
 import posixpath
+import stat
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from urllib.parse import urlsplit
 
 from braceexpand import braceexpand
@@ -13,6 +15,8 @@ from braceexpand import braceexpand
 from trainer.data.storage import is_url, shown
 from trainer.data.storage.urls import PIPE, check
 from trainer.errors import ConfigError
+from trainer.files import stat_file
+from trainer.outage import Patience, patiently
 
 _TOLD = 20  # problems that are told one by one
 
@@ -60,15 +64,32 @@ def _matches(pattern: str, key: str, allow_pipe: bool, problems: list[str]) -> l
             )
         return [pattern]
     path = os.path.expanduser(pattern)
-    if os.path.isfile(path):
+    if _is_file(path):
         return [path]
     if os.path.isdir(path):
         problems.append(f"{key}: {shown(pattern)} is a folder; name its shards: {shown(pattern).rstrip('/')}/*.tar")
         return []
-    found = sorted(filter(os.path.isfile, glob.glob(path, recursive=True))) if glob.has_magic(path) else []
+    found = sorted(filter(_is_file, _listed(path))) if glob.has_magic(path) else []
     if not found:
         problems.append(f"{key}: {'no file matches' if glob.has_magic(path) else 'missing file'} {shown(pattern)}")
     return found
+
+
+def _is_file(path: str) -> bool:
+    """Whether it is there. Raises Outage where its storage does not say so: that is no other data set."""
+    try:
+        return stat.S_ISREG(stat_file(path).st_mode)
+    except (OSError, ValueError):
+        return False
+
+
+def _listed(pattern: str) -> list[str]:
+    """What a pattern means. A folder that cannot be listed for now is no empty one, as it is to `glob`."""
+    base = glob.escape(pattern).partition("[")[0]  # what stands before the first sign with a meaning
+    folder = os.path.dirname(base) or "."
+    with suppress(OSError):
+        patiently(lambda: os.listdir(folder), Patience(folder, folder))
+    return glob.glob(pattern, recursive=True)
 
 
 def file_name(url: str) -> str:
