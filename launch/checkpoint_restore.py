@@ -57,7 +57,7 @@ def _restored(path: Path) -> tuple[str, bool]:
         manifest = format.verify(path)
         if manifest.get("step") != step_in(path):
             raise format.Damaged(f"it is of step {manifest.get('step')}")
-    except format.Damaged as damage:
+    except (format.Damaged, TrainingError) as damage:
         return f"damaged, stays set aside: {shown(damage)}", True
     if final.exists():
         return f"whole, but {final.name} is there already: stays set aside", False

@@ -170,7 +170,7 @@ def lock(topology: Topology, path: Path, here: bool, wrote: Sequence[int]) -> di
     if here and not problem:
         with suppress(OSError):
             kernels = locks.has_flock(path)
-    return ({"lock": problem} if problem else {}) | ({} if kernels else {"leases": True})
+    return {"lock": problem} if problem else {"leases": not kernels} if here else {}
 
 
 def judge(measured: Sequence[dict[str, Any]], names: Sequence[str]) -> list[Finding]:
@@ -204,20 +204,10 @@ def judge(measured: Sequence[dict[str, Any]], names: Sequence[str]) -> list[Find
         if mine.get("lock"):
             advice = "two runs in one folder would go unnoticed; Lustre: mount with -o flock, NFS: run lockd"
             add("bad", f"{who}: file locks do not work in {where}: {mine['lock']}", advice, rank)
-        if mine.get("leases"):
-            add("warning", f"{who}: {where} has no flock: a lock there is a lease, which is taken over "
-                f"{leases.LEASE_S:g} s after its process or node is gone",
-                "Lustre: mount with -o flock on every node, then a lock ends with its process", rank)  # fmt: skip
-        if mine.get("names"):
-            add(
-                "warning",
-                f"{who}: the names in {where} cannot be made durable: {mine['names']}",
-                "after a power cut the newest checkpoint may be missing, and the one before it is taken",
-                rank,
-            )
         if abs(mine.get("clock", 0.0)) > CLOCK_WARNS_S:
             told = f"{who}: files it writes are dated {mine['clock']:+.1f} s off its clock"
             add("warning", told, "start chrony or ntpd on the node and the file server", rank)
+    findings += _lacking(measured, names, where)
     if wins > 1:
         findings.append(
             Finding("folder", "bad", f"{wins} processes made the same hard link in {where}", "choose another")
@@ -227,6 +217,31 @@ def judge(measured: Sequence[dict[str, Any]], names: Sequence[str]) -> list[Find
             Finding("folder", "good", f"{where}: written, renamed, linked, locked by all, {_seen(measured)}")
         )
     return findings + _speed(measured, names) + _room(measured, names)
+
+
+def _lacking(measured: Sequence[dict[str, Any]], names: Sequence[str], where: str) -> list[Finding]:
+    """What the file system does not have, and what is done without."""
+    findings = []
+    if without := _nodes(measured, names, "leases"):
+        told = f"{where} has no flock"
+        if any(mine.get("leases") is False for mine in measured):
+            told += " on these nodes, and has it on others: two runs in one folder would not see each other"
+            findings.append(Finding("folder", "bad", told, "Lustre: mount with -o flock on every node", without))
+        else:
+            told += f": a lock is a lease, which is taken over {leases.LEASE_S:g} s after its process or node is gone"
+            advice = "Lustre: mount with -o flock on every node, then a lock ends with its process"
+            findings.append(Finding("folder", "warning", told, advice, without))
+    if without := _nodes(measured, names, "names"):
+        problem = next(mine["names"] for mine in measured if mine.get("names"))
+        told = f"the names in {where} cannot be made durable (fsync of a folder): {problem}"
+        advice = "after a power cut the newest checkpoint may be missing, and the one before it is taken"
+        findings.append(Finding("folder", "warning", told, advice, without))
+    return findings
+
+
+def _nodes(measured: Sequence[dict[str, Any]], names: Sequence[str], what: str) -> tuple[str, ...]:
+    """Of the ranks that found this."""
+    return tuple(dict.fromkeys(names[mine["rank"]] for mine in measured if mine.get(what)))
 
 
 def _seen(measured: Sequence[dict[str, Any]]) -> str:

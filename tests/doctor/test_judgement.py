@@ -82,7 +82,8 @@ def measured(rank: int, **more: object) -> dict:
         ([{}, {"link": "won"}, {}], {(): "bad"}),
         ([{}, {}, {"link": "Operation not permitted"}], {("n3",): "warning"}),
         ([{}, {}, {"lock": "two processes get the same lock"}], {("n3",): "bad"}),
-        ([{}, {}, {"leases": True}], {("n3",): "warning"}),
+        ([{}, {"leases": True}, {"leases": True}], {("n2", "n3"): "warning"}),
+        ([{"leases": False}, {}, {"leases": True}], {("n3",): "bad"}),
         ([{}, {}, {"names": "Invalid argument"}], {("n3",): "warning"}),
         ([{}, {}, {"clock": -7.0}], {("n3",): "warning"}),
         ([{}, {"seen_s": 5.0}, {}], {("n2",): "warning"}),
@@ -181,6 +182,6 @@ def test_a_folder_without_flock_and_synced_names_is_seen(tmp_path: Path, monkeyp
     told = folder.judge([folder.measure(ALONE, tmp_path, quick=True, takes_part=True)], ["n1"])
     flockless, names = told[:2]
     assert (flockless.verdict, names.verdict) == ("warning", "warning")
-    assert "has no flock: a lock there is a lease, which is taken over 60 s after" in flockless.told
+    assert "has no flock: a lock is a lease, which is taken over 60 s after" in flockless.found
     assert "mount with -o flock" in flockless.advice
-    assert "cannot be made durable: Invalid argument" in names.told
+    assert "cannot be made durable (fsync of a folder): Invalid argument" in names.found

@@ -224,7 +224,7 @@ def _checked(path: Path, topology: Topology, contents: bool) -> tuple[Found | No
     parts = topology.work_of_all(lambda: _attempt(looked_through), topology.control)
     for _, error, away in parts:
         if error is not None:
-            raise (Outage if away else TrainingError)(error)
+            raise Outage(error) if away else TrainingError(f"{path}: {error}")
     return found, next((reason for reason, _, _ in parts if reason), None)
 
 
