@@ -28,7 +28,9 @@ from trainer.checkpoint.format import folder_name, verify
 from trainer.checkpoint.load import newest, read_all
 from trainer.checkpoint.retention import Retention, candidates
 from trainer.checkpoint.save import Saver
+from trainer.config.compose import load
 from trainer.errors import Outage
+from trainer.folder import RunFolder
 from trainer.topology import ALONE
 
 WAYS = ["read", "EAGAIN", "open", "lstat", "list"]
@@ -87,6 +89,21 @@ def test_at_the_end_of_patience_it_is_refused_and_nothing_is_changed(
     assert (caught.value.exit_code, caught.value.retry) == (4, True)
     assert sorted(os.listdir(folder)) == before
     assert restored(folder) == 20
+
+
+def test_a_run_ends_with_the_files_name_and_may_be_restarted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    saver = Saver(run / "checkpoints", ALONE, Retention(), asynchronous=False, pauses=())
+    saver.save(10, tensors(10), {})
+    saver.close()
+    monkeypatch.setattr(outage, "PATIENCE_S", 0.05)
+    broken(monkeypatch, "read", 10**6)
+    with pytest.raises(Outage):
+        RunFolder(load(["experiment=none", "model.layers=1", f"run.dir={run}"]), lambda _: {}, ALONE, 0.0)
+    told = json.loads((run / "logs" / "failure.json").read_text())
+    assert (told["exit_code"], told["retry"]) == (4, True)
+    assert f"{run}/checkpoints/step-00000010/manifest.json: cannot be read: Input/output error" in told["reason"]
 
 
 def test_what_was_read_and_is_wrong_is_damage_all_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,6 +238,7 @@ from pathlib import Path
 from trainer import outage
 from trainer.checkpoint.load import newest_for, read_all
 from trainer.errors import Outage
+from trainer.folder import RunFolder
 from trainer.topology import ALONE
 outage.PATIENCE_S = float(sys.argv[2])
 try:

@@ -226,7 +226,7 @@ def test_a_run_by_strace(tmp_path: Path, when: str, patience: int, code: int) ->
         "data.field=u16",
         f"data.shards={path}",
         "data.validation=null",
-        "eval.every=null",
+        "eval.every=0",
         f"data.cache={tmp_path}/cache",
     ]
     overrides += [f"run.dir={run}", "data.on_error=quarantine", f"data.patience_s={patience}", "sample.count=0"]
