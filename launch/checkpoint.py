@@ -1,4 +1,4 @@
-"""`onecurve checkpoint ls | verify | diff | prune`: what a run has saved, whether it is whole, what differs."""
+"""`onecurve checkpoint ls | verify | diff | prune | restore`: what a run saved, whether it is whole, what differs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch import checkpoint_prune
+from launch import checkpoint_prune, checkpoint_restore
 from launch.checkpoint_names import named, of_step, readable, saved, shown, step_in
 from launch.sizes import size
 from trainer.errors import TrainingError
@@ -21,7 +21,7 @@ WORST = 10  # differing tensors that are named
 
 
 def add_commands(subparsers: Any) -> None:
-    parent = subparsers.add_parser("checkpoint", help="list, verify, compare and delete checkpoints")
+    parent = subparsers.add_parser("checkpoint", help="list, verify, compare, delete and restore checkpoints")
     commands = parent.add_subparsers(metavar="COMMAND", required=True)
 
     parser = commands.add_parser("ls", help="what each checkpoint is, and whether it counts")
@@ -43,6 +43,7 @@ def add_commands(subparsers: Any) -> None:
     parser.set_defaults(func=diff)
 
     checkpoint_prune.add_command(commands)
+    checkpoint_restore.add_command(commands)
 
 
 def ls(arguments: argparse.Namespace) -> int:

@@ -9,6 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from filelock import Timeout
+
+from trainer import locks
 from trainer.errors import ConfigError, TrainingError
 
 if TYPE_CHECKING:
@@ -32,16 +35,16 @@ def saved(run_dir: Path, argument: str = "RUN_DIR", aside: bool = False) -> list
 
     Raises ConfigError; OSError.
     """
-    from trainer.checkpoint.retention import candidates
+    from trainer.checkpoint.retention import candidates, damaged_in
 
     folder = checkpoints(run_dir)
     if not folder.is_dir():
         why = "has no checkpoints/ in it: name the folder of a run" if run_dir.is_dir() else "no such folder"
         raise ConfigError(f"{argument} {run_dir}: {why}")
-    damaged = sorted(path for path in folder.iterdir() if path.name.startswith(".damaged-step-"))
+    damaged = damaged_in(folder)
     if paths := [*candidates(folder), *damaged] if aside else candidates(folder):
         return sorted(paths, key=step_in)
-    why = " but damaged ones that were set aside: see `ls`" if damaged else " yet: train until one is saved"
+    why = " but damaged ones that were set aside: see `ls`, `restore`" if damaged else " yet: train until one is saved"
     raise ConfigError(f"{argument} {run_dir}: has no checkpoint{why}")
 
 
@@ -83,6 +86,19 @@ def readable(argument: str, given: object) -> Iterator[None]:
     except OSError as error:
         what = f"{error.filename or 'a file'}: {error.strerror or error}"
         raise ConfigError(f"{argument} {given}: {what}; see to its permissions and its storage") from error
+
+
+@contextmanager
+def nobody_trains(run_dir: Path) -> Iterator[None]:
+    """Holds the run's lock meanwhile. Raises ConfigError where a run has it, or there can be none."""
+    try:
+        lock = locks.acquire_run(run_dir)
+    except Timeout:
+        raise ConfigError(f"RUN_DIR {run_dir}: {locks.taken(run_dir)}; stop it first") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def shown(text: object) -> str:

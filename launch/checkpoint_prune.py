@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import argparse
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import Timeout
-
-from launch.checkpoint_names import checkpoints, readable, saved, shown
+from launch.checkpoint_names import checkpoints, nobody_trains, readable, saved, shown
 from launch.sizes import size
-from trainer import locks
 from trainer.errors import ConfigError, TrainingError
 
 if TYPE_CHECKING:
@@ -43,7 +39,7 @@ def prune(arguments: argparse.Namespace) -> int:
 
     run_dir, dry = arguments.run_dir, arguments.dry_run
     folder = checkpoints(run_dir)
-    with readable("RUN_DIR", run_dir), _nobody_trains(run_dir, dry):
+    with readable("RUN_DIR", run_dir), nullcontext() if dry else nobody_trains(run_dir):
         paths = saved(run_dir)
         try:
             retention = _retention(arguments, format.read_manifest(paths[-1]))
@@ -63,22 +59,6 @@ def prune(arguments: argparse.Namespace) -> int:
     stay = len(paths) - len(superfluous)
     print(f"{stay} of {len(paths)} stay ({_rules(retention)}); {'would free' if dry else 'freed'} {size(freed)}")
     return 0
-
-
-@contextmanager
-def _nobody_trains(run_dir: Path, dry: bool) -> Iterator[None]:
-    """Holds the run's lock meanwhile, unless nothing is to be changed. Raises ConfigError where a run has it."""
-    if dry:
-        yield
-        return
-    try:
-        lock = locks.acquire_run(run_dir)
-    except Timeout:
-        raise ConfigError(f"RUN_DIR {run_dir}: {locks.taken(run_dir)}; stop it first") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _retention(arguments: argparse.Namespace, manifest: dict[str, Any]) -> Retention:

@@ -154,9 +154,7 @@ def write(job: Job) -> Path:
     except Timeout:
         raise ConfigError(f"run.dir={job.folder}: {locks.taken(job.folder)}; stop it first") from None
     except OSError as error:
-        raise ConfigError(
-            f"run.dir={job.folder}: cannot be written: {error.strerror}; choose another run.dir"
-        ) from None
+        raise ConfigError(f"run.dir={job.folder}: {locks.refused(error)}; choose another run.dir") from None
     return files / "job.sbatch"
 
 

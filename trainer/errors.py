@@ -46,6 +46,13 @@ class DataError(OnecurveError):
         self.shard, self.key, self.byte = shard, key, byte
 
 
+class Outage(OnecurveError):
+    """Storage did not answer for as long as it may be away. What it holds may be whole: not a DataError, which could be
+    taken for a bad sample, and not a reason to do without a checkpoint."""
+
+    retry = True
+
+
 class TrainingError(OnecurveError):
     """Training cannot go on (non-finite loss, out of memory, ...). The text says what to change."""
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from filelock import BaseFileLock, Timeout
+from filelock import Timeout
 
 from trainer import locks
 from trainer.checkpoint.load import newest_for
@@ -20,8 +20,8 @@ from trainer.checkpoint.mirror import Mirror
 from trainer.checkpoint.retention import Retention
 from trainer.config import Config
 from trainer.data.tokenizer import Tokenizer
-from trainer.errors import ConfigError, Interrupted, OnecurveError, TrainingError
-from trainer.files import replace_file
+from trainer.errors import ConfigError, Interrupted, OnecurveError, Outage, TrainingError
+from trainer.files import create_file, move, read_file, replace_file
 from trainer.resilience.interruption import STOP
 from trainer.secrets import masked
 from trainer.topology import Topology
@@ -41,7 +41,7 @@ class RunFolder:
         """Every rank calls it; the main one acts.
 
         Raises ConfigError where the folder cannot be used or holds another run; TrainingError (on the main rank,
-        PeerLost on the others) where its checkpoints are damaged beyond use.
+        PeerLost on the others) where its checkpoints are damaged beyond use, Outage where they cannot be read for now.
         """
         self.path = Path(config.run.dir).expanduser().absolute()
         self.topology, self.steps = topology, config.train.steps
@@ -49,7 +49,7 @@ class RunFolder:
         self.retention = Retention(saves.keep, saves.keep_every, saves.keep_best)
         self.mirror = Mirror(saves.mirror, topology, self.retention) if saves.mirror else None
         self.restarted: list[dict[str, Any]] = []  # why, as told on the main rank
-        self._lock: BaseFileLock | None = None
+        self._lock: locks.Lock | None = None
         problem = self._take(config) if topology.is_main else None
         if problem := topology.broadcast(problem):
             raise ConfigError(problem)
@@ -66,7 +66,7 @@ class RunFolder:
             if problem := topology.broadcast(problem):
                 raise ConfigError(problem)
         except BaseException as error:
-            if isinstance(error, TrainingError):
+            if isinstance(error, (TrainingError, Outage)):
                 self.fail(topology.rank, error, lost_peer=False, step=0)
                 with suppress(OSError):
                     settle(self.path, str(error), error.exit_code)
@@ -109,11 +109,7 @@ class RunFolder:
         if first:
             return first
         with suppress(OSError):  # the disk may be what failed
-            mine = self.path / f"{FAILURE}.{rank}"
-            replace_file(mine, json.dumps(told).encode())
-            with suppress(FileExistsError):
-                os.link(mine, self.path / FAILURE)
-            mine.unlink()
+            create_file(self.path / FAILURE, json.dumps(told).encode())
         return read_failure(self.path) or told
 
     def _take(self, config: Config) -> str | None:
@@ -135,7 +131,7 @@ class RunFolder:
             return f"run.dir={self.path}: {locks.taken(self.path)}; stop it, or choose another run.name"
         except OSError as error:
             return _unwritable(config, error)
-        except (ConfigError, TrainingError) as error:
+        except (ConfigError, TrainingError, Outage) as error:
             return str(error)
         return None
 
@@ -154,19 +150,24 @@ class RunFolder:
 
 
 def _unwritable(config: Config, error: OSError) -> str:
-    return f"run.dir={config.run.dir}: cannot be written: {error.strerror}; choose another run.dir"
+    return f"run.dir={config.run.dir}: {locks.refused(error)}; choose another run.dir"
 
 
 def set_aside(path: Path) -> None:
-    """Renames the folder of an old run, while nobody else trains in it. Raises ConfigError, Timeout, OSError."""
+    """Renames the folder of an old run, while nobody else trains in it, and makes an empty one. Raises ConfigError,
+    Timeout, OSError."""
     if not (path / "config.yaml").is_file() and not (path / "slurm").is_dir() and any(path.iterdir()):
         raise ConfigError(f"run.dir={path}: is no run's folder; run.fresh=true does not touch it")
+    if os.path.ismount(path := path.resolve()):  # of a link, what it leads to: the new run lies there, too
+        raise ConfigError(f"run.dir={path}: is a mount point, which cannot be set aside; choose a folder in it")
     lock = locks.acquire_run(path)
     try:
         number = 1
         while (aside := path.with_name(f"{path.name}.old-{number}")).exists():
             number += 1
-        path.rename(aside)
+        move(path, aside)
+        path.mkdir(exist_ok=True)  # a link to it leads somewhere
+        locks.lease_of(aside / locks.RUN).unlink(missing_ok=True)  # it went along
     finally:
         lock.release()
 
@@ -237,7 +238,7 @@ def _difference(name: str, before: Any, after: Any, path: Path) -> str:
 def _other_contents(path: Path, catalogue: dict[str, Any]) -> list[str]:
     """Where the data is not what the run in this folder began with, though it has the same sizes."""
     try:
-        before = json.loads((path / CATALOGUE).read_bytes())
+        before = json.loads(read_file(path / CATALOGUE))
         other = [name for name in catalogue if before[name]["fingerprint"] != catalogue[name]["fingerprint"]]
     except (OSError, ValueError, KeyError, TypeError):
         return []  # lost: then it cannot be compared

@@ -29,6 +29,7 @@ from trainer.data.tokenizer import Tokenizer
 from trainer.data.tokens import TokenLine
 from trainer.data.validation import Validation
 from trainer.errors import ConfigError, DataError, OnecurveError
+from trainer.files import read_file
 from trainer.folder import CATALOGUE, restarted
 from trainer.secrets import masked, shown
 from trainer.topology import ALONE, Topology
@@ -260,7 +261,7 @@ def _teller(topology: Topology) -> Callable[[str, int, int], None]:
 def _catalogue(config: Config) -> dict[str, Any]:
     """What the run's folder tells of the data that the run began with, by source; {} if it has not begun."""
     with suppress(OSError, ValueError):
-        kept = json.loads((Path(config.run.dir).expanduser() / CATALOGUE).read_bytes())
+        kept = json.loads(read_file(Path(config.run.dir).expanduser() / CATALOGUE))
         if isinstance(kept, dict) and (restarted() or not config.run.fresh):
             return kept
     return {}

@@ -1,12 +1,16 @@
-"""What this process owes to others: it ends with its parent, and what it prints never ends it."""
+"""What this process owes to others: it ends with its parent, and what it prints never ends it. And how a process is
+told from all others."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import signal
 import subprocess
 import sys
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
@@ -44,3 +48,29 @@ def remove_afterwards(path: Path) -> None:
     waiting = ["/bin/sh", "-c", 'trap "" INT TERM HUP USR1; read -r _; rm -rf -- "$1"', "sh", str(path)]
     # The pipe's other end is ours, and closed by the kernel.
     subprocess.Popen(waiting, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
+
+
+def started(pid: int) -> str | None:
+    """When a process began: with its number this is its name."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    return None
+
+
+def is_there(pid: int, start: str | None) -> bool:
+    """Whether a process of this machine that began then is still there. Others' may be hidden from us, but for that."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return start is None or started(pid) in (None, start)
+
+
+@cache
+def boot() -> str:
+    """Of which machine the process numbers are."""
+    with suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+    return platform.node()

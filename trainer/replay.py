@@ -29,6 +29,7 @@ from trainer.data.samples import TOKENS
 from trainer.data.stream import Share, Slot, StepData
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError
+from trainer.files import read_file, with_file
 from trainer.folder import CATALOGUE, CHECKPOINTS
 from trainer.given import open_given
 from trainer.inputs import DATASETS, Inputs, open_inputs, open_shards
@@ -295,7 +296,7 @@ def _opened(config: Config, topology: Topology, folder: Path) -> Inputs:
         raise ConfigError([*error.problems, where], error.exit_code) from None
     kept: dict[str, Any] = {}
     with suppress(OSError, ValueError, KeyError, TypeError):  # lost: then it cannot be compared
-        before = json.loads((folder / CATALOGUE).read_bytes())
+        before = json.loads(read_file(folder / CATALOGUE))
         kept = {name: before[name]["fingerprint"] for name in inputs.catalogue}
     problems = [
         f"{'data.shards' if name == 'all' else f'data.sources.{name}.shards'}: not the texts or samples that the run "
@@ -357,14 +358,15 @@ def _apart(here: float, there: float) -> float:
 def _environment(folder: Path) -> tuple[int, str]:
     """On how many processes and which device the run is, as far as its folder tells."""
     with suppress(OSError, ValueError, KeyError, TypeError):
-        told = json.loads((folder / "environment.json").read_bytes())
+        told = json.loads(read_file(folder / "environment.json"))
         return max(1, int(told["processes"])), str(told["device"])
     return 1, "an unknown device"
 
 
 def _in_ledger(folder: Path, step: int, samples: Sequence[Sample]) -> bool | None:
-    with suppress(OSError), open(folder / "ledger.jsonl") as file:
-        line = next((line for line in file if line.startswith(f'{{"step": {step},')), None)
-        if line and line.endswith("\n"):
+    start = f'{{"step": {step},'.encode()
+    with suppress(OSError):
+        line = with_file(folder / "ledger.jsonl", lambda file: next((it for it in file if it.startswith(start)), None))
+        if line and line.endswith(b"\n"):
             return json.loads(line)["samples"] == json.loads(json.dumps([sample.entry for sample in samples]))
     return None

@@ -19,6 +19,7 @@ from trainer.config.compose import completed, with_overrides
 from trainer.data import tokenizer as tokenizers
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError
+from trainer.files import read_file
 from trainer.folder import CHECKPOINTS
 from trainer.models import without_values
 from trainer.randomness import key
@@ -35,7 +36,7 @@ def open_run(folder: Path, plugins: Sequence[str] = (), overrides: Sequence[str]
     read.
     """
     try:
-        raw = yaml.safe_load((folder / "config.yaml").read_text())
+        raw = yaml.safe_load(read_file(folder / "config.yaml"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"{folder}: is no run's folder (config.yaml: {str(error).splitlines()[0]})") from None
     if isinstance(raw, dict) and isinstance(raw.get("run"), dict):

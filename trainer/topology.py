@@ -15,7 +15,8 @@ import stat
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -37,6 +38,7 @@ SAVING = datetime.timedelta(hours=2)
 watchdog on, as by default, a save that hangs ends before that: the first after `watchdog.first_s`, a later one after
 max(5 s, 3 x what 99 of 100 took) + `watchdog.grace_s`."""
 TELL_S = 10.0  # how long the other processes may take to come before that is told
+HEARTBEAT_S = 10.0  # between two signs of life of ranks that wait for the work of one of them
 _JOINED = itertools.count()  # how often this process joined: once for each run of a sweep
 
 
@@ -123,14 +125,34 @@ class Topology:
         raw, edges = everything.numpy().tobytes(), [0, *ends.tolist()]
         return [json.loads(raw[start:end]) for start, end in pairwise(edges)]
 
+    def work_of_all(self, work: Callable[[], Any], group: dist.ProcessGroup | None) -> list[Any]:
+        """What the `work` of each rank gives, JSON-able, however long one of them takes: it is done in a thread, while
+        the ranks let each other know that they are there. It must not raise: the others would wait for its word."""
+        if self.world_size == 1:
+            return [work()]
+        begun = _begun(work)
+        beat_s = _heartbeat_s(group)
+        while not all(self.gather_all(_is_done(begun, beat_s), group)):
+            pass
+        return self.gather_all(begun.result(), group)
+
+    def work_of_main(self, work: Callable[[], Any]) -> Any:
+        """What the main rank's `work` gives, as `work_of_all`."""
+        if self.world_size == 1:
+            return work()
+        begun = _begun(work if self.is_main else _nothing)
+        beat_s = _heartbeat_s(self.control)
+        while not self.broadcast(_is_done(begun, beat_s)):
+            pass
+        return self.broadcast(begun.result())
+
     def replica_group(self) -> dist.ProcessGroup | None:
         """Of the processes that one copy of the model is spread over, for collectives of the main thread on the CPU.
         Each call makes a new one; only they call it."""
         if self.control is None:
             return None
         ranks = [rank for rank, copy in enumerate(self.dp_ranks) if copy == self.dp_rank]
-        timeout = self.control._get_backend(torch.device("cpu")).options._timeout
-        return dist.new_group(ranks, timeout=timeout, backend="gloo", use_local_synchronization=True)
+        return dist.new_group(ranks, timeout=_timeout(self.control), backend="gloo", use_local_synchronization=True)
 
     def close(self) -> None:
         """Leaves together: a rank that goes while another still sends would make it fail."""
@@ -138,6 +160,39 @@ class Topology:
             self.barrier()
             _mesh.cache_clear()
             dist.destroy_process_group()
+
+
+def _begun(work: Callable[[], Any]) -> Future[Any]:
+    """The work, in a thread that does not keep a process which has lost its peers."""
+    future: Future[Any] = Future()
+
+    def do() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=do, name="onecurve-work", daemon=True).start()
+    return future
+
+
+def _heartbeat_s(group: dist.ProcessGroup | None) -> float:
+    """Well below what a collective of the group may take."""
+    return HEARTBEAT_S if group is None else min(HEARTBEAT_S, _timeout(group).total_seconds() / 4)
+
+
+def _timeout(group: dist.ProcessGroup) -> datetime.timedelta:
+    return group._get_backend(torch.device("cpu")).options._timeout
+
+
+def _is_done(begun: Future[Any], seconds: float) -> bool:
+    """Waits for it no longer than that."""
+    wait([begun], seconds)
+    return begun.done()
+
+
+def _nothing() -> None:
+    pass
 
 
 ALONE = Topology(0, 1, 0, 1, torch.device("cpu"), 0, 1, None, None)  # a process that is no rank of a run

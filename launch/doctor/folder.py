@@ -12,10 +12,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from launch.doctor.verdict import Finding
 from launch.sizes import size
+from trainer import leases, locks
 from trainer.processes import remove_afterwards
 from trainer.topology import Topology
 
@@ -97,6 +98,8 @@ def write(path: Path, quick: bool) -> dict[str, Any]:
                 times.append(time.perf_counter() - began)
         found: dict[str, Any] = {"fsync_s": median(times), "clock": os.stat(beside).st_mtime - time.time()}
         os.replace(beside, path)
+        if problem := _tried(lambda: _sync_names(path.parent)):
+            found["names"] = problem
         if not quick and space(path.parent)["free"] > 10 * LARGE:
             content, began = os.urandom(MIB), time.perf_counter()
             with open(beside, "wb") as file:
@@ -109,6 +112,14 @@ def write(path: Path, quick: bool) -> dict[str, Any]:
     except OSError as error:
         return {"problem": _said(error)}
     return found
+
+
+def _sync_names(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def waited(path: Path, limit_s: float, of: int | None = None) -> float | None:
@@ -135,25 +146,31 @@ def link(own: Path, common: Path) -> str:
 
 
 def lock(topology: Topology, path: Path, here: bool, wrote: Sequence[int]) -> dict[str, Any]:
-    """Rank 0 holds a lock, which nobody else may get; then the last one that wrote must."""
+    """Rank 0 holds a lock, which nobody else may get; then the last one that wrote must. Also whether that is the
+    kernel's."""
     if not wrote:
         return {}
-    held, problem = FileLock(path), ""
+    held: list[locks.Lock] = []
+    kernels, problem = True, ""
 
     def get(seconds: float) -> str:
-        return _tried(lambda: FileLock(path, timeout=seconds).acquire().lock.release())
+        return _tried(lambda: locks.acquire(path, seconds).release())
 
     if topology.is_main:
-        problem = _tried(lambda: held.acquire(timeout=1))
+        problem = _tried(lambda: held.append(locks.acquire(path, 1)))
     topology.barrier()
     if here and not topology.is_main and (refused := get(0)) != TAKEN:
         problem = refused or "two processes get the same lock"
     topology.barrier()
-    held.release()
+    for mine in held:
+        mine.release()
     topology.barrier()
     if topology.rank == wrote[-1]:
         problem = problem or get(2)
-    return {"lock": problem} if problem else {}
+    if here and not problem:
+        with suppress(OSError):
+            kernels = locks.has_flock(path)
+    return {"lock": problem} if problem else {"leases": not kernels} if here else {}
 
 
 def judge(measured: Sequence[dict[str, Any]], names: Sequence[str]) -> list[Finding]:
@@ -183,13 +200,14 @@ def judge(measured: Sequence[dict[str, Any]], names: Sequence[str]) -> list[Find
             add("bad", f"what {who} writes to {where} is not seen by rank 0", "see to its mount", rank)
         if mine.get("link") not in (None, "won", "lost"):
             add("warning", f"{who}: no hard links in {where}: {mine['link']}",
-                "who failed first may not be told; choose a file system that has them", rank)  # fmt: skip
+                "files are created exclusively instead", rank)  # fmt: skip
         if mine.get("lock"):
             advice = "two runs in one folder would go unnoticed; Lustre: mount with -o flock, NFS: run lockd"
             add("bad", f"{who}: file locks do not work in {where}: {mine['lock']}", advice, rank)
         if abs(mine.get("clock", 0.0)) > CLOCK_WARNS_S:
             told = f"{who}: files it writes are dated {mine['clock']:+.1f} s off its clock"
             add("warning", told, "start chrony or ntpd on the node and the file server", rank)
+    findings += _lacking(measured, names, where)
     if wins > 1:
         findings.append(
             Finding("folder", "bad", f"{wins} processes made the same hard link in {where}", "choose another")
@@ -199,6 +217,31 @@ def judge(measured: Sequence[dict[str, Any]], names: Sequence[str]) -> list[Find
             Finding("folder", "good", f"{where}: written, renamed, linked, locked by all, {_seen(measured)}")
         )
     return findings + _speed(measured, names) + _room(measured, names)
+
+
+def _lacking(measured: Sequence[dict[str, Any]], names: Sequence[str], where: str) -> list[Finding]:
+    """What the file system does not have, and what is done without."""
+    findings = []
+    if without := _nodes(measured, names, "leases"):
+        told = f"{where} has no flock"
+        if any(mine.get("leases") is False for mine in measured):
+            told += " on these nodes, and has it on others: two runs in one folder would not see each other"
+            findings.append(Finding("folder", "bad", told, "Lustre: mount with -o flock on every node", without))
+        else:
+            told += f": a lock is a lease, which is taken over {leases.LEASE_S:g} s after its process or node is gone"
+            advice = "Lustre: mount with -o flock on every node, then a lock ends with its process"
+            findings.append(Finding("folder", "warning", told, advice, without))
+    if without := _nodes(measured, names, "names"):
+        problem = next(mine["names"] for mine in measured if mine.get("names"))
+        told = f"the names in {where} cannot be made durable (fsync of a folder): {problem}"
+        advice = "after a power cut the newest checkpoint may be missing, and the one before it is taken"
+        findings.append(Finding("folder", "warning", told, advice, without))
+    return findings
+
+
+def _nodes(measured: Sequence[dict[str, Any]], names: Sequence[str], what: str) -> tuple[str, ...]:
+    """Of the ranks that found this."""
+    return tuple(dict.fromkeys(names[mine["rank"]] for mine in measured if mine.get(what)))
 
 
 def _seen(measured: Sequence[dict[str, Any]]) -> str:

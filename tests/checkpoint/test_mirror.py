@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import shutil
+import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from tests.checkpoint.test_outage import Beats
 from tests.checkpoint.test_pieces import Ranks
 from tests.data.servers import s3_server
 from tests.runs import Run
+from trainer import topology
+from trainer.checkpoint import mirror as module
 from trainer.checkpoint.format import folder_name, verify
 from trainer.checkpoint.load import newest_for, read_all
-from trainer.checkpoint.mirror import Mirror
+from trainer.checkpoint.mirror import Mirror, part_size
 from trainer.checkpoint.retention import Retention
 from trainer.checkpoint.save import Saver
-from trainer.errors import TrainingError
+from trainer.errors import Outage
 from trainer.topology import ALONE
 
 pytest.importorskip("obstore")
@@ -98,7 +106,7 @@ def test_without_the_bucket_training_goes_on_but_nothing_begins(
     assert kinds == ["checkpoint", "checkpoint_not_mirrored"]
     assert verify(tmp_path / folder_name(1))
     shutil.rmtree(tmp_path / folder_name(1))
-    with pytest.raises(TrainingError, match=r"checkpoint\.mirror=s3://shards/runs/one: cannot be read"):
+    with pytest.raises(Outage, match=r"checkpoint\.mirror=s3://shards/runs/one: cannot be read"):
         newest_for(tmp_path, ALONE, True, quick(Mirror(URL, ALONE)))
 
 
@@ -129,6 +137,104 @@ def test_ranks_share_the_work(s3: Any, tmp_path: Path) -> None:
     for found, events in ranks.each(fetch):
         assert events[0]["kind"] == "checkpoint_fetched"
         assert read_all(found)["model/7"].tolist() == [7.0] * 50
+
+
+def test_a_slow_upload_or_check_holds_nobody_up(s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Longer than any collective may take: neither ends the run."""
+    monkeypatch.setattr(topology, "HEARTBEAT_S", 0.05)
+    ranks, slow = Ranks(2), list[str]()
+    ranks.barrier = beats = Beats(2, timeout=30)
+    for place in ("old", "new"):
+        (tmp_path / place).mkdir()
+
+    def slowly(name: str, real: Any) -> Any:
+        return beats.last_through(lambda *given: (slow.append(name), real(*given))[1])
+
+    monkeypatch.setattr(Mirror, "_put", slowly("upload", Mirror._put))
+    monkeypatch.setattr(module, "check_contents", slowly("check", module.check_contents))
+
+    def save_one(rank: int) -> Any:
+        its = ranks.topology(rank)
+        saver = Saver(tmp_path / "old", its, Retention(), asynchronous=False, mirror=Mirror(URL, its))
+        return [event["kind"] for event in saver.save(1, {"model/0": torch.zeros(50), "model/1": torch.ones(5)}, {})]
+
+    assert ranks.each(save_one) == [["checkpoint", "checkpoint_mirrored"]] * 2
+
+    def fetch(rank: int) -> Any:
+        return newest_for(tmp_path / "new", ranks.topology(rank), True, Mirror(URL, ranks.topology(rank)))[1]
+
+    assert [[event["kind"] for event in events] for events in ranks.each(fetch)] == [["checkpoint_fetched"]] * 2
+    assert sorted(slow) == ["check", "check", "upload", "upload"]  # each rank checks what it fetched
+
+
+def test_a_large_file_has_few_parts(s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [part_size(size) for size in (0, 1 << 20, 9000 * (5 << 20))] == [5 << 20] * 3
+    for size in (52_428_800_001, 1 << 40, 5 << 40):  # the last: the largest object that S3 takes
+        assert -(-size // part_size(size)) <= 10_000
+    monkeypatch.setattr(module, "MOST_PARTS", 2)
+    (tmp_path / "old").mkdir()
+    saver = Saver(tmp_path / "old", ALONE, Retention(), asynchronous=False, mirror=Mirror(URL, ALONE), pauses=())
+    saver.save(1, {"model/a": torch.zeros(3 << 20)}, {})  # 12 MiB: three parts of 5 MiB, as a rule
+    (file,) = [name for name in names(s3) if name.endswith("rank-00000.safetensors")]
+    assert s3.head_object(Bucket="shards", Key=file)["ETag"].endswith('-2"')
+    monkeypatch.setattr(module, "STRETCH", 5 << 20)
+    (tmp_path / "new").mkdir()
+    found, _ = newest_for(tmp_path / "new", ALONE, True, Mirror(URL, ALONE))
+    assert found
+    assert not read_all(found)["model/a"].any()
+
+
+def test_a_bucket_that_goes_away_is_no_damage(s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The newest is not passed over for an older one; what is cut short there is."""
+    save(tmp_path / "old", 1, 2)
+    (tmp_path / "new").mkdir()
+    mirror = quick(Mirror(URL, ALONE))
+
+    def download(*_: Any) -> None:
+        raise mirror._ob.exceptions.GenericError("connection closed before message completed")
+
+    with monkeypatch.context() as away:
+        away.setattr(mirror, "_download", download)
+        with pytest.raises(Outage, match=rf"{URL}: step 2 cannot be fetched: .*connection closed") as caught:
+            newest_for(tmp_path / "new", ALONE, True, mirror)
+    assert (caught.value.exit_code, caught.value.retry) == (4, True)
+    (file,) = [name for name in names(s3) if "step-00000002" in name and name.endswith("rank-00000.safetensors")]
+    s3.put_object(Bucket="shards", Key=file, Body=s3.get_object(Bucket="shards", Key=file)["Body"].read()[:-1])
+    found, events = newest_for(tmp_path / "new", ALONE, True, mirror)
+    assert found
+    assert found.manifest["step"] == 1
+    assert "rank-00000.safetensors has" in events[0]["reason"]
+
+
+@pytest.mark.slow
+def test_a_slow_upload_over_gloo(s3: Any, tmp_path: Path) -> None:
+    """Two processes, whose collectives may take 4 s, and an upload that takes 10: both go on."""
+    (tmp_path / "old").mkdir()
+    context = multiprocessing.get_context("spawn")  # not a fork: of the bucket's library it would have no threads
+    processes = [context.Process(target=_saves, args=(rank, tmp_path)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(300)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert Mirror(URL, ALONE).steps() == [1]
+
+
+def _saves(rank: int, folder: Path) -> None:
+    code = 1
+    try:
+        store = dist.FileStore(str(folder / "store"), 2)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=4))
+        groups = dist.new_group(backend="gloo"), dist.new_group(backend="gloo")
+        its = topology.Topology(rank, 2, rank, 2, torch.device("cpu"), rank, 2, *groups)
+        mirror = Mirror(URL, its)
+        real = mirror._put
+        mirror._put = lambda *given: (time.sleep(10 * rank), real(*given))[1]  # type: ignore[method-assign]
+        saver = Saver(folder / "old", its, Retention(), asynchronous=False, mirror=mirror)
+        events = saver.save(1, {"model/0": torch.zeros(50), "model/1": torch.ones(5)}, {})
+        code = [event["kind"] for event in events] != ["checkpoint", "checkpoint_mirrored"]
+    finally:
+        os._exit(code)
 
 
 @pytest.mark.slow

@@ -13,9 +13,10 @@ import pytest
 
 from tests.data.servers import Fault, Server, http_server
 from tests.data.test_remote_stream import STEPS, folder, local, run, server, whole
+from trainer import outage
 from trainer.data.shards import Shards
-from trainer.data.storage import Storage, remote
-from trainer.errors import ConfigError, DataError
+from trainer.data.storage import Storage
+from trainer.errors import ConfigError, DataError, Outage
 
 __all__ = ["folder", "local", "server"]  # fixtures
 CONTENT = bytes(range(256)) * 4096
@@ -48,7 +49,7 @@ def test_a_server_that_is_gone_is_waited_for_and_told_of_once(
     hasty = make(tmp_path / "hasty").open(urls[0])
     blobs = [make(tmp_path / "patient", patience_s=30).open(url) for url in urls]
     back = gone(alone, 2)
-    with pytest.raises(DataError, match=r"a\.tar: byte 0: cannot connect: Connection refused \(3 attempts\)"):
+    with pytest.raises(Outage, match=r"a\.tar: byte 0: cannot connect: Connection refused \(3 attempts\)"):
         hasty.read(0, 5)
     assert capfd.readouterr().err == ""
     begun = time.monotonic()
@@ -68,7 +69,7 @@ def test_patience_ends(alone: Server, tmp_path: Path) -> None:
     blob = make(tmp_path, patience_s=1).open(alone.put("a.tar", CONTENT))
     alone.stop()
     begun = time.monotonic()
-    with pytest.raises(DataError, match=r"a\.tar: byte 0: cannot connect"):
+    with pytest.raises(Outage, match=r"a\.tar: byte 0: cannot connect"):
         blob.read(0, 5)
     assert 1 <= time.monotonic() - begun < 4
 
@@ -92,7 +93,7 @@ def test_at_the_start_nothing_is_waited_for_long(alone: Server, tmp_path: Path) 
     url = alone.put("a.tar", CONTENT)
     alone.stop()
     begun = time.monotonic()
-    with pytest.raises((ConfigError, DataError), match="cannot connect"):
+    with pytest.raises(ConfigError, match="cannot connect"):
         Shards.open(url, "txt", make(tmp_path, patience_s=60))
     assert time.monotonic() - begun < 5
 
@@ -105,7 +106,7 @@ def test_a_stream_goes_on_where_its_server_was_gone(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     """In the middle of a run on two ranks; without any of its shards in the cache."""
-    monkeypatch.setattr(remote, "TOLD_AFTER_S", 0.5)
+    monkeypatch.setattr(outage, "TOLD_AFTER_S", 0.5)
     spec = f"{server.url}/s-{{0..4}}.tar"
     Shards.open(spec, "txt", Storage(tmp_path))  # indexed: the start of the run asks for little
     server.forget()

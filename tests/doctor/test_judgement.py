@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
+import stat
 from itertools import chain
+from pathlib import Path
 
 import pytest
 
 from launch.doctor import folder, gpus, machine, network
 from launch.doctor.examination import Examination, Heard
 from launch.doctor.verdict import Finding, Report, merged, slow, unequal
+from trainer.topology import ALONE
 
 NODES = ["n1", "n2", "n3", "n4"]
 
@@ -76,6 +82,9 @@ def measured(rank: int, **more: object) -> dict:
         ([{}, {"link": "won"}, {}], {(): "bad"}),
         ([{}, {}, {"link": "Operation not permitted"}], {("n3",): "warning"}),
         ([{}, {}, {"lock": "two processes get the same lock"}], {("n3",): "bad"}),
+        ([{}, {"leases": True}, {"leases": True}], {("n2", "n3"): "warning"}),
+        ([{"leases": False}, {}, {"leases": True}], {("n3",): "bad"}),
+        ([{}, {}, {"names": "Invalid argument"}], {("n3",): "warning"}),
         ([{}, {}, {"clock": -7.0}], {("n3",): "warning"}),
         ([{}, {"seen_s": 5.0}, {}], {("n2",): "warning"}),
         ([{}, {"fsync_s": 2.0}, {}], {(): "warning"}),
@@ -153,3 +162,26 @@ def test_who_held_up_the_others() -> None:
     assert broken(waits, done, (1, "its clock", []), done) == ("n3",)
     assert broken(done, (0, "meeting the others", []), done) == ("n2",)
     assert broken(*[(3, "an all-reduce", [])] * 3) == ("n1", "n2", "n3")
+
+
+def test_a_folder_without_flock_and_synced_names_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(_fd: int, _how: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        real(descriptor)
+
+    monkeypatch.setattr(folder, "remove_afterwards", lambda path: None)
+    assert not bad(folder.judge([folder.measure(ALONE, tmp_path, quick=True, takes_part=True)], ["n1"])[:1])
+    monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setattr(os, "fsync", fsync)
+    told = folder.judge([folder.measure(ALONE, tmp_path, quick=True, takes_part=True)], ["n1"])
+    flockless, names = told[:2]
+    assert (flockless.verdict, names.verdict) == ("warning", "warning")
+    assert "has no flock: a lock is a lease, which is taken over 60 s after" in flockless.found
+    assert "mount with -o flock" in flockless.advice
+    assert "cannot be made durable (fsync of a folder): Invalid argument" in names.found

@@ -9,7 +9,6 @@ Nothing in it is executed: JSON and numbers, of which none is believed before it
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -26,20 +25,24 @@ import numpy as np
 import xxhash
 
 from trainer.checkpoint.pieces import DTYPES, Box
+from trainer.checkpoint.reading import (
+    LARGEST_JSON,
+    Damaged,
+    Reader,
+    answer,
+    exactly,
+    open_file,
+    read_small,
+)
 from trainer.checkpoint.shardings import Boxes, Sharding, Table, shape_from, sharding_of, whole, wholes
 from trainer.errors import TrainingError
-from trainer.files import replace_file, sync_folder
+from trainer.files import replace_file, sync, sync_folder
 
 VERSION = 3
 READABLE = (2, VERSION)
 MANIFEST, INDEX = "manifest.json", "index.json"
-LARGEST_JSON = 1 << 30
 LARGEST_TABLES = 1 << 24  # numbers, in all tables of an index: a few descriptions can stand for very many pieces
 CHUNK = 8 << 20  # bytes that are written, hashed or read at a time
-
-
-class Damaged(Exception):
-    """This checkpoint does not count; the text says why."""
 
 
 class Place(NamedTuple):
@@ -120,7 +123,7 @@ def write_file(path: Path, parts: Sequence[bytes | memoryview]) -> dict[str, Any
                 while chunk:
                     chunk = chunk[os.write(descriptor, chunk) :]
             size += len(part)
-        os.fsync(descriptor)
+        sync(descriptor)
     finally:
         os.close(descriptor)
     return {"bytes": size, "xxh3": digest.hexdigest()}
@@ -134,18 +137,19 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 
 def amend_manifest(folder: Path, **more: Any) -> bool:
     """Replaces entries of a manifest that is there, as a whole and durably; returns whether that changed anything.
-    Raises Damaged; OSError; TrainingError if it is not for us."""
-    manifest = read_manifest(folder)
+    Raises Damaged; Outage, at once; OSError; TrainingError if it is not for us."""
+    manifest = read_manifest(folder, patience_s=0)
     if manifest == (amended := {**manifest, **more}):
         return False
     replace_file(folder / MANIFEST, _written(amended))
     return True
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest, checked against its own checksum. Raises Damaged; OSError; TrainingError if it is not for us."""
+def read_manifest(folder: Path, patience_s: float | None = None) -> dict[str, Any]:
+    """The manifest, checked against its own checksum. `patience_s`: how long storage that does not answer is waited
+    for, if not as usual. Raises Damaged; Outage; OSError; TrainingError if it is not for us."""
     try:
-        raw = _small(folder / MANIFEST)
+        raw = read_small(folder / MANIFEST, patience_s)
         manifest = json.loads(raw)
         del manifest["sha256"]
     except FileNotFoundError:
@@ -171,12 +175,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def check_sizes(folder: Path, manifest: dict[str, Any], names: Sequence[str] | None = None) -> None:
-    """Whether these files (else all) are there, of their size and a file. Raises Damaged; OSError."""
+def check_sizes(
+    folder: Path, manifest: dict[str, Any], names: Sequence[str] | None = None, patience_s: float | None = None
+) -> None:
+    """Whether these files (else all) are there, of their size and a file. Raises Damaged; Outage; OSError."""
     for name in manifest["files"] if names is None else names:
         stated = manifest["files"][name]
         try:
-            found = (folder / name).lstat()
+            found = answer(path := folder / name, path.lstat, patience_s)
         except FileNotFoundError:
             raise Damaged(f"{name} is missing") from None
         if not stat.S_ISREG(found.st_mode):
@@ -186,17 +192,13 @@ def check_sizes(folder: Path, manifest: dict[str, Any], names: Sequence[str] | N
 
 
 def check_contents(folder: Path, manifest: dict[str, Any], names: Sequence[str]) -> None:
-    """Whether these files are what was written. Raises Damaged; OSError."""
+    """Whether these files are what was written. Raises Damaged; Outage; OSError."""
+    chunk = memoryview(bytearray(CHUNK))
     for name in names:
         digest = xxhash.xxh3_128()
-        try:
-            with open_file(folder / name) as file:
-                while chunk := file.read(CHUNK):
-                    digest.update(chunk)
-        except OSError as error:
-            if error.errno != errno.EIO:
-                raise
-            raise Damaged(f"{name} cannot be read: {error.strerror}") from None
+        with open_file(folder / name) as file:
+            while count := file.readinto(chunk):
+                digest.update(chunk[:count])
         if digest.hexdigest() != manifest["files"][name]["xxh3"]:
             raise Damaged(f"{name} does not match its checksum")
 
@@ -228,7 +230,7 @@ def read_index(folder: Path, manifest: dict[str, Any]) -> dict[str, Stored]:
 def read_index_text(folder: Path) -> str:
     """Raises Damaged; OSError."""
     try:
-        return _small(folder / INDEX).decode()
+        return read_small(folder / INDEX).decode()
     except FileNotFoundError:
         raise Damaged(f"no {INDEX}") from None
     except ValueError as error:
@@ -329,53 +331,16 @@ class Header:
         return self.start + begin
 
 
-def read_header(file: Any, name: str) -> Header:
+def read_header(file: Reader, name: str) -> Header:
     """Of an open file of tensors. Raises Damaged; OSError."""
-    size = os.fstat(file.fileno()).st_size
+    size = file.size
     try:
-        length = int.from_bytes(_exactly(file, 8), "little")
+        length = int.from_bytes(exactly(file, 8), "little")
         if length > min(size, LARGEST_JSON):
             raise ValueError("it is absurdly large")
-        return Header(name, json.loads(_exactly(file, length)), 8 + length, size)
+        return Header(name, json.loads(exactly(file, length)), 8 + length, size)
     except (ValueError, EOFError, RecursionError, MemoryError) as error:
         raise Damaged(f"{name}: its header cannot be read: {error!r}") from None
-
-
-def _exactly(file: Any, count: int) -> bytes:
-    data = bytearray(count)
-    fill(file, data)
-    return bytes(data)
-
-
-def fill(file: Any, data: bytearray) -> None:
-    """Reads so many bytes. Raises EOFError, OSError."""
-    filled = 0
-    while filled < len(data):
-        if not (got := file.readinto(memoryview(data)[filled:])):
-            raise EOFError("it ends too early")
-        filled += got
-
-
-def open_file(path: Path) -> Any:
-    """For reading. Raises OSError; Damaged for a link or a pipe: what a checkpoint holds lies in it."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise Damaged(f"{path.name} is no file") from None
-        raise
-    file = os.fdopen(descriptor, "rb", buffering=0)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        file.close()
-        raise Damaged(f"{path.name} is no file")
-    return file
-
-
-def _small(path: Path) -> bytes:
-    with open_file(path) as file:
-        if os.fstat(file.fileno()).st_size > LARGEST_JSON:
-            raise Damaged(f"{path.name} is absurdly large")
-        return file.read()
 
 
 def _written(manifest: dict[str, Any]) -> bytes:

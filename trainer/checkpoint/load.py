@@ -20,8 +20,6 @@ from trainer.checkpoint.format import (
     check_contents,
     check_headers,
     check_sizes,
-    fill,
-    open_file,
     parse_index,
     read_header,
     read_index_text,
@@ -29,8 +27,11 @@ from trainer.checkpoint.format import (
 )
 from trainer.checkpoint.mirror import Mirror
 from trainer.checkpoint.pieces import DTYPES, Box, State, pieces, shape_of
-from trainer.checkpoint.retention import candidates, clear_leftovers
-from trainer.errors import OnecurveError, PeerLost, TrainingError
+from trainer.checkpoint.reading import Reader, fill, open_file
+from trainer.checkpoint.retention import DAMAGED, candidates, clear_leftovers, damaged_in
+from trainer.errors import OnecurveError, Outage, PeerLost, TrainingError
+from trainer.files import move
+from trainer.outage import is_outage
 from trainer.topology import ALONE, Topology
 
 OPTIONAL = ("scaler/", "optimizer/ema")  # begins anew where a checkpoint has none: it may be switched on between lives
@@ -67,7 +68,8 @@ def newest(
 
     All ranks call it; each reads its share of the files. `contents`: compare checksums, not only sizes.
     Raises TrainingError (on other ranks than the main one PeerLost) where there are checkpoints but none is whole: a
-    run never silently starts from scratch; or where one cannot be read for now: that is no damage, nothing is changed.
+    run never silently starts from scratch; or where one cannot be read: that is no damage, nothing is changed. Outage
+    where its storage does not answer, after it was waited for.
     """
     found, events, damaged = _newest(folder, topology, contents, set_aside)
     if found is None and damaged:
@@ -76,7 +78,8 @@ def newest(
 
 
 def _none_whole(folder: Path, topology: Topology) -> OnecurveError:
-    problem = f"{folder}: no checkpoint is whole any more; run.fresh=true starts over"
+    restore = f"`onecurve checkpoint restore {folder.parent}` brings back what was set aside and is whole"
+    problem = f"{folder}: no checkpoint is whole any more; {restore}, run.fresh=true starts over"
     return (TrainingError if topology.is_main else PeerLost)(problem)
 
 
@@ -86,7 +89,7 @@ def _newest(
     """Also whether one is damaged."""
     events: list[dict[str, Any]] = []
     names = _agreed(topology, lambda: [path.name for path in candidates(folder)])
-    damaged = _agreed(topology, lambda: any(path.name.startswith(".damaged-") for path in folder.iterdir()))
+    damaged = _agreed(topology, lambda: bool(damaged_in(folder)))
     for path in (folder / name for name in reversed(names)):
         found, reason = _checked(path, topology, contents)
         if reason is None:
@@ -163,7 +166,7 @@ def read_all(found: Found, prefix: str = "") -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
-def _fill(file: Any, at: int, dtype: str, order: Order) -> None:
+def _fill(file: Reader, at: int, dtype: str, order: Order) -> None:
     """`order.tensor` takes the block `order.box` of the piece that lies there: rows (of dimension 0) that lie behind
     each other."""
     piece, box, tensor = order.piece, order.box, order.tensor
@@ -183,7 +186,7 @@ def _fill(file: Any, at: int, dtype: str, order: Order) -> None:
         ))  # fmt: skip
 
 
-def _values(file: Any, at: int, dtype: str, count: int) -> Tensor:
+def _values(file: Reader, at: int, dtype: str, count: int) -> Tensor:
     data = bytearray(count * DTYPES[dtype].itemsize)
     file.seek(at)
     fill(file, data)
@@ -218,34 +221,35 @@ def _checked(path: Path, topology: Topology, contents: bool) -> tuple[Found | No
             return str(damage)
         return None
 
-    parts = topology.gather(_attempt(looked_through))
-    for _, error in parts:
+    parts = topology.work_of_all(lambda: _attempt(looked_through), topology.control)
+    for _, error, away in parts:
         if error is not None:
-            raise TrainingError(f"{path}: {error}")
-    return found, next((reason for reason, _ in parts if reason), None)
+            raise Outage(error) if away else TrainingError(f"{path}: {error}")
+    return found, next((reason for reason, _, _ in parts if reason), None)
 
 
 def _agreed(topology: Topology, make: Callable[[], Any]) -> Any:
-    """What `make` gives the main rank, on all of them; its OSError or TrainingError too."""
-    value, error = topology.broadcast(_attempt(make) if topology.is_main else None)
+    """What `make` gives the main rank, on all of them, however long that takes; its errors too."""
+    value, error, away = topology.work_of_main(lambda: _attempt(make))
     if error is not None:
-        raise (TrainingError if topology.is_main else PeerLost)(error)
+        raise (PeerLost if not topology.is_main else Outage if away else TrainingError)(error)
     return value
 
 
 def _attempt(make: Callable[[], Any]) -> list[Any]:
+    """What it gives, or its error, and whether that is an outage."""
     try:
-        return [make(), None]
+        return [make(), None, False]
     except OSError as error:
-        return [None, f"{error.filename or 'a checkpoint'}: cannot be read: {error.strerror}"]
-    except TrainingError as error:
-        return [None, str(error)]
+        return [None, f"{error.filename or 'a checkpoint'}: cannot be read: {error.strerror}", is_outage(error)]
+    except (TrainingError, Outage) as error:
+        return [None, str(error), isinstance(error, Outage)]
 
 
 def _set_aside(path: Path) -> str:
     """Keeps a damaged checkpoint under another name, which does not count; gives the name."""
-    aside, number = path.with_name(f".damaged-{path.name}"), 1
+    aside, number = path.with_name(f"{DAMAGED}{path.name}"), 1
     while aside.exists():
-        aside, number = path.with_name(f".damaged-{path.name}-{number}"), number + 1
-    path.rename(aside)
+        aside, number = path.with_name(f"{DAMAGED}{path.name}-{number}"), number + 1
+    move(path, aside)
     return aside.name

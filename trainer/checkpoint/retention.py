@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import shutil
+import stat
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,16 +13,36 @@ from pathlib import Path
 from typing import Any
 
 from trainer.checkpoint.format import Damaged, check_sizes, read_manifest
-from trainer.errors import TrainingError
+from trainer.checkpoint.reading import answer
+from trainer.errors import Outage, TrainingError
+from trainer.files import move
 
-TRASH = ".trash-"
+TRASH, DAMAGED = ".trash-", ".damaged-"
 
 
 def candidates(folder: Path) -> list[Path]:
     """The folders that have a checkpoint's name, in rising order of steps. Only `verify` says whether they are one."""
-    named = [(re.fullmatch(r"step-(\d{8,})", path.name), path) for path in folder.iterdir()]
+    named = [(re.fullmatch(r"step-(\d{8,})", path.name), path) for path in entries(folder)]
     found = sorted((int(match[1]), path) for match, path in named if match)
-    return [path for _, path in found if path.is_dir() and not path.is_symlink()]
+    return [path for _, path in found if _is_folder(path)]
+
+
+def entries(folder: Path) -> list[Path]:
+    """All that lies in it. Raises Outage; OSError."""
+    return answer(folder, lambda: list(folder.iterdir()))
+
+
+def damaged_in(folder: Path) -> list[Path]:
+    """Those that were set aside, in rising order of steps."""
+    return sorted(path for path in entries(folder) if path.name.startswith(DAMAGED))
+
+
+def _is_folder(path: Path) -> bool:
+    """Whether it is there, and no link: what storage does not tell for now is not taken for a no."""
+    try:
+        return stat.S_ISDIR(answer(path, path.lstat).st_mode)
+    except FileNotFoundError:
+        return False
 
 
 def step_of(path: Path) -> int:
@@ -38,11 +59,15 @@ class Retention:
     best: str | None = None
 
     def superfluous(self, folder: Path) -> list[Path]:
-        """In rising order of steps. None where the newest is not all there: then the older ones are needed."""
-        found = candidates(folder)
-        if not found or evaluation_of(found[-1]) is None:
+        """In rising order of steps. None where the newest is not all there: then the older ones are needed; nor where
+        one cannot be read for now: it may be the best."""
+        try:
+            found = candidates(folder)
+            if not found or evaluation_of(found[-1]) is None:
+                return []
+            stay = self.stay({step_of(path): evaluation_of(path) if self.best else None for path in found})
+        except (Outage, OSError):
             return []
-        stay = self.stay({step_of(path): evaluation_of(path) if self.best else None for path in found})
         return [path for path in found if step_of(path) not in stay]
 
     def stay(self, evaluations: Mapping[int, dict[str, Any] | None]) -> set[int]:
@@ -66,7 +91,7 @@ class Retention:
 def remove(path: Path, word: str) -> None:
     """Raises OSError where it cannot be renamed; what is left of it after that does not count."""
     trash = path.with_name(f"{TRASH}{path.name}-{word}")
-    path.rename(trash)
+    move(path, trash)
     shutil.rmtree(trash, ignore_errors=True)
 
 
@@ -79,9 +104,10 @@ def clear_leftovers(folder: Path) -> None:
 
 
 def evaluation_of(path: Path) -> dict[str, Any] | None:
-    """What was measured at its step; None if it is not all there."""
-    with suppress(Damaged, TrainingError, OSError):
-        manifest = read_manifest(path)
-        check_sizes(path, manifest)
+    """What was measured at its step; None if it is not all there. Raises Outage at once where its storage does not
+    answer, OSError."""
+    with suppress(Damaged, TrainingError, FileNotFoundError):
+        manifest = read_manifest(path, patience_s=0)
+        check_sizes(path, manifest, patience_s=0)
         return manifest.get("evaluation") or {}
     return None

@@ -27,6 +27,7 @@ from trainer.checkpoint.format import (
     Damaged,
     amend_manifest,
     folder_name,
+    read_manifest,
     tensor_file,
     write_file,
     write_index,
@@ -36,9 +37,9 @@ from trainer.checkpoint.mirror import Mirror
 from trainer.checkpoint.pieces import DTYPES, State, pieces
 from trainer.checkpoint.plan import Held, Plan, fingerprint, header_of, held_by
 from trainer.checkpoint.retention import Retention
-from trainer.errors import OnecurveError, first_line
+from trainer.errors import Outage, TrainingError, first_line
 from trainer.fault_points import point
-from trainer.files import replace_file, sync_folder
+from trainer.files import free_bytes, move, read_file, replace_file, sync_folder
 from trainer.topology import Topology
 
 WRITER = ".writer"  # says which life of the run may publish here: an older one that still writes may not
@@ -136,8 +137,8 @@ class Saver:
         self._begun = time.monotonic()
         try:
             for step, evaluation in list(self._measured.items()):
-                with suppress(OSError):
-                    with suppress(Damaged, OnecurveError):
+                with suppress(OSError, Outage):
+                    with suppress(Damaged, TrainingError):
                         amend_manifest(self.folder / folder_name(step), evaluation=evaluation)
                         if self.mirror is not None:
                             self.mirror.amend(self.folder / folder_name(step))
@@ -226,7 +227,7 @@ class Saver:
         attempt.mkdir(exist_ok=True)
         if not size:
             return None
-        if (free := shutil.disk_usage(attempt).free) < size:
+        if (free := free_bytes(attempt)) is not None and free < size:
             raise OSError(f"no space left: {size:,} bytes are to be written, {free:,} are free")
         written = write_file(attempt / tensor_file(rank), [header_of(self._layout.file, word), buffer.numpy().data])
         return {**written, "tensors": size}
@@ -250,15 +251,25 @@ class Saver:
             raise RuntimeError(f"{wrong}: planned were {planned.get(wrong)} bytes, written {sizes.get(wrong)}")
         files[INDEX] = write_index(attempt / INDEX, self._layout.plan.tensors)
         write_manifest(attempt, {"version": VERSION, "step": step, **word, **about, "files": files})
-        if (self.folder / WRITER).read_text() != self.life:
+        if read_file(self.folder / WRITER).decode() != self.life:
             raise RuntimeError("another process trains in this folder by now, and saves there")
         final = self.folder / folder_name(step)
         if final.exists():
-            raise FileExistsError(f"{final} is there already")
-        point("checkpoint.before_rename")
-        attempt.rename(final)
+            if not self._has_published(final):
+                raise FileExistsError(f"{final} is there already")
+            shutil.rmtree(attempt, ignore_errors=True)
+        else:
+            point("checkpoint.before_rename")
+            move(attempt, final)
         sync_folder(self.folder)
         point("checkpoint.after_rename")
+
+    def _has_published(self, final: Path) -> bool:
+        """Whether an earlier try of this save is there: the answer to its rename was an error all the same."""
+        try:
+            return str(read_manifest(final).get("save")).startswith(f"{final.name}-{self.life}-")
+        except Damaged:
+            return False
 
 
 class _Layout:

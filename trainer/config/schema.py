@@ -205,12 +205,13 @@ class Data(Vocabulary):
     )
     patience_s: Float = Field(
         ge=0,
-        description="How long a server of shards may not answer during the run before that is an error, seconds. At "
+        description="How long a server or file system with shards may not answer during the run before that ends the "
+        "run (exit code 3, tried again from the last checkpoint), seconds. Never a reason to quarantine a sample. At "
         "the start half a minute has to do; with several processes `launch.timeout_s` is a limit, too.",
     )
     mmap: bool = Field(
         description="Map local shards into memory instead of reading them: fewer copies, but a shard that is cut short "
-        "during the run kills the process."
+        "during the run kills the process, and so does storage that fails then."
     )
     allow_pipe: bool = Field(description="Allow `pipe:COMMAND` among the shards: it runs COMMAND in a shell.")
 

@@ -25,7 +25,8 @@ import numpy as np
 
 from trainer.data.storage import Blob, Storage, is_remote, is_url, shown
 from trainer.data.storage.urls import local_path
-from trainer.errors import OnecurveError
+from trainer.errors import ConfigError, DataError
+from trainer.files import read_file, stat_file
 
 ENERGON = ".idx"
 ENERGON_INFO = ".nv-meta/.info.json"
@@ -64,7 +65,7 @@ class Counts:
         written = None
         if local is not None:
             with suppress(OSError):
-                written = local.stat().st_mtime_ns
+                written = stat_file(local).st_mtime_ns
             if (found := _energon(local, blob.size, written)) is not None:
                 return found
         folder, name = split(blob.url)
@@ -85,7 +86,7 @@ class Counts:
             return self._listings[folder]
 
     def _read(self, place: str, parse: Callable[[Any], dict[str, tuple[int, int | None]]]) -> Listing | None:
-        with suppress(OSError, OnecurveError, ValueError, KeyError, TypeError, AttributeError):
+        with suppress(OSError, ConfigError, DataError, ValueError, KeyError, TypeError, AttributeError):
             if is_remote(place):
                 blob = self._storage.plain(place, keep=False)
                 try:
@@ -94,7 +95,7 @@ class Counts:
                     blob.close()
             else:
                 path = Path(local_path(place))
-                mtime_ns, content = path.stat().st_mtime_ns, path.read_bytes()
+                mtime_ns, content = stat_file(path).st_mtime_ns, read_file(path)
             return Listing(shown(place), mtime_ns, parse(json.loads(bytes(content))))
         return None
 
@@ -106,13 +107,13 @@ def split(url: str) -> tuple[str, str]:
 
 def energon_offsets(path: Path) -> np.ndarray[Any, np.dtype[np.int64]]:
     """Where each sample of a shard begins, and where the last one ends: int64 [n + 1]. OSError, ValueError."""
-    return np.frombuffer(path.read_bytes(), "<u8").astype(np.int64)
+    return np.frombuffer(read_file(path), "<u8").astype(np.int64)
 
 
 def _energon(shard: Path, size: int, written: int | None) -> Count | None:
     place = Path(f"{shard}{ENERGON}")
     with suppress(OSError, ValueError):
-        about = place.stat()
+        about = stat_file(place)
         if written is None or about.st_mtime_ns < written:
             return None
         offsets = energon_offsets(place)

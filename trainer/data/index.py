@@ -26,7 +26,7 @@ from trainer.data.storage import Blob, Storage, is_remote, shown
 from trainer.data.storage.unpack import compression
 from trainer.data.storage.urls import absolute, local_path
 from trainer.errors import ConfigError, DataError
-from trainer.files import replace_file
+from trainer.files import replace_file, with_file
 
 FORMAT = "onecurve-index-2"
 SIDECAR = ".index"
@@ -129,8 +129,7 @@ class ShardIndex:
     def load(cls, sidecar: Path, url: str, stamp: str | None = None) -> ShardIndex | None:
         """The index in a file, if it is whole and of the shard with this stamp (None: with any)."""
         try:
-            with open(sidecar, "rb") as file:
-                return cls._read(file, url, stamp)
+            return with_file(sidecar, lambda file: cls._read(file, url, stamp))
         except OSError:
             return None
 
@@ -327,8 +326,8 @@ def summary(url: str, storage: Storage) -> Summary | None:
     """What the kept index says, its details left unread; None if there is none of the shard as it is now."""
     stamp = storage.stamp(url)
     for place in places(url, storage):
-        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError), open(place, "rb") as file:
-            found, _ = _summary(file.readline(_LONGEST_SUMMARY), url)
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            found, _ = _summary(with_file(place, lambda file: file.readline(_LONGEST_SUMMARY)), url)
             if found.stamp == stamp:
                 return found
     return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from trainer.errors import ConfigError
 from trainer.files import replace_file
+from trainer.outage import CANNOT_MAP, Patience, patiently
 
 _DIGEST = hashlib.sha256().digest_size
 
@@ -27,7 +30,22 @@ def save_array(path: Path, array: npt.NDArray[Any]) -> None:
 def load_array(path: Path) -> npt.NDArray[Any] | None:
     """Returns the array, mapped; None if it is not there, or not as it was saved."""
     with suppress(OSError, ValueError):
-        content = np.memmap(path, np.uint8, "r")
+        content = mapped(path, lambda: np.memmap(path, np.uint8, "r"))
         if hashlib.sha256(content[:-_DIGEST].data).digest() == content[-_DIGEST:].tobytes():
             return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
     return None
+
+
+def mapped(path: Path, load: Callable[[], npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    """Returns a file of the cache as memory, once its storage answers. Raises ConfigError where that maps no files."""
+
+    def attempt() -> npt.NDArray[Any]:
+        try:
+            return load()
+        except OSError as error:
+            if error.errno in CANNOT_MAP:
+                place = "its file system cannot map files into memory; choose a folder on another one"
+                raise ConfigError(f"data.cache: {path}: {place}") from error
+            raise
+
+    return patiently(attempt, Patience(str(path), str(path)))

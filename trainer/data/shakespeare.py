@@ -43,7 +43,7 @@ def ensure(cache: Path, tokenizer: str = "bpe:1024") -> Path:
             if not folder.is_dir():
                 _pack(lzma.decompress(packed).decode(), folder, tokenizer)
     except OSError as error:
-        raise ConfigError(f"{cache}: cannot be written: {error.strerror}") from error
+        raise ConfigError(f"{cache}: {locks.refused(error)}") from error
     except ConfigError:
         if not folder.is_dir():  # else another machine was faster: locks may not reach across a network
             raise

@@ -6,7 +6,9 @@ import glob
 import os
 import posixpath
 import re
+import stat
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from urllib.parse import urlsplit
 
 from braceexpand import braceexpand
@@ -14,6 +16,8 @@ from braceexpand import braceexpand
 from trainer.data.storage import is_url, shown
 from trainer.data.storage.urls import PIPE, absolute, check
 from trainer.errors import ConfigError
+from trainer.files import stat_file
+from trainer.outage import Patience, patiently
 
 _TOLD = 20  # problems that are told one by one
 _UNPACKED = re.compile(r"\.(?:txt|md|jsonl?|csv|parquet|jpe?g|png|webp)(?:\.(?:gz|xz|zst))?$", re.IGNORECASE)
@@ -71,17 +75,17 @@ def _matches(pattern: str, key: str, allow_pipe: bool, problems: list[str]) -> l
             )
         return [pattern]
     path = os.path.expanduser(pattern)
-    if os.path.isfile(path) and _UNPACKED.search(path):
+    if _is_file(path) and _UNPACKED.search(path):
         problems.append(f"{key}: {shown(pattern)} is not a shard (a .tar); {_PACK.format(shown(pattern))}")
         return []
-    if os.path.isfile(path):
+    if _is_file(path):
         return [path]
     if os.path.isdir(path):
         problems.append(f"{key}: {shown(pattern)} is a folder{_of_what(path, shown(pattern).rstrip('/'))}")
         return []
     there = _existing(path)
     rest = path[len(there) :]
-    found = sorted(filter(os.path.isfile, glob.glob(glob.escape(there) + rest, recursive=True)))
+    found = sorted(filter(_is_file, _listed(glob.escape(there) + rest))) if glob.has_magic(rest) else []
     if not found:
         problems.append(f"{key}: {'no file matches' if glob.has_magic(rest) else 'missing file'} {shown(pattern)}")
     return found
@@ -91,6 +95,23 @@ def _of_what(folder: str, name: str) -> str:
     """What to do with a folder that was given for shards."""
     shards = glob.glob(os.path.join(glob.escape(folder), "*.tar*"))
     return f"; name its shards: {name}/*.tar" if shards else f" without shards (.tar); {_PACK.format(name)}"
+
+
+def _is_file(path: str) -> bool:
+    """Whether it is there. Raises Outage where its storage does not say so: that is no other data set."""
+    try:
+        return stat.S_ISREG(stat_file(path).st_mode)
+    except (OSError, ValueError):
+        return False
+
+
+def _listed(pattern: str) -> list[str]:
+    """What a pattern means. A folder that cannot be listed for now is no empty one, as it is to `glob`."""
+    base = glob.escape(pattern).partition("[")[0]  # what stands before the first sign with a meaning
+    folder = os.path.dirname(base) or "."
+    with suppress(OSError):
+        patiently(lambda: os.listdir(folder), Patience(folder, folder))
+    return glob.glob(pattern, recursive=True)
 
 
 def file_name(url: str) -> str:

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
+from trainer.causes import advice
 from trainer.errors import ConfigError, OnecurveError
 
 THREADS = 8
@@ -64,3 +65,6 @@ def _attempt(make: Callable[..., Any], *given: Any) -> list[Any]:
         return [make(*given), None, 0]
     except OnecurveError as error:
         return [None, str(error), error.exit_code]
+    except OSError as error:  # such as too many open files
+        known = advice(str(error))
+        return [None, f"{error}: {known}" if known else str(error), OnecurveError.exit_code]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -17,7 +18,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from trainer.errors import ConfigError
-from trainer.files import replace_file
+from trainer.files import replace_file, with_file
 
 SEPARATOR = "<|endoftext|>"
 # What ends a document where nothing says so: the first of these that a tokenizer has. New ones go behind the others.
@@ -224,7 +225,7 @@ def load(spec: str, separator: str | None = None, special_tokens: bool = False) 
     path = Path(spec).expanduser()
     path = path / "tokenizer.json" if path.is_dir() else path
     try:
-        content = path.read_text(encoding="utf-8")
+        content = with_file(path, lambda file: io.TextIOWrapper(file, "utf-8").read())
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
         made = "; bpe:SIZE and chars are made by `onecurve data pack`, which writes a tokenizer.json beside the shards"

@@ -33,7 +33,7 @@ from trainer.data.storage.urls import PIPE, absolute, local_path, scheme
 from trainer.data.team import ALONE, Team
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError, DataError
-from trainer.files import replace_file
+from trainer.files import move, read_file, replace_file, stat_file, sync
 
 log = logging.getLogger("onecurve")
 
@@ -205,7 +205,9 @@ class TokenLine:
         path, told = self._path(number, self._told[number].content), self._told[number]
         ends = kept.load_array(self.beside(number, "ends.npy"))
         with suppress(OSError, ValueError):
-            flat = np.memmap(path, self._dtype, "r", shape=(told.tokens,)) if told.tokens else np.empty(0, self._dtype)
+            flat: npt.NDArray[Any] = np.empty(0, self._dtype)
+            if told.tokens:
+                flat = kept.mapped(path, lambda: np.memmap(path, self._dtype, "r", shape=(told.tokens,)))
             whole = number in self._checked or hashlib.sha256(flat.data).hexdigest() == told.sha256
             if whole and ends is not None:
                 self._checked.add(number)
@@ -254,7 +256,7 @@ class TokenLine:
         """
         file = _file(self.shards.urls[number])
         try:
-            about = json.loads(self._named(number).with_suffix(".texts").read_bytes())
+            about = json.loads(read_file(self._named(number).with_suffix(".texts")))
             content, files = str(about["sha256"]), list(about["files"])
         except (OSError, ValueError, KeyError, TypeError):
             return None
@@ -276,8 +278,8 @@ class TokenLine:
         """What is kept of a shard of this content: {"tokens", "faults", "special", "sha256", "content"}; or None."""
         path = self._path(number, content)
         with suppress(OSError, ValueError, KeyError, TypeError):
-            about = json.loads(path.with_suffix(".json").read_bytes())
-            if path.stat().st_size == about["tokens"] * self._dtype.itemsize and about["content"] == content:
+            about = json.loads(read_file(path.with_suffix(".json")))
+            if stat_file(path).st_size == about["tokens"] * self._dtype.itemsize and about["content"] == content:
                 return about
         return None
 
@@ -310,12 +312,12 @@ class TokenLine:
                     lengths.append(len(ids))
                     special += self._tokenizer.count_special(text)
                 out.flush()
-                os.fsync(out.fileno())
+                sync(out.fileno())
             content_sha256 = texts.hexdigest()
             about: dict[str, Any] = {"tokens": sum(lengths), "faults": faults, "special": special}
             about |= {"sha256": digest.hexdigest(), "content": content_sha256}
             path = self._path(number, content_sha256)
-            os.replace(beside, path)
+            move(beside, path)
             kept.save_array(path.with_suffix(".ends.npy"), np.cumsum(lengths, dtype=np.int64))
             replace_file(path.with_suffix(".json"), json.dumps(about).encode())
             self._remember(number, content_sha256, [file] if file else [])
@@ -341,7 +343,7 @@ class TokenLine:
 def _packed_with(folder: str) -> dict[str, str]:
     """By shard: the fingerprint of the tokenizer whose ids it holds, as far as a dataset.json in the folder tells."""
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        told = json.loads(Path(folder, "dataset.json").read_bytes())
+        told = json.loads(read_file(Path(folder, "dataset.json")))
         return dict.fromkeys(told["sha256"], told["tokenizer"]["fingerprint"])
     return {}
 
@@ -352,7 +354,7 @@ def _file(url: str) -> str | None:
     if is_remote(url) or url.startswith(PIPE):
         return None
     with suppress(OSError, ValueError):
-        now = os.stat(local_path(url))
+        now = stat_file(local_path(url))
         return f"{now.st_ino}-{now.st_ctime_ns}"
     return None
 

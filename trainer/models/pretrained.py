@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from trainer.errors import ConfigError
-from trainer.files import replace_file
+from trainer.files import read_file, replace_file
 
 CONFIG, TOKENIZER, TOKENIZER_CONFIG = "config.json", "tokenizer.json", "tokenizer_config.json"
 OF_TEXT = ("generation_config.json", TOKENIZER_CONFIG, "special_tokens_map.json", "chat_template.jinja")
@@ -33,7 +33,7 @@ def files_beside(weights: Path, names: Sequence[str] = (CONFIG, TOKENIZER, *OF_T
     for name in names if weights.is_dir() else ():
         with suppress(FileNotFoundError):
             if (weights / name).stat().st_size <= LARGEST:
-                found[name] = (weights / name).read_bytes()
+                found[name] = read_file(weights / name)
     return found
 
 

@@ -6,7 +6,6 @@ What is written down stays left out in every later life of the run, also should 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +15,7 @@ from trainer.data.faults import Fault
 from trainer.data.spec import file_name
 from trainer.data.stream import Slot, StepData
 from trainer.errors import DataError
+from trainer.files import sync
 from trainer.topology import Topology
 from trainer.tracking.jsonl import mend, read
 
@@ -62,7 +62,7 @@ class Quarantine:
             with open(self._path, "a") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
                 file.flush()
-                os.fsync(file.fileno())
+                sync(file.fileno())
         self._rows += rows
         # A sample that comes again, in another epoch or sequence or from where the data was moved to, is one.
         bad = len({(row["shard"] and file_name(row["shard"]), row["key"]) for row in self._rows})

@@ -11,7 +11,6 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
-import platform
 import signal
 import socket
 import sys
@@ -25,11 +24,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trainer import outage
 from trainer.config import schema
-from trainer.data.storage import outage
 from trainer.errors import Crashed
-from trainer.files import replace_file
+from trainer.files import create_file, replace_file
 from trainer.folder import RunFolder
+from trainer.processes import boot, started
 from trainer.resilience.stacks import report
 from trainer.resilience.timeledger import TimeLedger
 from trainer.resilience.verdict import verdict
@@ -88,7 +88,7 @@ class Watchdog:
         self._stacks = os.memfd_create("stacks") if hasattr(os, "memfd_create") else None
         if self._stacks is not None:
             faulthandler.register(signal.SIGUSR2, file=self._stacks, all_threads=True)
-        me = {"host": socket.gethostname(), "boot": _boot(), "pid": os.getpid(), "started": _started(os.getpid())}
+        me = {"host": socket.gethostname(), "boot": boot(), "pid": os.getpid(), "started": started(os.getpid())}
         me["stacks"] = self._stacks
         self.peers: list[dict[str, Any]] = topology.gather(me)
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -149,11 +149,7 @@ class Watchdog:
     def _alarm(self, number: int, seconds: float, may: float) -> None:
         self.files.mkdir(parents=True, exist_ok=True)
         word = {"activity": number, "rank": self.topology.rank, "seconds": seconds, "budget": may}
-        mine = self.files / f"alarm-{self.topology.rank}"
-        mine.write_text(json.dumps(word))
-        with suppress(FileExistsError):
-            os.link(mine, self.files / "alarm.json")
-        mine.unlink()
+        create_file(self.files / "alarm.json", json.dumps(word).encode())
 
     def _end(self) -> None:
         """Reports, waits for the others, lets one speak, ends this process."""
@@ -224,24 +220,10 @@ class Watchdog:
     def _near(self, rank: int) -> bool:
         mine, its = self.peers[self.topology.rank], self.peers[rank]
         same_machine = (mine["host"], mine["boot"]) == (its["host"], its["boot"])
-        return same_machine and _started(its["pid"]) == its["started"]
+        return same_machine and started(its["pid"]) == its["started"]
 
     @staticmethod
     def _wait_for(path: Path) -> None:
         deadline = time.monotonic() + 2 * GATHER_S
         while not path.exists() and time.monotonic() < deadline:
             time.sleep(0.02)
-
-
-def _started(pid: int) -> str | None:
-    """When a process began: with its number this is its name."""
-    with suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    return None
-
-
-def _boot() -> str:
-    """Of which machine the process numbers are."""
-    with suppress(OSError):
-        return Path("/proc/sys/kernel/random/boot_id").read_text() + os.readlink("/proc/self/ns/pid")
-    return platform.node()

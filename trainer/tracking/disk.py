@@ -14,7 +14,7 @@ from io import FileIO
 from pathlib import Path
 
 from trainer.errors import TrainingError
-from trainer.files import replace_file
+from trainer.files import replace_file, sync
 from trainer.tracking import jsonl
 from trainer.tracking.base import Row
 
@@ -140,7 +140,7 @@ class Appender:
         self.flush(now=True)
         try:
             if self._file is not None:
-                os.fsync(self._file.fileno())
+                sync(self._file.fileno())
                 self.problem = None
         except OSError as error:
             self._fail(error)

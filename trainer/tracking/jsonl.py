@@ -10,12 +10,14 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from trainer.errors import ConfigError
-from trainer.files import replace_file
+from trainer.files import read_file, replace_file
+from trainer.outage import CANNOT_MAP
 from trainer.tracking.base import Row
 
 STATUS = "status.json"
@@ -39,11 +41,14 @@ def read(path: Path) -> list[Row]:
 
     Raises:
         ConfigError: a line before the last is no JSON object.
+        Outage: its storage does not answer.
     """
-    if not path.exists():
+    try:
+        content = read_file(path)
+    except FileNotFoundError:
         return []
     rows = []
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+    for number, line in enumerate(content.split(b"\n")[:-1], start=1):
         row = _parse(line)
         if row is None:
             raise ConfigError(f"{path}: line {number} is not a JSON object; mend or delete that line")
@@ -66,7 +71,7 @@ def last(path: Path) -> Row | None:
     """Returns the last whole row; None where there is none. Nothing is changed."""
     if not path.exists() or not path.stat().st_size:
         return None
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+    with _view(path) as view:
         end = view.rfind(b"\n") + 1
         return _parse(view[view.rfind(b"\n", 0, end - 1) + 1 : end]) if end else None
 
@@ -100,11 +105,25 @@ def read_status(folder: Path) -> Row:
     return status if isinstance(status, dict) else {}
 
 
+@contextmanager
+def _view(path: Path) -> Iterator[bytes | mmap.mmap]:
+    """What a file holds, in memory only as far as it is looked at; all of it where its file system maps no files."""
+    with path.open("rb") as file:
+        try:
+            view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            if error.errno not in CANNOT_MAP:
+                raise
+            view = None
+        with view or nullcontext(file.read()) as content:
+            yield content
+
+
 def _cut(path: Path, keep: Callable[[Row], bool]) -> Row | None:
     """Drops from the end until a whole row that `keep` wants; gives that row, None when there is none."""
     if not path.exists() or not (size := path.stat().st_size):
         return None
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+    with _view(path) as view:
         end = view.rfind(b"\n") + 1
         row = None
         while end:

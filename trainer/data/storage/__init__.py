@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from trainer.data.storage.urls import PIPE, check, is_remote, is_url, local_path, shown
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, DataError
+from trainer.outage import Patience
 
 __all__ = ["Blob", "Storage", "default_cache", "is_remote", "is_url", "shown"]
 
@@ -32,7 +33,8 @@ class Blob(Protocol):
     """Another one when the content is another: made of size and time, or of the server's etag."""
 
     def read(self, at: int, size: int) -> bytes | memoryview:
-        """Exactly `size` bytes from byte `at`. DataError (url, byte) where that cannot be had."""
+        """Exactly `size` bytes from byte `at`. DataError (url, byte) where that cannot be had, Outage where its storage
+        does not answer."""
 
     def peek(self, at: int, size: int) -> bytes | memoryview:
         """As `read`, for what lies far from everything else: no more than these bytes comes over the network."""
@@ -50,9 +52,9 @@ class Storage:
 
     `cache` is a folder; `cache_bytes` is what copies of remote bytes may take of it (0: only a few chunks, in memory).
     What `.tar.gz`, `pipe:` and servers without ranges need is kept there whole, beside that budget.
-    A remote read that failed `retries` times in a row, with growing waits from `wait_s` seconds on, and for at least
-    `patience_s`, is a DataError; `timeout_s` is how long no byte may come. `connections` holds for all of a process's
-    storages alike.
+    A read that failed `retries` times in a row, with growing waits from `wait_s` seconds on, and for at least
+    `patience_s`, because server or file system did not answer, is an Outage; `timeout_s` is how long no byte may come.
+    `connections` holds for all of a process's storages alike.
     `pipes` names what outputs of `pipe:` commands are shared by: under another name the commands run anew.
     """
 
@@ -70,7 +72,7 @@ class Storage:
 
     def open(self, url: str) -> Blob:
         """The blob behind a path or URL. Raises ConfigError (a scheme that cannot be read, a `pipe:` not allowed, a
-        package that is missing) and DataError (it is not there, cannot be reached, is damaged)."""
+        package that is missing), DataError (it is not there, is damaged) and Outage (it cannot be reached)."""
         from trainer.data.storage import unpack
 
         check(url, self.allow_pipe)
@@ -87,7 +89,7 @@ class Storage:
         check(url, self.allow_pipe)
         if url.startswith(PIPE):
             return self.open(url).stamp
-        return remote.stamp(self, url) if is_remote(url) else local.stamp(local_path(url), url)
+        return remote.stamp(self, url) if is_remote(url) else local.stamp(local_path(url), url, self)
 
     def plain(self, url: str, keep: bool = True) -> Blob:
         """The blob as it is stored. `keep=False`: its bytes go into no cache, for what is read once."""
@@ -96,6 +98,16 @@ class Storage:
         from trainer.data.storage.remote import RemoteBlob
 
         if not is_remote(url):
-            return LocalBlob(local_path(url), url, mmap=self.mmap)
+            return LocalBlob(local_path(url), url, mmap=self.mmap, storage=self)
         blob = RemoteBlob(self, url, keep)
         return blob if blob.ranges else unpack.copied(self, blob)
+
+    @property
+    def waits(self) -> dict[str, Any]:
+        """How reads are tried again, but for what is told of them."""
+        key, code = "data.patience_s", DataError.exit_code
+        return {"retries": self.retries, "first_s": self.wait_s, "key": key, "exit_code": code}
+
+    def patience(self, url: str) -> Patience:
+        """That of one read of a local file."""
+        return Patience(shown(url), shown(url), self.patience_s, **self.waits)

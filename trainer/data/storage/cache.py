@@ -15,8 +15,11 @@ import time
 import zlib
 from collections import OrderedDict
 from contextlib import suppress
+from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
+
+from trainer import locks
 
 MEMORY_BYTES = 64 << 20  # what is kept in memory where the disk takes nothing
 TOUCH_S = 30  # how often the use of a chunk is noted on disk
@@ -131,7 +134,7 @@ class Cache:
             os.makedirs(os.path.dirname(path), exist_ok=True)
             with (
                 self._storing,
-                FileLock(os.path.join(self._folder, ".lock"), timeout=LOCK_S).acquire(poll_interval=0.01),
+                locks.held(Path(self._folder, ".lock"), LOCK_S, poll_s=0.01),
             ):
                 used = self._used()
                 if used is None or used + size > self._budget:

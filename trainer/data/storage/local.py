@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import mmap
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from trainer.data.storage.urls import shown
 from trainer.errors import DataError
+from trainer.outage import CANNOT_MAP, LIMITS, Patience, is_outage, patiently
+
+if TYPE_CHECKING:
+    from trainer.data.storage import Storage
+
+T = TypeVar("T")
 
 
 class _File:
@@ -22,49 +29,63 @@ class _File:
 
 
 class LocalBlob:
-    """A `Blob` of a file. `mapped` reads are memoryviews without a copy; a file cut short while mapped kills us.
+    """A `Blob` of a file. `mapped` reads are memoryviews without a copy; a file cut short while mapped kills us, and so
+    does storage that fails then: the kernel has no other way to say so.
 
-    `url` and `stamp`: what it is known by, if not by its path and its own size and time. Raises DataError if it
-    cannot be opened.
+    `url` and `stamp`: what it is known by, if not by its path and its own size and time. `storage`: how long it is
+    waited for; None: not at all. Raises DataError if it cannot be opened.
     """
 
-    def __init__(self, path: str, url: str | None = None, *, mmap: bool = False, stamp: str | None = None):
+    def __init__(
+        self,
+        path: str,
+        url: str | None = None,
+        *,
+        mmap: bool = False,
+        stamp: str | None = None,
+        storage: Storage | None = None,
+    ):
         self.url = path if url is None else url
-        self._path, self._mapped = path, mmap
+        self._path, self._mapped, self._storage = path, mmap, storage
         self._file: _File | None = None
         self._view: memoryview | None = None
         self._own = ""
-        self._open()
+        _patiently(self._open, storage, self.url)
         self.stamp = stamp or self._own
 
-    def _open(self) -> None:
-        try:
-            file = _File(self._path)
-            now = os.fstat(file.number)
-            view = None
-            if self._mapped and now.st_size:
-                view = memoryview(mmap.mmap(file.number, 0, prot=mmap.PROT_READ))
-        except (OSError, ValueError) as error:
-            raise unreadable(self.url, error) from None
+    def _open(self) -> _File:
+        file = _File(self._path)
+        now = os.fstat(file.number)
+        view = _mapped(file) if self._mapped and now.st_size else None
         if self._own not in ("", _stamp(now)):
             raise DataError(f"{shown(self.url)}: was changed after it had been opened", shard=shown(self.url))
         self.size, self._own = now.st_size, _stamp(now)
         self._file, self._view = file, view
+        return file
 
     def read(self, at: int, size: int) -> bytes | memoryview:
         if (view := self._view) is not None:
-            piece = view[at : at + size]
-            return piece if len(piece) == size else self._short(at + len(piece), size - len(piece))
-        if (file := self._file) is None:
-            self._open()
-            return self.read(at, size)
+            piece: bytes | memoryview = view[at : at + size]
+        else:
+            try:
+                piece = self._pread(at, size)
+            except (OSError, ValueError):
+                piece = _patiently(lambda: self._pread(at, size), self._storage, self.url, at)
+        return piece if len(piece) == size else self._short(at + len(piece), size - len(piece))
+
+    def _pread(self, at: int, size: int) -> bytes | memoryview:
+        file = self._file or self._open()
+        if (view := self._view) is not None:  # it was closed
+            return view[at : at + size]
         try:
             content = os.pread(file.number, size, at)
             while len(content) < size and (more := os.pread(file.number, size - len(content), at + len(content))):
                 content += more
         except OSError as error:
-            raise unreadable(self.url, error, at) from None
-        return content if len(content) == size else self._short(at + len(content), size - len(content))
+            if is_outage(error):
+                self.close()  # a stale handle stays stale: the next attempt opens the file anew
+            raise
+        return content
 
     def _short(self, end: int, missing: int) -> bytes:
         name = shown(self.url)
@@ -86,20 +107,34 @@ class LocalBlob:
         return {**vars(self), "_file": None, "_view": None}
 
 
-def stamp(path: str, url: str) -> str:
+def stamp(path: str, url: str, storage: Storage | None = None) -> str:
     """The stamp of a file as of now."""
+    return _stamp(_patiently(lambda: os.stat(path), storage, url))
+
+
+def _mapped(file: _File) -> memoryview | None:
+    """The file as memory; None where its file system maps none, as some in user space: then it is read."""
     try:
-        return _stamp(os.stat(path))
-    except (OSError, ValueError) as error:
-        raise unreadable(url, error) from None
+        return memoryview(mmap.mmap(file.number, 0, prot=mmap.PROT_READ))
+    except OSError as error:
+        if error.errno not in CANNOT_MAP:
+            raise
+        return None
 
 
 def _stamp(now: os.stat_result) -> str:
     return f"{now.st_size}-{now.st_mtime_ns}"
 
 
-def unreadable(url: str, error: Exception, byte: int | None = None) -> DataError:
-    """What is told of an error of the operating system."""
-    name, cause = shown(url), getattr(error, "strerror", None) or error
-    place = name if byte is None else f"{name}: byte {byte}"
-    return DataError(f"{place}: cannot be read: {cause}", shard=name, byte=byte)
+def _patiently(make: Callable[[], T], storage: Storage | None, url: str, byte: int | None = None) -> T:
+    """Returns what `make` gives, once the storage answers. Raises DataError for what is wrong with the file, Outage
+    where its storage does not answer, OSError where this process may have no more files or memory."""
+    try:
+        patience = Patience(shown(url), shown(url), 0) if storage is None else storage.patience(url)
+        return patiently(make, patience, byte)
+    except (OSError, ValueError) as error:
+        if getattr(error, "errno", None) in LIMITS:
+            raise
+        name, cause = shown(url), getattr(error, "strerror", None) or error
+        place = name if byte is None else f"{name}: byte {byte}"
+        raise DataError(f"{place}: cannot be read: {cause}", shard=name, byte=byte) from None

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import random
-import time
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
 
-from trainer.data.storage import cache, fetch, outage
+from trainer import outage
+from trainer.data.storage import cache, fetch
 from trainer.data.storage.backends import GONE, Backend, Facts, Failed, NoRanges, backend
 from trainer.data.storage.urls import shown
 from trainer.errors import DataError
@@ -18,32 +18,26 @@ if TYPE_CHECKING:
     from trainer.data.storage import Storage
 
 T = TypeVar("T")
-LONGEST_WAIT_S = 8.0
-TOLD_AFTER_S = 10.0  # of failures in a row
-PROGRESS = 64 << 10  # bytes that an attempt must have brought for the failures before it to be forgotten
 
 
-class _Patience:
-    """Waits between attempts: longer and longer, and not for ever."""
+class _Patience(outage.Patience):
+    """That of the storage, with a server. What it answers for good is not waited for."""
 
     def __init__(self, storage: Storage, url: str):
-        self._storage, self._url, self._name = storage, url, shown(url)
-        self._failures, self._since = 0, 0.0
+        super().__init__(shown(url), _server(url), storage.patience_s, **storage.waits)
+        self._shown = shown(url)
 
-    def wait(self, error: Failed, at: int | None, brought: int = 0) -> None:
-        """Before the next attempt; raises DataError instead if there shall be none."""
-        if self._failures == 0 or brought >= PROGRESS:
-            self._failures, self._since = 0, time.monotonic()
-        self._failures += 1
-        waited, spent = time.monotonic() - self._since, self._failures > self._storage.retries
-        if error.final or (spent and waited >= self._storage.patience_s):
-            place = self._name if at is None else f"{self._name}: byte {at}"
-            often = "" if error.final else f" ({self._failures} attempts)"
-            raise DataError(f"{place}: {error}{often}", shard=self._name, byte=at)
-        if self._storage.patience_s and (spent or waited >= TOLD_AFTER_S):
-            outage.waiting(self._url, str(error), self._storage.patience_s)
-        longest = min(LONGEST_WAIT_S, self._storage.wait_s * 2 ** min(self._failures - 1, 30))
-        time.sleep(longest * random.uniform(0.75, 1))  # many readers do not come back at once
+    def wait_after(self, error: Failed, at: int | None, brought: int = 0) -> None:
+        """Waits before the next attempt. Raises Outage if there shall be none, DataError for a final answer."""
+        if error.final:
+            place = self._shown if at is None else f"{self._shown}: byte {at}"
+            raise DataError(f"{place}: {error}", shard=self._shown, byte=at)
+        self.wait(str(error), at, brought)
+
+
+def _server(url: str) -> str:
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
 
 
 def _persist(storage: Storage, url: str, attempt: Callable[[], T]) -> T:
@@ -52,9 +46,9 @@ def _persist(storage: Storage, url: str, attempt: Callable[[], T]) -> T:
         try:
             result = attempt()
         except Failed as error:
-            patience.wait(error, None)
+            patience.wait_after(error, None)
         else:
-            outage.answered(url)
+            patience.answered()
             return result
 
 
@@ -157,7 +151,7 @@ class RemoteBlob:
                 facts, body = self._source.stream(start + before, end)
                 self._check_unchanged(facts, start + before)
                 for piece in body:
-                    outage.answered(self.url)
+                    patience.answered()
                     content += piece
                     if len(content) > end - start:
                         raise self._damaged(end, "the server sent more than was asked for")
@@ -168,7 +162,7 @@ class RemoteBlob:
             except Failed as error:
                 if error.status == GONE:
                     raise self._changed(start + before) from None
-                patience.wait(error, start + len(content), len(content) - before)
+                patience.wait_after(error, start + len(content), len(content) - before)
         return bytes(content)
 
     def whole(self) -> Generator[bytes, None, None]:
@@ -180,7 +174,7 @@ class RemoteBlob:
                 facts, body = self._source.stream(0, None)
                 self._check_unchanged(facts, had)
                 for piece in body:
-                    outage.answered(self.url)
+                    patience.answered()
                     at += len(piece)
                     if at > self.size:
                         raise self._damaged(self.size, "the server sends more than it said there is")
@@ -191,7 +185,7 @@ class RemoteBlob:
                     return
                 raise Failed("the connection broke")
             except Failed as error:
-                patience.wait(error, done, done - had)
+                patience.wait_after(error, done, done - had)
 
     def _check_unchanged(self, facts: Facts, at: int) -> None:
         if facts.stamp != self.stamp:

@@ -22,7 +22,7 @@ from trainer.data.storage import command
 from trainer.data.storage.local import LocalBlob
 from trainer.data.storage.urls import PIPE, absolute, is_remote, shown
 from trainer.errors import ConfigError, DataError
-from trainer.files import replace_file
+from trainer.files import move, read_file, replace_file, stat_file, sync
 
 if TYPE_CHECKING:
     from trainer.data.storage import Blob, Storage
@@ -101,7 +101,7 @@ def _open(storage: Storage, path: Path, url: str, stamp: str | None, facts: dict
     with suppress(OSError):  # in use; the file's own time is part of what others know it by
         os.utime(path.with_suffix(".json"))
     stamp = stamp or f"{facts['size']}-{facts['crc32']:08x}"
-    return LocalBlob(str(path), url, mmap=storage.mmap, stamp=stamp)
+    return LocalBlob(str(path), url, mmap=storage.mmap, stamp=stamp, storage=storage)
 
 
 def _hash(text: str) -> str:
@@ -111,8 +111,8 @@ def _hash(text: str) -> str:
 def _facts(path: Path) -> dict[str, Any] | None:
     """What was noted of the file when it was written, if it still is of that size."""
     try:
-        facts = json.loads(path.with_suffix(".json").read_bytes())
-        return facts if facts["size"] == path.stat().st_size and isinstance(facts["crc32"], int) else None
+        facts = json.loads(read_file(path.with_suffix(".json")))
+        return facts if facts["size"] == stat_file(path).st_size and isinstance(facts["crc32"], int) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -126,10 +126,10 @@ def _write(path: Path, url: str, pieces: Generator[bytes, None, None]) -> dict[s
                 file.write(piece)
                 size, checksum = size + len(piece), zlib.crc32(piece, checksum)
             file.flush()
-            os.fsync(file.fileno())  # of what a power cut leaves, only the size is looked at
+            sync(file.fileno())  # of what a power cut leaves, only the size is looked at
         facts = {"url": shown(url), "size": size, "crc32": checksum}
         path.with_suffix(".json").unlink(missing_ok=True)  # it is of another content, which may have the same size
-        os.replace(beside, path)
+        move(beside, path)
         replace_file(path.with_suffix(".json"), json.dumps(facts).encode())
     except BaseException:
         beside.unlink(missing_ok=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import shutil
 import uuid
 import zipfile
@@ -28,7 +27,7 @@ from trainer.data.index import SIDECAR, Numbers, ShardIndex
 from trainer.data.storage.local import stamp
 from trainer.data.tools.write import MEMBER, Body, ending, shard_name
 from trainer.errors import ConfigError, DataError
-from trainer.files import replace_file, sync_folder
+from trainer.files import move, replace_file, sync, sync_folder
 
 PIECES, SHARDS, DONE, TEMPORARY = "pieces", "out", "done", "tmp"  # folders of the work folder
 _DIGEST = ".sha256"
@@ -124,7 +123,7 @@ def write_piece(work: Path, number: int, samples: Iterable[Sample], skipped: Seq
         arrays |= {f"{split}.starts": np.array(body.starts, np.int64), f"{split}.ends": np.array(body.ends, np.int64)}
         arrays |= {f"{split}.table": np.array(body.table, MEMBER), f"{split}.names": np.frombuffer(names, np.uint8)}
         about[split] = {"size": body.size, "crc32": file.crc32, "counts": counts[split]}
-        os.replace(path, _body(work, number, split))
+        move(path, _body(work, number, split))
     content = io.BytesIO()
     np.savez(content, about=np.frombuffer(json.dumps(about).encode(), np.uint8), **arrays)
     replace_file(_table(work, number), content.getvalue())  # last: it says that the bodies are there
@@ -220,8 +219,8 @@ def write_shard(work: Path, shard: Shard) -> tuple[str, str]:
             size += len(part)
         file.write(end := ending(size))
         digest.update(end)
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+        sync(file.fileno())
+    move(temporary, path)
     _index(work, shard, path).save(Path(f"{path}{SIDECAR}"))
     sync_folder(path.parent)
     replace_file(done, digest.hexdigest().encode())  # last: it says that the shard is there

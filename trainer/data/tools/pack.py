@@ -6,7 +6,6 @@ All is written to a folder `.NAME.partial` beside the data set NAME, from which 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -20,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import Timeout
 
+from trainer import locks
 from trainer.data import tokenizer as tokenization
 from trainer.data.tools import assemble, write
 from trainer.data.tools.documents import Document
@@ -246,7 +247,7 @@ def _work_folder(out: Path, identity: str, restart: bool) -> Iterator[Path]:
             _remove(place, identity)
     except OSError as error:
         kept = f"; what is finished is kept, run the same command again to go on ({place})" if place.is_dir() else ""
-        raise ConfigError(f"{out}: cannot be written: {error.strerror or error}{kept}") from error
+        raise ConfigError(f"{out}: {locks.refused(error)}{kept}") from error
 
 
 def _remove(place: Path, identity: str) -> None:
@@ -258,12 +259,12 @@ def _remove(place: Path, identity: str) -> None:
 
 @contextmanager
 def _locked(place: Path, out: Path) -> Iterator[None]:
-    with open(place / "lock", "ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            ours = os.path.samestat(os.fstat(file.fileno()), os.stat(place / "lock"))  # not one just deleted
-        except (BlockingIOError, FileNotFoundError):
-            ours = False
-        if not ours:
-            raise ConfigError(f"{out}: is being packed by another process ({place})")
+    try:
+        lock = locks.acquire(place / "lock")
+    except (Timeout, FileNotFoundError):  # or just deleted
+        problem = f"{out}: is being packed by another process ({place}){locks.holder(place / 'lock')}"
+        raise ConfigError(problem) from None
+    try:
         yield
+    finally:
+        lock.release()

@@ -28,7 +28,7 @@ from trainer.data.tar import BLOCK
 from trainer.data.tokenizer import JsonTokenizer, Tokenizer
 from trainer.data.tools.documents import Document
 from trainer.errors import ConfigError, DataError
-from trainer.files import replace_file, sha256, sync_folder
+from trainer.files import move, replace_file, sha256, sync, sync_folder
 
 FORMAT = "onecurve-dataset-1"
 _DESCRIPTION = "dataset.json"
@@ -75,7 +75,7 @@ def publish(folder: Path, out: Path) -> None:
     """Gives a finished folder its name. Raises `ConfigError` if that was taken meanwhile, `OSError`."""
     sync_folder(folder)
     try:
-        os.replace(folder, out)
+        move(folder, out)
     except OSError:
         check_free(out)
         raise
@@ -187,7 +187,7 @@ class ShardWriter:
         with file:
             file.write(ending(body.size))
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
         self._open = None
         body.index(self.paths[-1]).save(Path(self.paths[-1] + SIDECAR))
 
