@@ -70,9 +70,10 @@ def sections() -> Iterator[tuple[str, list[Key]]]:
         for schema in dict.fromkeys(choices.values()):
             alike = [option for option, found in choices.items() if found is schema]
             shown = "webdataset" if "webdataset" in alike else alike[0]
-            values, _ = compose(
-                [f"{group}={shown}"] if shown != "webdataset" else ["data=webdataset", "data.shards=''"]
-            )
+            values = defaults
+            if defaults[group]["name"] != shown:
+                shards = ["data.shards=''"] if shown == "webdataset" else []
+                values, _ = compose(["experiment=none", f"{group}={shown}", *shards])
             yield f"{group}={'|'.join(alike)}", list(_rows(group, schema, values[group]))
 
 
