@@ -32,7 +32,7 @@ from trainer.errors import ConfigError, DataError, OnecurveError
 from trainer.files import read_file
 from trainer.folder import CATALOGUE, restarted
 from trainer.secrets import masked, shown
-from trainer.topology import ALONE, Topology
+from trainer.topology import ALONE, Topology, raise_open_files
 
 # Data sets that are made on first use: (cache folder, tokenizer) -> folder of shards and tokenizer.json.
 DATASETS: dict[str, Callable[[Path, str], Path]] = {"shakespeare": shakespeare.ensure}
@@ -106,6 +106,7 @@ def open_shards(config: Config, topology: Topology) -> Found:
     Raises ConfigError on all ranks, with all that is missing or damaged on any of them. Its exit code is DataError's
     where damage is all that is wrong.
     """
+    raise_open_files()
     data, opening = config.data, _Opening(config, topology)
     base = opening.attempt(lambda: _made(config, topology))
     opening.settle()

@@ -225,12 +225,12 @@ def join(timeout_s: int, layout: Layout = WHOLE, store: dist.Store | None = None
             raise _of_this_machine(f"{local_size} processes on a machine with {found} GPUs: start one a GPU")
         torch.cuda.set_device(device)
     control = saving = None
-    raise_open_files()
     if size > 1:
         timeout = datetime.timedelta(seconds=timeout_s)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         # Each process would open a connection to each other one, in every group: only those that are used are opened.
         os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
+        raise_open_files()
         check_interfaces(device.type == "cuda")
         with _waiting(rank, size):
             store = store or store_of(size, local_size, timeout)

@@ -28,11 +28,12 @@ def save_array(path: Path, array: npt.NDArray[Any]) -> None:
 
 
 def load_array(path: Path) -> npt.NDArray[Any] | None:
-    """Returns the array, mapped; None if it is not there, or not as it was saved."""
-    with suppress(OSError, ValueError):
+    """Returns the array, mapped; None if it is not there, or not as it was saved. Raises Outage, OSError: that is
+    unknown."""
+    with suppress(FileNotFoundError, ValueError):
         content = mapped(path, lambda: np.memmap(path, np.uint8, "r"))
         if hashlib.sha256(content[:-_DIGEST].data).digest() == content[-_DIGEST:].tobytes():
-            return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+            return mapped(path, lambda: np.asarray(np.load(path, mmap_mode="r", allow_pickle=False)))
     return None
 
 

@@ -204,7 +204,7 @@ class TokenLine:
         """The kept tokens of a shard, mapped; None if they are not what all ranks were told of."""
         path, told = self._path(number, self._told[number].content), self._told[number]
         ends = kept.load_array(self.beside(number, "ends.npy"))
-        with suppress(OSError, ValueError):
+        with suppress(FileNotFoundError, ValueError):
             flat: npt.NDArray[Any] = np.empty(0, self._dtype)
             if told.tokens:
                 flat = kept.mapped(path, lambda: np.memmap(path, self._dtype, "r", shape=(told.tokens,)))
