@@ -96,9 +96,9 @@ def demo_run(folder: Path, steps: int = 2000, done: int | None = None, name: str
     train(saved + 1, last)
     state = "finished" if last == steps else "interrupted"
     reason = "" if last == steps else "SIGTERM; run the same command again to go on"
-    _spend_time(folder, saved, killed, last)
+    ended = _spend_time(folder, saved, killed, last)
     status = {"state": state, "step": last, "steps": steps, "reason": reason}
-    tell(last, state)
+    record.event({"time": ended, "kind": state, "step": last})
     record.close(status)
     write_status(folder, status)
     config = {"run": {"name": name, "seed": 1}, "train": {"steps": steps, "global_batch": 64}}
@@ -107,8 +107,8 @@ def demo_run(folder: Path, steps: int = 2000, done: int | None = None, name: str
     return folder
 
 
-def _spend_time(folder: Path, saved: int, killed: int, last: int) -> None:
-    """The ledger of time of such a run, with lines of 20 steps."""
+def _spend_time(folder: Path, saved: int, killed: int, last: int) -> str:
+    """Writes the ledger of time of such a run, with lines of 20 steps. Returns when it ended."""
     at, start, file = 0.0, datetime(2026, 3, 14, 9, 26, 40, tzinfo=timezone.utc), Disk(folder).appended(FILE)
 
     def tell(life: str, step: int, seconds: Row, **more: Any) -> None:
@@ -125,6 +125,7 @@ def _spend_time(folder: Path, saved: int, killed: int, last: int) -> None:
         at += 41.0
     at -= 41.0
     tell(life, last, {"finishing": 4.6})
+    return (start + timedelta(seconds=at)).isoformat()
 
 
 if __name__ == "__main__":
