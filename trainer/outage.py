@@ -105,7 +105,7 @@ class Patience:
                 return
             _waited_for[self._storage] = time.monotonic()
         limit = f"{self._limit_s:g} s{self._key and f' ({self._key})'}"
-        _tell(f"waiting for {self._storage} ({reason}), up to {limit}")
+        tell(f"waiting for {self._storage} ({reason}), up to {limit}")
 
 
 def patiently(make: Callable[[], T], patience: Patience, at: int | None = None) -> T:
@@ -140,10 +140,11 @@ def answered(storage: str) -> None:
     with _lock:
         since = _waited_for.pop(storage, None)
     if since is not None:
-        _tell(f"{storage} is back, after {time.monotonic() - since:.0f} s")
+        tell(f"{storage} is back, after {time.monotonic() - since:.0f} s")
 
 
-def _tell(text: str) -> None:
+def tell(text: str) -> None:
+    """Says what a person should know of storage, on stderr and in the log of the rank."""
     if log.hasHandlers():  # else, in a worker process, it would go to stderr, too
         log.warning(text)
     with suppress(OSError, ValueError):  # a closed terminal

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
-import sys
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -34,8 +32,7 @@ from trainer.data.team import ALONE, Team
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError, DataError
 from trainer.files import move, read_file, replace_file, stat_file, sync
-
-log = logging.getLogger("onecurve")
+from trainer.outage import tell
 
 FORMAT = "onecurve-tokens-4"
 STORED: dict[str | None, np.dtype[Any]] = {
@@ -107,7 +104,7 @@ class TokenLine:
         self.fingerprint = hashlib.sha256(what.encode()).hexdigest()
         self.faults = [*shards.faults, *(Fault(**fault) for _, faults, _ in summaries for fault in faults)]
         if team.rank == 0 and (spelt := sum(special for *_, special in summaries)):
-            _tell(
+            tell(
                 f"special tokens are spelt out {spelt:,} times in the texts, and taken for ordinary text; as tokens by "
                 "data.special_tokens=true"
             )
@@ -212,7 +209,7 @@ class TokenLine:
             if whole and ends is not None:
                 self._checked.add(number)
                 return _Shard(ends, flat, lambda i: flat)
-        _tell(f"{path}: the kept tokens of {shown(self.shards.urls[number])} are damaged: encoding it anew")
+        tell(f"{path}: the kept tokens of {shown(self.shards.urls[number])} are damaged: encoding it anew")
         return None
 
     def _counts(self, number: int) -> Numbers:
@@ -357,10 +354,3 @@ def _file(url: str) -> str | None:
         now = stat_file(local_path(url))
         return f"{now.st_ino}-{now.st_ctime_ns}"
     return None
-
-
-def _tell(text: str) -> None:
-    if log.hasHandlers():  # else it would go to stderr, too
-        log.warning(text)
-    with suppress(OSError, ValueError):  # a closed terminal
-        print(f"onecurve: {text}", file=sys.stderr, flush=True)
