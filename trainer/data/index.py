@@ -25,7 +25,7 @@ from trainer.data.faults import Fault
 from trainer.data.storage import Blob, Storage, is_remote, shown
 from trainer.data.storage.unpack import compression
 from trainer.data.storage.urls import absolute, local_path
-from trainer.errors import ConfigError, DataError
+from trainer.errors import ConfigError, DataError, Outage
 from trainer.files import replace_file, with_file
 
 FORMAT = "onecurve-index-2"
@@ -153,7 +153,7 @@ class ShardIndex:
         size, and some headers are where it says. (The time in it is that of a file on another machine.)"""
         if not is_remote(blob.url) or "?" in blob.url or compression(blob.url):
             return None
-        with suppress(DataError, ConfigError):  # there is none, or it cannot be had: the shard is walked
+        with suppress(DataError, ConfigError, Outage):  # there is none, or it cannot be had: the shard is walked
             beside = replace(storage, retries=0, patience_s=0).plain(f"{blob.url}{SIDECAR}", keep=False)
             try:
                 if beside.size < blob.size:
