@@ -130,21 +130,19 @@ class Topology:
         the ranks let each other know that they are there. It must not raise: the others would wait for its word."""
         if self.world_size == 1:
             return [work()]
-        begun = _begun(work)
-        beat_s = _heartbeat_s(group)
-        while not all(self.gather_all(_is_done(begun, beat_s), group)):
+        begun, beat_s = _begun(work), _heartbeat_s(group)
+        while not all(told := self.gather_all(_done(begun, beat_s), group)):
             pass
-        return self.gather_all(begun.result(), group)
+        return [value for (value,) in told]
 
     def work_of_main(self, work: Callable[[], Any]) -> Any:
         """What the main rank's `work` gives, as `work_of_all`."""
         if self.world_size == 1:
             return work()
-        begun = _begun(work if self.is_main else _nothing)
-        beat_s = _heartbeat_s(self.control)
-        while not self.broadcast(_is_done(begun, beat_s)):
+        begun, beat_s = _begun(work if self.is_main else _nothing), _heartbeat_s(self.control)
+        while not (told := self.broadcast(_done(begun, beat_s))):
             pass
-        return self.broadcast(begun.result())
+        return told[0]
 
     def replica_group(self) -> dist.ProcessGroup | None:
         """Of the processes that one copy of the model is spread over, for collectives of the main thread on the CPU.
@@ -185,10 +183,10 @@ def _timeout(group: dist.ProcessGroup) -> datetime.timedelta:
     return group._get_backend(torch.device("cpu")).options._timeout
 
 
-def _is_done(begun: Future[Any], seconds: float) -> bool:
-    """Waits for it no longer than that."""
+def _done(begun: Future[Any], seconds: float) -> list[Any]:
+    """What it gave, after it was waited for no longer than that; empty where that is not known yet."""
     wait([begun], seconds)
-    return begun.done()
+    return [begun.result()] if begun.done() else []
 
 
 def _nothing() -> None:

@@ -159,17 +159,19 @@ def test_a_power_cut_leaves_nothing_that_looks_whole(
     storage.open(str(tmp_path / "a.tar.gz"))
     (made,) = kept(storage)
     os.truncate(made, 5)
-    certain, fsync, replace = [], os.fsync, os.replace
+    certain, names, fsync, rename = [], [], os.fsync, os.rename
 
     def renamed(old: Path, new: Path) -> None:
         if new == made:
             assert certain[-1] == old.stat().st_ino
             assert not made.with_suffix(".json").exists()
-        replace(old, new)
+        names.append(new)
+        rename(old, new)
 
     monkeypatch.setattr(os, "fsync", lambda file: (certain.append(os.fstat(file).st_ino), fsync(file)))
-    monkeypatch.setattr(os, "replace", renamed)
+    monkeypatch.setattr(os, "rename", renamed)
     assert all_of(storage, str(tmp_path / "a.tar.gz")) == CONTENT
+    assert names == [made, made.with_suffix(".json")]
 
 
 def test_an_unpacked_file_that_is_not_whole_is_made_anew(tmp_path: Path, storage: Storage) -> None:

@@ -222,24 +222,26 @@ def _checked(path: Path, topology: Topology, contents: bool) -> tuple[Found | No
         return None
 
     parts = topology.work_of_all(lambda: _attempt(looked_through), topology.control)
-    for _, error, away in parts:
-        if error is not None:
-            raise Outage(error) if away else TrainingError(f"{path}: {error}")
-    return found, next((reason for reason, _, _ in parts if reason), None)
+    for _, *problem in parts:
+        if problem:
+            error, is_away = problem
+            raise Outage(error) if is_away else TrainingError(f"{path}: {error}")
+    return found, next((reason for reason, *_ in parts if reason), None)
 
 
 def _agreed(topology: Topology, make: Callable[[], Any]) -> Any:
     """What `make` gives the main rank, on all of them, however long that takes; its errors too."""
-    value, error, away = topology.work_of_main(lambda: _attempt(make))
-    if error is not None:
-        raise (PeerLost if not topology.is_main else Outage if away else TrainingError)(error)
+    value, *problem = topology.work_of_main(lambda: _attempt(make))
+    if problem:
+        error, is_away = problem
+        raise (PeerLost if not topology.is_main else Outage if is_away else TrainingError)(error)
     return value
 
 
 def _attempt(make: Callable[[], Any]) -> list[Any]:
-    """What it gives, or its error, and whether that is an outage."""
+    """What it gives; or nothing, its error, and whether that is an outage."""
     try:
-        return [make(), None, False]
+        return [make()]
     except OSError as error:
         return [None, f"{error.filename or 'a checkpoint'}: cannot be read: {error.strerror}", is_outage(error)]
     except (TrainingError, Outage) as error:

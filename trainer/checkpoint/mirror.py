@@ -100,7 +100,7 @@ class Mirror:
     def amend(self, folder: Path) -> None:
         """Copies the manifest again, which may have learnt something, where the copy is of the same save. What fails
         here is made up for when superfluous copies are looked for: then the manifest on disk counts, too."""
-        content, path = read_file(folder / MANIFEST), f"{folder.name}/{MANIFEST}"
+        content, path = (folder / MANIFEST).read_bytes(), f"{folder.name}/{MANIFEST}"
         with suppress(Exception):  # whatever the bucket's library raises
             copy = self._get(path)
             if copy != content and json.loads(copy)["save"] == json.loads(content)["save"]:

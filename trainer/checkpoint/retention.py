@@ -20,16 +20,17 @@ from trainer.files import move
 TRASH, DAMAGED = ".trash-", ".damaged-"
 
 
-def candidates(folder: Path) -> list[Path]:
-    """The folders that have a checkpoint's name, in rising order of steps. Only `verify` says whether they are one."""
-    named = [(re.fullmatch(r"step-(\d{8,})", path.name), path) for path in entries(folder)]
+def candidates(folder: Path, patience_s: float | None = None) -> list[Path]:
+    """The folders that have a checkpoint's name, in rising order of steps. Only `verify` says whether they are one.
+    `patience_s`: how long storage that does not answer is waited for, if not as usual."""
+    named = [(re.fullmatch(r"step-(\d{8,})", path.name), path) for path in entries(folder, patience_s)]
     found = sorted((int(match[1]), path) for match, path in named if match)
-    return [path for _, path in found if _is_folder(path)]
+    return [path for _, path in found if _is_folder(path, patience_s)]
 
 
-def entries(folder: Path) -> list[Path]:
+def entries(folder: Path, patience_s: float | None = None) -> list[Path]:
     """All that lies in it. Raises Outage; OSError."""
-    return answer(folder, lambda: list(folder.iterdir()))
+    return answer(folder, lambda: list(folder.iterdir()), patience_s)
 
 
 def damaged_in(folder: Path) -> list[Path]:
@@ -37,10 +38,10 @@ def damaged_in(folder: Path) -> list[Path]:
     return sorted(path for path in entries(folder) if path.name.startswith(DAMAGED))
 
 
-def _is_folder(path: Path) -> bool:
+def _is_folder(path: Path, patience_s: float | None) -> bool:
     """Whether it is there, and no link: what storage does not tell for now is not taken for a no."""
     try:
-        return stat.S_ISDIR(answer(path, path.lstat).st_mode)
+        return stat.S_ISDIR(answer(path, path.lstat, patience_s).st_mode)
     except FileNotFoundError:
         return False
 
@@ -62,7 +63,7 @@ class Retention:
         """In rising order of steps. None where the newest is not all there: then the older ones are needed; nor where
         one cannot be read for now: it may be the best."""
         try:
-            found = candidates(folder)
+            found = candidates(folder, patience_s=0)  # at once: training waits for it
             if not found or evaluation_of(found[-1]) is None:
                 return []
             stay = self.stay({step_of(path): evaluation_of(path) if self.best else None for path in found})

@@ -39,7 +39,7 @@ from trainer.checkpoint.plan import Held, Plan, fingerprint, header_of, held_by
 from trainer.checkpoint.retention import Retention
 from trainer.errors import Outage, TrainingError, first_line
 from trainer.fault_points import point
-from trainer.files import free_bytes, move, read_file, replace_file, sync_folder
+from trainer.files import free_bytes, move, replace_file, sync_folder
 from trainer.topology import Topology
 
 WRITER = ".writer"  # says which life of the run may publish here: an older one that still writes may not
@@ -251,7 +251,7 @@ class Saver:
             raise RuntimeError(f"{wrong}: planned were {planned.get(wrong)} bytes, written {sizes.get(wrong)}")
         files[INDEX] = write_index(attempt / INDEX, self._layout.plan.tensors)
         write_manifest(attempt, {"version": VERSION, "step": step, **word, **about, "files": files})
-        if read_file(self.folder / WRITER).decode() != self.life:
+        if (self.folder / WRITER).read_text() != self.life:  # not waited for: the save is tried again
             raise RuntimeError("another process trains in this folder by now, and saves there")
         final = self.folder / folder_name(step)
         if final.exists():
@@ -267,7 +267,7 @@ class Saver:
     def _has_published(self, final: Path) -> bool:
         """Whether an earlier try of this save is there: the answer to its rename was an error all the same."""
         try:
-            return str(read_manifest(final).get("save")).startswith(f"{final.name}-{self.life}-")
+            return str(read_manifest(final, patience_s=0).get("save")).startswith(f"{final.name}-{self.life}-")
         except Damaged:
             return False
 
