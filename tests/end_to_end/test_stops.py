@@ -63,7 +63,8 @@ def test_in_an_evaluation(how: str, tmp_path: Path, undisturbed: Run) -> None:
 
 def test_killed_in_an_evaluation(tmp_path: Path, undisturbed: Run) -> None:
     run = Run(tmp_path / "run", 2, OVERRIDES)
-    Run(run.folder, 2, (*run.overrides, "debug.faults=[eval.batch:kill:3:1]")).train(expect=-signal.SIGKILL)
+    killed = (*run.overrides, "debug.faults=[eval.batch:kill:3:1]", "checkpoint.asynchronous=false")
+    Run(run.folder, 2, killed).train(expect=-signal.SIGKILL)
     assert saved(run, 10)
     assert run.last_step() == 9
     run.train()
