@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -148,10 +149,17 @@ def test_processes_that_never_come_are_named_and_a_hangup_saves(tmp_path: Path) 
     assert "rank 3 waits for 8 processes to come" in done.stderr
     assert "to train alone: unset RANK WORLD_SIZE" in done.stderr
     assert "Traceback" not in done.stderr
-    process = subprocess.Popen([*command, "train.steps=100000", "eval.every=0"], cwd=tmp_path)
+    longer = [*command, "train.steps=100000", "eval.every=0"]
     metrics = tmp_path / "run" / "metrics.jsonl"
-    while not (metrics.exists() and metrics.stat().st_size):
-        assert process.poll() is None
-        time.sleep(0.1)
-    process.send_signal(signal.SIGHUP)
-    assert process.wait(timeout=300) == 75
+    # Not as under nohup, which these tests may run under themselves.
+    with subprocess.Popen(
+        longer, cwd=tmp_path, preexec_fn=partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)
+    ) as process:
+        try:
+            while not (metrics.exists() and metrics.stat().st_size):
+                assert process.poll() is None
+                time.sleep(0.1)
+            process.send_signal(signal.SIGHUP)
+            assert process.wait(timeout=300) == 75
+        finally:
+            process.kill()
