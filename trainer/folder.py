@@ -22,6 +22,7 @@ from trainer.config import Config
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError, Interrupted, OnecurveError, Outage, TrainingError
 from trainer.files import create_file, move, read_file, replace_file
+from trainer.outage import is_outage
 from trainer.resilience.interruption import STOP
 from trainer.secrets import masked
 from trainer.topology import Topology
@@ -31,6 +32,7 @@ CATALOGUE = "shards.json"
 CHECKPOINTS = "checkpoints"
 FAILURE = "logs/failure.json"
 Identity = Callable[[int], dict[str, Any]]  # what a run is, as far as its first n steps go
+_Problem = tuple[str, bool]  # and whether it is only that storage does not answer
 PATIENCE_S = 3.0  # how long a rank that lost its peers waits for one of them to tell why
 
 
@@ -50,9 +52,7 @@ class RunFolder:
         self.mirror = Mirror(saves.mirror, topology, self.retention) if saves.mirror else None
         self.restarted: list[dict[str, Any]] = []  # why, as told on the main rank
         self._lock: locks.Lock | None = None
-        problem = self._take(config) if topology.is_main else None
-        if problem := topology.broadcast(problem):
-            raise ConfigError(problem)
+        self._agree(self._take(config) if topology.is_main else None)
         try:
             blind = [rank for rank, sees in enumerate(topology.gather((self.path / "logs").is_dir())) if not sees]
             if blind:
@@ -62,9 +62,7 @@ class RunFolder:
             self.events = self.restarted + self.events
             if self.found:
                 self.events += _continues(self.found.manifest, identity(self.found.manifest["step"]), config, self.path)
-            problem = self._begin(config, born) if topology.is_main else None
-            if problem := topology.broadcast(problem):
-                raise ConfigError(problem)
+            self._agree(self._begin(config, born) if topology.is_main else None)
         except BaseException as error:
             if isinstance(error, (TrainingError, Outage)):
                 self.fail(topology.rank, error, lost_peer=False, step=0)
@@ -112,12 +110,21 @@ class RunFolder:
             create_file(self.path / FAILURE, json.dumps(told).encode())
         return read_failure(self.path) or told
 
-    def _take(self, config: Config) -> str | None:
+    def _agree(self, problem: _Problem | None) -> None:
+        """Raises the main rank's problem on all of them."""
+        if found := self.topology.broadcast(problem):
+            text, is_away = found
+            raise (Outage if is_away else ConfigError)(text)
+
+    def _take(self, config: Config) -> _Problem | None:
         """Makes the folder ours; gives the problem if it cannot be."""
         try:
             if config.run.fresh and not restarted():
                 if self.mirror and self.mirror.steps():
-                    return f"checkpoint.mirror={self.mirror.url}: holds a run; with run.fresh=true choose another"
+                    return (
+                        f"checkpoint.mirror={self.mirror.url}: holds a run; with run.fresh=true choose another",
+                        False,
+                    )
                 if self.path.exists():
                     set_aside(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
@@ -128,14 +135,14 @@ class RunFolder:
             for name in (CHECKPOINTS, "logs"):
                 (self.path / name).mkdir(exist_ok=True)
         except Timeout:
-            return f"run.dir={self.path}: {locks.taken(self.path)}; stop it, or choose another run.name"
+            return f"run.dir={self.path}: {locks.taken(self.path)}; stop it, or choose another run.name", False
         except OSError as error:
             return _unwritable(config, error)
         except (ConfigError, TrainingError, Outage) as error:
-            return str(error)
+            return str(error), isinstance(error, Outage)
         return None
 
-    def _begin(self, config: Config, born: float) -> str | None:
+    def _begin(self, config: Config, born: float) -> _Problem | None:
         """From here on the folder says that the run is running; gives the problem if it cannot."""
         stop, started = self.path / STOP, time.time() - (time.monotonic() - born)
         step = self.found.manifest["step"] if self.found else 0
@@ -149,8 +156,9 @@ class RunFolder:
         return None
 
 
-def _unwritable(config: Config, error: OSError) -> str:
-    return f"run.dir={config.run.dir}: {locks.refused(error)}; choose another run.dir"
+def _unwritable(config: Config, error: OSError) -> _Problem:
+    advice = "see to its storage" if is_outage(error) else "choose another run.dir"
+    return f"run.dir={config.run.dir}: {locks.refused(error)}; {advice}", is_outage(error)
 
 
 def set_aside(path: Path) -> None:

@@ -24,7 +24,7 @@ from trainer.data.shards import Shards, from_json
 from trainer.data.spec import file_name
 from trainer.data.storage import Storage
 from trainer.data.stream import Part, Share, Source, Stream
-from trainer.data.team import Team
+from trainer.data.team import Problem, Team, problem_of, refuse
 from trainer.data.tokenizer import Tokenizer
 from trainer.data.tokens import TokenLine
 from trainer.data.validation import Validation
@@ -184,19 +184,17 @@ class _Opening:
         )
         self.cache = Path(config.data.cache).expanduser()
         self.tolerant = config.data.on_error == "quarantine"
-        self.problems: list[tuple[str, int]] = []
+        self.problems: list[Problem] = []
 
     def attempt(self, make: Callable[[], Any]) -> Any:
         try:
             return make()
         except OnecurveError as error:
-            self.problems += [(problem, error.exit_code) for problem in str(error).split("\n")]
+            self.problems.append(problem_of(error))
 
     def settle(self) -> None:
         """Raises what is wrong so far on any rank, on all of them."""
-        found = [tuple(problem) for part in self.topology.gather(self.problems) for problem in part]
-        if found:
-            raise ConfigError(list(dict.fromkeys(text for text, _ in found)), min(code for _, code in found))
+        refuse(tuple(problem) for part in self.topology.gather(self.problems) for problem in part)
 
     def shards(
         self,

@@ -77,7 +77,11 @@ class Lease:
         self._path, pid = path, os.getpid()
         self._owner = Owner(os.uname().nodename, boot(), pid, started(pid), time.time(), uuid.uuid4().hex)
         self._lock, self._is_released = threading.Lock(), threading.Event()
-        self._take(timeout, poll_s)
+        try:
+            self._take(timeout, poll_s)
+        except OSError:
+            self.release()
+            raise
         threading.Thread(target=self._renew, name="onecurve-lease", daemon=True).start()
 
     def release(self) -> None:
@@ -114,10 +118,15 @@ class Lease:
     def _create(self) -> bool:
         """Makes the file unless there is one; returns whether there was none."""
         try:
-            with open(self._path, "x") as file:
-                json.dump(self._owner._asdict(), file)
+            file = open(self._path, "x")  # noqa: SIM115
         except FileExistsError:
             return False
+        try:
+            with file:
+                json.dump(self._owner._asdict(), file)
+        except BaseException:
+            self._path.unlink(missing_ok=True)
+            raise
         return True
 
     def _take_over(self, found: Seen) -> bool:
@@ -129,8 +138,12 @@ class Lease:
             os.rename(self._path, aside)
         except FileNotFoundError:
             return False
+        is_another = look(aside) != found  # renewed or taken meanwhile: not ours to take
+        if is_another:
+            with suppress(OSError):  # there is one again; or no hard links: its holder makes it anew
+                os.link(aside, self._path)
         aside.unlink(missing_ok=True)
-        if not self._create():
+        if is_another or not self._create():
             return False
         time.sleep(SETTLE_S)  # who looked before that, and renames only now, takes ours away
         return self._is_ours()

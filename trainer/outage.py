@@ -116,8 +116,12 @@ def patiently(make: Callable[[], T], patience: Patience, at: int | None = None) 
             result = make()
         except OSError as error:
             if not is_outage(error):
+                patience.answered()
                 raise
             patience.wait(cause(error), at)
+        except BaseException:  # what came cannot be used: it came
+            patience.answered()
+            raise
         else:
             patience.answered()
             return result

@@ -28,7 +28,7 @@ from trainer.checkpoint.format import (
     read_manifest,
     tensor_file,
 )
-from trainer.checkpoint.retention import Retention, evaluation_of, step_of
+from trainer.checkpoint.retention import STEP, Retention, evaluation_of, step_of
 from trainer.errors import ConfigError, Outage, PeerLost, TrainingError, first_line
 from trainer.files import move_folder, read_file, stat_file, sync_folder
 from trainer.outage import is_outage
@@ -61,7 +61,7 @@ class Mirror:
         """Those that count, rising. Outage where the bucket does not answer, TrainingError where it refuses."""
         try:
             found = self._ob.list_with_delimiter(self._store)["common_prefixes"]
-            steps = [step_of(Path(name)) for name in map(str, found) if Path(name).name.startswith("step-")]
+            steps = [step_of(Path(name)) for name in map(str, found) if STEP.fullmatch(Path(name).name)]
             return [step for step in sorted(steps) if self._manifest(step)]
         except Exception as error:
             text = f"checkpoint.mirror={self.url}: cannot be read: {first_line(error)}"
@@ -89,7 +89,8 @@ class Mirror:
                 except (self._ob.exceptions.AlreadyExistsError, self._ob.exceptions.PreconditionError):
                     if self._get(f"{name}/{MANIFEST}") != content:
                         raise FileExistsError("another run has put a checkpoint of this step there") from None
-                self._clean(folder.parent)
+                with suppress(Exception):  # what was put is there; superfluous ones are looked for again
+                    self._clean(folder.parent)
 
         for part in (files, count):
             errors = self.topology.work_of_all(partial(_error, part), group)  # it takes as long as it takes
@@ -200,7 +201,7 @@ class Mirror:
     def _manifest(self, step: int) -> dict[str, Any] | None:
         try:
             return json.loads(self._get(f"{folder_name(step)}/{MANIFEST}"))
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError):  # no copy that counts
             return None
 
     def _get(self, path: str) -> bytes:

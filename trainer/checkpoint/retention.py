@@ -17,13 +17,14 @@ from trainer.checkpoint.reading import answer
 from trainer.errors import Outage, TrainingError
 from trainer.files import move
 
+STEP = re.compile(r"step-(\d{8,})")
 TRASH, DAMAGED = ".trash-", ".damaged-"
 
 
 def candidates(folder: Path, patience_s: float | None = None) -> list[Path]:
     """The folders that have a checkpoint's name, in rising order of steps. Only `verify` says whether they are one.
     `patience_s`: how long storage that does not answer is waited for, if not as usual."""
-    named = [(re.fullmatch(r"step-(\d{8,})", path.name), path) for path in entries(folder, patience_s)]
+    named = [(STEP.fullmatch(path.name), path) for path in entries(folder, patience_s)]
     found = sorted((int(match[1]), path) for match, path in named if match)
     return [path for _, path in found if _is_folder(path, patience_s)]
 

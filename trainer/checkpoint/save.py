@@ -110,7 +110,8 @@ class Saver:
 
     def poll(self) -> list[Event]:
         """What became of the save in flight, once, when it is done: first `checkpoint` or `checkpoint_failed`."""
-        return self.wait() if self._job is not None and self._job.done() else []
+        amended = self._amended is None or self._amended.done()
+        return self.wait() if self._job is not None and self._job.done() and amended else []
 
     def wait(self) -> list[Event]:
         """As `poll`, but waits for it."""
@@ -134,17 +135,17 @@ class Saver:
             self._amended = self._thread.submit(self._amend)
 
     def _amend(self) -> None:
-        self._begun = time.monotonic()
-        try:
-            for step, evaluation in list(self._measured.items()):
-                with suppress(OSError, Outage):
-                    with suppress(Damaged, TrainingError):
+        for step, evaluation in list(self._measured.items()):
+            with suppress(OSError, Outage):
+                with suppress(Damaged, TrainingError):
+                    self._begun = time.monotonic()
+                    try:
                         amend_manifest(self.folder / folder_name(step), evaluation=evaluation)
-                        if self.mirror is not None:
-                            self.mirror.amend(self.folder / folder_name(step))
-                    del self._measured[step]
-        finally:
-            self._begun = None
+                    finally:
+                        self._begun = None
+                    if self.mirror is not None:  # as slow as it is
+                        self.mirror.amend(self.folder / folder_name(step))
+                del self._measured[step]
 
     def goes_on_from(self, step: int) -> None:
         """The run's state is now that of this checkpoint."""

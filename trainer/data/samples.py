@@ -22,7 +22,8 @@ from trainer.data.images import ImageTensor
 from trainer.data.shards import Shards
 from trainer.data.storage import shown
 from trainer.data.tokenizer import Tokenizer
-from trainer.errors import ConfigError, DataError, OnecurveError
+from trainer.errors import ConfigError, DataError, OnecurveError, Outage
+from trainer.outage import LIMITS, cause, is_outage
 from trainer.randomness import key as random_key
 
 TOKENS = "tokens"  # the field whose text becomes `inputs` and `targets`
@@ -198,10 +199,14 @@ class _Blame:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, ImportError):
             raise ConfigError(f"{self._what}: {error}; install what it needs") from error
+        if isinstance(error, OSError) and error.errno in LIMITS:
+            return  # of this process
+        if isinstance(error, OSError) and is_outage(error):  # of a file that a function of the user's reads
+            raise Outage(f"{self._what}: {cause(error)}", DataError.exit_code) from error
         if isinstance(error, Exception) and not isinstance(error, (OnecurveError, Unusable)):
             # One line, and the same in every life of the run: without addresses.
-            cause = re.sub(r" at 0x[0-9a-f]+", "", f"{type(error).__name__}: {error}".partition("\n")[0])
-            raise Unusable(f"{self._what}: {cause}", self._extension) from error
+            why = re.sub(r" at 0x[0-9a-f]+", "", f"{type(error).__name__}: {error}".partition("\n")[0])
+            raise Unusable(f"{self._what}: {why}", self._extension) from error
 
 
 def _tensor(name: str, value: Any) -> torch.Tensor:

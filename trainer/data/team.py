@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
 from trainer.causes import advice
-from trainer.errors import ConfigError, OnecurveError
+from trainer.errors import ConfigError, OnecurveError, Outage
+from trainer.outage import is_outage
 
 THREADS = 8
+Problem = tuple[str | None, int, bool]
+"""What is wrong (None: nothing), the exit code, and whether it is only that storage does not answer."""
 
 
 @dataclass(frozen=True)
@@ -28,16 +31,14 @@ class Team:
 
     def agreed(self, make: Callable[[], Any]) -> Any:
         """What `make` gives the first rank, JSON-able, on all of them; also what it raises, as a ConfigError."""
-        value, problem, code = self.broadcast(_attempt(make) if self.rank == 0 else None)
-        if problem is not None:
-            raise ConfigError(problem.split("\n"), code)
+        value, *problem = self.broadcast(_attempt(make) if self.rank == 0 else None)
+        refuse([tuple(problem)])
         return value
 
     def share(self, what: str, items: list[Any], make: Callable[[Any], Any]) -> list[Any]:
         """`make` of every item, JSON-able: each rank makes its part, in threads.
 
-        What a rank raises is raised on all of them, so that none waits for another: one ConfigError with every problem,
-        whose exit code is DataError's if that is all that is wrong.
+        What a rank raises is raised on all of them, so that none waits for another, as by `refuse`.
         """
         pool = ThreadPoolExecutor(THREADS)
         try:
@@ -52,19 +53,34 @@ class Team:
         finally:  # a lost peer, a second Ctrl-C: what is not begun by then is nobody's business any more
             pool.shutdown(wait=False, cancel_futures=True)
         made = [parts[i % self.size][i // self.size] for i in range(len(items))]
-        if problems := [(problem, code) for _, problem, code in made if problem is not None]:
-            raise ConfigError(list(dict.fromkeys(p for p, _ in problems)), min(code for _, code in problems))
-        return [value for value, _, _ in made]
+        refuse([tuple(problem) for _, *problem in made])
+        return [value for value, *_ in made]
 
 
 ALONE = Team()
 
 
+def refuse(problems: Iterable[Problem]) -> None:
+    """Raises one error with every problem, if there are any: an Outage if nothing else is wrong, so that it is tried
+    again; else a ConfigError, whose exit code is DataError's if damage is all that is wrong."""
+    found = [problem for problem in problems if problem[0] is not None]
+    texts = list(dict.fromkeys(line for text, _, _ in found if text for line in text.split("\n")))
+    if found and all(is_away for _, _, is_away in found):
+        raise Outage("\n".join(texts), min(code for _, code, _ in found))
+    if found:
+        raise ConfigError(texts, min(code for _, code, _ in found))
+
+
+def problem_of(error: OnecurveError | OSError) -> Problem:
+    """Returns what went wrong on a rank, as all of them may hear it."""
+    if isinstance(error, OnecurveError):
+        return str(error), error.exit_code, isinstance(error, Outage)
+    known = advice(str(error))  # such as too many open files
+    return f"{error}: {known}" if known else str(error), OnecurveError.exit_code, is_outage(error)
+
+
 def _attempt(make: Callable[..., Any], *given: Any) -> list[Any]:
     try:
-        return [make(*given), None, 0]
-    except OnecurveError as error:
-        return [None, str(error), error.exit_code]
-    except OSError as error:  # such as too many open files
-        known = advice(str(error))
-        return [None, f"{error}: {known}" if known else str(error), OnecurveError.exit_code]
+        return [make(*given), None, 0, False]
+    except (OnecurveError, OSError) as error:
+        return [None, *problem_of(error)]

@@ -18,7 +18,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from trainer.errors import ConfigError
-from trainer.files import replace_file, with_file
+from trainer.files import read_file, replace_file, with_file
 
 SEPARATOR = "<|endoftext|>"
 # What ends a document where nothing says so: the first of these that a tokenizer has. New ones go behind the others.
@@ -239,8 +239,8 @@ def load(spec: str, separator: str | None = None, special_tokens: bool = False) 
 
 def _eos_token(settings: Path) -> str | None:
     """What a tokenizer_config.json calls the end of a text: as a string, or as a token with properties."""
-    with suppress(OSError, ValueError, AttributeError):
-        told = json.loads(settings.read_text(encoding="utf-8")).get("eos_token")
+    with suppress(FileNotFoundError, NotADirectoryError, ValueError, AttributeError):
+        told = json.loads(read_file(settings)).get("eos_token")
         told = told.get("content") if isinstance(told, dict) else told
         return told if isinstance(told, str) else None
     return None

@@ -18,8 +18,8 @@ import threading
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,16 @@ def patience(config: schema.Watchdog) -> float:
     """Seconds after which a rank looks for another's alarm: half of what has passed at least when there is one, since
     what a rank waits in began soon after what the other hangs in."""
     return min(budget([], config), LEAST_S + config.grace_s) / 2
+
+
+@contextmanager
+def _patient() -> Iterator[None]:
+    """The run's own storage may be away as well: it is looked at again in a moment."""
+    try:
+        yield
+    except OSError as error:
+        if not outage.is_outage(error):
+            raise
 
 
 class Watchdog:
@@ -116,7 +126,8 @@ class Watchdog:
     def _look(self) -> None:
         looked, forgiven = time.monotonic(), defaultdict[int, tuple[float, float]](lambda: (0.0, 0.0))
         while not self._stop.wait(LOOK_S):
-            self._tell_of_outage()
+            with _patient():
+                self._tell_of_outage()
             now = time.monotonic()
             asleep, looked, oldest = now - looked - LOOK_S, now, 0.0
             for number, activity in enumerate(self.activities):
@@ -129,22 +140,28 @@ class Watchdog:
                 # This thread did not run either: the whole process was stopped, and goes on.
                 forgiven[number] = since, lost + (asleep if asleep > 1 else 0.0)
                 seconds, may = now - since - forgiven[number][1], budget(activity.spells(kind), self.config)
-                if seconds > may and self._waits_for_data():
-                    forgiven[number] = since, forgiven[number][1] + seconds
-                elif seconds > may:
-                    self._alarm(number, seconds, may)
-            if oldest > self._patience and (self.files / "alarm.json").exists():
+                with _patient():
+                    if seconds > may and self._waits_for_data():
+                        forgiven[number] = since, forgiven[number][1] + seconds
+                    elif seconds > may:
+                        self._alarm(number, seconds, may)
+            if oldest > self._patience and self._is_alarmed():
                 self._end()
                 return
 
     def _tell_of_outage(self) -> None:
-        """While this rank waits for a data server (data.patience_s), all others are patient, too."""
+        """While this rank waits for storage, all others are patient, too."""
         if (is_on := outage.is_on()) != self._outage_told:
             self._outage.touch() if is_on else self._outage.unlink(missing_ok=True)
             self._outage_told = is_on
 
+    def _is_alarmed(self) -> bool:
+        with _patient():
+            return (self.files / "alarm.json").exists()
+        return False
+
     def _waits_for_data(self) -> bool:
-        return any(self.files.parent.glob(f"{self.files.name}-waits-*"))
+        return outage.is_on() or any(self.files.parent.glob(f"{self.files.name}-waits-*"))
 
     def _alarm(self, number: int, seconds: float, may: float) -> None:
         self.files.mkdir(parents=True, exist_ok=True)
