@@ -7,11 +7,13 @@ import platform
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from filelock import Timeout
 
 from launch.submit import jobs_of
 from trainer import locks
+from trainer.processes import ATTEMPT, boot, is_there
 from trainer.tracking.jsonl import read_status
 
 PATIENCE_S = 60.0  # without a sign: longer than a launcher pauses before it starts a run again
@@ -25,7 +27,7 @@ def dead_since(run: Path) -> float | None:
 
     The lock is only tried where there was no sign for a while: whoever starts the run meanwhile would find it taken.
     """
-    if read_status(run).get("state") != "running" or jobs_of(run) or not _is_of_this_machine(run):
+    if read_status(run).get("state") != "running" or jobs_of(run) or not _is_of_this_machine(run) or _is_there(run):
         return None
     sign = last_sign(run)
     if time.time() < sign + PATIENCE_S:
@@ -38,10 +40,24 @@ def dead_since(run: Path) -> float | None:
 
 def _is_of_this_machine(run: Path) -> bool:
     """Returns whether the run's last attempt was here, or it does not say where."""
+    told = _told(run / ATTEMPT) or _told(run / "environment.json")  # which earlier versions have alone
+    return told.get("host", platform.node()) == platform.node()
+
+
+def _is_there(run: Path) -> bool:
+    """Returns whether the process of the last attempt is still there, though it may not have the lock yet."""
+    told = _told(run / ATTEMPT)
     try:
-        return json.loads((run / "environment.json").read_bytes()).get("host", platform.node()) == platform.node()
-    except (OSError, ValueError, AttributeError):
-        return True
+        return told["boot"] == boot() and is_there(int(told["pid"]), told["started"])
+    except (KeyError, TypeError, ValueError):
+        return False
+
+
+def _told(path: Path) -> dict[str, Any]:
+    with suppress(OSError, ValueError):
+        found = json.loads(path.read_bytes())
+        return found if isinstance(found, dict) else {}
+    return {}
 
 
 def last_sign(run: Path) -> float:

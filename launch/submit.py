@@ -28,7 +28,7 @@ from trainer.config.compose import load, load_sized
 from trainer.config.launch import Slurm
 from trainer.errors import ConfigError
 from trainer.files import replace_file
-from trainer.secrets import shown_command
+from trainer.secrets import prose, shown_command
 
 JOBS, CANCELLED = "slurm/jobs", "slurm/cancelled"  # a job's id on each line; slurm/job.sh reads them, too
 
@@ -149,7 +149,7 @@ def write(job: Job) -> Path:
         replace_file(files / "overrides.txt", (shown_command(job.overrides) + "\n").encode())
         replace_file(files / "revision.json", (json.dumps(about, indent=1) + "\n").encode())
         if diff:
-            replace_file(files / "changes.diff", diff.encode())
+            replace_file(files / "changes.diff", prose(diff).encode())
         replace_file(files / "job.sbatch", _script(job, number).encode())
     except Timeout:
         raise ConfigError(f"run.dir={job.folder}: {locks.taken(job.folder)}; stop it first") from None
@@ -192,8 +192,10 @@ def _look_at_data(config: Config) -> None:
     """Raises ConfigError or DataError for what the ranks would end with, hours later."""
     from trainer.given import open_given  # late: torch
     from trainer.inputs import open_shards
+    from trainer.protocol import check_plugins
     from trainer.topology import ALONE
 
+    check_plugins(config)
     open_given(config, ALONE, open_shards(_glanced_at(config), ALONE).tokenizer)
 
 

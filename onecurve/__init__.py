@@ -7,9 +7,11 @@ does it look for `trainer` before `onecurve.paths` has seen to it that the right
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # not by an import of `typing`, which a file in the working folder may be called
 if TYPE_CHECKING:
+    from typing import Any
+
     from onecurve.running import Result, run
     from trainer import __version__
     from trainer.config import Config, Plugin

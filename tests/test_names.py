@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from onecurve import paths
 from onecurve.paths import ROOT, put_working_folder_last, python
 
 NAMES = ("trainer.py", "launch.py", "random.py", "hydra.py", "tokenizers.py", "socket.py", "yaml.py")
@@ -56,6 +57,7 @@ def test_the_working_folder_comes_last(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     for first in ("", str(tmp_path)):
         monkeypatch.setattr(sys, "path", [first, "/elsewhere"])
+        monkeypatch.setattr(paths, "_is_done", False)
         put_working_folder_last()
         assert sys.path == ["/elsewhere", ROOT, str(tmp_path)]
         put_working_folder_last()
@@ -63,6 +65,9 @@ def test_the_working_folder_comes_last(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(sys, "path", ["/elsewhere", str(tmp_path)])  # where the user has put it
     put_working_folder_last()
     assert sys.path == ["/elsewhere", str(tmp_path), ROOT]
+    monkeypatch.setattr(sys, "path", [str(tmp_path), "/elsewhere"])  # what is first now is PYTHONPATH's
+    put_working_folder_last()
+    assert sys.path == [str(tmp_path), "/elsewhere", ROOT]
 
 
 @pytest.mark.slow

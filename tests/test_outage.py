@@ -145,3 +145,14 @@ def test_a_file_system_that_syncs_no_folders_is_written_to(
 def test_room_that_is_not_told_is_not_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files.shutil, "disk_usage", lambda _: files.shutil._ntuple_diskusage(0, 0, 0))  # type: ignore
     assert files.free_bytes(tmp_path) is None
+
+
+@pytest.mark.parametrize("ends_with", [FileNotFoundError(errno.ENOENT, "gone"), ValueError("is no such thing")])
+def test_whatever_comes_after_an_outage_ends_it(ends_with: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else nobody would look after hangs any more."""
+    monkeypatch.setattr(outage.time, "sleep", lambda _: None)
+    errors = [OSError(errno.ESTALE, "stale"), ends_with]
+    with pytest.raises(type(ends_with)):
+        outage.patiently(lambda: (_ for _ in ()).throw(errors.pop(0)), outage.Patience("a", "a", 60))
+    assert not errors
+    assert not outage.is_on()

@@ -17,7 +17,7 @@ from tests.tracking.demo_run import demo_run, info
 from trainer.config.compose import load, with_overrides
 from trainer.errors import ConfigError, DataError
 from trainer.folder import _continues
-from trainer.secrets import holds_secret, masked, prose, shown_override
+from trainer.secrets import holds_secret, masked, prose, shown, shown_override
 from trainer.tracking import JsonLines, Trackers
 from trainer.tracking.jsonl import read
 from trainer.tracking.report import write_report
@@ -197,3 +197,37 @@ def test_titles_of_processes(tmp_path: Path) -> None:
     assert "hush" not in told
     assert told.count("run.dir=x") == told.count("last=1") == 2
     assert told.count("http://***@127.0.0.1:8765/a.tar?***") == 2
+
+
+@pytest.mark.parametrize(
+    ("address", "seen"),
+    [
+        ("https://u:p'w@h/x.tar", "https://***@h/x.tar"),
+        ("https://a.net/c/x.tar?sv=1&rscd=inline;filename='a'&sig=hush", "https://a.net/c/x.tar?***"),
+        ("s3://b/tokenizer=gpt2/train-{000..999}.tar", "s3://b/tokenizer=gpt2/train-{000..999}.tar"),
+        ("/data/tokenizer=gpt2/train-000017.tar", "/data/tokenizer=gpt2/train-000017.tar"),
+        ("/data/Basic English/train-1.tar", "/data/Basic English/train-1.tar"),
+        ("zip://a.tar::s3://u:hush@b/a.zip", "zip://a.tar::s3://***@b/a.zip"),
+    ],
+)
+def test_an_address_is_shown_without_its_secrets_and_a_path_as_it_is(address: str, seen: str) -> None:
+    assert shown(address) == seen
+    assert masked({"data": [address]}) == {"data": [seen]}
+
+
+def test_under_the_name_of_a_secret_nothing_is_shown_whatever_it_is() -> None:
+    secret = {"password": ["x"], "credentials": {"user": "a"}, "api_key": 123, "hf_token": "", "use_api_key": True}
+    assert masked(secret) == {
+        "password": "***",
+        "credentials": "***",
+        "api_key": "***",
+        "hf_token": "",
+        "use_api_key": True,
+    }
+
+
+def test_what_replay_is_given_is_taken_as_it_is() -> None:
+    command = "pipe:curl -H 'Authorization: Bearer T' https://h/x.tar"
+    assert with_overrides({"data": {"shards": "a"}}, [f"data.shards={command}"]) == {"data": {"shards": command}}
+    listed = with_overrides({"data": {"shards": "a"}}, ['data.shards=["a.tar", "b.tar"]'])
+    assert listed == {"data": {"shards": ["a.tar", "b.tar"]}}

@@ -19,6 +19,7 @@ from launch.report import report
 from launch.sweeps.summary import outcome
 from launch.sweeps.trials import Trial
 from trainer import locks
+from trainer.processes import ATTEMPT, tell_attempt
 
 HOLDER = """
 import sys, time
@@ -99,5 +100,18 @@ def test_a_run_that_gave_a_sign_or_has_its_lock_lives(run: Path, capsys: pytest.
     (run / "slurm" / "jobs").unlink()
     assert dead_since(run) is not None
     (run / "status.json").write_text(json.dumps({"state": "finished", "step": 9, "steps": 9}))
+    silent(run)
+    assert dead_since(run) is None
+
+
+def test_an_attempt_that_has_no_lock_yet_lives(run: Path) -> None:
+    tell_attempt(run)
+    silent(run)
+    assert dead_since(run) is None
+    told = json.loads((run / ATTEMPT).read_text())
+    (run / ATTEMPT).write_text(json.dumps(told | {"started": "0"}))  # another process has that number now
+    silent(run)
+    assert dead_since(run) is not None
+    (run / ATTEMPT).write_text(json.dumps(told | {"host": "node-of-another-world", "boot": ""}))
     silent(run)
     assert dead_since(run) is None

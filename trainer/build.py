@@ -164,8 +164,8 @@ def build_journal(config: Config, topology: Topology, disk: Disk) -> Journal:
     )
     if not topology.is_main:
         return Journal(topology, info, None, config.data.ledger)
-    section = config.track.wandb
-    wandb = Aside(WandB(section.mode, section.project, group=section.group, name=section.name))
+    told = info.config["track"]["wandb"]
+    wandb = Aside(WandB(told["mode"], told["project"], group=told["group"], name=told["name"]))
     others: list[Tracker] = [Console(), wandb] if config.track.console else [wandb]
     return Journal(topology, info, Trackers(JsonLines(disk.folder, disk), others), config.data.ledger)
 

@@ -23,6 +23,7 @@ from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError, Interrupted, OnecurveError, Outage, TrainingError
 from trainer.files import create_file, move, read_file, replace_file
 from trainer.outage import is_outage
+from trainer.processes import tell_attempt
 from trainer.resilience.interruption import STOP
 from trainer.secrets import masked
 from trainer.topology import Topology
@@ -134,6 +135,7 @@ class RunFolder:
             (self.path / FAILURE).unlink(missing_ok=True)
             for name in (CHECKPOINTS, "logs"):
                 (self.path / name).mkdir(exist_ok=True)
+            tell_attempt(self.path)
         except Timeout:
             return f"run.dir={self.path}: {locks.taken(self.path)}; stop it, or choose another run.name", False
         except OSError as error:

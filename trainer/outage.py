@@ -33,7 +33,7 @@ ANSWERS = frozenset(
         *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ELOOP, errno.ENAMETOOLONG),
         *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL, errno.EBADF, errno.EFAULT, errno.EXDEV, errno.ESPIPE),
         *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMLINK),
-        *(errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTTY, errno.EOVERFLOW, errno.ENXIO),
+        *(errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOTTY, errno.EOVERFLOW, errno.ENXIO),
     )
 )
 """Errors that say how it is with a file, with this process or with the file system."""

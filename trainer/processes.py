@@ -4,6 +4,7 @@ told from all others."""
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import platform
 import signal
@@ -13,6 +14,9 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
+from trainer.files import replace_file
+
+ATTEMPT = "logs/attempt.json"
 _PR_SET_PDEATHSIG = 1
 
 
@@ -74,3 +78,11 @@ def boot() -> str:
     with suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
     return platform.node()
+
+
+def tell_attempt(run: Path) -> None:
+    """Leaves word in a run's folder, if it is there, which process is at the run: it may read for long before it says
+    anything else."""
+    me = {"host": platform.node(), "boot": boot(), "pid": os.getpid(), "started": started(os.getpid())}
+    with suppress(OSError):
+        replace_file(run / ATTEMPT, json.dumps(me).encode())

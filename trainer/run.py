@@ -27,6 +27,7 @@ from trainer.folder import RunFolder, settle, will_restart
 from trainer.given import open_given
 from trainer.inputs import open_inputs, open_shards
 from trainer.models import pretrained
+from trainer.processes import tell_attempt
 from trainer.protocol import check_plugins, rehearse
 from trainer.resilience import interruption
 from trainer.resilience.timeledger import GOODPUT, TimeLedger
@@ -49,6 +50,8 @@ def run(config: Config, born: float) -> None:
     """
     topology = join(config.launch.timeout_s, config.layout(world_size()))
     interruption.listen()
+    if topology.is_main:
+        tell_attempt(Path(config.run.dir).expanduser())
     check_machine(config, topology.device)
     check_plugins(config)
     found = open_shards(config, topology)

@@ -22,6 +22,8 @@ from typing import Any
 PIPE = "pipe:"
 MASK = "***"
 _USER = re.compile(r"((?:https?|s3|ftp):/|://)[^/\s'\"]*@")  # also where a slash is missing
+_USER_MASK = r"\1***@"
+_WHOLE = re.compile(r"([A-Za-z][\w+.-]*:/{1,2})([^/?#\s]*@)?([^?\s]*)(\?\S*)?")
 # What is masked already stays as it is, with the words behind it.
 _QUERY = re.compile(r"((?:https?:/|://)[^\s?'\"]*)\?(?:\*\*\*(?![^\s'\",:;)\]}])|[^\s'\"]*)")
 _VALUE = r"(?!\s)(?:\"[^\"]*\"|'[^']*'|[^\s'\"]+)"
@@ -39,7 +41,7 @@ _NAMED = re.compile(rf"(?i)(?:^|[.+]){_NAME}$")
 _ASSIGNMENT = re.compile(rf"(?i)((?<![\w-]){_NAME}['\"]?\s*[=:]\s*)(?:\"[^\"]*\"|'[^']*'|[^\s'\",}}\]]+)")
 _COMMAND = re.compile(rf"(?:^|(?<=[\s'\"\[,=({{])){PIPE}")
 _PASSWORD = re.compile(
-    r"://[^/\s'\"$]*:[^/\s'\"$]+@|(?i:[?&][^\s'\"=&]*(?:sig|token|secret|key|passw|cred)[^\s=&]*=[^$\s])"
+    r"://[\w-]{20,}@|(?:^|\s)(?:-u\s*|--user[=\s]+)[^\s:$]+:[^\s$]+|://[^/\s'\"$]*:[^/\s'\"$]+@|(?i:[?&][^\s'\"=&]*(?:sig|token|secret|key|passw|cred)[^\s=&]*=[^$\s])"
 )
 # What words of a command are shown: what is certainly no secret. The rest of them is masked.
 _WORD = re.compile(r"[|;&()<>]+|(?:[^\s'\"|;&()<>]|'[^']*'|\"[^\"]*\")+|['\"]")
@@ -57,12 +59,21 @@ def shown(url: str) -> str:
     Of a command only programs, options, paths and URLs are left; a checksum tells those apart that then look the same.
     It is not of what is known to be a secret, which may be another one in another life of a run.
     """
-    text = _SECRET.sub(r"\1***", _without_credentials(url))
     if not url.startswith(PIPE):
-        return text
+        whole = _WHOLE.fullmatch(url)  # then all up to the path, and all behind it, is credentials
+        if whole is None:
+            return _without_credentials(url)
+        scheme, user, path, query = whole.groups()
+        return f"{scheme}{'***@' if user else ''}{_USER.sub(_USER_MASK, path)}{'?***' if query else ''}"
+    text = said(url)
     masked = f"{PIPE}{_masked_words(text[len(PIPE) :])}"
     checksum = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]
     return masked if masked == text else f"{masked} [{checksum}]"
+
+
+def said(text: str) -> str:
+    """Returns a command, or what a server or a command says, without what looks like a secret."""
+    return _SECRET.sub(r"\1***", _without_credentials(text))
 
 
 def prose(text: str) -> str:
@@ -116,7 +127,7 @@ def hide_arguments() -> None:
 
 
 def _without_credentials(text: str) -> str:
-    return _QUERY.sub(r"\1?***", _USER.sub(r"\1***@", text)) if ":/" in text else text
+    return _QUERY.sub(r"\1?***", _USER.sub(_USER_MASK, text)) if ":/" in text else text
 
 
 def _address(text: str) -> str:
@@ -127,7 +138,7 @@ def _address(text: str) -> str:
 
 
 def _under(key: Any, value: Any, text: Callable[[str], str] | None) -> Any:
-    is_secret = isinstance(value, str) and value and _NAMED.search(str(key))
+    is_secret = value and not isinstance(value, bool) and _NAMED.search(str(key))
     return MASK if is_secret else masked(value, text)
 
 

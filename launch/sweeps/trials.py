@@ -90,6 +90,7 @@ def trial_of(number: int, job: Sequence[str], swept: Sequence[str], procs: int, 
     trial = Trial(number, folder, [*job, _override("run.dir", folder)], _values(job, swept), config.train.steps)
     shown = {"group": config.run.name, "name": trial.name[:LONGEST_NAME]}
     own = [_override(f"track.wandb.{key}", text) for key, text in shown.items() if not getattr(config.track.wandb, key)]
+    own = [text.replace("${", r"\${") for text in own]  # names, not what they would resolve to, which may be secret
     return replace(trial, overrides=[*trial.overrides, *own])
 
 

@@ -135,3 +135,12 @@ def test_hydras_own_command_line_composes_alike(capsys: pytest.CaptureFixture[st
     shown = capsys.readouterr().out
     assert "\n  name: run\n" in shown
     assert "fits:" not in shown
+
+
+def test_a_recipe_chosen_in_conf_local_keeps_its_options(folder: str) -> None:
+    (Path(folder) / "local").mkdir()
+    chosen = "# @package _global_\ndefaults:\n  - override /experiment: mine\n"
+    (Path(folder) / "local" / "default.yaml").write_text(chosen)
+    config = load(OWN, config_dir=folder)
+    assert (config.optimizer.name, config.optimizer.lr) == ("recipe_sgd:SGD", 0.5)
+    assert recipe_told() == "mine"

@@ -7,6 +7,7 @@ import re
 import socket
 import struct
 import threading
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -217,6 +218,8 @@ def s3_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
     try:
+        # moto remembers what was in another server of this process.
+        urllib.request.urlopen(urllib.request.Request(f"{endpoint}/moto-api/reset", method="POST")).close()
         boto3.client("s3").create_bucket(Bucket="shards")
         yield endpoint
     finally:

@@ -21,6 +21,7 @@ from trainer.data.storage.cache import MEMORY_BYTES, Cache
 from trainer.data.storage.fetch import Pool
 from trainer.data.storage.local import LocalBlob
 from trainer.errors import ConfigError, DataError
+from trainer.secrets import said
 
 CONTENT = Random(1).randbytes(100_000)
 
@@ -222,7 +223,7 @@ def test_commands_whose_words_are_masked_are_told_apart() -> None:
     ],
 )
 def test_secrets_in_the_words_of_others_are_not_shown(text: str) -> None:
-    assert "hush" not in shown(text)
+    assert "hush" not in said(text)
 
 
 # The cache.

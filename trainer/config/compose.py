@@ -123,8 +123,12 @@ def compose(overrides: Sequence[str], config_dir: str | None = None) -> tuple[di
 
 def with_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """The values that a run was resolved to, some of them replaced. Raises ConfigError."""
+    made = OmegaConf.create()
     try:
-        again = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)), resolve=True)
+        for key, _, value in (text.partition("=") for text in overrides):
+            # A command or an address is itself: a colon in it makes no mapping.
+            OmegaConf.update(made, key, yaml.safe_load(value) if value[:1] in ("[", "{", "'", '"') else value)
+        again = OmegaConf.to_container(made, resolve=True)
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(f"{first_line(error)}; write key=value, such as data.shards='...'") from None
     return _merged(raw, again)

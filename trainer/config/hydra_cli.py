@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -23,7 +24,7 @@ from trainer.config import recipes
 from trainer.config.compose import config_of, lenient, raw_values
 from trainer.config.sweep import name_of
 from trainer.errors import ConfigError, OnecurveError
-from trainer.secrets import hide_arguments, masked
+from trainer.secrets import hide_arguments, masked, shown_override
 from trainer.topology import world_size
 
 QUIET = ("--cfg", "-c", "--info", "-i", "--version", "--hydra-help")
@@ -77,7 +78,9 @@ def _without_secrets(is_quiet: bool) -> Iterator[None]:
     to_yaml, printed = OmegaConf.to_yaml, io.StringIO()
 
     def hidden(config: Any, *, resolve: bool = False, sort_keys: bool = False) -> str:
-        return to_yaml(OmegaConf.create(masked(OmegaConf.to_container(config, resolve=resolve))), sort_keys=sort_keys)
+        return to_yaml(
+            OmegaConf.create(masked(OmegaConf.to_container(config, resolve=resolve), _shown_text)), sort_keys=sort_keys
+        )
 
     with patch.object(OmegaConf, "to_yaml", staticmethod(hidden)):
         if not is_quiet:
@@ -87,7 +90,12 @@ def _without_secrets(is_quiet: bool) -> Iterator[None]:
             with redirect_stdout(printed):
                 yield
         finally:
-            sys.stdout.write("".join(map(masked, printed.getvalue().splitlines(keepends=True))))
+            sys.stdout.write("".join(map(_shown_text, printed.getvalue().splitlines(keepends=True))))
+
+
+def _shown_text(text: str) -> str:
+    """An override that is listed, or any other value."""
+    return shown_override(text) if re.match(r"[+~]*[\w./@-]+=", text) else masked(text)
 
 
 def _checked_later(argument: str) -> str:

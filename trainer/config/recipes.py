@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf, flag_override
 from trainer.config.schema import OPTIONS
 
 FITS = "fits"
+DEFAULT = "shakespeare"  # as conf/config.yaml has it
 SUBJECT = ("model", "data", "objective")  # what the default recipe is a recipe for
 ADVICE = "experiment=NAME takes another"
 
@@ -68,13 +69,14 @@ def settle(
     keys = [OverridesParser.create().parse_override(text).key_or_group for text in overrides]
     named = [text for text, key in zip(overrides, keys, strict=True) if key == "experiment"]
     others = [text for text, key in zip(overrides, keys, strict=True) if key != "experiment"]
-    told = f"{name}{'' if named else f', the default; {ADVICE}'}"
+    by_default = not named and name == DEFAULT
+    told = f"{name}{f', the default; {ADVICE}' if by_default else ''}"
     local = _has_local(composed)
     chosen = {group for group in OPTIONS if group in keys or f"{group}.name" in keys}
     if not local and (not chosen or (recipe and not chosen & (recipe if named else recipe.union(SUBJECT)))):
         return told
     of_hydra = [text for text in others if text.startswith("hydra.")]
-    own = compose([*of_hydra, *named, *(["~local"] if local else [])])
+    own = compose([*of_hydra, f"experiment={name}", *(["~local"] if local else [])])
     fits = OmegaConf.to_container(own.get(FITS, OmegaConf.create()))
     if not isinstance(fits, dict) or not fits.keys() <= OPTIONS.keys():
         raise ValueError(f"experiment={name}: `{FITS}` names options by group, such as {FITS}: {{data: [webdataset]}}")
@@ -83,7 +85,6 @@ def settle(
     if not other:
         return told
     plain = compose([*others, "experiment=none"])
-    by_default = not named and name == own.hydra.runtime.choices.get("experiment")
     if by_default and (subject := [group for group in SUBJECT if group in other]):
         _replace(composed, plain, [str(key) for key in composed if key != "hydra"])
         composed.hydra.runtime.choices.experiment = "none"

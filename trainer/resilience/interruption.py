@@ -30,20 +30,23 @@ _asked: set[int] = set()  # the signals that came
 _idle_since: float | None = None  # `time.monotonic()` since when there is nothing to save
 _last_words: Callable[[str, int], None] | None = None
 _listening = _woken = -1  # the pipe of the newest `listen`, both ends: a sweep's runs follow each other in one process
+_before = -1  # what was woken before the first `listen`
 
 
 def listen() -> None:
     """From now on signals are requests. A second Ctrl-C ends the process at once, whatever it is doing: checkpoints
     bear that at any instant. So does the first signal, after a moment, where nothing would be lost: a start that reads,
     verifies or connects for minutes asks nobody."""
-    global _last_words, _listening, _woken
+    global _before, _last_words, _listening, _woken
     _asked.clear()
     _last_words = None
     may_leave_at_once(True)
+    is_first = _woken == -1
     read, write = os.pipe()
     _listening, _woken = read, write
     os.set_blocking(write, False)
-    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    was = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    _before = was if is_first else _before
     # A thread: the main one may be in foreign code, where Python hears of no signal.
     threading.Thread(target=_watch, args=(read,), name="interrupts", daemon=True).start()
     for number in SIGNALS:
@@ -62,7 +65,7 @@ def stop_listening(meant: Mapping[signal.Signals, Any]) -> None:
     for number, handler in meant.items():
         signal.signal(number, signal.SIG_DFL if handler is None else handler)
     if _woken != -1:
-        signal.set_wakeup_fd(-1)
+        signal.set_wakeup_fd(_before)
         write, _listening, _woken = _woken, -1, -1
         os.close(write)  # which the thread, waiting at the other end, hears
 

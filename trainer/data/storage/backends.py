@@ -8,6 +8,7 @@ from typing import Protocol
 
 from trainer.data.storage.urls import OBSTORE, scheme, shown
 from trainer.errors import ConfigError
+from trainer.secrets import said
 
 GONE = 416  # the answer to a range that begins behind the end
 _AGAIN = {408, 425, 429}  # answers below 500 that mean: later
@@ -17,7 +18,7 @@ class Failed(Exception):
     """An attempt failed; the text says how, `final` that another one would too. `status`: the server's answer."""
 
     def __init__(self, reason: str, final: bool = False, status: int | None = None):
-        super().__init__(shown(reason))
+        super().__init__(said(reason))
         self.final, self.status = final, status
 
 
@@ -74,4 +75,4 @@ def without_version(url: str) -> ConfigError:
 
 def first_line(error: Exception) -> str:
     """What may be told of an error of somebody else."""
-    return shown(str(error).strip().partition("\n")[0].rpartition(" - ")[2]) or type(error).__name__
+    return said(str(error).strip().partition("\n")[0].rpartition(" - ")[2]) or type(error).__name__
