@@ -14,6 +14,7 @@ from typing import IO
 
 from trainer.data.storage.urls import shown
 from trainer.errors import DataError
+from trainer.secrets import said
 
 PIECE = 256 << 10
 LAST_LINES = 5
@@ -42,8 +43,8 @@ def output(url: str, text: str) -> Generator[bytes, None, None]:
         if code:
             size = words.seek(0, os.SEEK_END)
             words.seek(max(0, size - 4096))
-            said = words.read().decode(errors="replace").strip().splitlines()[-LAST_LINES:]
-            told = f": {shown(' | '.join(line.strip() for line in said))}" if said else ""
+            lines = words.read().decode(errors="replace").strip().splitlines()[-LAST_LINES:]
+            told = f": {said(' | '.join(line.strip() for line in lines))}" if lines else ""
             how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
             raise DataError(f"{shown(url)}: byte {at}: the command {how}{told}", shard=shown(url), byte=at)
 
