@@ -16,7 +16,7 @@ from pathlib import Path
 
 from trainer.files import replace_file
 
-ATTEMPT = "logs/attempt.json"
+ATTEMPT = ".attempt"
 _PR_SET_PDEATHSIG = 1
 
 
