@@ -105,6 +105,7 @@ def test_a_run_that_gave_a_sign_or_has_its_lock_lives(run: Path, capsys: pytest.
 
 
 def test_an_attempt_that_has_no_lock_yet_lives(run: Path) -> None:
+    (run / "config.yaml").touch()
     tell_attempt(run)
     silent(run)
     assert dead_since(run) is None

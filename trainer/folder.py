@@ -135,7 +135,6 @@ class RunFolder:
             (self.path / FAILURE).unlink(missing_ok=True)
             for name in (CHECKPOINTS, "logs"):
                 (self.path / name).mkdir(exist_ok=True)
-            tell_attempt(self.path)
         except Timeout:
             return f"run.dir={self.path}: {locks.taken(self.path)}; stop it, or choose another run.name", False
         except OSError as error:
@@ -152,6 +151,7 @@ class RunFolder:
             if stop.exists() and stop.stat().st_mtime < started:  # a request of an earlier life
                 stop.unlink()
             replace_file(self.path / "config.yaml", yaml.safe_dump(config.resolved(), sort_keys=False).encode())
+            tell_attempt(self.path)
             write_status(self.path, {"state": "running", "step": step, "steps": self.steps, "reason": None})
         except OSError as error:
             return _unwritable(config, error)

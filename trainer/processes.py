@@ -81,8 +81,9 @@ def boot() -> str:
 
 
 def tell_attempt(run: Path) -> None:
-    """Leaves word in a run's folder, if it is there, which process is at the run: it may read for long before it says
+    """Leaves word in a run's folder, if it is one, which process is at the run: it may read for long before it says
     anything else."""
     me = {"host": platform.node(), "boot": boot(), "pid": os.getpid(), "started": started(os.getpid())}
     with suppress(OSError):
-        replace_file(run / ATTEMPT, json.dumps(me).encode())
+        if (run / "config.yaml").exists():
+            replace_file(run / ATTEMPT, json.dumps(me).encode())

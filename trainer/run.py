@@ -51,7 +51,7 @@ def run(config: Config, born: float) -> None:
     topology = join(config.launch.timeout_s, config.layout(world_size()))
     interruption.listen()
     if topology.is_main:
-        tell_attempt(Path(config.run.dir).expanduser())
+        tell_attempt(Path(config.run.dir).expanduser())  # of one that goes on; a new one says so with its status
     check_machine(config, topology.device)
     check_plugins(config)
     found = open_shards(config, topology)
