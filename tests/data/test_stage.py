@@ -16,27 +16,10 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import Stateful, StatefulDataLoader
 
-from trainer.data.stage import OrderedSamples
+from tests.data.staged import N, make, shards
 from trainer.errors import DataError
 
-SIZES = (7, 1, 12, 5)
-N = sum(SIZES)
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Four shards by the webdataset library itself."""
-    folder, paths = tmp_path_factory.mktemp("shards"), []
-    for number, size in enumerate(SIZES):
-        paths.append(str(folder / f"{number}.tar"))
-        with webdataset.TarWriter(paths[-1]) as writer:
-            for i in range(size):
-                writer.write({"__key__": f"{number}-{i}", "txt": f"text {number} {i}", "json": {"label": i}})
-    return paths
-
-
-def make(shards: list[str], **options) -> OrderedSamples:
-    return OrderedSamples(shards, **{"seed": 3, "lanes": 4, "window": 2, **options})
+__all__ = ["shards"]  # a fixture
 
 
 def keys(samples, count: int) -> list[str]:

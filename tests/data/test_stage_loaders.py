@@ -16,27 +16,12 @@ from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from tests.data.servers import http_server
+from tests.data.staged import SIZES, N, make, shards
 from trainer.data.pipeline import OrderedPipeline
 from trainer.data.stage import OrderedSamples
 from trainer.data.storage import Storage
 
-SIZES = (7, 1, 12, 5)
-N = sum(SIZES)
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    folder, paths = tmp_path_factory.mktemp("shards"), []
-    for number, size in enumerate(SIZES):
-        paths.append(str(folder / f"{number}.tar"))
-        with webdataset.TarWriter(paths[-1]) as writer:
-            for i in range(size):
-                writer.write({"__key__": f"{number}-{i}", "txt": f"text {number} {i}", "json": {"label": i}})
-    return paths
-
-
-def make(shards: str | list[str], **options: Any) -> OrderedSamples:
-    return OrderedSamples(shards, **{"seed": 3, "lanes": 4, "window": 2, **options})
+__all__ = ["shards"]  # a fixture
 
 
 def keys(samples: Iterable[dict[str, Any]], count: int | None = None) -> list[str]:
