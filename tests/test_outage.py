@@ -72,6 +72,17 @@ def test_it_is_waited_for_and_told_once(
     assert not outage.is_on()
 
 
+def test_what_was_asked_for_before_does_not_say_that_it_is_back(capfd: pytest.CaptureFixture[str]) -> None:
+    """Of a server that goes away, answers are still on their way."""
+    before, failed = (outage.Patience("a", "a", 60, first_s=0.001) for _ in range(2))
+    failed.wait("the connection broke")
+    before.answered()
+    assert outage.is_on()
+    outage.Patience("a", "a", 60).answered()
+    assert not outage.is_on()
+    assert capfd.readouterr().err.count("is back") == 1
+
+
 def test_it_ends_with_a_refusal_that_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outage, "PATIENCE_S", 0)
     (tmp_path / "a").mkdir()

@@ -75,6 +75,7 @@ class Patience:
         self._retries, self._first_s, self._key = retries, first_s, key
         self._exit_code, self._advice = exit_code, advice
         self._failures, self._since = 0, 0.0
+        self._asked = time.monotonic()
 
     def wait(self, reason: str, at: int | None = None, brought: int = 0) -> None:
         """Waits before the next attempt; raises Outage instead if there shall be none. `at`: the byte that could not be
@@ -94,10 +95,12 @@ class Patience:
             self._tell(reason)
         longest = min(LONGEST_WAIT_S, self._first_s * 2 ** min(self._failures - 1, 30))
         time.sleep(longest * random.uniform(0.75, 1))  # many readers do not come back at once
+        self._asked = time.monotonic()
 
     def answered(self) -> None:
-        """Something came from the storage."""
-        answered(self._storage)
+        """Something came from the storage. What was asked for before it went away does not say that it is back."""
+        if _waited_for.get(self._storage, 0.0) <= self._asked:
+            answered(self._storage)
 
     def _tell(self, reason: str) -> None:
         with _lock:

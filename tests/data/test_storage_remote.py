@@ -378,7 +378,7 @@ def test_hints_of_a_closed_blob_are_dropped_and_failed_ones_forgotten(server: Se
     blob = make(tmp_path, connections=1).open(server.put("a.tar", CONTENT))
     server.fault = lambda request: Fault(status=404)
     blob.prefetch(0, CHUNK)
-    wait_until(lambda: bodies(server))
+    wait_until(lambda: bodies(server) and not fetch.shared(1)._jobs)  # its answer came
     server.fault = lambda request: Fault(slow_s=0.2)
     assert blob.read(0, 5) == CONTENT[:5]
     blob.prefetch(CHUNK, 1 << 40)
