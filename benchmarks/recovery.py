@@ -41,12 +41,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from pathlib import Path
 from trainer.config.compose import load
+from trainer.facts import Facts
 from trainer.models.gpt import GPT
 folder = Path(sys.argv[1])
 dist.init_process_group("gloo")
 rank = dist.get_rank()
 config = load(sys.argv[2:], 2)
-model = torch.nn.parallel.DistributedDataParallel(GPT(config.model, 256, 128))
+model = torch.nn.parallel.DistributedDataParallel(GPT(config.model, Facts(256, 128, steps=1)))
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
 step, saved = 0, folder / "checkpoint.pt"
 if saved.exists():

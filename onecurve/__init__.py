@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from trainer.config.schema import Optimizer, Schedule
     from trainer.data.stage import OrderedSamples
     from trainer.errors import ConfigError, DataError, OnecurveError, TrainingError
+    from trainer.facts import Facts
     from trainer.models import Model
     from trainer.objectives import Objective
     from trainer.sampling import load_run
@@ -27,6 +28,7 @@ _HOMES = {
     "Config": "trainer.config",
     "ConfigError": "trainer.errors",
     "DataError": "trainer.errors",
+    "Facts": "trainer.facts",
     "Model": "trainer.models",
     "Objective": "trainer.objectives",
     "OnecurveError": "trainer.errors",
@@ -43,7 +45,7 @@ _HOMES = {
 }
 
 __all__ = [
-    "Config", "ConfigError", "DataError", "Model", "Objective", "OnecurveError", "Optimizer", "OrderedSamples",
+    "Config", "ConfigError", "DataError", "Facts", "Model", "Objective", "OnecurveError", "Optimizer", "OrderedSamples",
     "Plugin", "Result", "Schedule", "TrainingError", "__version__", "load", "load_run", "run",
 ]  # fmt: skip
 

@@ -77,9 +77,15 @@ def test_the_model_of_the_readme_and_the_program_of_the_page_run(folder: Path, m
 WRONG = {
     "model": ("model", "def initialise(", "def initialize(", "has no method `initialise(name, parameter, generator)`"),
     "forward": ("model", "def forward(", "def call(", "has no method `forward(batch)` of its own"),
-    "made": ("objective", "token_bytes: np.ndarray, token_chars", "token_chars", "should be made of (config, token_"),
-    "evaluate": ("objective", "def evaluate(", "def judge(", "has no method `evaluate(outputs, batch)`"),
-    "summary": ("objective", "def summary(self, sums", "def summary(self", "its method `summary` should take (sums)"),
+    "made": ("model", "config: Config, facts: onecurve.Facts", "config: Config", "should be made of (config, facts)"),
+    "loss": ("objective", "def loss(", "def losses(", "has no method `loss(outputs, batch, totals)` of its own"),
+    "totals": (
+        "objective",
+        ", totals: dict[str, Tensor]",
+        "",
+        "method `loss` should take (outputs, batch, totals)",
+    ),
+    "base": ("objective", "(onecurve.Objective)", "", "should be a subclass of onecurve.Objective"),
     "optimizer": ("optimizer", "(onecurve.Optimizer)", "(onecurve.Plugin)", "its Config has no `lr`"),
     "schedule": ("schedule", "lr: float, steps: int", "steps: int", "should be made of (config, lr, steps)"),
 }
@@ -109,9 +115,15 @@ def test_what_a_class_lacks_is_told_before_the_start(what: str, folder: Path) ->
 @pytest.mark.parametrize(
     ("text", "other", "told"),
     [
-        ('{**self.loss(outputs, batch), "right"', '{"right"', "`evaluate` should return .* which lacks loss and count"),
-        ('{"loss": sums["loss"] / sums["count"], ', "{", "`summary` should return numbers by name"),
-        ('sums["right"]', 'sums["wrong"]', "KeyError: 'wrong'"),
+        ('"loss": loss, ', "", "`summary` should return numbers by name, `loss` among them"),
+        ('"accuracy": right', '"accuracy": outputs', "`evaluate` should return a dict of scalar tensors, .*accuracy"),
+        ('{"loss": loss, "accuracy": right}', "loss", "`evaluate` should return .* not a tensor of shape"),
+        ('totals["num_targets"]', 'totals["num_targets"]["x"]', "IndexError"),
+        (
+            '"num_targets": int(',
+            '"targets": int(',
+            "`counts` should return a dict of numbers, `num_targets`",
+        ),
     ],
 )
 def test_an_evaluation_that_would_fail_fails_before_the_first_step(
@@ -127,26 +139,26 @@ def test_an_evaluation_that_would_fail_fails_before_the_first_step(
     assert not (folder / "runs/smoke/metrics.jsonl").exists()
 
 
-def test_the_first_sums_of_an_objective_are_looked_at() -> None:
+def test_the_first_results_of_an_objective_are_looked_at() -> None:
     class Goal:
         given: object = None
 
-        def loss(self, outputs, batch):
+        def loss(self, outputs, batch, totals):
             return self.given
 
-    goal = Goal()
-    good = {"loss": torch.zeros(()), "count": torch.ones(())}
+    goal, zero = Goal(), torch.zeros(())
     for wrong, told in (
-        (torch.zeros(()), "`loss` should return a dict of scalar tensors, .* not Tensor"),
-        ({"loss": torch.zeros(())}, "which lacks count"),
-        ({**good, "accuracy": 0.5}, "which 'accuracy' is not"),
-        ({**good, "loss": torch.zeros(2)}, "which 'loss' is not"),
+        (zero, "`loss` should return a pair: .* not a tensor of shape"),
+        ((torch.zeros(2), {}), "`loss` should return a pair"),
+        ((zero, {"loss": zero, "accuracy": 0.5}), "which 'accuracy' is not"),
+        ((zero, {"loss": torch.zeros(2)}), "which 'loss' is not"),
+        ((zero, zero), "a dict of scalar tensors, sums over the batch, not a tensor"),
     ):
         goal.given = wrong
         with pytest.raises(onecurve.ConfigError, match=told):
-            Watched(goal, "mine:Goal").loss(None, {})  # type: ignore[arg-type]
-    goal.given, watched = good, Watched(goal, "mine:Goal")  # type: ignore[arg-type]
-    assert watched.loss(None, {}) is good  # type: ignore[arg-type]
+            Watched(goal, "mine:Goal").loss(None, {}, {})  # type: ignore[arg-type]
+    goal.given, watched = (zero, {"loss": zero}), Watched(goal, "mine:Goal")  # type: ignore[arg-type]
+    assert watched.loss(None, {}, {}) is goal.given
     assert watched.loss == goal.loss  # nothing is between them from then on
 
 

@@ -17,6 +17,7 @@ from launch.planning.propose import proposals
 from launch.planning.subject import Subject, example, planned, recomputing
 from tests.runs import TINY
 from trainer.config.compose import load
+from trainer.objectives import NUM_TARGETS
 
 PLUGIN = """
 import torch
@@ -27,11 +28,11 @@ class Net(torch.nn.Module):
     class Config(trainer.config.Plugin):
         depth: int
 
-    def __init__(self, config, vocab_size, sequence_length):
+    def __init__(self, config, facts):
         super().__init__()
-        self.table = torch.nn.Embedding(vocab_size, 16)
+        self.table = torch.nn.Embedding(facts.vocab_size, 16)
         self.layers = torch.nn.ModuleList(torch.nn.GRU(16, 16, batch_first=True) for _ in range(config.depth))
-        self.out = torch.nn.Linear(16, vocab_size)
+        self.out = torch.nn.Linear(16, facts.vocab_size)
 
     def forward(self, batch):
         x = self.table(batch["inputs"])
@@ -62,7 +63,7 @@ def kept(subject: Subject, rows: int, recomputed: str) -> int:
 
     blocks = list(getattr(model, "blocks", []))
     with recomputing(model, blocks, recomputed), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = subject.objective.loss(model(batch), batch)["loss"]
+        loss, _ = subject.objective.loss(model(batch), batch, {NUM_TARGETS: torch.ones(())})
     assert loss.requires_grad
     return sum(seen.values())
 

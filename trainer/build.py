@@ -24,6 +24,7 @@ from trainer.data.stream import Stream
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError
 from trainer.extras import without_apex, without_torchao
+from trainer.facts import Facts
 from trainer.files import replace_file
 from trainer.folder import CHECKPOINTS, Identity, RunFolder
 from trainer.inputs import Inputs
@@ -88,8 +89,10 @@ def model_factory(
     """What makes the model and gives it its initial weights: drawn ones, unless others are given, or all of them are
     loaded from a checkpoint."""
 
+    facts = Facts.of(config, tokenizer, example)
+
     def make() -> nn.Module:
-        model = plugin(config, "model")(config.model, tokenizer.vocab_size, config.data.sequence_length)
+        model = plugin(config, "model")(config.model, facts)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ConfigError(f"model={config.model.name}: all of its parameters are frozen, nothing would be trained")
         return model if config.precision.param == "fp32" else of_type(model, DTYPES[config.precision.param])
@@ -122,8 +125,8 @@ def build_strategy(
     """The strategy, set up: model on its device, with its own initial values or those given, optimizer made. `loaded`:
     a checkpoint's values follow, so the model has none."""
     tokenizer = inputs.tokenizer
-    objective = plugin(config, "objective")(config.objective, tokenizer.token_bytes, tokenizer.token_chars)
-    objective = watched(config, objective)
+    facts = Facts.of(config, tokenizer, inputs.stream.share.example)
+    objective = watched(config, plugin(config, "objective")(config.objective, facts))
     train = config.train
     precision = Precision.resolve(config.precision, topology.device)
     strategy = plugin(config, "strategy")(

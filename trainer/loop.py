@@ -22,7 +22,7 @@ from trainer.data.validation import Validation
 from trainer.errors import Interrupted, TrainingError
 from trainer.fault_points import point
 from trainer.folder import Identity, RunFolder
-from trainer.objectives import Sums
+from trainer.objectives import NUM_TARGETS, Sums
 from trainer.optim.schedule import Schedule
 from trainer.resilience import interruption
 from trainer.resilience.agreement import AgreedStream
@@ -125,7 +125,7 @@ def go_on(job: Job, progress: Progress) -> Progress:
         data = job.stream.take(partial(gives_up, job))
         unread.data_wait += clock.switch("productive")
         point("step.weights", strategy.state)
-        sums = strategy.train_step(data.micro_batches, data.abandoned)
+        sums = strategy.train_step(data.micro_batches, abandoned=data.abandoned)
         point("step.after_backward")
         loss = mean_loss(strategy, sums) if guard.watches_loss else None
         update = strategy.update(job.schedule(data.step), guard.limit(loss))
@@ -263,15 +263,16 @@ def read_numbers(job: Job, unread: Unread, progress: Progress) -> tuple[dict[str
     del unread.steps[done:]
     rows = []
     for i, data in enumerate(unread.steps):
-        count = int(numbers["sum/count"][i])
-        loss = numbers["sum/loss"][i] / max(1, count)
+        of_step = {name: numbers[f"sum/{name}"][i] for name in unread.sums[0]}
+        measured = job.strategy.objective.means(of_step)
+        count, loss = int(of_step[NUM_TARGETS]), measured.pop("loss")
         progress.tokens += count
         progress.samples = data.taken
         rows.append({
             "step": data.step, "loss": loss, "grad_norm": norms[i], "lr": job.schedule(data.step),
             "tokens": progress.tokens, "samples": progress.samples, "step_s": round(step_s, 6),
             "data_wait_s": round(unread.data_wait / n, 6), "tokens_per_s": round(count / step_s, 1),
-            "skipped": bool(skipped[i]), **job.meter.mfu(data.step, step_s), **memory,
+            "skipped": bool(skipped[i]), **measured, **job.meter.mfu(data.step, step_s), **memory,
             **{name: f"{int(values[i]):x}" for name, values in numbers.items() if name in prints},
         })  # fmt: skip
         bad[i] |= not math.isfinite(loss)
@@ -300,8 +301,8 @@ def vote(job: Job, pace: float = 0.0) -> dict[str, float]:
 
 def mean_loss(strategy: Strategy, sums: Sums) -> float:
     """Of the step, over all processes, before its update."""
-    total = strategy.reduce({name: sums[name].reshape(1) for name in ("loss", "count")})
-    return total["loss"][0] / max(1.0, total["count"][0])
+    totals = strategy.reduce({name: value.reshape(1) for name, value in sums.items()})
+    return strategy.objective.means({name: value[0] for name, value in totals.items()})["loss"]
 
 
 def evaluation_is_due(job: Job, step: int) -> bool:

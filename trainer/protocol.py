@@ -9,35 +9,36 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainer.config import Config
 from trainer.config.check import import_plugin
 from trainer.errors import ConfigError
-from trainer.objectives import Batch, Objective, Sums
+from trainer.objectives import NUM_TARGETS, Batch, Objective, Outputs, Sums, Totals
 
 if TYPE_CHECKING:
     from trainer.loop import Job
 
 MADE_OF = {
-    "model": ("config", "vocab_size", "sequence_length"),
-    "objective": ("config", "token_bytes", "token_chars"),
+    "model": ("config", "facts"),
+    "objective": ("config", "facts"),
     "optimizer": ("config", "model"),
     "schedule": ("config", "lr", "steps"),
 }
 METHODS = {
     "model": {"forward": ("batch",), "initialise": ("name", "parameter", "generator")},
     "objective": {
-        "count": ("batch",),
-        "loss": ("outputs", "batch"),
+        "counts": ("batch",),
+        "loss": ("outputs", "batch", "totals"),
         "evaluate": ("outputs", "batch"),
         "summary": ("sums",),
+        "updates": ("batches",),
     },
 }
-INHERITED = ("_forward_unimplemented",)  # what nn.Module has for what a model must bring
+INHERITED = (nn.Module.forward, Objective.loss)  # what stands where a class must have its own
 SEE = "docs/EXTEND.md has one of each"
 
 
@@ -49,7 +50,9 @@ def check_plugins(config: Config) -> None:
 
 def watched(config: Config, objective: Objective) -> Objective:
     """Returns the objective; of a user's the first results are looked at."""
-    return Watched(objective, config.objective.name) if _is_users(config, "objective") else objective
+    if not _is_users(config, "objective"):
+        return objective
+    return cast(Objective, Watched(objective, config.objective.name))
 
 
 def rehearse(job: Job) -> None:
@@ -82,24 +85,41 @@ class Watched:
     def __class__(self) -> Any:
         return type(self._objective)  # who asks what it is means the objective
 
-    def loss(self, outputs: Tensor, batch: Batch) -> Sums:
-        self.loss = self._objective.loss  # type: ignore[method-assign]  # from the second call on
-        return self._sums("loss", self.loss(outputs, batch))
+    def counts(self, batch: Batch) -> Mapping[str, float]:
+        self.counts = self._objective.counts  # type: ignore[method-assign]  # from the second call on
+        counts = self.counts(batch)
+        wanted = f"a dict of numbers, `{NUM_TARGETS}` among them"
+        if not isinstance(counts, Mapping):
+            self._refuse("counts", wanted, f"not {type(counts).__name__}")
+        elif NUM_TARGETS not in counts:
+            self._refuse("counts", wanted, "which it is not")
+        elif wrong := [name for name, value in counts.items() if not _is_number(value)]:
+            self._refuse("counts", wanted, f"which {', '.join(map(repr, wrong))} is not")
+        return counts
 
-    def evaluate(self, outputs: Tensor, batch: Batch) -> Sums:
+    def loss(self, outputs: Outputs, batch: Batch, totals: Totals) -> tuple[Tensor, Sums]:
+        self.loss = self._objective.loss  # type: ignore[method-assign]
+        result = self.loss(outputs, batch, totals)
+        if not (isinstance(result, tuple) and len(result) == 2 and _is_scalar(result[0])):
+            wanted = "a pair: the loss, a scalar tensor, and a dict of sums to record"
+            self._refuse("loss", wanted, f"not {_say(result)}")
+        self._check_sums("loss", result[1])
+        return result
+
+    def evaluate(self, outputs: Outputs, batch: Batch) -> Sums:
         self.evaluate = self._objective.evaluate  # type: ignore[method-assign]
-        return self._sums("evaluate", self.evaluate(outputs, batch))
+        sums = self.evaluate(outputs, batch)
+        self._check_sums("evaluate", sums)
+        return sums
 
-    def _sums(self, method: str, sums: Any) -> Sums:
-        wanted = "a dict of scalar tensors, `loss` (a sum over targets) and `count` (of targets) among them"
+    def _check_sums(self, method: str, sums: Any) -> None:
+        wanted = "a dict of scalar tensors, sums over the batch"
         if not isinstance(sums, dict):
-            problem = f"not {type(sums).__name__}"
-        elif missing := [name for name in ("loss", "count") if name not in sums]:
-            problem = f"which lacks {' and '.join(missing)}"
-        elif wrong := [name for name, value in sums.items() if not isinstance(value, Tensor) or value.ndim]:
-            problem = f"which {', '.join(map(repr, wrong))} is not"
-        else:
-            return sums
+            self._refuse(method, wanted, f"not {_say(sums)}")
+        elif wrong := [name for name, value in sums.items() if not _is_scalar(value)]:
+            self._refuse(method, wanted, f"which {', '.join(map(repr, wrong))} is not")
+
+    def _refuse(self, method: str, wanted: str, problem: str) -> NoReturn:
         raise ConfigError(f"objective.name={self._name}: `{method}` should return {wanted}, {problem} ({SEE})")
 
 
@@ -111,6 +131,9 @@ def _lacking(config: Config, group: str) -> Iterator[str]:
     name = getattr(config, group).name
     key = f"{group}.name={name}"
     target = import_plugin(f"{group}.name", name, config.run.plugins)
+    if group == "objective" and not _is_objective(target):
+        yield f"{key}: should be a subclass of onecurve.Objective"
+        return
     if not _takes(target, MADE_OF[group]):
         yield f"{key}: should be made of ({', '.join(MADE_OF[group])})"
     methods = METHODS.get(group, {})
@@ -120,12 +143,16 @@ def _lacking(config: Config, group: str) -> Iterator[str]:
         found = inspect.getattr_static(target, method, None)
         if not (_is_bound(found) or callable(found)):
             yield f"{key}: has no method `{method}({', '.join(arguments)})`"
-        elif getattr(found, "__name__", "") in INHERITED:
+        elif found in INHERITED:
             yield f"{key}: has no method `{method}({', '.join(arguments)})` of its own"
         elif not _takes(getattr(target, method), arguments if _is_bound(found) else ("self", *arguments)):
             yield f"{key}: its method `{method}` should take ({', '.join(arguments)})"
     if group == "optimizer" and "lr" not in target.Config.model_fields:
         yield f"{key}: its Config has no `lr`, the peak learning rate; a subclass of onecurve.Optimizer has"
+
+
+def _is_objective(target: Any) -> bool:
+    return (inspect.isclass(target) and issubclass(target, Objective)) or hasattr(target, "__getattr__")
 
 
 def _is_bound(method: Any) -> bool:
@@ -141,6 +168,14 @@ def _takes(target: Callable[..., Any], arguments: tuple[str, ...]) -> bool:
     except ValueError:  # code that is not Python's has no signature
         pass
     return True
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 0
+
+
+def _say(value: Any) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def _is_number(value: Any) -> bool:

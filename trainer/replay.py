@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -33,7 +33,7 @@ from trainer.files import read_file, with_file
 from trainer.folder import CATALOGUE, CHECKPOINTS
 from trainer.given import open_given
 from trainer.inputs import DATASETS, Inputs, open_inputs, open_shards
-from trainer.objectives import Batch
+from trainer.objectives import NUM_TARGETS, Batch, Objective
 from trainer.randomness import seed_torch
 from trainer.resilience import quarantine
 from trainer.resilience.recovery import take_up
@@ -125,19 +125,24 @@ class Replay:
 
     @cached_property
     def targets(self) -> int:
-        return sum(map(self.strategy.objective.count, self.data.micro_batches))
+        return int(sum(self.objective.counts(batch)[NUM_TARGETS] for batch in self.data.micro_batches))
+
+    @property
+    def objective(self) -> Objective:
+        return self.strategy.objective
 
     def part(self, row: Batch, *, gradient: bool) -> Part:
         """What the row is in the step."""
         seed_torch(int(row["draws"][0]), self.strategy.topology.device)  # as the strategy's step does
+        totals, _ = self.strategy.totals_of(self.data.micro_batches, self.objective)
         with torch.set_grad_enabled(gradient), untouched(self.strategy.model):
-            sums = self.strategy.loss_of(self.strategy.wrapped, row)
-        norm, loss = None, float(sums["loss"].detach())
+            loss, sums = self.objective.loss(*self.strategy.computed(self.strategy.wrapped, row), totals)
+        norm = None
         if gradient:
-            scale = self.strategy.scaler.scale / max(1, self.targets)
-            self.strategy.backward(sums["loss"] * scale, last=True)
+            self.strategy.backward(loss * self.strategy.loss_scale, last=True)
             norm = float(let_go(self.strategy))
-        return Part(loss / max(1, int(sums["count"])), int(sums["count"]), norm)
+        counts = self.objective.counts(row)
+        return Part(loss_of(self.objective, {**counts, **sums}), int(counts[NUM_TARGETS]), norm)
 
     def of(self, rows: Sequence[Batch]) -> Numbers:
         """A step of these rows alone."""
@@ -156,7 +161,11 @@ class Replay:
     def _measured(self, micro_batches: Sequence[Batch]) -> Numbers:
         with untouched(self.strategy.model):
             sums = self.strategy.train_step(micro_batches)
-        return Numbers(float(sums["loss"]) / max(1, int(sums["count"])), float(let_go(self.strategy)))
+        return Numbers(loss_of(self.objective, sums), float(let_go(self.strategy)))
+
+
+def loss_of(objective: Objective, sums: Mapping[str, Any]) -> float:
+    return objective.means({name: float(value) for name, value in sums.items()})["loss"]
 
 
 def let_go(strategy: Single) -> torch.Tensor:
@@ -230,7 +239,7 @@ def _on_the_way(
         sums, row = strategy.train_step(share.step(done).micro_batches), rows[done + 1]
         strategy.timer.read()
         norm = _without_update(strategy) if row["skipped"] else strategy.update(row["lr"]).grad_norm
-        numbers = Numbers(float(sums["loss"]) / max(1, int(sums["count"])), float(norm))
+        numbers = Numbers(loss_of(strategy.objective, sums), float(norm))
         if apart_since is None and not numbers.same(_recorded(row)):
             apart_since = done + 1
         told(what, done + 1 - start, count)
@@ -341,7 +350,7 @@ def _without_update(strategy: Single) -> torch.Tensor:
     """A step that the run left out; fp16's scale takes note of it."""
     norm = let_go(strategy)
     strategy.buffers.put_back()
-    strategy.scaler.accepts(norm, strategy.targets)
+    strategy.scaler.accepts(norm, strategy.num_targets)
     return norm
 
 

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from launch.planning.trace import OUTSIDE, REPRESENTATIVES, Live, Trace, stretched, trace
 from trainer.build import build_optimizer, model_factory, plugin
 from trainer.config import Config, schema
+from trainer.facts import Facts
 from trainer.inputs import tokenizer_of
 from trainer.models import of_type
 from trainer.objectives import Batch
@@ -66,9 +67,8 @@ class Subject:
         self.config, self.precision = config, precision
         self.tokenizer = tokenizer_of(config)
         self.factory = model_factory(config, self.tokenizer, lambda: example(config))
-        self.objective = plugin(config, "objective")(
-            config.objective, self.tokenizer.token_bytes, self.tokenizer.token_chars
-        )
+        facts = Facts.of(config, self.tokenizer, lambda: example(config))
+        self.objective = plugin(config, "objective")(config.objective, facts)
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.built = cache(self._built)
         self.whole = self.built(1, False, False, None)
@@ -210,11 +210,13 @@ class Built:
         precision, objective = self.subject.precision, self.subject.objective
         autocast = precision.autocast(cache=casts_kept)
         saved = released_saved() if released else nullcontext()
+        counts = objective.counts(example(self.subject.config))
         with self._mesh(), self.subject.fake, recomputing(self.model, blocks, checkpointing), saved:
             batch = {
                 name: torch.zeros((rows, *value.shape[1:]), dtype=value.dtype)
                 for name, value in example(self.subject.config).items()
             }
+            totals = dict.fromkeys(counts, torch.ones((), dtype=torch.float64))
             model = cast(Any, self.model)
             x = None if embeds else self._hidden(rows).requires_grad_()
             gradient = None if heads else self._hidden(rows)
@@ -230,7 +232,7 @@ class Built:
                     return outputs
                 if isinstance(outputs, DTensor) and not self.loss_shared:
                     outputs = outputs.full_tensor()
-                return objective.loss(outputs, batch)["loss"]
+                return objective.loss(outputs, batch, totals)[0]
 
             given = [tensor for tensor in (*batch.values(), x) if tensor is not None]
             with self._loss_parallel(), _pretending(self.model, released):

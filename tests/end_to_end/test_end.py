@@ -105,8 +105,8 @@ def test_no_second_model_is_made_and_none_above_the_limit(monkeypatch: pytest.Mo
 
 def test_only_an_objective_that_continues_text_is_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tasks.py").write_text(
-        "import trainer.config\nfrom trainer.objectives.causal_lm import CausalLM\n"
-        "class Ranks:\n    class Config(trainer.config.Plugin):\n        pass\n"
+        "import trainer.config\nimport trainer.objectives\nfrom trainer.objectives.causal_lm import CausalLM\n"
+        "class Ranks(trainer.objectives.Objective):\n    class Config(trainer.config.Plugin):\n        pass\n"
         "class Longer(CausalLM):\n    class Config(trainer.config.Plugin):\n        pass\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))

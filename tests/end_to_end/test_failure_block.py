@@ -19,9 +19,9 @@ import trainer.config
 class Net(torch.nn.Module):
     class Config(trainer.config.Plugin):
         pass
-    def __init__(self, config, vocab_size, sequence_length):
+    def __init__(self, config, facts):
         super().__init__()
-        self.embedding = torch.nn.Embedding(vocab_size, vocab_size)
+        self.embedding = torch.nn.Embedding(facts.vocab_size, facts.vocab_size)
     def forward(self, batch):
         import not_installed_here
     def initialise(self, name, parameter, generator):

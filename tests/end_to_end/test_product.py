@@ -147,11 +147,11 @@ import trainer.config
 class Net(torch.nn.Module):
     class Config(trainer.config.Plugin):
         depth: int
-    def __init__(self, config, vocab_size, sequence_length):
+    def __init__(self, config, facts):
         super().__init__()
-        self.embedding = torch.nn.Embedding(vocab_size, 16)
+        self.embedding = torch.nn.Embedding(facts.vocab_size, 16)
         self.layers = torch.nn.ModuleList(torch.nn.Linear(16, 16) for _ in range(config.depth))
-        self.head = torch.nn.Linear(16, vocab_size)
+        self.head = torch.nn.Linear(16, facts.vocab_size)
     def forward(self, batch):
         x = self.embedding(batch["inputs"])
         for layer in self.layers:

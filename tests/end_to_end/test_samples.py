@@ -19,6 +19,7 @@ NET = """
 import torch
 import torch.nn.functional as F
 import trainer.config
+import trainer.objectives
 
 class Net(torch.nn.Module):
     class Config(trainer.config.Plugin):
@@ -26,7 +27,7 @@ class Net(torch.nn.Module):
         width: int
         heads: int  # groups of the norms
 
-    def __init__(self, config, vocab_size, sequence_length):
+    def __init__(self, config, facts):
         super().__init__()
         channels = [3] + [config.width] * config.layers
         self.layers = torch.nn.ModuleList(
@@ -49,25 +50,14 @@ class Net(torch.nn.Module):
         else:
             parameter.fill_(1.0 if "weight" in name else 0.0)
 
-class Classify:
+class Classify(trainer.objectives.Objective):
     class Config(trainer.config.Plugin):
         pass
 
-    def __init__(self, config, token_bytes, token_chars):
-        pass
-
-    def count(self, batch):
-        return len(batch["label"])
-
-    def loss(self, outputs, batch):
+    def loss(self, outputs, batch, totals):
         loss = F.cross_entropy(outputs.float(), batch["label"], reduction="sum")
-        return {"loss": loss, "count": torch.tensor(len(batch["label"]), device=loss.device)}
-
-    def evaluate(self, outputs, batch):
-        return {**self.loss(outputs, batch), "right": (outputs.argmax(dim=1) == batch["label"]).sum()}
-
-    def summary(self, sums):
-        return {"loss": sums["loss"] / sums["count"], "accuracy": sums["right"] / sums["count"]}
+        right = (outputs.argmax(dim=1) == batch["label"]).sum()
+        return loss / totals["num_targets"], {"loss": loss, "accuracy": right}
 
 def brighten(sample, draw):
     factor = 1 + (draw % 1001 - 500) / 5000 if draw else 1

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from trainer.config.schema import GPT as GPTConfig
+from trainer.facts import Facts
 from trainer.models import initialise
 from trainer.models.gpt import GPT
 
@@ -23,7 +24,7 @@ def test_a_document_does_not_see_its_neighbours(positions: str) -> None:
         bias=True,
         fused_norm=False,
     )  # type: ignore[arg-type]
-    model = GPT(config, vocab_size=50, sequence_length=24)
+    model = GPT(config, Facts(50, 24, steps=1))
     initialise(model, seed=3)
     model.double()
     lengths, generator = [5, 1, 11, 4], torch.Generator().manual_seed(1)

@@ -10,6 +10,7 @@ from torch import nn
 
 from tests.runs import Run
 from trainer.config.schema import GPT as GPTConfig
+from trainer.facts import Facts
 from trainer.models import initialise
 from trainer.models.family import gpt2_name, to_gpt2
 from trainer.models.gpt import GPT
@@ -42,7 +43,7 @@ def gpt2_of(model: GPT, vocab_size: int) -> nn.Module:
 def test_same_logits() -> None:
     gpt2 = {"positions": "learned", "activation": "gelu", "bias": True, "fused_norm": False}
     config = GPTConfig(name="gpt", layers=3, width=48, heads=4, dropout=0.0, **gpt2)
-    model = GPT(config, vocab_size=100, sequence_length=32)
+    model = GPT(config, Facts(100, 32, steps=1))
     initialise(model, seed=3)
     with torch.no_grad():  # biases are 0 at birth: make them count
         for name, parameter in model.named_parameters():

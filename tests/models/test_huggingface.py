@@ -12,6 +12,7 @@ from tests.config.test_config import problems
 from trainer.config import schema
 from trainer.config.compose import load
 from trainer.errors import ConfigError
+from trainer.facts import Facts
 from trainer.models import ModelFactory, huggingface, without_values
 from trainer.models.gpt import document_mask
 from trainer.optim.groups import kind, names
@@ -31,9 +32,9 @@ TIES = [("LlamaForCausalLM", False), ("LlamaForCausalLM", True), ("GPT2LMHeadMod
 def factory(architecture: str, tokens: int = VOCABULARY, **config: Any) -> ModelFactory:
     if architecture == "GPT2LMHeadModel":
         gpt2 = schema.GPT2(name="gpt2", architecture=architecture, config=GPT2 | config)
-        return ModelFactory(lambda: huggingface.GPT2(gpt2, tokens, LENGTH), seed=3)
+        return ModelFactory(lambda: huggingface.GPT2(gpt2, Facts(tokens, LENGTH, steps=1)), seed=3)
     llama = schema.HuggingFace(name="own.package:OfLlamasLayout", architecture=architecture, config=LLAMA | config)
-    return ModelFactory(lambda: huggingface.Llama(llama, tokens, LENGTH), seed=3)
+    return ModelFactory(lambda: huggingface.Llama(llama, Facts(tokens, LENGTH, steps=1)), seed=3)
 
 
 def shaken(architecture: str, **config: Any) -> Any:

@@ -128,10 +128,10 @@ class Net(torch.nn.Module):
     class Config(trainer.config.Plugin):
         width: int
 
-    def __init__(self, config, vocab_size, sequence_length):
+    def __init__(self, config, facts):
         super().__init__()
-        self.embedding = torch.nn.Embedding(vocab_size, config.width)
-        self.head = torch.nn.Linear(config.width, vocab_size)
+        self.embedding = torch.nn.Embedding(facts.vocab_size, config.width)
+        self.head = torch.nn.Linear(config.width, facts.vocab_size)
 
     def forward(self, batch):
         return self.head(self.embedding(batch["inputs"]))

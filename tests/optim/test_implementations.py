@@ -130,7 +130,7 @@ def strategy(implementation: str) -> Single:
     options = StepOptions(clip_norm=1.0, activation_checkpointing="none", compile=False)
     made = Single(schema.Single(name="single"), alone, Precision(alone.device), ragged.Objective(), options)
     config = ADAMW.model_copy(update={"implementation": implementation})
-    factory = ModelFactory(lambda: GPT(WIDE, ragged.VOCABULARY, ragged.LENGTH), seed=5)
+    factory = ModelFactory(lambda: GPT(WIDE, ragged.FACTS), seed=5)
     made.setup(factory, lambda model: adamw(config, model))
     return made
 
@@ -140,7 +140,7 @@ def losses(made: Single, steps: int = 12) -> list[float]:
     for step in range(steps):
         sums = made.train_step([ragged.batch(step % 3)])
         made.update(0.002)
-        found.append(float(sums["loss"] / sums["count"]))
+        found.append(float(sums["loss"] / sums["num_targets"]))
     return found
 
 

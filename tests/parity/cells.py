@@ -14,7 +14,7 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
-from tests.strategies.ragged import EPSILON, LENGTH, LR, VOCABULARY, Objective, batch, optimizer
+from tests.strategies.ragged import EPSILON, FACTS, LENGTH, LR, Objective, batch, optimizer
 from trainer.build import plugin
 from trainer.config import Config
 from trainer.config.compose import load
@@ -97,9 +97,7 @@ def rounded_cells() -> Iterator[Cell]:
 
 
 def factory(shape: GPT.Config, dtype: torch.dtype) -> ModelFactory:
-    return ModelFactory(
-        lambda: of_type(GPT(shape, VOCABULARY, LENGTH), dtype), seed=5, example=lambda: rows(0, SEQUENCES)
-    )
+    return ModelFactory(lambda: of_type(GPT(shape, FACTS), dtype), seed=5, example=lambda: rows(0, SEQUENCES))
 
 
 def rows(first: int, every: int, step: int = 0) -> dict[str, Tensor]:
@@ -167,7 +165,7 @@ def trained(
         parts = [tensor.chunk(accumulation) for tensor in mine.values()]
         sums = strategy.train_step([dict(zip(mine, part, strict=True)) for part in zip(*parts, strict=True)])
         numbers = strategy.reduce({name: value.reshape(1) for name, value in sums.items()})
-        losses.append(numbers["loss"][0] / numbers["count"][0])
+        losses.append(numbers["loss"][0] / numbers["num_targets"][0])
         norms.append(float(strategy.update(LR).grad_norm))
     weights = {name: tensor.clone() for name, tensor in strategy.full_weights()}
     strategy.close()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from tests.parity.cells import Cell, cells
-from trainer.objectives import Batch
+from trainer.objectives import Sums, Totals
 from trainer.strategies.pipeline import Pipeline
 from trainer.strategies.single import Single
 
@@ -26,13 +26,18 @@ def bugs() -> Iterator[tuple[str, Cell, Callable[[Single], None]]]:
 
 
 def mean_of_means(strategy: Single) -> None:
-    def scale_of(micro_batches: Sequence[Batch], abandoned: bool) -> Tensor:
-        count = sum(strategy.objective.count(batch) for batch in micro_batches)
-        strategy.targets = torch.tensor(float(count))
-        share = strategy.averaged_over / strategy.topology.dp_size
-        return torch.tensor(share / max(1, count), dtype=torch.float64)
+    """Every rank divides by its own targets; the mean of the ranks' means is not that of all."""
+    totals_of, total = strategy.totals_of, strategy.total
+    size = strategy.topology.dp_size
 
-    strategy.scale_of = scale_of  # type: ignore[method-assign]
+    def of_this_rank(*arguments: Any) -> tuple[Totals, Sums]:
+        strategy.total = lambda sums: sums * size * strategy.topology.layout.processes  # type: ignore[method-assign]
+        try:
+            return totals_of(*arguments)
+        finally:
+            strategy.total = total  # type: ignore[method-assign]
+
+    strategy.totals_of = of_this_rank  # type: ignore[method-assign]
 
 
 def divided(strategy: Single) -> None:
@@ -44,8 +49,13 @@ def multiplied(strategy: Single) -> None:
 
 
 def unscaled(strategy: Single) -> None:
-    strategy.targets = torch.tensor(1.0)
-    strategy.scale_of = lambda micro_batches, abandoned: torch.tensor(1.0)  # type: ignore[method-assign]
+    totals_of = strategy.totals_of
+
+    def ones(*arguments: Any) -> tuple[Totals, Sums]:
+        totals, sums = totals_of(*arguments)
+        return dict.fromkeys(totals, torch.tensor(1.0)), sums
+
+    strategy.totals_of = ones  # type: ignore[method-assign]
 
 
 def own_norm(strategy: Single) -> None:

@@ -51,7 +51,7 @@ def main() -> None:
         strategy = plugin(config, "strategy")(
             config.strategy, ranks, Precision(ranks.device), ragged.Objective(), options
         )
-        shape = (kind.Config(name="net"), ragged.VOCABULARY, ragged.LENGTH)
+        shape = (kind.Config(name="net"), ragged.FACTS)
         strategy.setup(ModelFactory(lambda kind=kind, shape=shape: kind(*shape), seed=5), ragged.optimizer)
         mine = {key: tensor[ranks.dp_rank :: ranks.dp_size] for key, tensor in ragged.batch(1).items()}
         changed = left_behind(strategy, mine)

@@ -21,7 +21,7 @@ from trainer.strategies.single import Single, StepOptions
 
 def zoo(kind: type = models.BatchNorm, options: StepOptions | None = None) -> Single:
     made = strategy(options=options or StepOptions(1.0, "none", False, micro_batch=4))
-    shape = (models.Net.Config(name="net"), ragged.VOCABULARY, ragged.LENGTH)
+    shape = (models.Net.Config(name="net"), ragged.FACTS)
     made.setup(ModelFactory(lambda: kind(*shape), seed=5), ragged.optimizer)
     return made
 
@@ -53,8 +53,9 @@ def test_recomputation_changes_them_once(how: str, kind: type) -> None:
     plain, recomputed = zoo(kind), zoo(kind, StepOptions(1.0, how, False))
     for made in (plain, recomputed):
         for step in range(3):
-            losses = [made.loss_of(made.wrapped, ragged.batch(2 * step + i))["loss"] for i in range(2)]
-            for loss in losses:
+            batches = [ragged.batch(2 * step + i) for i in range(2)]
+            totals, _ = made.totals_of(batches, made.objective)
+            for loss in [made.objective.loss(*made.computed(made.wrapped, batch), totals)[0] for batch in batches]:
                 loss.backward()
             if step < 2:
                 made.optimizer.zero_grad(set_to_none=True)
@@ -86,7 +87,7 @@ def test_a_batch_without_rows_is_filled_up_and_leaves_no_trace() -> None:
     assert all(not parameter.grad.any() for parameter in made.parameters)
     for kind in (models.BatchNorm, models.Reshaped):
         sums = zoo(kind).eval_step(nothing)
-        assert (float(sums["loss"]), int(sums["count"])) == (0.0, 0)
+        assert (float(sums["loss"]), int(sums["num_targets"])) == (0.0, 0)
 
 
 def test_no_buffers_no_collective(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,7 +47,7 @@ def test_unused_and_frozen(name: str) -> None:
 
     make, config = OPTIMIZERS[name]
     made = zoo()
-    shape = (models.Net.Config(name="net"), ragged.VOCABULARY, ragged.LENGTH)
+    shape = (models.Net.Config(name="net"), ragged.FACTS)
     made.setup(ModelFactory(lambda: Model(*shape), seed=5), lambda model: make(config, model))
     before = {key: tensor.clone() for key, tensor in made.model.state_dict().items()}
     made.train_step([ragged.batch(0)])

@@ -10,6 +10,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from trainer.config.compose import load
+from trainer.facts import Facts
 from trainer.models.gpt import GPT
 from trainer.strategies.layers import prepare
 
@@ -19,7 +20,7 @@ def test_all_layers_are_compiled_together(dropout: float, monkeypatch: pytest.Mo
     """More of them than torch compiles one function for, that differ by their number only."""
     config = load(["model.layers=12", "model.width=32", "model.heads=2", f"model.dropout={dropout}"], 1)
     torch.manual_seed(0)
-    model = GPT(config.model, vocab_size=257, sequence_length=16)
+    model = GPT(config.model, Facts(257, 16, steps=1))
     batch = {"inputs": torch.randint(0, 257, (4, 16)), "draws": torch.arange(4)}
     expected = model(batch)
     monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager"))

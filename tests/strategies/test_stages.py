@@ -14,6 +14,7 @@ from torch import nn
 
 from launch.cli import main
 from tests.parity.cells import Objective, factory, rows
+from tests.strategies.ragged import FACTS
 from trainer.config.compose import load
 from trainer.errors import ConfigError
 from trainer.models import ModelFactory
@@ -90,7 +91,7 @@ class Misplaced(GPT):
 
 def test_parameters_that_a_cut_would_part_are_refused() -> None:
     config = load(MODEL)
-    build = partial(Misplaced, config.model, 50, 16)
+    build = partial(Misplaced, config.model, FACTS)
     with pytest.raises(ConfigError, match=r"Misplaced cannot be cut: scale, blocks.0.mlp_norm.weight, blocks.0.mlp_n"):
         measure(replace(made(), build=build), Objective(), torch.enable_grad(), torch.device("cpu"))
 
@@ -108,6 +109,7 @@ def test_names_stay() -> None:
     assert not names[1] & (names[0] | names[2])
 
 
+@pytest.mark.slow
 def test_plan_shows_the_cut(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["plan", "-n", "4", *MODEL, "strategy=pipeline", "strategy.stages=2", "data.tokenizer=bytes"]
     monkeypatch.setattr(sys, "argv", ["onecurve", *words, "data=webdataset", "data.shards=nowhere.tar"])

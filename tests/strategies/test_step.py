@@ -37,7 +37,7 @@ def losses(made: Single, steps: int = 30) -> list[float]:
     for _ in range(steps):
         sums = made.train_step([ragged.batch(0)])
         made.update(0.01)
-        found.append(float(sums["loss"] / sums["count"]))
+        found.append(float(sums["loss"] / sums["num_targets"]))
     return found
 
 
@@ -183,7 +183,7 @@ def test_compiled_layers_give_the_same_curve() -> None:
 def test_fp8_learns_in_the_linear_layers_of_blocks() -> None:
     """On a CPU the rounding is the same, the products are not those of fp8 units."""
     shape = ragged.SHAPE.model_copy(update={"width": 32})
-    plain = ModelFactory(lambda: GPT(shape, ragged.VOCABULARY, ragged.LENGTH), seed=5)
+    plain = ModelFactory(lambda: GPT(shape, ragged.FACTS), seed=5)
     made = strategy()
     made.setup(ModelFactory(lambda: in_fp8(plain.build(), emulate=True), seed=5), ragged.optimizer)
     assert list(made.model.state_dict()) == list(plain().state_dict())

@@ -55,7 +55,7 @@ def trained(overrides: str, accumulation: int, joined: Topology) -> dict[str, An
         found["train"] = counted(lambda: sums.update(strategy.train_step(batches)))  # noqa: B023
         found["update"] = counted(lambda: updates.append(strategy.update(LR)))  # noqa: B023
         numbers = strategy.reduce({name: value.reshape(1) for name, value in sums.items()})
-        found["losses"].append(numbers["loss"][0] / numbers["count"][0])
+        found["losses"].append(numbers["loss"][0] / numbers["num_targets"][0])
         found["norms"].append(float(updates[0].grad_norm))
     strategy.close()
     return found

@@ -35,7 +35,7 @@ def main(of_first: int) -> None:
         numbers = strategy.reduce({name: value.reshape(1) for name, value in sums.items()})
         norm = float(strategy.update(ragged.LR).grad_norm)
         if ranks.is_main:
-            print(numbers["loss"][0] / numbers["count"][0], norm, flush=True)
+            print(numbers["loss"][0] / numbers["num_targets"][0], norm, flush=True)
     strategy.close()
     ranks.close()
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from trainer.config import Plugin
+from trainer.facts import Facts
 
 WIDTH = 16
 Batch = dict[str, Tensor]
@@ -34,11 +35,11 @@ class Net(nn.Module):
     embedding_parts = ("embedding",)
     head_parts = ("head",)
 
-    def __init__(self, config: Config, vocab_size: int, sequence_length: int):
+    def __init__(self, config: Config, facts: Facts):
         super().__init__()
-        self.embedding = nn.Embedding(vocab_size, WIDTH)
+        self.embedding = nn.Embedding(facts.vocab_size, WIDTH)
         self.blocks = nn.ModuleList(self.block() for _ in range(2))
-        self.head = nn.Linear(WIDTH, vocab_size, bias=False)
+        self.head = nn.Linear(WIDTH, facts.vocab_size, bias=False)
 
     def block(self) -> nn.Module:
         return Block()
@@ -82,16 +83,16 @@ class UnusedHead(Net):
 
     head_parts = ("head", "extra")
 
-    def __init__(self, config: Net.Config, vocab_size: int, sequence_length: int):
-        super().__init__(config, vocab_size, sequence_length)
+    def __init__(self, config: Net.Config, facts: Facts):
+        super().__init__(config, facts)
         self.extra = nn.Linear(WIDTH, WIDTH)
 
 
 class Frozen(Net):
     """Its embedding, its first block, and all matrices of the other one are frozen."""
 
-    def __init__(self, config: Net.Config, vocab_size: int, sequence_length: int):
-        super().__init__(config, vocab_size, sequence_length)
+    def __init__(self, config: Net.Config, facts: Facts):
+        super().__init__(config, facts)
         for part in (self.embedding, self.blocks[0], self.blocks[1].hidden.weight):
             part.requires_grad_(False)
 
@@ -99,23 +100,23 @@ class Frozen(Net):
 class FrozenMatrices(Net):
     """Only what has no decay is trained: one of the optimizer's groups would be empty."""
 
-    def __init__(self, config: Net.Config, vocab_size: int, sequence_length: int):
-        super().__init__(config, vocab_size, sequence_length)
+    def __init__(self, config: Net.Config, facts: Facts):
+        super().__init__(config, facts)
         for parameter in self.parameters():
             parameter.requires_grad_(parameter.dim() < 2)
 
 
 class AllFrozen(Net):
-    def __init__(self, config: Net.Config, vocab_size: int, sequence_length: int):
-        super().__init__(config, vocab_size, sequence_length)
+    def __init__(self, config: Net.Config, facts: Facts):
+        super().__init__(config, facts)
         self.requires_grad_(False)
 
 
 class Tied(Net):
     head_parts = ("embedding",)
 
-    def __init__(self, config: Net.Config, vocab_size: int, sequence_length: int):
-        super().__init__(config, vocab_size, sequence_length)
+    def __init__(self, config: Net.Config, facts: Facts):
+        super().__init__(config, facts)
         del self.head
 
     def project(self, x: Tensor, batch: Batch) -> Tensor:
@@ -123,8 +124,8 @@ class Tied(Net):
 
 
 class FrozenTied(Tied):
-    def __init__(self, config: Net.Config, vocab_size: int, sequence_length: int):
-        super().__init__(config, vocab_size, sequence_length)
+    def __init__(self, config: Net.Config, facts: Facts):
+        super().__init__(config, facts)
         self.embedding.requires_grad_(False)
 
 
@@ -134,10 +135,10 @@ class NoBlocks(nn.Module):
     Config = Net.Config
     initialise = Net.initialise
 
-    def __init__(self, config: Net.Config, vocab_size: int, sequence_length: int):
+    def __init__(self, config: Net.Config, facts: Facts):
         super().__init__()
-        self.embedding = nn.Embedding(vocab_size, WIDTH)
-        self.head = nn.Linear(WIDTH, vocab_size)
+        self.embedding = nn.Embedding(facts.vocab_size, WIDTH)
+        self.head = nn.Linear(WIDTH, facts.vocab_size)
 
     def forward(self, batch: Batch) -> Tensor:
         return self.head(self.embedding(batch["inputs"]))
@@ -231,8 +232,8 @@ class Alternating(Net):
 
     head_parts = ("head", "extra")
 
-    def __init__(self, config: Net.Config, vocab_size: int, sequence_length: int):
-        super().__init__(config, vocab_size, sequence_length)
+    def __init__(self, config: Net.Config, facts: Facts):
+        super().__init__(config, facts)
         self.extra = nn.Linear(WIDTH, WIDTH)
 
     def project(self, x: Tensor, batch: Batch) -> Tensor:

@@ -14,6 +14,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 
 from trainer.config import schema
 from trainer.extras import without_apex
+from trainer.facts import Facts
 from trainer.models.dropout import dropout
 from trainer.models.tensor_parallel import Whole
 
@@ -25,13 +26,13 @@ class GPT(nn.Module):
     embedding_parts = ("token_embedding", "position_embedding")
     head_parts = ("norm", "token_embedding")
 
-    def __init__(self, config: schema.GPT, vocab_size: int, sequence_length: int):
+    def __init__(self, config: schema.GPT, facts: Facts):
         super().__init__()
         self.config = config
-        self.sequence_length = sequence_length
-        self.token_embedding = nn.Embedding(vocab_size, config.width)
+        self.sequence_length = facts.sequence_length
+        self.token_embedding = nn.Embedding(facts.vocab_size, config.width)
         if config.positions == "learned":
-            self.position_embedding = nn.Embedding(sequence_length, config.width)
+            self.position_embedding = nn.Embedding(facts.sequence_length, config.width)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.norm = layer_norm(config)
 

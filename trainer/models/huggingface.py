@@ -19,6 +19,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 from trainer.config import schema
 from trainer.config.huggingface import architecture, transformers_config
 from trainer.errors import ConfigError
+from trainer.facts import Facts
 from trainer.models.gpt import document_mask
 from trainer.models.tensor_parallel import Whole
 
@@ -35,11 +36,11 @@ class HuggingFace(nn.Module, ABC):
     head_parts: Sequence[str]
     residual: str | None = None  # how the projections into the residual stream are called, if they are born smaller
 
-    def __init__(self, config: schema.HuggingFace, vocab_size: int, sequence_length: int):
+    def __init__(self, config: schema.HuggingFace, facts: Facts):
         super().__init__()
-        self.config = transformers_config(config, sequence_length, vocab_size=vocab_size)
-        if self.config.vocab_size < vocab_size:
-            fewer = f"fewer than the {vocab_size} tokens of data.tokenizer"
+        self.config = transformers_config(config, facts.sequence_length, vocab_size=facts.vocab_size)
+        if self.config.vocab_size < facts.vocab_size:
+            fewer = f"fewer than the {facts.vocab_size} tokens of data.tokenizer"
             raise ConfigError(f"model.config.vocab_size={self.config.vocab_size}: {fewer}")
         for name, module in architecture(config)(self.config).named_children():
             self.add_module(name, module)

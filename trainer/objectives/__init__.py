@@ -1,28 +1,78 @@
-"""Objectives: the user's side of a step. Losses are sums over targets; the strategy divides by the global count."""
+"""Objectives: the user's side of a step.
+
+An objective may do anything that ends in gradients of sums over rows: the loss of a batch is a sum over its rows, or
+targets, divided by totals of the whole step. So one curve comes out, however the rows are dealt to processes and
+micro-batches. What is not such a sum (a loss over the global batch, through another model, of a rollout) is computed
+first, without a graph, and given to each micro-batch as a field: see `Objective.updates`.
+"""
 
 from __future__ import annotations
 
-from typing import Protocol
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-Batch = dict[str, Tensor]
-Sums = dict[str, Tensor]  # scalars that add up over micro-batches and ranks; "loss" and "count" always among them
+from trainer.facts import Facts
+
+Batch = dict[str, Tensor]  # tensors [B, ...] by name; always `draws`, int64 [B]: 63 random bits a row
+Outputs = Any  # of a model: a tensor [B, ...], or a dict of them
+Totals = Mapping[str, Tensor]  # float64 scalars on the device
+Sums = dict[str, Tensor]  # scalars that add up over micro-batches and processes
+
+NUM_TARGETS = "num_targets"
 
 
-class Objective(Protocol):
-    def count(self, batch: Batch) -> int:
-        """How many targets a batch (on the CPU) has, before any forward pass."""
-        ...
+class Update(NamedTuple):
+    """One update of one model: the batches it learns from, and what it learns."""
 
-    def loss(self, outputs: Tensor, batch: Batch) -> Sums:
-        """`loss` (a sum over targets, with its graph) and `count`. Other sums are added up, but not recorded yet."""
-        ...
+    batches: Sequence[Batch]
+    objective: Objective
 
-    def evaluate(self, outputs: Tensor, batch: Batch) -> Sums:
-        """As `loss`, with the sums that `summary` needs."""
-        ...
 
-    def summary(self, sums: dict[str, float]) -> dict[str, float]:
-        """What an evaluation's global sums mean to a person; `loss` is the mean over targets."""
-        ...
+class Objective:
+    """What is learned. A subclass has `loss`, most have `counts`; the rest has defaults.
+
+    It is made of its `Config` and what is known of the run.
+    """
+
+    def __init__(self, config: Any, facts: Facts):
+        self.config, self.facts = config, facts
+
+    continues_text = False
+    """Whether its models continue a text, so that a finished run is sampled from."""
+
+    def counts(self, batch: Batch) -> Mapping[str, float]:
+        """Returns numbers of a batch that add up and are known before the forward pass; `batch` is on the CPU.
+        `num_targets` is always among them: a step without any changes nothing, and the run's `tokens` are its sum."""
+        return {NUM_TARGETS: len(batch["draws"])}
+
+    def loss(self, outputs: Outputs, batch: Batch, totals: Totals) -> tuple[Tensor, Sums]:
+        """Returns this batch's share of the step's loss, a scalar with its graph, and sums to record.
+
+        `totals` are the `counts` of the whole step, over all processes, as float64 scalars; what was zero is one, so
+        that anything may be divided by them. The shares of all batches add up to the loss.
+        """
+        raise NotImplementedError
+
+    def evaluate(self, outputs: Outputs, batch: Batch) -> Sums:
+        """Returns the sums of a batch of held-out data that `summary` needs; those of `loss`, by default."""
+        one = torch.ones((), dtype=torch.float64, device=batch["draws"].device)
+        return self.loss(outputs, batch, defaultdict(lambda: one))[1]
+
+    def summary(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Returns what the sums of a step, or of an evaluation, mean to a person, by name; `loss` is among them. `sums`
+        are those of `loss`, or of `evaluate`, and the counts. By default each is divided by the number of targets."""
+        targets = sums[NUM_TARGETS]
+        return {name: value / targets if targets else math.nan for name, value in sums.items() if name != NUM_TARGETS}
+
+    def means(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Returns the `summary` of a training step, which may be without any target: then it has no loss either."""
+        return self.summary(sums) if sums[NUM_TARGETS] else {"loss": 0.0}
+
+    def updates(self, batches: Sequence[Batch]) -> Iterator[Update]:
+        """Yields what a step consists of; each update is done before the next is asked for. By default there is one."""
+        yield Update(batches, self)

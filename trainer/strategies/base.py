@@ -37,9 +37,12 @@ class Strategy(Protocol):
         """Builds the model, parallelises it, then builds the optimizer on the final parameters."""
         ...
 
-    def train_step(self, micro_batches: Sequence[Batch], abandoned: bool = False) -> Sums:
-        """Forward and backward of every micro-batch, no update. Gives this rank's sums, on the device. Where one rank
-        has `abandoned` the step, its update changes nothing on any."""
+    def train_step(
+        self, micro_batches: Sequence[Batch], objective: Objective | None = None, abandoned: bool = False
+    ) -> Sums:
+        """Forward and backward of every micro-batch, no update. Returns this rank's sums, on the device: what the
+        objective (None: the strategy's own) counts and sums. Where one rank has `abandoned` the step, its update
+        changes nothing on any."""
         ...
 
     def update(self, lr: float, limit: Tensor | float = math.inf) -> Update:
@@ -48,7 +51,7 @@ class Strategy(Protocol):
         ...
 
     def eval_step(self, batch: Batch) -> Sums:
-        """Forward only; this rank's sums."""
+        """Forward only; this rank's sums, of the strategy's own objective."""
         ...
 
     def reduce(self, sums: Mapping[str, Tensor]) -> dict[str, list[float]]:

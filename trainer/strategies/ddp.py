@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from trainer.config import strategy as schema
-from trainer.objectives import Batch, Sums
+from trainer.objectives import Batch, Objective, Sums
 from trainer.strategies.buffers import untouched
 from trainer.strategies.single import Single
 
@@ -43,12 +43,14 @@ class DDP(Single):
     def sync(self, last: bool) -> AbstractContextManager[object]:
         return nullcontext() if last or not self.parallel else self.wrapped.no_sync()  # type: ignore[operator]
 
-    def train_step(self, micro_batches: Sequence[Batch], abandoned: bool = False) -> Sums:
+    def train_step(
+        self, micro_batches: Sequence[Batch], objective: Objective | None = None, abandoned: bool = False
+    ) -> Sums:
         if self.parallel and not self.settled:
-            self._settle_buckets(micro_batches[0])
-        return super().train_step(micro_batches, abandoned)
+            self._settle_buckets(micro_batches[0], objective or self.objective)
+        return super().train_step(micro_batches, objective, abandoned)
 
-    def _settle_buckets(self, batch: Batch) -> None:
+    def _settle_buckets(self, batch: Batch, objective: Objective) -> None:
         """Two throw-away backward passes, in every life of a run.
 
         DDP rebuilds its buckets after the first backward. From 3 ranks on this changes the order of the sums, so a
@@ -56,10 +58,13 @@ class DDP(Single):
         takes a second size for a sign that all sizes vary. Nothing else is left behind: buffers, generators.
         """
         devices = [self.topology.device] if self.topology.device.type == "cuda" else []
+        totals = dict.fromkeys(
+            objective.counts(batch), torch.ones((), dtype=torch.float64, device=self.topology.device)
+        )
         with torch.random.fork_rng(devices):
             for _ in range(2):
                 with untouched(self.model):
-                    self.loss_of(self.wrapped, batch)["loss"].backward()
+                    objective.loss(*self.computed(self.wrapped, batch), totals)[0].backward()
                 self.optimizer.zero_grad(set_to_none=True)
         self.settled = True
 

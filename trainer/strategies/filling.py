@@ -6,19 +6,24 @@ and in a pipeline no shape may change. So a batch is filled up, and what comes o
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from trainer.objectives import Batch
+
+T = TypeVar("T")
 
 
 def rows_of(batch: Batch) -> int:
     return len(next(iter(batch.values())))
 
 
-def cut_back(batch: Batch, rows: int) -> Batch:
-    """The first rows of a batch."""
-    return {name: value[:rows] for name, value in batch.items()}
+def cut_back(values: T, rows: int) -> T:
+    """Returns the first rows of a batch, or of what a model made of it: a tensor, or a tree of them."""
+    return tree_map(lambda value: value[:rows], values)
 
 
 def rows_from(batch: Batch, first: int, size: int, spare: Batch | None = None) -> Batch:

@@ -18,20 +18,21 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle, get_schedule_class
 from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.utils._pytree import tree_leaves, tree_structure, tree_unflatten
 
 from trainer import fault_points
 from trainer.config import strategy as schema
 from trainer.config.pipelines import SCHEDULES, micro_batches
 from trainer.errors import ConfigError
 from trainer.models import ModelFactory, materialise, without_values
-from trainer.objectives import Batch, Sums
+from trainer.objectives import Batch, Objective, Outputs, Sums, Totals
 from trainer.optim.groups import names
 from trainer.randomness import seed_torch
 from trainer.strategies.buckets import add_up
 from trainer.strategies.filling import cut_back, rows_from, rows_of
 from trainer.strategies.fsdp import shard
 from trainer.strategies.layers import prepare
-from trainer.strategies.single import to_device, wide
+from trainer.strategies.single import to_device
 from trainer.strategies.stages import Stage, balance, cut, hosts, measure
 from trainer.strategies.tensor import TensorParallel, local, spread_norm
 from trainer.strategies.used import Used, largest
@@ -113,15 +114,17 @@ class Pipeline(TensorParallel):
     def host(self, part: int) -> int:
         return hosts(self.config, self.topology.layout.stages, part)
 
-    def train_step(self, micro_batches: Sequence[Batch], abandoned: bool = False) -> Sums:
+    def train_step(
+        self, micro_batches: Sequence[Batch], objective: Objective | None = None, abandoned: bool = False
+    ) -> Sums:
         if not self.parallel:
-            return super().train_step(micro_batches, abandoned)
-        scale = self.scale_of(micro_batches, abandoned)
+            return super().train_step(micro_batches, objective, abandoned)
+        objective = objective or self.objective
+        totals, sums = self.totals_of(micro_batches, objective, abandoned)
         self.buffers.remember()
-        names = self.measured.tracked[0]
-        sums = {name: torch.zeros((), dtype=torch.float64, device=self.topology.device) for name in names}
+        self._name(sums, self.measured.metrics[0])
         for batch, most in zip(micro_batches, self._most_rows(micro_batches), strict=True):
-            self._pass(batch, most, scale, sums)
+            self._pass(batch, most, objective, totals, sums)
         self._agree_on_gradients()
         gradients = dict(self._gradients())
         if self.topology.dp_size > 1 and not self.sharded:
@@ -129,6 +132,11 @@ class Pipeline(TensorParallel):
         if self.ends is not None and self.tied:
             self._add_up([gradients[name] for name in self.tied if name in gradients], self.ends)
         return sums
+
+    def _name(self, sums: Sums, names: Sequence[str]) -> None:
+        """Adds zeros of these names: only the process with the head hears what the objective sums."""
+        for name in names:
+            sums.setdefault(name, torch.zeros((), dtype=torch.float64, device=self.topology.device))
 
     def _agree_on_gradients(self) -> None:
         """What a replica, or the other end of the model, has a gradient of, this process has one of: maybe zero."""
@@ -172,7 +180,7 @@ class Pipeline(TensorParallel):
             dist.all_reduce(rows, dist.ReduceOp.MAX, group=self.copies.get_group())
         return rows.tolist()
 
-    def _pass(self, batch: Batch, most: int, scale: Tensor, sums: Sums) -> None:
+    def _pass(self, batch: Batch, most: int, objective: Objective, totals: Totals, sums: Sums) -> None:
         """Forward and backward of one of the loop's micro-batches, which is cut into the pipeline's."""
         rows, most = rows_of(batch), most or self.options.micro_batch
         count = micro_batches(self.config, self.topology.layout.stages, most)
@@ -185,13 +193,14 @@ class Pipeline(TensorParallel):
         for stage in self.stages.values():
             stage.batches, stage.present = pieces, present
 
-        def loss(outputs: Tensor, number: Tensor) -> Tensor:
+        def loss(outputs: Any, number: Tensor) -> Tensor:
             """Of the rows that are there: the last pieces may be filled up."""
             there = present[int(number)]
-            part = self.objective.loss(self.outputs(outputs)[:there], cut_back(pieces[int(number)], there))
-            fault_points.point("step.loss", [part["loss"]])
+            rows = cut_back(self._outputs(outputs), there), cut_back(pieces[int(number)], there)
+            loss, part = objective.loss(*rows, totals)
+            fault_points.point("step.loss", [loss])
             self.add(sums, part)
-            return part["loss"] * scale.to(wide(part["loss"]))
+            return loss * self.loss_scale
 
         self.loss = loss
         # For models that draw from torch's generator: the same draws in every life of the run.
@@ -206,7 +215,8 @@ class Pipeline(TensorParallel):
     def _schedule(self, count: int, size: int) -> PipelineScheduleSingle | PipelineScheduleMulti:
         """That of `count` micro-batches of `size` sequences; torch's stages keep the shapes they saw first."""
         if (count, size) not in self.schedules:
-            hidden, outputs = self._hidden(size), _rows(self.measured.outputs, size)
+            hidden = self._hidden(size)
+            outputs = tuple(_rows(leaf, size) for leaf in tree_leaves(self.measured.outputs))
             stages: Any = [
                 Numbered(
                     stage,
@@ -214,7 +224,7 @@ class Pipeline(TensorParallel):
                     len(self.parts),
                     self.topology.device,
                     input_args=() if stage.embeds else (hidden,),
-                    output_args=(outputs if stage.heads else hidden,),
+                    output_args=outputs if stage.heads else (hidden,),
                     group=self.group,
                 )
                 for part, stage in self.stages.items()
@@ -228,6 +238,11 @@ class Pipeline(TensorParallel):
                 scale_grads=False,
             )
         return self.schedules[count, size]
+
+    def _outputs(self, leaves: Tensor | tuple[Tensor, ...]) -> Outputs:
+        """What the objective is given of what the last part gives."""
+        structure = tree_structure(self.measured.outputs)
+        return self.outputs(tree_unflatten(leaves if isinstance(leaves, tuple) else [leaves], structure))
 
     def _hidden(self, rows: int) -> Tensor:
         """What passes between the parts for that many sequences, on the meta device."""
@@ -253,7 +268,7 @@ class Pipeline(TensorParallel):
         """One pass through the parts in their order; the batches of an evaluation follow each other in the pipeline."""
         if not self.parallel:
             return super().eval_step(batch)
-        rows, x, sums = rows_of(batch), None, Sums()
+        rows, counts, x = rows_of(batch), self.objective.counts(batch), None
         spare = None if rows else self.spare()
         filled = to_device(rows_from(batch, 0, rows or self.options.micro_batch, spare), self.topology.device)
         self.model.eval()
@@ -274,10 +289,10 @@ class Pipeline(TensorParallel):
                     module.reshard()
         self.model.train()
         if len(self.parts) - 1 in self.stages:
-            self.add(sums, self.objective.evaluate(self.outputs(x)[:rows], cut_back(filled, rows)))  # type: ignore[arg-type, index]
-            return sums
-        zero = torch.zeros((), dtype=torch.float64, device=self.topology.device)
-        return dict.fromkeys(self.measured.tracked[1], zero)
+            return self.evaluated(cut_back(self._outputs(x), rows), cut_back(filled, rows), counts)  # type: ignore[arg-type]
+        sums = Sums()
+        self._name(sums, [*counts, *self.measured.metrics[1]])
+        return sums
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Each weight goes from the first process that has it to the main one."""

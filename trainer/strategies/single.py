@@ -12,12 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map
 
 from trainer import fault_points
 from trainer.checkpoint.pieces import Fragment
 from trainer.config import strategy as schema
 from trainer.models import ModelFactory
-from trainer.objectives import Batch, Objective, Sums
+from trainer.objectives import NUM_TARGETS, Batch, Objective, Outputs, Sums, Totals
 from trainer.optim.conditional import step_unless
 from trainer.precision import Precision
 from trainer.randomness import seed_torch
@@ -43,7 +44,7 @@ class StepOptions:
 
 class Single:
     config: schema.Plugin
-    targets: Tensor  # of the step, over all processes
+    num_targets: Tensor  # of the step, over all processes
     materialised = False  # the optimizer's state, of every parameter
     casts_kept = True  # by autocast, of weights, until the forward pass is over
 
@@ -105,36 +106,51 @@ class Single:
         """The global norm of the gradients of the whole model, of which these are here; fp32 of gradients in bf16."""
         if not gradients:
             return torch.zeros((), device=self.topology.device)
-        norms = torch._foreach_norm(list(gradients), 2, wide(gradients[0]))
+        dtype = torch.promote_types(gradients[0].dtype, torch.float32)
+        norms = torch._foreach_norm(list(gradients), 2, dtype)
         return self.whole(torch.linalg.vector_norm(torch.stack(norms)))
 
-    def train_step(self, micro_batches: Sequence[Batch], abandoned: bool = False) -> Sums:
-        scale, sums = self.scale_of(micro_batches, abandoned), Sums()
+    def train_step(
+        self, micro_batches: Sequence[Batch], objective: Objective | None = None, abandoned: bool = False
+    ) -> Sums:
+        objective = objective or self.objective
+        totals, sums = self.totals_of(micro_batches, objective, abandoned)
         self.buffers.remember()
         for number, batch in enumerate(micro_batches, 1):
             # For models that draw from torch's generator: the same draws in every life of the run.
             seed_torch(int(batch["draws"][0]) if len(batch["draws"]) else 0, self.topology.device)
             with self.sync(last=number == len(micro_batches)):
                 with self.timer.running():
-                    part = self.loss_of(self.wrapped, batch)
-                fault_points.point("step.loss", [part["loss"]])
-                self.backward(part["loss"] * scale.to(wide(part["loss"])), number == len(micro_batches))
+                    loss, part = objective.loss(*self.computed(self.wrapped, batch), totals)
+                fault_points.point("step.loss", [loss])
+                self.backward(loss * self.loss_scale, number == len(micro_batches))
             self.add(sums, part)
         return sums
 
-    def scale_of(self, micro_batches: Sequence[Batch], abandoned: bool) -> Tensor:
-        """What the loss, a sum over targets, is multiplied by: the rule that makes all strategies one curve.
+    def totals_of(
+        self, micro_batches: Sequence[Batch], objective: Objective, abandoned: bool = False
+    ) -> tuple[Totals, Sums]:
+        """Returns the counts of the whole step, by which losses are divided, and what this rank adds to them: the rule
+        that makes all strategies one curve. A mean of means would weigh targets by the company they are in.
 
-        Divided by the count of targets of the whole step, over all ranks: a mean of means would weigh targets by the
-        company they are in. Times the number of ranks whose gradients will be averaged. Times the scale of fp16.
-
-        A rank that abandons the step tells the others by a count that is not a number: the one message that all wait
-        for anyway. Every rank then refuses the update.
+        A rank that abandons the step tells the others by counts that are not numbers: the one message that all wait for
+        anyway. Every rank then refuses the update.
         """
-        count = math.nan if abandoned else sum(self.objective.count(batch) for batch in micro_batches)
-        counts = self.total(torch.full((), count, dtype=torch.float64, device=self.topology.device))
-        self.targets = counts / self.topology.layout.processes
-        return self.scaler.scale * self.averaged_over / self.targets.clamp(min=1)
+        counts = [objective.counts(batch) for batch in micro_batches]
+        own = {name: sum(float(part[name]) for part in counts) for name in counts[0]}
+        local = torch.tensor(list(own.values()), dtype=torch.float64, device=self.topology.device)
+        total = self.total(local * math.nan if abandoned else local.clone()) / self.topology.layout.processes
+        totals = dict(zip(own, torch.where(total == 0, 1.0, total).unbind(), strict=True))
+        self.num_targets = total[list(own).index(NUM_TARGETS)]
+        sums = Sums()
+        self.add(sums, dict(zip(own, local.unbind(), strict=True)))
+        return totals, sums
+
+    @property
+    def loss_scale(self) -> float:
+        """What a loss is multiplied by for its backward pass: the number of ranks whose gradients will be averaged,
+        and the scale of fp16."""
+        return self.scaler.scale * self.averaged_over
 
     def add(self, sums: Sums, part: Sums) -> None:
         """Adds the numbers of a micro-batch; on ranks whose sums do not count, zeros of their names."""
@@ -143,10 +159,7 @@ class Single:
             value = value if self.tells else torch.zeros_like(value)
             sums[name] = sums[name] + value if name in sums else value
 
-    def loss_of(self, model: nn.Module, batch: Batch) -> Sums:
-        return self.objective.loss(*self.computed(model, batch))
-
-    def computed(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Batch]:
+    def computed(self, model: nn.Module, batch: Batch) -> tuple[Outputs, Batch]:
         """What the objective is given: the model's outputs and the batch, both on the device.
 
         A batch without a row is filled up to a whole micro-batch (batch norm refuses a single row), and its outputs are
@@ -159,7 +172,7 @@ class Single:
                 return self.outputs(model(batch)), batch
         filled = to_device(rows_from(batch, 0, self.options.micro_batch, self.spare()), device)
         with self.casting(), untouched(self.model):
-            return self.outputs(model(filled))[:0], cut_back(filled, 0)
+            return cut_back(self.outputs(model(filled)), 0), cut_back(filled, 0)
 
     def spare(self) -> Batch | None:
         """A row that a batch can be filled up with."""
@@ -169,9 +182,9 @@ class Single:
         """Around a forward pass: matrix products in the type that precision asks for."""
         return self.precision.autocast(cache=self.casts_kept)
 
-    def outputs(self, outputs: Tensor) -> Tensor:
+    def outputs(self, outputs: Outputs) -> Outputs:
         """What the objective is given of what the model gives."""
-        return self.whole(outputs)
+        return tree_map(self.whole, outputs)
 
     def update(self, lr: float, limit: Tensor | float = math.inf) -> Update:
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
@@ -181,7 +194,7 @@ class Single:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.options.clip_norm, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        overflow = not self.scaler.accepts(norm, self.targets)
+        overflow = not self.scaler.accepts(norm, self.num_targets)
         bad, empty = self.judged(norm, limit)
         skipped = bad | empty | overflow
         step_unless(self.optimizer, skipped)
@@ -192,14 +205,21 @@ class Single:
     def judged(self, norm: Tensor, limit: Tensor | float) -> tuple[Tensor, Tensor]:
         """Whether the norm is too large or no number, and whether there was no target at all or the step was abandoned
         (where all ranks did so, there is no gradient that could show it)."""
-        return (norm < limit).logical_not(), (self.targets > 0).logical_not().to(norm.device)
+        return (norm < limit).logical_not(), (self.num_targets > 0).logical_not().to(norm.device)
 
     @torch.no_grad()
     def eval_step(self, batch: Batch) -> Sums:
         self.model.eval()
-        outputs, batch = self.computed(self.model, batch)
+        outputs, on_device = self.computed(self.model, batch)
         self.model.train()
-        sums = Sums()
+        return self.evaluated(outputs, on_device, self.objective.counts(batch))
+
+    def evaluated(self, outputs: Outputs, batch: Batch, counts: Mapping[str, float]) -> Sums:
+        """Returns this rank's sums of a batch of held-out data: those of the objective, and the counts."""
+        sums, device = Sums(), self.topology.device
+        self.add(
+            sums, {name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in counts.items()}
+        )
         self.add(sums, self.objective.evaluate(outputs, batch))
         return sums
 
@@ -259,11 +279,6 @@ class Single:
         for parameter in new:
             for value in self.optimizer.state[parameter].values():
                 value.copy_(torch.zeros_like(plain(value)))
-
-
-def wide(tensor: Tensor) -> torch.dtype:
-    """Of a loss and its scale: at least fp32."""
-    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def plain(tensor: Tensor) -> Tensor:

@@ -7,20 +7,22 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from trainer.config.pipelines import SCHEDULES
 from trainer.config.strategy import Pipeline
 from trainer.errors import ConfigError
 from trainer.models import Cuttable, ModelFactory
-from trainer.objectives import Batch, Objective
+from trainer.objectives import Batch, Objective, Outputs
 from trainer.strategies.buffers import untouched
 from trainer.utilization import flop_counter
 
+T = TypeVar("T")
 CUTTABLE = ("blocks", "embed", "run", "project", "embedding_parts", "head_parts")
 
 
@@ -44,10 +46,10 @@ class Measured:
     head: Cost
     hidden: Tensor
     """What passes between the blocks for one sequence, on the meta device."""
-    outputs: Tensor
+    outputs: Outputs
     """Likewise what comes out."""
-    tracked: tuple[list[str], list[str]]
-    """The objective's numbers, of a training step and of an evaluation."""
+    metrics: tuple[list[str], list[str]]
+    """The names of what the objective sums, in a training step and in an evaluation."""
 
 
 def measure(
@@ -56,6 +58,8 @@ def measure(
     """Runs one sequence through tensors without values: no memory, no time. Raises ConfigError if it cannot be cut."""
     if factory.example is None:
         raise ValueError("a pipeline needs the factory's example of a batch")
+    example = factory.example()
+    counts = objective.counts(example)
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.device(device), autocast:
         model = cast(Cuttable, factory.build())
         if missing := [name for name in CUTTABLE if not hasattr(model, name)]:
@@ -69,7 +73,7 @@ def measure(
                 "in one of its blocks, or in its embedding_parts or head_parts (see trainer.models.Cuttable); nearest: "
                 "strategy=fsdp"
             )
-        batch = {name: fake.from_tensor(tensor).to(device) for name, tensor in factory.example().items()}
+        batch = {name: fake.from_tensor(tensor).to(device) for name, tensor in example.items()}
         x, embedding = _costed(lambda: model.embed(batch), modules_of(model, model.embedding_parts))
         hidden = _empty(x)
         blocks = []
@@ -77,8 +81,9 @@ def measure(
             x, cost = _costed(lambda x=x, block=block: model.run([block], x, batch), [block])  # type: ignore[misc]
             blocks.append(cost)
         outputs, head = _costed(lambda: model.project(x, batch), modules_of(model, model.head_parts))
-        tracked = list(objective.loss(outputs, batch)), list(objective.evaluate(outputs, batch))
-        return Measured(embedding, blocks, head, hidden, _empty(outputs), tracked)
+        totals = dict.fromkeys(counts, torch.ones((), dtype=torch.float64))
+        metrics = list(objective.loss(outputs, batch, totals)[1]), list(objective.evaluate(outputs, batch))
+        return Measured(embedding, blocks, head, hidden, tree_map(_empty, outputs), metrics)
 
 
 def misplaced(model: Cuttable) -> list[str]:
@@ -91,7 +96,7 @@ def misplaced(model: Cuttable) -> list[str]:
     return [name for name, parameter in cast(nn.Module, model).named_parameters() if uses[id(parameter)] != 1]
 
 
-def _costed(compute: Callable[[], Tensor], modules: Iterable[nn.Module]) -> tuple[Tensor, Cost]:
+def _costed(compute: Callable[[], T], modules: Iterable[nn.Module]) -> tuple[T, Cost]:
     kept: dict[int, int] = {}
     parameters = {id(parameter): parameter for module in modules for parameter in module.parameters()}
 
@@ -209,12 +214,13 @@ class Stage(nn.Module):
         self.present: Sequence[int] = []
         self.number = 0
 
-    def forward(self, x: Tensor | None = None) -> Tensor:
-        """The first part is given no `x`."""
+    def forward(self, x: Tensor | None = None) -> Tensor | tuple[Tensor, ...]:
+        """The first part is given no `x`; a tree of outputs is returned as its leaves."""
         model, batch = cast(Cuttable, self.model[0]), self.batches[self.number]
         with self.autocast(), nullcontext() if self.present[self.number] else untouched(self.model[0]):
             if self.embeds:
                 x = model.embed(batch)
             assert x is not None
             x = model.run(self.blocks, x, batch)
-            return model.project(x, batch) if self.heads else x
+            leaves = tree_leaves(model.project(x, batch) if self.heads else x)
+            return tuple(leaves) if len(leaves) > 1 else leaves[0]

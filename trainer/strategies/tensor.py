@@ -22,6 +22,7 @@ from torch.distributed.tensor.parallel import loss_parallel, parallelize_module
 
 from trainer.errors import ConfigError
 from trainer.models.tensor_parallel import Whole
+from trainer.objectives import Outputs
 from trainer.strategies.single import Single
 from trainer.strategies.stages import Elsewhere
 
@@ -54,7 +55,7 @@ class TensorParallel(Single):
             self.shared_loss = ExitStack()
             self.shared_loss.enter_context(loss_parallel())
 
-    def outputs(self, outputs: Tensor) -> Tensor:
+    def outputs(self, outputs: Outputs) -> Outputs:
         return outputs if self.shared_loss else super().outputs(outputs)
 
     def norm(self, gradients: Sequence[Tensor]) -> Tensor:

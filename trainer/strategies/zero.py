@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from trainer.checkpoint.pieces import Fragment, values
 from trainer.config import strategy as schema
 from trainer.models import ModelFactory, without_values
-from trainer.objectives import Batch, Sums
+from trainer.objectives import Batch, Outputs
 from trainer.optim.groups import names
 from trainer.strategies.base import OptimizerFactory, Update
 from trainer.strategies.layers import prepare, raise_if_scalars
@@ -107,9 +107,9 @@ class Zero(Single):
             put_back_after_steps(self.optimizer, lambda: self.unused)
         return self.engine
 
-    def loss_of(self, model: nn.Module, batch: Batch) -> Sums:
+    def computed(self, model: nn.Module, batch: Batch) -> tuple[Outputs, Batch]:
         with released_saved() if self.config.stage == 3 else nullcontext():
-            return super().loss_of(model, batch)
+            return super().computed(model, batch)
 
     def casting(self) -> AbstractContextManager[object]:
         return nullcontext()  # it is inside of the model, see `wrap`

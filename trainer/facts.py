@@ -1,0 +1,43 @@
+"""What a model or an objective may know of the run that it is made for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from trainer.config import Config
+    from trainer.data.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Facts of a run, known before its model is made."""
+
+    vocab_size: int
+    """Token ids are below it."""
+    sequence_length: int
+    """Tokens of a row."""
+    steps: int
+    """`train.steps`."""
+    tokenizer: Tokenizer | None = None
+    """That of the data; `token_bytes` and `token_chars` say how much text each token stands for."""
+    read_example: Callable[[], dict[str, Tensor]] | None = None
+
+    @classmethod
+    def of(
+        cls, config: Config, tokenizer: Tokenizer, read_example: Callable[[], dict[str, Tensor]] | None = None
+    ) -> Facts:
+        return cls(tokenizer.vocab_size, config.data.sequence_length, config.train.steps, tokenizer, read_example)
+
+    @cached_property
+    def example(self) -> dict[str, Tensor]:
+        """A batch [1, ...] of the run, on the CPU, read when it is first asked for: names, shapes and types count, its
+        values are those of any row."""
+        if self.read_example is None:
+            raise ValueError("these facts were made without data")
+        return self.read_example()
