@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -58,12 +58,16 @@ class Run:
             cwd=self.folder.parent,
         )
 
+    def begin(self) -> forks.Job:
+        """Starts the ranks by the fork server of this test process: no imports, no launcher."""
+        return forks.Job([*self.base, f"run.dir={self.folder}", *self.overrides], self.procs)
+
     def train(self, expect: int = 0) -> str:
         """Runs to its end, by the fork server of this test process; gives the output. Checks the exit code."""
         of_users = any("plugins=" in part or part.startswith("--") for part in self.overrides)  # found in their folder
         if self.env or self.launcher or of_users:
             return self._train_by_torchrun(expect)
-        codes, output = forks.train([*self.base, f"run.dir={self.folder}", *self.overrides], self.procs)
+        codes, output = self.begin().end()
         assert set(codes) == {expect} or (self.procs > 1 and expect in codes), f"exit codes {codes}\n{output}"
         return output
 
@@ -86,32 +90,14 @@ class Run:
         self._kill_when(lambda: any((self.folder / "checkpoints").glob(attempts)), f"the save of step {step}")
         assert any((self.folder / "checkpoints").glob(attempts)), "the kill came too late"
 
-    def _kill_when(self, condition, what: str) -> int:
-        process = self.start()
-        deadline, looked, known = time.monotonic() + 200, 0.0, [process.pid]
+    def _kill_when(self, condition: Callable[[], bool], what: str) -> int:
+        job, deadline = self.begin(), time.monotonic() + 200
         while not condition():
-            assert process.poll() is None, f"ended before {what}:\n{process.communicate()[0]}"
+            assert job.running(timeout=0.002), f"ended before {what}:\n{job.end()[1]}"
             assert time.monotonic() < deadline, f"did not reach {what}"
-            if time.monotonic() > looked + 0.5:  # beforehand, so that the kill itself comes at once
-                looked, known = time.monotonic(), self._processes()
-            time.sleep(0.002)
-        while known:
-            for pid in known:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            process.wait()
-            known = self._processes()
+        job.signal(signal.SIGKILL)
+        job.end()
         return self.last_step()
-
-    def _processes(self) -> list[int]:
-        """Launcher and ranks of this run, orphans too: all that name its folder on their command line."""
-        mine = f"run.dir={self.folder}".encode()
-        found = []
-        for entry in Path("/proc").glob("[0-9]*/cmdline"):
-            with contextlib.suppress(OSError):
-                if mine in entry.read_bytes().split(b"\0"):
-                    found.append(int(entry.parent.name))
-        return found
 
     def rows(self, name: str) -> list[dict]:
         path = self.folder / name

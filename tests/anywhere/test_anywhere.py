@@ -11,6 +11,7 @@ from tests.anywhere import matrix
 from tests.anywhere.cells import cells
 
 
+@pytest.mark.slow
 def test_each_into_the_next(tmp_path: Path) -> None:
     pairs = matrix.ring()
     matrix.straight(tmp_path, [next(cells()), *(source for source, _ in pairs)])

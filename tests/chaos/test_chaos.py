@@ -22,20 +22,16 @@ COMMON = (
 SEED = int(os.environ.get("ONECURVE_SEED", "6"))
 
 
-def marked(cell: Cell) -> Any:
-    quick = (cell.name, cell.processes) == ("fsdp", 3)
-    return pytest.param(cell, 4 if quick else 15, id=cell.folder, marks=[] if quick else [pytest.mark.slow])
-
-
-@pytest.mark.parametrize(("cell", "faults"), [marked(cell) for cell in cells() if cell.processes > 1])
-def test_storm(cell: Cell, faults: int, tmp_path: Path, record_property: Any) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", [cell for cell in cells() if cell.processes > 1], ids=lambda cell: cell.folder)
+def test_storm(cell: Cell, tmp_path: Path, record_property: Any) -> None:
     print(f"ONECURVE_SEED={SEED}")
-    overrides = (*cell.overrides, f"train.steps={200 if faults > 10 else 80}")
+    overrides = (*cell.overrides, "train.steps=200")
     undisturbed = Run(tmp_path / "undisturbed", cell.processes, overrides, base=COMMON)
     undisturbed.train()
     storm = Storm(Run(tmp_path / cell.folder, cell.processes, overrides, base=COMMON), SEED)
     try:
-        storm.rage(faults)
+        storm.rage(FAULTS)
     finally:
         print(*storm.told, sep="\n")
     record_property(FAULTS, dict(storm.survived))
@@ -43,7 +39,8 @@ def test_storm(cell: Cell, faults: int, tmp_path: Path, record_property: Any) ->
     assert not list((storm.run.folder / "checkpoints").glob(".attempt*"))
 
 
-@pytest.mark.parametrize("instants", [8, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("instants", [8, 100])
 def test_preempted_at_any_instant(instants: int, tmp_path: Path, record_property: Any) -> None:
     """Start and end of a life included: each is to do eight steps more, and is told to stop somewhere on the way."""
     draw, last = random.Random(SEED), 8 * instants

@@ -356,6 +356,7 @@ def test_one_set_aside_is_listed_and_no_other_is_there(tmp_path: Path, capsys: p
         onecurve("verify", tmp_path)
 
 
+@pytest.mark.slow
 def test_on_the_command_line(run: Path) -> None:
     flip(run, 50)
     for words, code, text in (

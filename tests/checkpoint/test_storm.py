@@ -36,7 +36,7 @@ def slow(*values: object) -> object:
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("size", "victim"), [(1, None), slow(2, None), (2, 0), slow(2, 1)])
+@pytest.mark.parametrize(("size", "victim"), [(1, None), slow(2, None), slow(2, 0), slow(2, 1)])
 def test_killed_at_every_call(tmp_path: Path, size: int, victim: int | None) -> None:
     """Nothing that was acknowledged is lost; what a run goes on from is whole."""
     calls = CALLS if victim != 1 else ("openat", "write", "fsync")  # the second rank only writes its file
@@ -47,6 +47,7 @@ def test_killed_at_every_call(tmp_path: Path, size: int, victim: int | None) -> 
         assert {0, 1, 2} & {outcome.acknowledged for outcome in outcomes} == {1, 2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "lasting"),
     [
@@ -66,6 +67,7 @@ def test_failing_at_every_call(tmp_path: Path, error: str, lasting: bool) -> Non
             assert 3 in steps or 2 in steps, outcome
 
 
+@pytest.mark.slow
 def test_a_control_fails(tmp_path: Path) -> None:
     """The same driver over torch's distributed checkpoint, which saves over the last one: or it would prove nothing."""
     outcomes = told(points(Life(tmp_path / "life", dcp_over_itself, 1), None, "signal=KILL"))

@@ -284,6 +284,7 @@ if __name__ == "__main__":
 AT_WORK, STUCK_LATER, STUCK = "0.01", "0 if number < 2 else 600", "600"
 
 
+@pytest.mark.slow
 @BOTH
 @pytest.mark.parametrize(
     ("end", "code", "sleep"),
@@ -300,6 +301,7 @@ def test_the_interpreter_ends_with_a_live_reader(
     assert wait_for(lambda: not any(map(alive, workers)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "sleep"),
     [(signal.SIGKILL, AT_WORK), (signal.SIGKILL, STUCK), (signal.SIGTERM, STUCK_LATER)],

@@ -15,6 +15,7 @@ WEIGHTS = st.lists(
 ).filter(any)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(weights=WEIGHTS)
 def test_every_start_of_a_run_holds_each_source_by_its_share_within_one(weights: list[float]) -> None:

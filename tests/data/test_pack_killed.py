@@ -34,7 +34,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize(("workers", "kills"), [(1, (2,)), (2, (1, 3))])
+@pytest.mark.parametrize(("workers", "kills"), [(1, (2,)), pytest.param(2, (1, 3), marks=pytest.mark.slow)])
 def test_killed_at_any_time_it_goes_on(tmp_path: Path, workers: int, kills: tuple[int, ...]) -> None:
     random = Random(5)
     path, script, out = tmp_path / "in.txt", tmp_path / "pack.py", tmp_path / "out"
@@ -226,6 +226,7 @@ pack.pack_inputs([Path("in.txt")], Path("out"), pack.Options(tokenizer="chars", 
         assert done.returncode == code_of
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_told_of(tmp_path: Path) -> None:
     path, out = tmp_path / "in.txt", tmp_path / "out"
     random = Random(5)
@@ -242,6 +243,7 @@ def test_a_killed_worker_is_told_of(tmp_path: Path) -> None:
     assert subprocess.run(command, check=False).returncode == 0
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path) -> None:
     (tmp_path / "poem.txt").write_bytes(POEM.encode())
     out = tmp_path / "out"

@@ -356,7 +356,7 @@ def shared(source: Samples, batch: int, **options: Any) -> Share:
     return Share([Part(source, 4, 2, 7)], Mixture([(0, [1])]), Batches(batch), None, 7, ledger=True, **options)
 
 
-@pytest.mark.parametrize("processes", [False, True], ids=["threads", "processes"])
+@pytest.mark.parametrize("processes", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["threads", "processes"])
 def test_the_stream_is_the_same_whoever_reads(processes: bool, shard: Path, package: str) -> None:
     fields, image = {"image": "jpg;png", "label": "cls"}, ImageTensor(24, True, MEAN, STD)
     source = opened(shard, recipe(fields, image, maps=[f"{package}:by_lambda"], plugins=[package]))

@@ -39,6 +39,7 @@ def test_samples_are_webdatasets_own(shards: list[str]) -> None:
         assert label == json.loads(expected[key]["json"])
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     lanes=st.integers(1, 40),

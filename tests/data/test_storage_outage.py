@@ -98,6 +98,7 @@ def test_at_the_start_nothing_is_waited_for_long(alone: Server, tmp_path: Path) 
     assert time.monotonic() - begun < 5
 
 
+@pytest.mark.slow
 def test_a_stream_goes_on_where_its_server_was_gone(
     server: Server,
     tmp_path: Path,

@@ -275,6 +275,7 @@ def test_close_ends_the_reading_and_seek_starts_anew() -> None:
     stream.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", ["workers=1", "workers=2", "workers=2, processes=True"])
 def test_the_interpreter_ends_with_a_live_stream(options: str) -> None:
     program = f"""

@@ -35,6 +35,7 @@ def found(told: dict, area: str) -> list[dict]:
     return [finding for finding in told["findings"] if finding["area"] == area]
 
 
+@pytest.mark.slow
 def test_planted_faults_are_found(tmp_path: Path) -> None:
     """A folder that one rank does not share, few open files, and PyPI's namesake of Apex."""
     for name in ("a", "b", "site/apex"):

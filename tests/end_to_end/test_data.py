@@ -84,6 +84,7 @@ def test_a_mixture_killed_and_resized(whole: Run, mixture: tuple[str, ...], tmp_
     assert_same_curve(resized, whole, STEPS)
 
 
+@pytest.mark.slow
 def test_order_is_known_beforehand(whole: Run, mixture: tuple[str, ...], tmp_path: Path) -> None:
     command = [sys.executable, "-c", "from launch.cli import main; main()", "data", "order"]
     done = subprocess.run(
@@ -160,6 +161,7 @@ def remote(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
         assert len(server.faults) > 10
 
 
+@pytest.mark.slow
 def test_remote_shards_give_the_same_run(remote: str, tmp_path: Path) -> None:
     local = Run(tmp_path / "local", 2, (*BASE, f"data.shards={tmp_path}/in/*.tar", f"data.cache={tmp_path}/one"))
     local.train()

@@ -56,6 +56,7 @@ def test_causes_are_told_apart() -> None:
     assert causes.advice("ValueError: 3") is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "code", "words"),
     [
@@ -64,29 +65,25 @@ def test_causes_are_told_apart() -> None:
             4,
             ("rank 1 failed at step 2: OSError: [Errno 28] No space left on device", "the disk is full: free some"),
         ),
-        pytest.param(
+        (
             ("model.width=262144",),
             4,
             ("failed at step 0: out of memory: try train.activation_checkpointing=full or train.micro_batch below 12",),
-            marks=pytest.mark.slow,
         ),
-        pytest.param(
+        (
             ("data.shards=gone-{000000..000001}.tar", "data=webdataset"),
             2,
             ("data.shards: missing file gone-000000.tar",),
-            marks=pytest.mark.slow,
         ),
-        pytest.param(
+        (
             ("launch.timeout_s=3", "watchdog.enabled=false", "debug.faults=[data.next:delay@20:3+:1]"),
             4,
             ("lost another process", "did not come to what all do together within launch.timeout_s"),
-            marks=pytest.mark.slow,
         ),
-        pytest.param(
+        (
             ("model=net", "run.plugins=[plugged]"),
             4,
             ("ModuleNotFoundError: No module named 'not_installed_here': install the package",),
-            marks=pytest.mark.slow,
         ),
     ],
     ids=["full disk", "out of memory", "missing shard", "time-out", "import"],

@@ -42,7 +42,8 @@ def single(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run
 
 
-@pytest.mark.parametrize("strategy", ["fsdp", *(pytest.param(s, marks=pytest.mark.slow) for s in list(STRATEGIES)[1:])])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_one_curve(strategy: str, single: Run, tmp_path: Path) -> None:
     run = made(tmp_path / "run", 2, *single.overrides[:-1], *STRATEGIES[strategy])
     run.train()
@@ -50,6 +51,7 @@ def test_one_curve(strategy: str, single: Run, tmp_path: Path) -> None:
     assert_same_curve(run, single, STEPS)
 
 
+@pytest.mark.slow
 def test_resumed_it_is_the_same_run_and_does_not_need_them(single: Run, weights: Path, tmp_path: Path) -> None:
     kept = single.folder / "pretrained/config.json"  # for exports
     assert kept.read_bytes() == (weights / "config.json").read_bytes()

@@ -47,7 +47,8 @@ def single(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return run
 
 
-@pytest.mark.parametrize("strategy", ["fsdp", *(pytest.param(s, marks=pytest.mark.slow) for s in list(STRATEGIES)[1:])])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_one_curve(strategy: str, single: Run, tmp_path: Path) -> None:
     """Also with accumulation and recomputation."""
     if strategy == "tensor" and "model=gpt2" in single.overrides:

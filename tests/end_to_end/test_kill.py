@@ -29,7 +29,8 @@ def killed_and_undisturbed(folder: Path, procs: int, kills: int) -> tuple[Run, R
     return run, undisturbed
 
 
-@pytest.mark.parametrize("procs", [3, *(pytest.param(procs, marks=pytest.mark.slow) for procs in (2, 4))])
+@pytest.mark.slow
+@pytest.mark.parametrize("procs", [2, 3, 4])
 def test_killed_run_ends_the_same(procs: int, tmp_path: Path) -> None:
     assert_same_bits(*killed_and_undisturbed(tmp_path, procs, kills=1))
 
@@ -46,15 +47,15 @@ def test_stops_when_asked(how: str, tmp_path) -> None:
     whole = Run(tmp_path / "whole", 1, OVERRIDES)
     whole.train()
     run = Run(tmp_path / "run", 1, (*OVERRIDES, "checkpoint.every=0"))
-    process = run.start()
+    job = run.begin()
     while len(run.metrics()) < 5:
-        assert process.poll() is None
+        assert job.running(timeout=0.01)
     if how == "STOP":
         (run.folder / "STOP").touch()
     else:
-        os.kill(process.pid, signal.SIGTERM)
-    output = process.communicate(timeout=60)[0]
-    assert process.returncode == 75, output
+        job.signal(signal.SIGTERM)
+    codes, output = job.end()
+    assert codes == [75], output
     status = run.status()
     assert status["state"] == "interrupted"
     assert 5 <= status["step"] < STEPS
@@ -63,13 +64,14 @@ def test_stops_when_asked(how: str, tmp_path) -> None:
     assert_same_bits(run, whole)
 
 
+@pytest.mark.slow
 def test_save_on_request(tmp_path) -> None:
     run = Run(tmp_path / "run", 1, (*OVERRIDES, "checkpoint.every=0"))
-    process = run.start()
+    job = run.begin()
     while len(run.metrics()) < 3:
-        assert process.poll() is None
+        assert job.running(timeout=0.01)
     (run.folder / "SAVE").touch()
-    assert process.wait(timeout=60) == 0
+    assert job.end()[0] == [0]
     saved = [event["step"] for event in run.rows("events.jsonl") if event["kind"] == "checkpoint"]
     assert len(saved) == 2
     assert saved[0] < saved[1] == STEPS

@@ -52,7 +52,8 @@ def test_a_killed_rank_is_restarted_and_the_curve_does_not_change(tmp_path: Path
     assert_same_bits(run, undisturbed)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_told_to_stop(number: signal.Signals, tmp_path: Path) -> None:
     run = Run(tmp_path / "run", 2, ("train.steps=5000", *OVERRIDES[1:]))
     process = launched(run)
@@ -66,6 +67,7 @@ def test_told_to_stop(number: signal.Signals, tmp_path: Path) -> None:
     assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
 
 
+@pytest.mark.slow
 def test_restarts_are_limited_and_the_end_is_told(tmp_path: Path) -> None:
     run = Run(tmp_path / "run", 2, ("train.steps=5000", "launch.restarts=0", *OVERRIDES[1:]))
     process = launched(run)

@@ -61,6 +61,7 @@ def test_goodput_accounts_for_every_second(trained: Path) -> None:
     assert {kind for row in rows for kind in row["seconds"]} >= {"startup", "productive", "data_wait", "checkpoint"}
 
 
+@pytest.mark.slow
 def test_samples_and_report(trained: Path) -> None:
     text = run(onecurve("sample", "runs/smoke", "--prompt", "JULIET:", "--count", "1", "--tokens", "20"), trained)
     assert text.startswith("JULIET:")
@@ -87,6 +88,7 @@ def test_the_same_command_of_a_finished_run_does_nothing(trained: Path) -> None:
     assert (trained / "runs/smoke/metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_wandb_has_one_run_for_all_lives(trained: Path) -> None:
     run(onecurve("train", "-n", "1", *SMOKE, "train.steps=30"), trained, env=_with_wandb())
     output = run(onecurve("train", "-n", "1", *SMOKE, "train.steps=35"), trained, env=_with_wandb())
@@ -102,6 +104,7 @@ def _with_wandb() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "WANDB_MODE"}
 
 
+@pytest.mark.slow
 def test_hydras_command_line(tmp_path: Path) -> None:
     assert "steps: 7" in run(trainer("--cfg", "job", "train.steps=7"), tmp_path)
     assert "Defaults List" in run(trainer("--info", "defaults"), tmp_path)
@@ -115,6 +118,7 @@ def test_completion(tmp_path: Path) -> None:
     assert run(command, tmp_path, env=env).strip() == "model.layers="
 
 
+@pytest.mark.slow
 def test_a_sweep_trains_each_in_a_folder_of_its_own(tmp_path: Path) -> None:
     run(trainer("-m", *SMOKE, "train.steps=2", "optimizer.lr=0.001,0.01"), tmp_path)
     rates = []
@@ -124,6 +128,7 @@ def test_a_sweep_trains_each_in_a_folder_of_its_own(tmp_path: Path) -> None:
     assert rates == pytest.approx([0.0004, 0.004])
 
 
+@pytest.mark.slow
 def test_own_text_from_pack_to_training(tmp_path: Path) -> None:
     """A user's own road: pack a folder of texts, train on its shards."""
     (tmp_path / "texts").mkdir()
@@ -135,6 +140,7 @@ def test_own_text_from_pack_to_training(tmp_path: Path) -> None:
     assert "nats/char" in output
 
 
+@pytest.mark.slow
 def test_own_model_from_own_package(tmp_path: Path) -> None:
     """A user's own model, as the README says: a package, a YAML file, an allowlist; trained, resumed, sampled."""
     (tmp_path / "my_package").mkdir()

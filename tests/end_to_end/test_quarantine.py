@@ -45,6 +45,7 @@ def quarantined(run: Run) -> list[dict]:
     return [{name: row[name] for name in ("shard", "key", "byte", "cause", "number")} for row in rows]
 
 
+@pytest.mark.slow
 def test_a_damaged_shard_fails_by_default(tmp_path: Path) -> None:
     overrides = shards(tmp_path / "in")
     at = damage(tmp_path / "in" / "b.tar")
@@ -53,6 +54,7 @@ def test_a_damaged_shard_fails_by_default(tmp_path: Path) -> None:
     assert f"b.tar: byte {at}" in Run(tmp_path / "run", 1, overrides).train(expect=3)
 
 
+@pytest.mark.slow
 def test_quarantine_goes_on_and_its_killed_twin_has_the_same_ledger(tmp_path: Path) -> None:
     overrides = (*shards(tmp_path / "in"), "data.on_error=quarantine")
     at = damage(tmp_path / "in" / "b.tar")
@@ -95,6 +97,7 @@ def test_documents_that_are_no_text(tmp_path: Path) -> None:
     assert spent.status()["exit_code"] == 3
 
 
+@pytest.mark.slow
 def test_what_was_left_out_stays_out_though_it_can_be_read_again(tmp_path: Path) -> None:
     """Token ids are read from the shard itself: it is cut short during the run, and whole again for the next life."""
     limit = ("data.workers=0", "data.on_error=quarantine", "data.error_budget=10000")
@@ -140,6 +143,7 @@ def test_a_shard_that_is_damaged_while_the_run_goes_on(tmp_path: Path, field: st
     assert_same_bits(killed, whole)
 
 
+@pytest.mark.slow
 def test_a_damaged_shard_that_is_repaired_changes_nothing_about_the_run(tmp_path: Path) -> None:
     overrides = (*shards(tmp_path / "in"), "data.on_error=quarantine")
     content = (tmp_path / "in" / "b.tar").read_bytes()

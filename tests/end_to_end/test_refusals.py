@@ -52,6 +52,7 @@ def test_config(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there they may be had")
 def test_what_this_machine_does_not_have(tmp_path: Path) -> None:
     wanted = ("precision=fp8", "optimizer.implementation=apex", "model.bias=true", "model.fused_norm=true")
@@ -70,6 +71,7 @@ def test_batch_on_two_processes(tmp_path: Path) -> None:
     assert "2 processes x train.micro_batch=2 = 4" in problem
 
 
+@pytest.mark.slow
 def test_under_torchrun_one_rank_speaks(tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
@@ -80,7 +82,10 @@ def test_under_torchrun_one_rank_speaks(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("launcher", [trainer, lambda *rest: onecurve("train", "-n", "2", *rest)])
+@pytest.mark.parametrize(
+    "launcher",
+    [trainer, pytest.param(lambda *rest: onecurve("train", "-n", "2", *rest), marks=pytest.mark.slow)],
+)
 def test_missing_shards(launcher, tmp_path: Path) -> None:
     problems = refused(launcher(*TINY, "data=webdataset", "data.shards='gone-{0..2}.tar'"), tmp_path)
     assert problems == [f"data.shards: missing file gone-{number}.tar" for number in range(3)]
@@ -96,6 +101,7 @@ def test_unwritable_run_folder(tmp_path: Path) -> None:
         assert "Permission denied" in problem
 
 
+@pytest.mark.slow
 def test_another_run_in_the_folder(tmp_path: Path) -> None:
     """What the run is may not change; where and how it runs may, and so may its length, which is recorded."""
     run = Run(tmp_path / "run", overrides=("train.steps=10",))
@@ -122,6 +128,7 @@ def test_another_run_in_the_folder(tmp_path: Path) -> None:
     assert len(Run(tmp_path / "run.old-1").metrics()) == 15
 
 
+@pytest.mark.slow
 def test_other_data_in_the_words_of_the_config(tmp_path: Path) -> None:
     for name in ("a", "b", "c"):
         with TarWriter(str(tmp_path / f"{name}.tar")) as tar:
@@ -142,6 +149,7 @@ def test_other_data_in_the_words_of_the_config(tmp_path: Path) -> None:
     run.train()
 
 
+@pytest.mark.slow
 def test_two_runs_in_one_folder(tmp_path: Path) -> None:
     run = Run(tmp_path / "run", overrides=("train.steps=2000",))
     process = run.start()
@@ -188,6 +196,7 @@ def test_a_bad_sample_stops_with_its_name(procs: int, tmp_path: Path) -> None:
     assert "11" in status["reason"]
 
 
+@pytest.mark.slow
 def test_a_damaged_shard_is_found_before_the_start(tmp_path: Path) -> None:
     """Code 3, and the place named; 2 where the command itself is wrong too."""
     overrides = bad_text(tmp_path)

@@ -137,6 +137,7 @@ def test_the_same_curve_on_any_processes_and_workers(overrides: tuple[str, ...],
     assert_same_bits(decoding_in_processes, one)
 
 
+@pytest.mark.slow
 def test_a_broken_image_is_named_or_left_out(overrides: tuple[str, ...], tmp_path: Path) -> None:
     write_shards(tmp_path, 0, [31, 20, 26], broken="1-07")
     output = Run(tmp_path / "fails", 1, overrides).train(expect=3)
@@ -166,6 +167,7 @@ def test_a_gpt_on_one_text_a_sequence(tmp_path: Path) -> None:
     assert (run.folder / "samples.txt").exists()
 
 
+@pytest.mark.slow
 def test_what_is_wrong_is_told_before_the_start(overrides: tuple[str, ...], tmp_path: Path) -> None:
     wrong = ("data.maps=[my_package.net:brihgten]", "data.fields.label=pkl")
     output = Run(tmp_path / "run", 1, (*overrides, *wrong)).train(expect=2)

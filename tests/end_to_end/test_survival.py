@@ -30,6 +30,7 @@ def restarts(run: Run) -> list[dict]:
     return [event for event in run.rows("events.jsonl") if event["kind"] == "restart"]
 
 
+@pytest.mark.slow
 def test_crashes_are_survived_as_long_as_there_is_progress(tmp_path: Path, undisturbed: Run) -> None:
     """Four faults with a budget of one restart: each new checkpoint fills it up."""
     faults = "step.after_backward:raise:6:1,track.rows:kill:8:0,data.next:raise:9:0,checkpoint.before_rename:kill:3:0"
@@ -43,6 +44,7 @@ def test_crashes_are_survived_as_long_as_there_is_progress(tmp_path: Path, undis
     assert_same_bits(run, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_crash_that_repeats_ends_the_run_with_its_cause(tmp_path: Path) -> None:
     run = Run(tmp_path / "run", 2, (*STEPS, "debug.faults=[step.after_backward:raise:7+:1]", "checkpoint.every=0"))
     process = launched(run)
@@ -56,7 +58,8 @@ def test_a_crash_that_repeats_ends_the_run_with_its_cause(tmp_path: Path) -> Non
     assert "provoked by debug.faults: step.after_backward:raise:7+:1" in status["reason"]
 
 
-@pytest.mark.parametrize("victim", ["supervisor", pytest.param("server", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["supervisor", "server"])
 def test_nothing_is_left_behind(victim: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     temporary = Path(tempfile.mkdtemp())  # names of sockets must be short
     monkeypatch.setenv("TMPDIR", str(temporary))
@@ -99,6 +102,7 @@ def test_torchrun_restarts_it_likewise(tmp_path: Path, undisturbed: Run) -> None
     assert_same_bits(run, undisturbed)
 
 
+@pytest.mark.slow
 def test_torchrun_killed_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     temporary = Path(tempfile.mkdtemp())  # names of sockets must be short
     monkeypatch.setenv("TMPDIR", str(temporary))
@@ -116,6 +120,7 @@ def test_torchrun_killed_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     assert not [path for path in ours if "torchelastic" not in str(path)]  # that is torchrun's own
 
 
+@pytest.mark.slow
 def test_it_goes_on_with_fewer_and_grows_back(tmp_path: Path) -> None:
     """Two of four processes die at every start; then they are well again."""
     whole = Run(tmp_path / "whole", 1, STEPS)

@@ -19,7 +19,7 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Run:
 @pytest.mark.parametrize(
     ("procs", "overrides"),
     [
-        (2, ()),
+        pytest.param(2, (), marks=pytest.mark.slow),
         pytest.param(3, (), marks=pytest.mark.slow),
         pytest.param(4, ("train.micro_batch=2",), marks=pytest.mark.slow),
         (1, ("train.micro_batch=6",)),

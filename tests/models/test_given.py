@@ -225,6 +225,7 @@ def test_rotations_that_are_scaled(kind: str, tmp_path: Path) -> None:
     same(started(tmp_path, *LLAMA, *ways)[1], expected)
 
 
+@pytest.mark.slow
 def test_what_is_not_supported_is_said_at_once(tmp_path: Path) -> None:
     """Not behind advice that would be refused in its turn."""
     turned("dynamic", 16).save_pretrained(tmp_path / "short")

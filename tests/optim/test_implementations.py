@@ -97,6 +97,7 @@ def python(code: str, env: dict[str, str]) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_apex_is_tried(tmp_path: Path) -> None:
     packages = {"none": {}, "another": PYRAMID, "unbuilt": UNBUILT, "built": BUILT}
     for name, files in packages.items():
@@ -179,6 +180,7 @@ def test_from_8bit_to_fused_and_back() -> None:
     assert found == pytest.approx(exact, rel=0.02)
 
 
+@pytest.mark.slow
 def test_apex_keeps_the_state_as_torch_does(tmp_path: Path) -> None:
     """With the stand-in: the same steps as fused, and its count of steps goes over to fused and comes back. So with its
     norms: the same names, the same curve."""

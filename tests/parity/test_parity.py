@@ -17,10 +17,9 @@ def alone() -> dict[str, Any]:
     return matrix.run(1, "quick")
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_quick_cut(alone: dict[str, Any], processes: int) -> None:
-    found = alone | matrix.run(processes, "quick")
-    assert {f"{cell.name} on {processes}" for cell in cells() if cell.quick and cell.processes == processes} <= {*found}
+def test_quick_cut(alone: dict[str, Any]) -> None:
+    found = alone | matrix.run(2, "quick")
+    assert {f"{cell.name} on {cell.processes}" for cell in cells() if cell.quick} <= {*found}
     assert matrix.red(found) == []
 
 
@@ -31,6 +30,7 @@ def test_all_of_it() -> None:
     assert matrix.red(found) == []
 
 
+@pytest.mark.slow
 def test_planted_bugs_turn_it_red(alone: dict[str, Any]) -> None:
     """A mean of means, gradients that are not scaled, a sum where an average belongs, and their like."""
     found = matrix.run(2, "planted")

@@ -6,10 +6,13 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from tests.resilience.agree import BAD, STEPS, share
 from trainer.data.stream import Stream
 
 
+@pytest.mark.slow
 def test_processes_of_a_copy_leave_out_the_same() -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
     done = subprocess.run([*command, "-m", "tests.resilience.agree"], capture_output=True, text=True, timeout=200)

@@ -39,6 +39,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "told"),
     [
@@ -60,6 +61,7 @@ def test_what_a_repetition_mends_leaves_no_trace(how, told, tmp_path: Path, undi
     assert_same_bits(run, undisturbed)
 
 
+@pytest.mark.slow
 def test_what_is_bad_again_is_left_out(tmp_path: Path) -> None:
     """It equals the run whose data cannot be read at this step; and the run that leaves it out at once."""
     good, damaged = tmp_path / "good.tar", tmp_path / "damaged.tar"

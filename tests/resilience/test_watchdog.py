@@ -48,9 +48,8 @@ def user_code(
     (folder / "conf" / "objective" / f"{name}.yaml").write_text(keys.format(folder=folder))
 
 
-@pytest.mark.parametrize(
-    "kind", ["skipped", *(pytest.param(kind, marks=pytest.mark.slow) for kind in HANGS if kind != "skipped")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", HANGS)
 def test_a_hang_is_found_told_and_survived(kind: str, tmp_path: Path, undisturbed: Run) -> None:
     how, sentence = HANGS[kind]
     overrides = [*TINY, *STEPS, *WATCHED, how]

@@ -100,6 +100,7 @@ def test_no_buffers_no_collective(monkeypatch: pytest.MonkeyPatch) -> None:
         assert called == collectives
 
 
+@pytest.mark.slow
 def test_throw_away_passes_of_ddp_leave_nothing_behind_and_compile_once() -> None:
     """Two ranks: one graph, of the first micro-batch's sizes; buffers and generators as if there were no passes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

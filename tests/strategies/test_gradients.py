@@ -100,6 +100,7 @@ def test_used_by_one_process_only(name: str, runs: Zoo) -> None:
         assert_same_bits(runs.killed("Alternating", *SOMEWHERE[name]), whole)
 
 
+@pytest.mark.slow
 def test_zero_does_not_decay_what_is_not_used(runs: Zoo) -> None:
     """Though it steps on flat tensors. (The other stages: tests/zoo.)"""
     pytest.importorskip("deepspeed")

@@ -66,6 +66,7 @@ def test_fp16_overflow_skips_the_step_and_halves_the_scale() -> None:
     assert not made.update(0.01).skipped
 
 
+@pytest.mark.slow
 def test_fp16_overflow_on_one_rank_is_everybodys() -> None:
     """Both skip the step, keep weights and optimizer state, halve the scale, and count from zero again."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

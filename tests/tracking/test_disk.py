@@ -272,6 +272,7 @@ assert file.problem is None
     assert steps(tmp_path / "metrics.jsonl") == list(range(101))
 
 
+@pytest.mark.slow
 def test_a_run_whose_disk_is_full_for_a_while_ends_as_if_it_had_not_been(
     tmp_path: Path, mount: Callable[[str], Mount]
 ) -> None:

@@ -279,6 +279,7 @@ def test_the_largest_thief_is_named(seconds: dict[str, float], told: str) -> Non
     assert sum(share for *_, share in Goodput(seconds).table) == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_and_stopped_is_accounted_for(tmp_path: Path) -> None:
     """The wall clock of this test, from the start of the first process to the last writing of the last one: how long
     an interpreter takes to go is no part of a run's life."""

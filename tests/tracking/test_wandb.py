@@ -100,6 +100,7 @@ def test_online_without_a_key_goes_offline_and_never_asks(tmp_path: Path) -> Non
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
 
 
+@pytest.mark.slow
 def test_a_server_that_is_not_there_means_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a process of its own: W&B keeps the server's address for good."""
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)

@@ -64,9 +64,9 @@ def track(
     ("server", "step_s"),
     [
         (wandb_server.silent, 0.0),
-        (wandb_server.silent, 0.05),
-        (wandb_server.failing, 0.0),
-        (wandb_server.unknown, 0.0),
+        pytest.param(wandb_server.silent, 0.05, marks=pytest.mark.slow),
+        pytest.param(wandb_server.failing, 0.0, marks=pytest.mark.slow),
+        pytest.param(wandb_server.unknown, 0.0, marks=pytest.mark.slow),
     ],
 )
 def test_a_server_that_does_not_work_costs_the_run_nothing(
@@ -89,6 +89,7 @@ def test_a_server_that_does_not_work_costs_the_run_nothing(
     assert_complete(path)
 
 
+@pytest.mark.slow
 def test_a_server_that_goes_silent_later_costs_the_run_nothing_either(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
