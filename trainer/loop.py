@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -22,7 +23,7 @@ from trainer.data.validation import Validation
 from trainer.errors import Interrupted, TrainingError
 from trainer.fault_points import point
 from trainer.folder import Identity, RunFolder
-from trainer.objectives import NUM_TARGETS, Sums
+from trainer.objectives import NUM_TARGETS, Objective, Sums
 from trainer.optim.schedule import Schedule
 from trainer.resilience import interruption
 from trainer.resilience.agreement import AgreedStream
@@ -33,7 +34,8 @@ from trainer.resilience.recovery import compare_replicas, judge, part_ways, rest
 from trainer.resilience.replicas import Replicas
 from trainer.resilience.stragglers import Stragglers
 from trainer.resilience.timeledger import TimeLedger
-from trainer.strategies.base import Strategy, Update
+from trainer.step import do_step
+from trainer.strategies.base import Strategy, UpdateResult
 from trainer.topology import Topology
 from trainer.tracking import Row
 from trainer.tracking.journal import Journal
@@ -76,6 +78,10 @@ class Job:
     time_limit: float  # seconds since then; then the run stops as if it was asked to
     closed: bool = False
 
+    @property
+    def models(self) -> Mapping[str, Strategy]:
+        return {"model": self.strategy}
+
     def close(self) -> None:
         """Ends threads and lets go of the process group; once."""
         if self.closed:
@@ -92,13 +98,13 @@ class Unread:
 
     steps: list[StepData] = field(default_factory=list)
     sums: list[Sums] = field(default_factory=list)
-    updates: list[Update] = field(default_factory=list)
+    updates: list[UpdateResult] = field(default_factory=list)
     fingerprints: list[Tensor] = field(default_factory=list)
     data_wait: float = 0.0
     since: float = field(default_factory=time.monotonic)
     pace: float = VOTE_SECONDS  # seconds a step took when the numbers were last read
 
-    def take(self, data: StepData, sums: Sums, update: Update) -> None:
+    def take(self, data: StepData, sums: Sums, update: UpdateResult) -> None:
         self.steps.append(data)
         self.sums.append(sums)
         self.updates.append(update)
@@ -116,7 +122,7 @@ def train(job: Job) -> Progress:
 
 def go_on(job: Job, progress: Progress) -> Progress:
     """Trains from here to the last step. Raises Rollback where the last checkpoint is to be gone on from instead."""
-    config, clock, strategy, guard = job.config, job.clock, job.strategy, job.guard
+    config, clock, strategy = job.config, job.clock, job.strategy
     saving, saved_at = Interval.parse(config.checkpoint.every), None
     unread, read_every = Unread(), 1
     while progress.step < config.train.steps:
@@ -124,13 +130,8 @@ def go_on(job: Job, progress: Progress) -> Progress:
         point("data.next")
         data = job.stream.take(partial(gives_up, job))
         unread.data_wait += clock.switch("productive")
-        point("step.weights", strategy.state)
-        sums = strategy.train_step(data.micro_batches, abandoned=data.abandoned)
-        point("step.after_backward")
-        loss = mean_loss(strategy, sums) if guard.watches_loss else None
-        update = strategy.update(job.schedule(data.step), guard.limit(loss))
-        guard.took(update.grad_norm, loss, update.skipped)
-        point("step.after_update")
+        finish = partial(finish_update, job, data.step)
+        sums, update = do_step(job.models, strategy.objective, data.micro_batches, finish, abandoned=data.abandoned)
         unread.take(data, sums, update)
         if config.track.fingerprint:
             unread.fingerprints.append(fingerprint_of(strategy.state()))
@@ -169,6 +170,14 @@ def go_on(job: Job, progress: Progress) -> Progress:
     finish_saving(job)
     clock.write(progress.step)
     return progress
+
+
+def finish_update(job: Job, step: int, model: Strategy, objective: Objective, sums: Sums) -> UpdateResult:
+    """Ends an update, unless it is a bad one."""
+    loss = mean_loss(model, objective, sums) if job.guard.watches_loss else None
+    result = model.update(job.schedule(step), job.guard.limit(loss))
+    job.guard.took(result.grad_norm, loss, result.skipped)
+    return result
 
 
 def gives_up(job: Job) -> bool:
@@ -299,10 +308,10 @@ def vote(job: Job, pace: float = 0.0) -> dict[str, float]:
     return {name: values[0] for name, values in votes.items()}
 
 
-def mean_loss(strategy: Strategy, sums: Sums) -> float:
-    """Of the step, over all processes, before its update."""
-    totals = strategy.reduce({name: value.reshape(1) for name, value in sums.items()})
-    return strategy.objective.means({name: value[0] for name, value in totals.items()})["loss"]
+def mean_loss(model: Strategy, objective: Objective, sums: Sums) -> float:
+    """Of an update, over all processes, before it is done."""
+    totals = model.reduce({name: value.reshape(1) for name, value in sums.items()})
+    return objective.means({name: value[0] for name, value in totals.items()})["loss"]
 
 
 def evaluation_is_due(job: Job, step: int) -> bool:

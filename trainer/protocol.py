@@ -35,7 +35,7 @@ METHODS = {
         "loss": ("outputs", "batch", "totals"),
         "evaluate": ("outputs", "batch"),
         "summary": ("sums",),
-        "updates": ("batches",),
+        "updates": ("batches", "models"),
     },
 }
 INHERITED = (nn.Module.forward, Objective.loss)  # what stands where a class must have its own

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,12 +33,14 @@ from trainer.files import read_file, with_file
 from trainer.folder import CATALOGUE, CHECKPOINTS
 from trainer.given import open_given
 from trainer.inputs import DATASETS, Inputs, open_inputs, open_shards
-from trainer.objectives import NUM_TARGETS, Batch, Objective
+from trainer.objectives import NUM_TARGETS, Batch, Objective, Sums
 from trainer.randomness import seed_torch
 from trainer.resilience import quarantine
 from trainer.resilience.recovery import take_up
 from trainer.sampling import open_run
 from trainer.secrets import MASK, shown_override
+from trainer.step import do_step
+from trainer.strategies.base import UpdateResult
 from trainer.strategies.buffers import untouched
 from trainer.strategies.single import Single
 from trainer.topology import ALONE, Topology
@@ -212,6 +214,8 @@ def rebuild(
     share = replace(inputs.stream.share, micro_batch=size, ledger=True, tolerant=False, left_out=_left_out(folder))
     apart_since = _on_the_way(strategy, share, rows, start, step, told)
     data = share.step(step - 1)
+    update = next(strategy.objective.updates(data.micro_batches, {"model": strategy}))
+    data = replace(data, micro_batches=list(update.batches))
     samples = list(_samples(share, data, list(inputs.catalogue)))
     return Replay(
         config=config,
@@ -236,10 +240,12 @@ def _on_the_way(
     what, count, apart_since = f"replaying steps {start + 1} to {step}, from {origin}", step - start, None
     told(what, 0, count)
     for done in range(start, step - 1):
-        sums, row = strategy.train_step(share.step(done).micro_batches), rows[done + 1]
+        row = rows[done + 1]
+        sums, result = do_step(
+            {"model": strategy}, strategy.objective, share.step(done).micro_batches, partial(_as_recorded, row)
+        )
         strategy.timer.read()
-        norm = _without_update(strategy) if row["skipped"] else strategy.update(row["lr"]).grad_norm
-        numbers = Numbers(loss_of(strategy.objective, sums), float(norm))
+        numbers = Numbers(loss_of(strategy.objective, sums), float(result.grad_norm))
         if apart_since is None and not numbers.same(_recorded(row)):
             apart_since = done + 1
         told(what, done + 1 - start, count)
@@ -346,12 +352,14 @@ def _strategy(config: Config, topology: Topology, inputs: Inputs, found: Found |
     return strategy
 
 
-def _without_update(strategy: Single) -> torch.Tensor:
-    """A step that the run left out; fp16's scale takes note of it."""
+def _as_recorded(row: dict[str, Any], strategy: Any, objective: Objective, sums: Sums) -> UpdateResult:
+    """Ends an update as the run did. Where it left the step out, fp16's scale takes note of it."""
+    if not row["skipped"]:
+        return strategy.update(row["lr"])
     norm = let_go(strategy)
     strategy.buffers.put_back()
     strategy.scaler.accepts(norm, strategy.num_targets)
-    return norm
+    return UpdateResult(norm, torch.tensor(True), torch.tensor(False))
 
 
 def _recorded(row: dict[str, Any]) -> Numbers:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -26,11 +26,30 @@ Sums = dict[str, Tensor]  # scalars that add up over micro-batches and processes
 NUM_TARGETS = "num_targets"
 
 
+class Model(Protocol):
+    """What `Objective.updates` may ask of a model of the run. All processes must ask for the same."""
+
+    def infer(self, batch: Batch) -> Outputs:
+        """Returns the outputs for a micro-batch, without a graph, on every process: those of the training pass of the
+        same rows, which draws the same numbers."""
+        ...
+
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        """Returns the rows of all processes in the run's order: the same matrix on any topology. `rows`: [n, ...], this
+        process's share of a step, of all its micro-batches."""
+        ...
+
+    def local_rows(self, rows: Tensor, count: int) -> Tensor:
+        """Returns this process's `count` rows of what `gather_rows` returned."""
+        ...
+
+
 class Update(NamedTuple):
     """One update of one model: the batches it learns from, and what it learns."""
 
     batches: Sequence[Batch]
     objective: Objective
+    model: str = "model"
 
 
 class Objective:
@@ -73,6 +92,9 @@ class Objective:
         """Returns the `summary` of a training step, which may be without any target: then it has no loss either."""
         return self.summary(sums) if sums[NUM_TARGETS] else {"loss": 0.0}
 
-    def updates(self, batches: Sequence[Batch]) -> Iterator[Update]:
-        """Yields what a step consists of; each update is done before the next is asked for. By default there is one."""
+    def updates(self, batches: Sequence[Batch], models: Mapping[str, Model]) -> Iterator[Update]:
+        """Yields what a step consists of; each update is done before the next is asked for. By default there is one.
+
+        `batches` are this process's micro-batches, on the CPU. What is not a sum over rows is computed here, by asking
+        `models["model"]`, and handed on as a field of the batches that are yielded."""
         yield Update(batches, self)

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from trainer.checkpoint.pieces import Fragment
 from trainer.models import ModelFactory
-from trainer.objectives import Batch, Objective, Sums
+from trainer.objectives import Batch, Model, Objective, Sums
 from trainer.strategies.timer import ForwardTimer
 
 OptimizerFactory = Callable[[nn.Module], torch.optim.Optimizer]
 
 
-class Update(NamedTuple):
+class UpdateResult(NamedTuple):
     """Both stay on the device until somebody reads them."""
 
     grad_norm: Tensor  # global norm before clipping, float32 scalar
@@ -29,7 +29,7 @@ class Update(NamedTuple):
     bad: Tensor  # bool scalar: the norm reached the limit or is not a number, as in a step that a rank abandoned
 
 
-class Strategy(Protocol):
+class Strategy(Model, Protocol):
     objective: Objective
     timer: ForwardTimer
 
@@ -45,7 +45,7 @@ class Strategy(Protocol):
         changes nothing on any."""
         ...
 
-    def update(self, lr: float, limit: Tensor | float = math.inf) -> Update:
+    def update(self, lr: float, limit: Tensor | float = math.inf) -> UpdateResult:
         """Unscale, clip, step, zero. A step whose gradient norm is not below `limit`, or that has no target on any
         process, changes nothing."""
         ...

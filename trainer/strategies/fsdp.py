@@ -22,7 +22,7 @@ from trainer.errors import TrainingError
 from trainer.models import ModelFactory, materialise, without_values
 from trainer.optim.groups import names
 from trainer.precision import DTYPES, Precision
-from trainer.strategies.base import Update
+from trainer.strategies.base import UpdateResult
 from trainer.strategies.layers import prepare, raise_if_scalars
 from trainer.strategies.tensor import TensorParallel
 from trainer.strategies.used import Used
@@ -68,7 +68,7 @@ class FSDP(TensorParallel):
             self.used.watch_groups(model)
         return super().wrap(model)
 
-    def update(self, lr: float, limit: Tensor | float = math.inf) -> Update:
+    def update(self, lr: float, limit: Tensor | float = math.inf) -> UpdateResult:
         if self.used:  # what no process has used was filled up with zeros, too
             for name in self.used.nowhere():
                 self.model.get_parameter(name).grad = None

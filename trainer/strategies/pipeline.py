@@ -7,7 +7,7 @@ all-reduce of our own or by FSDP2 with parameters that stay gathered, the two wa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle, get_schedule_class
 from torch.distributed.tensor import DTensor, Partial, Replicate
-from torch.utils._pytree import tree_leaves, tree_structure, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_map, tree_structure, tree_unflatten
 
 from trainer import fault_points
 from trainer.config import strategy as schema
@@ -27,8 +27,8 @@ from trainer.errors import ConfigError
 from trainer.models import ModelFactory, materialise, without_values
 from trainer.objectives import Batch, Objective, Outputs, Sums, Totals
 from trainer.optim.groups import names
-from trainer.randomness import seed_torch
 from trainer.strategies.buckets import add_up
+from trainer.strategies.buffers import untouched
 from trainer.strategies.filling import cut_back, rows_from, rows_of
 from trainer.strategies.fsdp import shard
 from trainer.strategies.layers import prepare
@@ -203,8 +203,7 @@ class Pipeline(TensorParallel):
             return loss * self.loss_scale
 
         self.loss = loss
-        # For models that draw from torch's generator: the same draws in every life of the run.
-        seed_torch(int(batch["draws"][0]) if rows else 0, self.topology.device)
+        self._seed(batch)
         try:
             self._schedule(count, size).step(target=torch.arange(count), return_outputs=False)
         except RuntimeError as error:  # torch wraps what happens in a part
@@ -241,8 +240,10 @@ class Pipeline(TensorParallel):
 
     def _outputs(self, leaves: Tensor | tuple[Tensor, ...]) -> Outputs:
         """What the objective is given of what the last part gives."""
-        structure = tree_structure(self.measured.outputs)
-        return self.outputs(tree_unflatten(leaves if isinstance(leaves, tuple) else [leaves], structure))
+        return self.outputs(self._tree(leaves if isinstance(leaves, tuple) else [leaves]))
+
+    def _tree(self, leaves: Iterable[Tensor]) -> Outputs:
+        return tree_unflatten(leaves, tree_structure(self.measured.outputs))
 
     def _hidden(self, rows: int) -> Tensor:
         """What passes between the parts for that many sequences, on the meta device."""
@@ -265,13 +266,41 @@ class Pipeline(TensorParallel):
 
     @torch.no_grad()
     def eval_step(self, batch: Batch) -> Sums:
-        """One pass through the parts in their order; the batches of an evaluation follow each other in the pipeline."""
+        """The batches of an evaluation follow each other in the pipeline."""
         if not self.parallel:
             return super().eval_step(batch)
-        rows, counts, x = rows_of(batch), self.objective.counts(batch), None
+        counts = self.objective.counts(batch)
+        self.model.eval()
+        outputs, on_device = self._through(batch)
+        self.model.train()
+        if outputs is not None:
+            return self.evaluated(outputs, on_device, counts)
+        sums = Sums()
+        self._name(sums, [*counts, *self.measured.metrics[1]])
+        return sums
+
+    @torch.no_grad()
+    def infer(self, batch: Batch) -> Outputs:
+        if not self.parallel:
+            return super().infer(batch)
+        self._seed(batch)
+        with untouched(self.model):
+            outputs, _ = self._through(batch)
+        source = self.host(len(self.parts) - 1)
+        leaves = [_rows(leaf, rows_of(batch)) for leaf in tree_leaves(self.measured.outputs)]
+        if outputs is None:
+            outputs = self._tree([torch.empty_like(leaf, device=self.topology.device) for leaf in leaves])
+        outputs = tree_map(torch.Tensor.contiguous, outputs)
+        for leaf in tree_leaves(outputs):
+            dist.broadcast(leaf, group=self.group, group_src=source)
+        return outputs
+
+    def _through(self, batch: Batch) -> tuple[Outputs | None, Batch]:
+        """One pass of a batch through the parts in their order. Returns the outputs where the last part is, None
+        elsewhere, and the batch on the device."""
+        rows, x = rows_of(batch), None
         spare = None if rows else self.spare()
         filled = to_device(rows_from(batch, 0, rows or self.options.micro_batch, spare), self.topology.device)
-        self.model.eval()
         for part in range(len(self.parts)):
             before, here = self.host(max(0, part - 1)), self.host(part)
             if self.position == before != here:
@@ -287,12 +316,8 @@ class Pipeline(TensorParallel):
             for module in stage.modules():
                 if isinstance(module, FSDPModule):
                     module.reshard()
-        self.model.train()
-        if len(self.parts) - 1 in self.stages:
-            return self.evaluated(cut_back(self._outputs(x), rows), cut_back(filled, rows), counts)  # type: ignore[arg-type]
-        sums = Sums()
-        self._name(sums, [*counts, *self.measured.metrics[1]])
-        return sums
+        outputs = cut_back(self._outputs(x), rows) if len(self.parts) - 1 in self.stages else None  # type: ignore[arg-type]
+        return outputs, cut_back(filled, rows)
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Each weight goes from the first process that has it to the main one."""

@@ -22,7 +22,7 @@ from trainer.objectives import NUM_TARGETS, Batch, Objective, Outputs, Sums, Tot
 from trainer.optim.conditional import step_unless
 from trainer.precision import Precision
 from trainer.randomness import seed_torch
-from trainer.strategies.base import OptimizerFactory, Update
+from trainer.strategies.base import OptimizerFactory, UpdateResult
 from trainer.strategies.buffers import Buffers, untouched
 from trainer.strategies.filling import cut_back, rows_from, rows_of
 from trainer.strategies.layers import prepare
@@ -69,8 +69,8 @@ class Single:
         self.optimizer = optimizer_factory(self.model)
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         layout = self.topology.layout
-        replicas = self.topology.mesh()["data"].get_group() if layout.processes > 1 else None
-        self.buffers = Buffers(self.model, self.topology.dp_size, replicas)
+        self.replicas = self.topology.mesh()["data"].get_group() if layout.processes > 1 else None
+        self.buffers = Buffers(self.model, self.topology.dp_size, self.replicas)
         self.wrapped = self.wrap(self.model)
 
     def build(self, model_factory: ModelFactory) -> nn.Module:
@@ -117,8 +117,7 @@ class Single:
         totals, sums = self.totals_of(micro_batches, objective, abandoned)
         self.buffers.remember()
         for number, batch in enumerate(micro_batches, 1):
-            # For models that draw from torch's generator: the same draws in every life of the run.
-            seed_torch(int(batch["draws"][0]) if len(batch["draws"]) else 0, self.topology.device)
+            self._seed(batch)
             with self.sync(last=number == len(micro_batches)):
                 with self.timer.running():
                     loss, part = objective.loss(*self.computed(self.wrapped, batch), totals)
@@ -186,7 +185,7 @@ class Single:
         """What the objective is given of what the model gives."""
         return tree_map(self.whole, outputs)
 
-    def update(self, lr: float, limit: Tensor | float = math.inf) -> Update:
+    def update(self, lr: float, limit: Tensor | float = math.inf) -> UpdateResult:
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         self.scaler.unscale(gradients)
         norm = self.norm(gradients)
@@ -200,12 +199,47 @@ class Single:
         step_unless(self.optimizer, skipped)
         self.optimizer.zero_grad(set_to_none=True)
         self.buffers.settle(skipped)
-        return Update(norm, skipped, bad & (not overflow))
+        return UpdateResult(norm, skipped, bad & (not overflow))
 
     def judged(self, norm: Tensor, limit: Tensor | float) -> tuple[Tensor, Tensor]:
         """Whether the norm is too large or no number, and whether there was no target at all or the step was abandoned
         (where all ranks did so, there is no gradient that could show it)."""
         return (norm < limit).logical_not(), (self.num_targets > 0).logical_not().to(norm.device)
+
+    @torch.no_grad()
+    def infer(self, batch: Batch) -> Outputs:
+        self._seed(batch)
+        with untouched(self.model):
+            return self.computed(self.model, batch)[0]
+
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        if self.topology.dp_size == 1:
+            return rows
+        present = self._present(len(rows))
+        padded = rows.new_zeros((max(present), *rows.shape[1:]))
+        padded[: len(rows)] = rows
+        gathered = [torch.empty_like(padded) for _ in present]
+        dist.all_gather(gathered, padded, group=self.replicas)
+        return torch.stack(gathered, dim=1)[_interleaved(present).to(rows.device)]
+
+    def local_rows(self, rows: Tensor, count: int) -> Tensor:
+        if self.topology.dp_size == 1:
+            return rows
+        places = _interleaved(self._present(count))
+        of_rank = torch.arange(places.shape[1]).expand_as(places)[places]
+        return rows[(of_rank == self.topology.dp_rank).to(rows.device)]
+
+    def _present(self, count: int) -> list[int]:
+        """How many rows of a step each replica has: what cannot be read is left out of them."""
+        if not self.options.unequal:
+            return [count] * self.topology.dp_size
+        counts = [torch.zeros((), dtype=torch.int64, device=self.topology.device) for _ in range(self.topology.dp_size)]
+        dist.all_gather(counts, torch.tensor(count, device=self.topology.device), group=self.replicas)
+        return [int(count) for count in counts]
+
+    def _seed(self, batch: Batch) -> None:
+        """For models that draw from torch's generator: the same draws in every attempt of the run."""
+        seed_torch(int(batch["draws"][0]) if rows_of(batch) else 0, self.topology.device)
 
     @torch.no_grad()
     def eval_step(self, batch: Batch) -> Sums:
@@ -279,6 +313,11 @@ class Single:
         for parameter in new:
             for value in self.optimizer.state[parameter].values():
                 value.copy_(torch.zeros_like(plain(value)))
+
+
+def _interleaved(present: Sequence[int]) -> Tensor:
+    """Which rows are there, bool [rows, replicas], in the run's order: row k of a step is that of replica k mod n."""
+    return torch.arange(max(present))[:, None] < torch.tensor(list(present))
 
 
 def plain(tensor: Tensor) -> Tensor:

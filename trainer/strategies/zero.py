@@ -20,7 +20,7 @@ from trainer.config import strategy as schema
 from trainer.models import ModelFactory, without_values
 from trainer.objectives import Batch, Outputs
 from trainer.optim.groups import names
-from trainer.strategies.base import OptimizerFactory, Update
+from trainer.strategies.base import OptimizerFactory, UpdateResult
 from trainer.strategies.layers import prepare, raise_if_scalars
 from trainer.strategies.single import Single
 from trainer.strategies.used import Used
@@ -121,7 +121,7 @@ class Zero(Single):
     def backward(self, loss: Tensor, last: bool) -> None:
         self.engine.backward(loss, scale_wrt_gas=False)
 
-    def update(self, lr: float, limit: Tensor | float = math.inf) -> Update:
+    def update(self, lr: float, limit: Tensor | float = math.inf) -> UpdateResult:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.limit = limit
@@ -133,7 +133,7 @@ class Zero(Single):
             self.engine.zero_grad()
         bad, empty = self.judged(self.measured, limit)
         self.buffers.settle(bad | empty)
-        return Update(self.measured, bad | empty, bad)
+        return UpdateResult(self.measured, bad | empty, bad)
 
     def accepts(self, norm: Tensor) -> bool:
         """Whether the step with this gradient norm is to be done. Here the host waits for the device, once a step."""
