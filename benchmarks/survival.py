@@ -23,6 +23,7 @@ from trainer import fault_points, loop, run
 from trainer.build import build
 from trainer.config.compose import load
 from trainer.data.stream import StepData
+from trainer.job import Job
 from trainer.resilience.guard import Guard
 
 BLOCK, BLOCKS = 20, 31
@@ -37,7 +38,7 @@ CONFIG = (
 class Switching:
     """The run's stream, which switches at each block and keeps the time of the last one."""
 
-    def __init__(self, stream: Any, job: loop.Job, watchdog: Any):
+    def __init__(self, stream: Any, job: Job, watchdog: Any):
         self.stream, self.job, self.watchdog = stream, job, watchdog
         self.activities, self.born, self.watchdog_share = list(watchdog.activities), time.perf_counter(), 0.0
         self.loss_s, mean_loss = 0.0, loop.mean_loss
@@ -72,7 +73,7 @@ class Switching:
 def measure() -> dict[str, Any]:
     found: list[Switching] = []
 
-    def built(*arguments: Any) -> loop.Job:
+    def built(*arguments: Any) -> Job:
         job, watchdog = build(*arguments), arguments[7]
         job.stream = Switching(job.stream, job, watchdog)  # type: ignore[assignment]
         found.append(job.stream)  # type: ignore[arg-type]

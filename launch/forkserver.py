@@ -35,6 +35,7 @@ def main() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, OURS)  # what is sent to a rank before it is one waits for it
     import_module("torch._dynamo")  # which optimizers import
     import_module("trainer.run")
+    import_module("trainer.registry").import_all()
     server = Server(socket.socket(fileno=int(sys.argv[1])))
     try:
         server.serve()

@@ -89,7 +89,7 @@ def _model(config: Config, subject: Subject) -> Iterator[Line]:
 
 def _schedule(config: Config) -> Iterator[Line]:
     from launch.planning.chart import rows
-    from trainer.build import plugin
+    from trainer.registry import plugin
 
     steps = config.train.steps
     curve = plugin(config, "schedule")(config.schedule, config.optimizer.lr, steps)

@@ -9,7 +9,6 @@ import platform
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -17,28 +16,21 @@ from torch import nn
 
 from trainer import __version__
 from trainer.checkpoint.save import Saver
-from trainer.config import Config, schema
-from trainer.config.check import import_plugin
+from trainer.config import Config
 from trainer.config.interval import Interval
 from trainer.data.stream import Stream
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError
-from trainer.extras import without_apex, without_torchao
+from trainer.extras import without_torchao
 from trainer.facts import Facts
 from trainer.files import replace_file
 from trainer.folder import CHECKPOINTS, Identity, RunFolder
 from trainer.inputs import Inputs
-from trainer.loop import Job
-from trainer.models import Fill, ModelFactory, huggingface, of_type
-from trainer.models.gpt import GPT
-from trainer.objectives.causal_lm import CausalLM
-from trainer.optim.adamw import adamw, missing
+from trainer.job import Job
+from trainer.models import Fill, ModelFactory, of_type
 from trainer.optim.ema import track_average
-from trainer.optim.lion import lion
-from trainer.optim.muon import muon
-from trainer.optim.schedule import constant, linear, warmup_cosine, wsd
 from trainer.precision import DTYPES, Precision
-from trainer.protocol import watched
+from trainer.registry import missing, plugin
 from trainer.resilience.agreement import AgreedStream
 from trainer.resilience.guard import Guard
 from trainer.resilience.interruption import Requests
@@ -48,13 +40,8 @@ from trainer.resilience.stragglers import RANKS, Stragglers
 from trainer.resilience.timeledger import TimeLedger
 from trainer.resilience.watchdog import Activity, Watchdog
 from trainer.strategies.base import Strategy
-from trainer.strategies.ddp import DDP
-from trainer.strategies.fsdp import FSDP, HSDP
 from trainer.strategies.layers import in_fp8
-from trainer.strategies.pipeline import Pipeline
-from trainer.strategies.single import Single, StepOptions
-from trainer.strategies.zero import Zero
-from trainer.strategies.zero_engine import INSTALL
+from trainer.strategies.single import StepOptions
 from trainer.topology import Topology
 from trainer.tracking import JsonLines, RunInfo, Tracker, Trackers
 from trainer.tracking.aside import Aside
@@ -63,20 +50,6 @@ from trainer.tracking.disk import Disk
 from trainer.tracking.journal import Journal
 from trainer.tracking.wandb import WandB
 from trainer.utilization import Meter
-
-PLUGINS: dict[str, dict[str, Any]] = {
-    "model": {"gpt": GPT, "llama": huggingface.Llama, "gpt2": huggingface.GPT2},
-    "objective": {"causal_lm": CausalLM},
-    "strategy": {"single": Single, "ddp": DDP, "fsdp": FSDP, "hsdp": HSDP, "pipeline": Pipeline, "zero": Zero},
-    "optimizer": {"adamw": adamw, "lion": lion, "muon": muon},
-    "schedule": {"warmup_cosine": warmup_cosine, "linear": linear, "constant": constant, "wsd": wsd},
-}
-
-
-def plugin(config: Config, group: str) -> Any:
-    """The class or function behind the option of a group, built in or the user's."""
-    name = getattr(config, group).name
-    return PLUGINS[group].get(name) or import_plugin(f"{group}.name", name, config.run.plugins)
 
 
 def model_factory(
@@ -109,12 +82,7 @@ def check_machine(config: Config, device: torch.device) -> None:
             problems.append(f"precision.compute=fp8: {reason}; nearest: precision=bf16")
     except ConfigError as error:
         problems += error.problems
-    if isinstance(config.strategy, schema.Zero) and find_spec("deepspeed") is None:
-        problems.append(f"strategy=zero: DeepSpeed is not installed: {INSTALL}; nearest: strategy=fsdp")
-    if isinstance(config.optimizer, schema.AdamW) and (problem := missing(config.optimizer)):
-        problems.append(problem)
-    if getattr(config.model, "fused_norm", False) and (reason := without_apex("FusedLayerNorm")):
-        problems.append(f"model.fused_norm=true: {reason}; nearest: model.fused_norm=false")
+    problems += missing(config)
     if problems:
         raise ConfigError(problems)
 
@@ -124,16 +92,13 @@ def build_strategy(
 ) -> Strategy:
     """The strategy, set up: model on its device, with its own initial values or those given, optimizer made. `loaded`:
     a checkpoint's values follow, so the model has none."""
-    tokenizer = inputs.tokenizer
-    facts = Facts.of(config, tokenizer, inputs.stream.share.example)
-    objective = watched(config, plugin(config, "objective")(config.objective, facts))
     train = config.train
     precision = Precision.resolve(config.precision, topology.device)
     strategy = plugin(config, "strategy")(
         config.strategy,
         topology,
         precision,
-        objective,
+        inputs.objective,
         StepOptions(
             train.clip_norm,
             train.activation_checkpointing,
@@ -142,7 +107,7 @@ def build_strategy(
             unequal=inputs.stream.share.tolerant,
         ),
     )
-    factory = model_factory(config, tokenizer, inputs.stream.share.example, given, loaded)
+    factory = model_factory(config, inputs.tokenizer, inputs.stream.share.example, given, loaded)
     if precision.compute == "fp8":
         build = factory.build
         factory = replace(factory, build=lambda: in_fp8(build()))

@@ -19,6 +19,7 @@ from trainer.data.index import Summary
 from trainer.data.mixture import Mixture
 from trainer.data.order import ORDER
 from trainer.data.packing import Packed
+from trainer.data.prepared import Prepared
 from trainer.data.samples import Recipe, Samples
 from trainer.data.shards import Shards, from_json
 from trainer.data.spec import file_name
@@ -29,8 +30,12 @@ from trainer.data.tokenizer import Tokenizer
 from trainer.data.tokens import TokenLine
 from trainer.data.validation import Validation
 from trainer.errors import ConfigError, DataError, OnecurveError
+from trainer.facts import Facts
 from trainer.files import read_file
 from trainer.folder import CATALOGUE, restarted
+from trainer.objectives import Objective, prepares
+from trainer.protocol import watched
+from trainer.registry import plugin
 from trainer.secrets import masked, shown
 from trainer.topology import ALONE, Topology, raise_open_files
 
@@ -82,11 +87,13 @@ class Found:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What training reads, what it is judged by, and the tokenizer of both."""
+    """What training reads, what it is judged by, the tokenizer of both, and the objective, which makes examples of
+    their rows."""
 
     stream: Stream
     validation: Validation | None
     tokenizer: Tokenizer
+    objective: Objective
     catalogue: dict[str, Any]
     """By source what a later life of the run is to find again, JSON-able: its fingerprint, its shards' summaries."""
 
@@ -131,11 +138,16 @@ def open_shards(config: Config, topology: Topology) -> Found:
 def open_inputs(config: Config, topology: Topology, found: Found) -> Inputs:
     """What training reads of the shards that were found; text is encoded here, once. Raises as `open_shards` does."""
     data, opening = config.data, _Opening(config, topology)
+    facts = Facts.of(config, found.tokenizer, lambda: share.example())
+    objective = watched(config, plugin(config, "objective")(config.objective, facts))
     sources = [opening.attempt(partial(opening.source, shards, found.tokenizer)) for shards in found.training.values()]
     judged = None
     if found.held_out is not None:
         judged = opening.attempt(partial(opening.source, found.held_out, found.tokenizer, held_out=True))
     opening.settle()
+    if prepares(objective):
+        sources = [Prepared(source, objective.example) for source in sources]
+        judged = judged and Prepared(judged, objective.example)
     parts = [Part(source, data.lanes, data.window, config.run.seed) for source in sources]
     batches = Batches(config.train.global_batch, config.train.batch_ramp)
     share = Share(
@@ -166,7 +178,7 @@ def open_inputs(config: Config, topology: Topology, found: Found) -> Inputs:
         }
         for (name, shards), source in zip(found.training.items(), sources, strict=True)
     }
-    return Inputs(stream, validation, found.tokenizer, catalogue)
+    return Inputs(stream, validation, found.tokenizer, objective, catalogue)
 
 
 class _Opening:

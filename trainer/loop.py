@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -15,81 +14,21 @@ from torch import Tensor
 
 from trainer.checkpoint.load import newest
 from trainer.checkpoint.plan import fingerprint_of
-from trainer.checkpoint.save import Saver
-from trainer.config import Config
 from trainer.config.interval import Interval
-from trainer.data.stream import StepData, Stream
-from trainer.data.validation import Validation
+from trainer.data.stream import StepData
 from trainer.errors import Interrupted, TrainingError
 from trainer.fault_points import point
-from trainer.folder import Identity, RunFolder
+from trainer.job import Job, Progress
 from trainer.objectives import NUM_TARGETS, Objective, Sums
-from trainer.optim.schedule import Schedule
 from trainer.resilience import interruption
-from trainer.resilience.agreement import AgreedStream
-from trainer.resilience.guard import Guard, Rollback
-from trainer.resilience.interruption import SAVE, STOP, Requests
-from trainer.resilience.quarantine import Quarantine
+from trainer.resilience.guard import Rollback
+from trainer.resilience.interruption import SAVE, STOP
 from trainer.resilience.recovery import compare_replicas, judge, part_ways, restore, wait_for_save
-from trainer.resilience.replicas import Replicas
-from trainer.resilience.stragglers import Stragglers
-from trainer.resilience.timeledger import TimeLedger
 from trainer.step import do_step
 from trainer.strategies.base import Strategy, UpdateResult
-from trainer.topology import Topology
 from trainer.tracking import Row
-from trainer.tracking.journal import Journal
-from trainer.utilization import Meter
 
 VOTE_SECONDS = 5.0  # a request from outside waits no longer than this (or one step) for its vote
-
-
-@dataclass
-class Progress:
-    """Where the run stands; saved with every checkpoint."""
-
-    step: int = 0
-    tokens: int = 0
-    samples: int = 0
-
-
-@dataclass
-class Job:
-    """Everything the loop talks to. `build.py` makes it."""
-
-    config: Config
-    topology: Topology
-    strategy: Strategy
-    schedule: Schedule
-    stream: Stream | AgreedStream
-    validation: Validation | None
-    saver: Saver
-    requests: Requests
-    journal: Journal
-    quarantine: Quarantine
-    guard: Guard
-    replicas: Replicas
-    stragglers: Stragglers
-    meter: Meter
-    clock: TimeLedger
-    folder: RunFolder
-    identity: Identity  # goes into each checkpoint's manifest
-    born: float  # `time.monotonic()` of the start; of the launcher, where it restarts the run
-    time_limit: float  # seconds since then; then the run stops as if it was asked to
-    closed: bool = False
-
-    @property
-    def models(self) -> Mapping[str, Strategy]:
-        return {"model": self.strategy}
-
-    def close(self) -> None:
-        """Ends threads and lets go of the process group; once."""
-        if self.closed:
-            return
-        self.closed = True
-        self.stream.close()
-        self.saver.close()
-        self.strategy.close()
 
 
 @dataclass
@@ -335,12 +274,16 @@ def evaluate(job: Job) -> dict[str, float] | None:
     because a stop is asked for."""
     assert job.validation is not None
     totals, pace, voted, next_vote = Sums(), VOTE_SECONDS, None, 1
+    rows: dict[str, list[Tensor]] = {}
     with closing(job.validation.batches(partial(gives_up, job))) as batches:
         for number, batch in enumerate(batches, 1):
             job.clock.progressed()
             point("eval.batch")
-            for name, value in job.strategy.eval_step(batch).items():
+            sums, of_batch = job.strategy.eval_step(batch)
+            for name, value in sums.items():
                 totals[name] = totals[name] + value if name in totals else value
+            for name, value in of_batch.items():
+                rows.setdefault(name, []).append(value)
             if number == next_vote:
                 votes = vote(job, pace)
                 if votes["stop"] > 0:
@@ -350,10 +293,11 @@ def evaluate(job: Job) -> dict[str, float] | None:
                 voted = number, time.monotonic()
                 next_vote += max(1, int(VOTE_SECONDS / votes["pace"]))
     totals["gave_up"] = torch.tensor(float(job.requests.gave_up))
-    sums = job.strategy.reduce({name: value.reshape(1) for name, value in totals.items()})
-    if sums.pop("gave_up")[0] > 0:
+    measured = job.strategy.reduce({name: value.reshape(1) for name, value in totals.items()})
+    if measured.pop("gave_up")[0] > 0:
         return None
-    return job.strategy.objective.summary({name: value[0] for name, value in sums.items()})
+    gathered = {name: job.strategy.gather_rows(torch.cat(parts)).cpu() for name, parts in rows.items()}
+    return job.strategy.objective.summary({name: value[0] for name, value in measured.items()}, gathered)
 
 
 def save(job: Job, progress: Progress, row: Row | None, must: bool) -> None:

@@ -7,9 +7,9 @@ it should is seen on one batch: `Watched` looks at the first sums of an objectiv
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,8 @@ from torch import Tensor, nn
 from trainer.config import Config
 from trainer.config.check import import_plugin
 from trainer.errors import ConfigError
-from trainer.objectives import NUM_TARGETS, Batch, Objective, Outputs, Sums, Totals
-
-if TYPE_CHECKING:
-    from trainer.loop import Job
+from trainer.job import Job
+from trainer.objectives import NUM_TARGETS, Batch, Model, Objective, Outputs, Sums, Totals, Update
 
 MADE_OF = {
     "model": ("config", "facts"),
@@ -34,7 +32,9 @@ METHODS = {
         "counts": ("batch",),
         "loss": ("outputs", "batch", "totals"),
         "evaluate": ("outputs", "batch"),
-        "summary": ("sums",),
+        "rows": ("outputs", "batch"),
+        "summary": ("sums", "rows"),
+        "example": ("row", "draw"),
         "updates": ("batches", "models"),
     },
 }
@@ -62,9 +62,10 @@ def rehearse(job: Job) -> None:
     if job.folder.found or job.validation is None or not (_is_users(config, "objective") or _is_users(config, "model")):
         return
     with closing(job.validation.batches()) as batches:
-        sums = job.strategy.eval_step(next(batches))
+        sums, rows = job.strategy.eval_step(next(batches))
     totals = job.strategy.reduce({name: value.reshape(1) for name, value in sums.items()})
-    numbers = job.strategy.objective.summary({name: value[0] for name, value in totals.items()})
+    gathered = {name: job.strategy.gather_rows(value).cpu() for name, value in rows.items()}
+    numbers = job.strategy.objective.summary({name: value[0] for name, value in totals.items()}, gathered)
     if not (isinstance(numbers, Mapping) and "loss" in numbers and all(map(_is_number, numbers.values()))):
         wanted = "numbers by name, `loss` among them"
         raise ConfigError(f"objective.name={config.objective.name}: `summary` should return {wanted}, not {numbers!r}")
@@ -111,6 +112,10 @@ class Watched:
         sums = self.evaluate(outputs, batch)
         self._check_sums("evaluate", sums)
         return sums
+
+    def updates(self, batches: Sequence[Batch], models: Mapping[str, Model]) -> Iterator[Update]:
+        for update in self._objective.updates(batches, models):
+            yield update._replace(objective=cast(Objective, self)) if update.objective is self._objective else update
 
     def _check_sums(self, method: str, sums: Any) -> None:
         wanted = "a dict of scalar tensors, sums over the batch"

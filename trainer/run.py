@@ -26,6 +26,7 @@ from trainer.files import replace_file
 from trainer.folder import RunFolder, settle, will_restart
 from trainer.given import open_given
 from trainer.inputs import open_inputs, open_shards
+from trainer.job import Job
 from trainer.models import pretrained
 from trainer.processes import tell_attempt
 from trainer.protocol import check_plugins, rehearse
@@ -118,7 +119,7 @@ def _tell_recipe(config: Config) -> None:
 
 
 def _told(
-    failure: BaseException, config: Config, topology: Topology, folder: RunFolder, job: loop.Job | None
+    failure: BaseException, config: Config, topology: Topology, folder: RunFolder, job: Job | None
 ) -> OnecurveError:
     """Tells of a failure once for all ranks; gives the error that this rank ends with."""
     begun = job is not None and job.clock.step > 0

@@ -11,7 +11,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from trainer.build import model_factory, plugin
+from trainer.build import model_factory
 from trainer.checkpoint.load import newest, read
 from trainer.config import Config
 from trainer.config.check import check
@@ -23,6 +23,7 @@ from trainer.files import read_file
 from trainer.folder import CHECKPOINTS
 from trainer.models import without_values
 from trainer.randomness import key
+from trainer.registry import plugin
 from trainer.strategies.base import Strategy
 from trainer.topology import Topology
 

@@ -21,13 +21,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 
 from launch.planning.trace import OUTSIDE, REPRESENTATIVES, Live, Trace, stretched, trace
-from trainer.build import build_optimizer, model_factory, plugin
+from trainer.build import build_optimizer, model_factory
 from trainer.config import Config, schema
 from trainer.facts import Facts
 from trainer.inputs import tokenizer_of
 from trainer.models import of_type
-from trainer.objectives import Batch
+from trainer.objectives import Batch, prepares
 from trainer.precision import Precision
+from trainer.registry import plugin
 from trainer.strategies.layers import prepare
 from trainer.strategies.stages import CUTTABLE, Measured, measure, misplaced, modules_of
 from trainer.strategies.tensor import TensorParallel
@@ -66,12 +67,22 @@ class Subject:
     def __init__(self, config: Config, precision: Precision):
         self.config, self.precision = config, precision
         self.tokenizer = tokenizer_of(config)
-        self.factory = model_factory(config, self.tokenizer, lambda: example(config))
-        facts = Facts.of(config, self.tokenizer, lambda: example(config))
+        self.factory = model_factory(config, self.tokenizer, lambda: self.example)
+        facts = Facts.of(config, self.tokenizer, lambda: self.example)
         self.objective = plugin(config, "objective")(config.objective, facts)
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.built = cache(self._built)
         self.whole = self.built(1, False, False, None)
+
+    @cached_property
+    def example(self) -> Batch:
+        """A batch [1, ...] of the run, made up: what the objective makes of a row of the data."""
+        made = example(self.config)
+        if not prepares(self.objective):
+            return made
+        draws = made.pop("draws")
+        row = self.objective.example({name: value[0] for name, value in made.items()}, 0)
+        return {name: value[None] for name, value in row.items()} | {"draws": draws}
 
     def split(self, strategy: Any, tensor: int, dtype: torch.dtype | None = None) -> Built:
         """The model as one of `tensor` processes has it that share its layers' matrices; with weights of that type."""
@@ -97,7 +108,7 @@ class Subject:
             return model
 
         autocast, factory = self.precision.autocast(), replace(self.factory, build=build)
-        found = measure(factory, self.objective, autocast, self.precision.device)
+        found = measure(factory, autocast, self.precision.device)
         first, *rest = found.blocks
         return replace(found, blocks=[first, *rest[:1] * (count - 2), rest[-1]]) if many else found
 
@@ -210,11 +221,11 @@ class Built:
         precision, objective = self.subject.precision, self.subject.objective
         autocast = precision.autocast(cache=casts_kept)
         saved = released_saved() if released else nullcontext()
-        counts = objective.counts(example(self.subject.config))
+        counts = objective.counts(self.subject.example)
         with self._mesh(), self.subject.fake, recomputing(self.model, blocks, checkpointing), saved:
             batch = {
                 name: torch.zeros((rows, *value.shape[1:]), dtype=value.dtype)
-                for name, value in example(self.subject.config).items()
+                for name, value in self.subject.example.items()
             }
             totals = dict.fromkeys(counts, torch.ones((), dtype=torch.float64))
             model = cast(Any, self.model)
@@ -245,9 +256,7 @@ class Built:
 
     @cached_property
     def _measured_hidden(self) -> Tensor:
-        batch = {
-            name: torch.zeros(value.shape, dtype=value.dtype) for name, value in example(self.subject.config).items()
-        }
+        batch = {name: torch.zeros(value.shape, dtype=value.dtype) for name, value in self.subject.example.items()}
         with torch.no_grad(), self.subject.precision.autocast():
             return cast(Any, self.model).embed(batch)
 

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from tests.strategies.ragged import EPSILON, FACTS, LENGTH, LR, Objective, batch, optimizer
-from trainer.build import plugin
 from trainer.config import Config
 from trainer.config.compose import load
 from trainer.config.pipelines import SCHEDULES
@@ -23,6 +22,7 @@ from trainer.models import ModelFactory, of_type
 from trainer.models.gpt import GPT
 from trainer.objectives.causal_lm import IGNORE
 from trainer.precision import Precision
+from trainer.registry import plugin
 from trainer.strategies.single import Single, StepOptions
 from trainer.topology import Topology
 

@@ -9,9 +9,9 @@ from torch.distributed.tensor import DTensor
 
 from tests.strategies import ragged
 from trainer import topology
-from trainer.build import plugin
 from trainer.config.compose import load
 from trainer.precision import Precision
+from trainer.registry import plugin
 from trainer.strategies.single import Single, StepOptions
 
 

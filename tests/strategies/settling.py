@@ -14,10 +14,10 @@ from torch import nn
 from tests.strategies import ragged
 from tests.zoo import models
 from trainer import topology
-from trainer.build import plugin
 from trainer.config.compose import load
 from trainer.models import ModelFactory
 from trainer.precision import Precision
+from trainer.registry import plugin
 from trainer.strategies.ddp import DDP
 from trainer.strategies.single import StepOptions
 

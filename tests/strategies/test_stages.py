@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from launch.cli import main
-from tests.parity.cells import Objective, factory, rows
+from tests.parity.cells import factory, rows
 from tests.strategies.ragged import FACTS
 from trainer.config.compose import load
 from trainer.errors import ConfigError
@@ -58,7 +58,7 @@ def test_fewer_layers_than_parts() -> None:
 
 
 def test_costs_are_those_of_the_model() -> None:
-    found = measure(made(), Objective(), torch.enable_grad(), torch.device("cpu"))
+    found = measure(made(), torch.enable_grad(), torch.device("cpu"))
     model = made()()
     assert [cost.parameters for cost in found.blocks] == [
         sum(parameter.numel() for parameter in block.parameters()) for block in model.blocks
@@ -93,7 +93,7 @@ def test_parameters_that_a_cut_would_part_are_refused() -> None:
     config = load(MODEL)
     build = partial(Misplaced, config.model, FACTS)
     with pytest.raises(ConfigError, match=r"Misplaced cannot be cut: scale, blocks.0.mlp_norm.weight, blocks.0.mlp_n"):
-        measure(replace(made(), build=build), Objective(), torch.enable_grad(), torch.device("cpu"))
+        measure(replace(made(), build=build), torch.enable_grad(), torch.device("cpu"))
 
 
 def test_names_stay() -> None:

@@ -12,9 +12,9 @@ import torch
 from tests.parity import cells
 from tests.strategies import ragged
 from trainer import topology
-from trainer.build import plugin
 from trainer.config.compose import load
 from trainer.precision import Precision
+from trainer.registry import plugin
 from trainer.strategies.single import StepOptions
 
 

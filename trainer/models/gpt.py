@@ -19,6 +19,12 @@ from trainer.models.dropout import dropout
 from trainer.models.tensor_parallel import Whole
 
 
+def missing(config: schema.GPT) -> str:
+    """Returns what the model needs and this machine does not have; empty if nothing."""
+    reason = without_apex("FusedLayerNorm") if getattr(config, "fused_norm", False) else ""
+    return f"model.fused_norm=true: {reason}; nearest: model.fused_norm=false" if reason else ""
+
+
 class GPT(nn.Module):
     """Maps a batch to logits. `blocks` are the layers that strategies may shard, checkpoint, compile or cut between."""
 
@@ -116,7 +122,7 @@ class Block(nn.Module):
 
 
 def layer_norm(config: schema.GPT) -> nn.Module:
-    """torch's, or Apex's in its place. No run that is to train without it is started (trainer.build.check_machine); who
+    """torch's, or Apex's in its place. No run that is to train without it is started (`missing`); who
     only samples from its weights need not have it."""
     if config.fused_norm and not without_apex("FusedLayerNorm"):
         return importlib.import_module("apex.normalization").FusedLayerNorm(config.width)

@@ -21,6 +21,7 @@ from trainer.facts import Facts
 Batch = dict[str, Tensor]  # tensors [B, ...] by name; always `draws`, int64 [B]: 63 random bits a row
 Outputs = Any  # of a model: a tensor [B, ...], or a dict of them
 Totals = Mapping[str, Tensor]  # float64 scalars on the device
+Rows = dict[str, Tensor]  # [B, ...], numbers of each row
 Sums = dict[str, Tensor]  # scalars that add up over micro-batches and processes
 
 NUM_TARGETS = "num_targets"
@@ -44,6 +45,16 @@ class Model(Protocol):
         ...
 
 
+def prepares(objective: Objective) -> bool:
+    """Returns whether the objective makes examples of the data's rows, rather than taking these as they are."""
+    return objective.__class__.example is not Objective.example
+
+
+def has_rows(objective: Objective) -> bool:
+    """Returns whether an evaluation gathers numbers of each row."""
+    return objective.__class__.rows is not Objective.rows
+
+
 class Update(NamedTuple):
     """One update of one model: the batches it learns from, and what it learns."""
 
@@ -64,6 +75,13 @@ class Objective:
     continues_text = False
     """Whether its models continue a text, so that a finished run is sampled from."""
 
+    def example(self, row: dict[str, Tensor], draw: int) -> dict[str, Tensor]:
+        """Returns what the model learns from a row of the data (tensors by name, without a batch dimension): masked,
+        paired or padded, all rows alike. It is called in the threads that read, must depend on nothing but its
+        arguments, and does not change `row`. `draw`: 63 random bits, the row's own in each epoch; in an evaluation
+        they are always the same."""
+        return row
+
     def counts(self, batch: Batch) -> Mapping[str, float]:
         """Returns numbers of a batch that add up and are known before the forward pass; `batch` is on the CPU.
         `num_targets` is always among them: a step without any changes nothing, and the run's `tokens` are its sum."""
@@ -82,15 +100,21 @@ class Objective:
         one = torch.ones((), dtype=torch.float64, device=batch["draws"].device)
         return self.loss(outputs, batch, defaultdict(lambda: one))[1]
 
-    def summary(self, sums: Mapping[str, float]) -> dict[str, float]:
+    def rows(self, outputs: Outputs, batch: Batch) -> Rows:
+        """Returns what an evaluation needs of each row, [B, ...] by name, for measures that are no sums: ranks, F1,
+        correlations. `summary` is given those of all held-out rows, in their order on any topology."""
+        return {}
+
+    def summary(self, sums: Mapping[str, float], rows: Mapping[str, Tensor]) -> dict[str, float]:
         """Returns what the sums of a step, or of an evaluation, mean to a person, by name; `loss` is among them. `sums`
-        are those of `loss`, or of `evaluate`, and the counts. By default each is divided by the number of targets."""
+        are those of `loss`, or of `evaluate`, and the counts. By default each is divided by the number of targets.
+        `rows`: those of `rows`, of the whole evaluation, on the CPU; none of a training step."""
         targets = sums[NUM_TARGETS]
         return {name: value / targets if targets else math.nan for name, value in sums.items() if name != NUM_TARGETS}
 
     def means(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Returns the `summary` of a training step, which may be without any target: then it has no loss either."""
-        return self.summary(sums) if sums[NUM_TARGETS] else {"loss": 0.0}
+        return self.summary(sums, {}) if sums[NUM_TARGETS] else {"loss": 0.0}
 
     def updates(self, batches: Sequence[Batch], models: Mapping[str, Model]) -> Iterator[Update]:
         """Yields what a step consists of; each update is done before the next is asked for. By default there is one.

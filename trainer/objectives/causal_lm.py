@@ -46,7 +46,7 @@ class CausalLM(Objective):
         text = (self._text[:, targets.clamp(min=0)] * (targets != IGNORE)).sum(dim=1)
         return {**super().evaluate(outputs, batch), "bytes": text[0], "chars": text[1]}
 
-    def summary(self, sums: Mapping[str, float]) -> dict[str, float]:
+    def summary(self, sums: Mapping[str, float], rows: Mapping[str, Tensor]) -> dict[str, float]:
         nats = sums["loss"]
         means = {"loss": nats / sums[NUM_TARGETS] if sums[NUM_TARGETS] else math.nan}
         if "chars" in sums:  # of an evaluation

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from trainer.checkpoint.load import OPTIONAL, Found, read
 from trainer.checkpoint.pieces import values
 from trainer.data.stream import StepData
 from trainer.errors import TrainingError
+from trainer.job import Job
 from trainer.resilience.guard import Rollback
 from trainer.strategies.base import Strategy
 
 OPTIMIZER = "optimizer/"
 NAMED = 20  # parameters in an event
-
-if TYPE_CHECKING:
-    from trainer.loop import Job
 
 
 def restore(job: Job, found: Found) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from trainer.checkpoint.pieces import Fragment
 from trainer.models import ModelFactory
-from trainer.objectives import Batch, Model, Objective, Sums
+from trainer.objectives import Batch, Model, Objective, Rows, Sums
 from trainer.strategies.timer import ForwardTimer
 
 OptimizerFactory = Callable[[nn.Module], torch.optim.Optimizer]
@@ -50,8 +50,8 @@ class Strategy(Model, Protocol):
         process, changes nothing."""
         ...
 
-    def eval_step(self, batch: Batch) -> Sums:
-        """Forward only; this rank's sums, of the strategy's own objective."""
+    def eval_step(self, batch: Batch) -> tuple[Sums, Rows]:
+        """Forward only; this rank's sums and rows, of the strategy's own objective."""
         ...
 
     def reduce(self, sums: Mapping[str, Tensor]) -> dict[str, list[float]]:

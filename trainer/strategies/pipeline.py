@@ -25,7 +25,7 @@ from trainer.config import strategy as schema
 from trainer.config.pipelines import SCHEDULES, micro_batches
 from trainer.errors import ConfigError
 from trainer.models import ModelFactory, materialise, without_values
-from trainer.objectives import Batch, Objective, Outputs, Sums, Totals
+from trainer.objectives import Batch, Objective, Outputs, Rows, Sums, Totals, has_rows
 from trainer.optim.groups import names
 from trainer.strategies.buckets import add_up
 from trainer.strategies.buffers import untouched
@@ -60,7 +60,7 @@ class Pipeline(TensorParallel):
         self.schedule, self.mesh = SCHEDULES[self.config.schedule], topology.mesh()
         self.group, self.copies = self.mesh["stage"].get_group(), self.mesh["data"]
         self.position = self.mesh.get_local_rank("stage")
-        self.measured = measure(model_factory, self.objective, self.precision.autocast(), device)
+        self.measured = measure(model_factory, self.precision.autocast(), device)
         self.parts = balance(self.measured, layout.stages * self.config.parts_a_process)
         mine = [part for part in range(len(self.parts)) if self.host(part) == self.position]
         first, last = mine[0] == 0, mine[-1] == len(self.parts) - 1
@@ -104,6 +104,7 @@ class Pipeline(TensorParallel):
             self.used = Used(self.trained, model, device)
             for stage in self.stages.values():
                 self.used.watch_groups(stage)
+        self.names_of: dict[tuple[str, Objective], list[str]] = {}
         self.schedules: dict[tuple[int, int], PipelineScheduleSingle | PipelineScheduleMulti] = {}
         return model
 
@@ -122,9 +123,9 @@ class Pipeline(TensorParallel):
         objective = objective or self.objective
         totals, sums = self.totals_of(micro_batches, objective, abandoned)
         self.buffers.remember()
-        self._name(sums, self.measured.metrics[0])
         for batch, most in zip(micro_batches, self._most_rows(micro_batches), strict=True):
             self._pass(batch, most, objective, totals, sums)
+        self._name(sums, ("loss", objective))
         self._agree_on_gradients()
         gradients = dict(self._gradients())
         if self.topology.dp_size > 1 and not self.sharded:
@@ -133,9 +134,14 @@ class Pipeline(TensorParallel):
             self._add_up([gradients[name] for name in self.tied if name in gradients], self.ends)
         return sums
 
-    def _name(self, sums: Sums, names: Sequence[str]) -> None:
-        """Adds zeros of these names: only the process with the head hears what the objective sums."""
-        for name in names:
+    def _name(self, sums: Sums, of: tuple[str, Objective]) -> None:
+        """Adds zeros of the names that are missing: only the process with the head knows what the objective sums. It
+        tells the others once."""
+        if of not in self.names_of:
+            names = [list(sums)]
+            dist.broadcast_object_list(names, group=self.group, group_src=self.host(len(self.parts) - 1))
+            self.names_of[of] = names[0]
+        for name in self.names_of[of]:
             sums.setdefault(name, torch.zeros((), dtype=torch.float64, device=self.topology.device))
 
     def _agree_on_gradients(self) -> None:
@@ -265,7 +271,7 @@ class Pipeline(TensorParallel):
         return spread_norm(counted, self.topology.device, 1 if self.sharded else self.topology.dp_size)
 
     @torch.no_grad()
-    def eval_step(self, batch: Batch) -> Sums:
+    def eval_step(self, batch: Batch) -> tuple[Sums, Rows]:
         """The batches of an evaluation follow each other in the pipeline."""
         if not self.parallel:
             return super().eval_step(batch)
@@ -273,11 +279,13 @@ class Pipeline(TensorParallel):
         self.model.eval()
         outputs, on_device = self._through(batch)
         self.model.train()
-        if outputs is not None:
-            return self.evaluated(outputs, on_device, counts)
         sums = Sums()
-        self._name(sums, [*counts, *self.measured.metrics[1]])
-        return sums
+        if outputs is not None:
+            sums = self.evaluated(outputs, on_device, counts)
+        self._name(sums, ("evaluate", self.objective))
+        if not has_rows(self.objective):
+            return sums, {}
+        return sums, self.objective.rows(self._everywhere(outputs, rows_of(batch)), on_device)
 
     @torch.no_grad()
     def infer(self, batch: Batch) -> Outputs:
@@ -286,13 +294,16 @@ class Pipeline(TensorParallel):
         self._seed(batch)
         with untouched(self.model):
             outputs, _ = self._through(batch)
-        source = self.host(len(self.parts) - 1)
-        leaves = [_rows(leaf, rows_of(batch)) for leaf in tree_leaves(self.measured.outputs)]
+        return self._everywhere(outputs, rows_of(batch))
+
+    def _everywhere(self, outputs: Outputs | None, rows: int) -> Outputs:
+        """Sends the outputs for so many rows from the process that has them to the others of its pipeline."""
         if outputs is None:
-            outputs = self._tree([torch.empty_like(leaf, device=self.topology.device) for leaf in leaves])
+            empty = [_rows(leaf, rows) for leaf in tree_leaves(self.measured.outputs)]
+            outputs = self._tree([torch.empty_like(leaf, device=self.topology.device) for leaf in empty])
         outputs = tree_map(torch.Tensor.contiguous, outputs)
         for leaf in tree_leaves(outputs):
-            dist.broadcast(leaf, group=self.group, group_src=source)
+            dist.broadcast(leaf, group=self.group, group_src=self.host(len(self.parts) - 1))
         return outputs
 
     def _through(self, batch: Batch) -> tuple[Outputs | None, Batch]:

@@ -18,7 +18,7 @@ from trainer import fault_points
 from trainer.checkpoint.pieces import Fragment
 from trainer.config import strategy as schema
 from trainer.models import ModelFactory
-from trainer.objectives import NUM_TARGETS, Batch, Objective, Outputs, Sums, Totals
+from trainer.objectives import NUM_TARGETS, Batch, Objective, Outputs, Rows, Sums, Totals
 from trainer.optim.conditional import step_unless
 from trainer.precision import Precision
 from trainer.randomness import seed_torch
@@ -230,9 +230,7 @@ class Single:
         return rows[(of_rank == self.topology.dp_rank).to(rows.device)]
 
     def _present(self, count: int) -> list[int]:
-        """How many rows of a step each replica has: what cannot be read is left out of them."""
-        if not self.options.unequal:
-            return [count] * self.topology.dp_size
+        """How many rows each replica has: what cannot be read is left out, and held-out data end somewhere."""
         counts = [torch.zeros((), dtype=torch.int64, device=self.topology.device) for _ in range(self.topology.dp_size)]
         dist.all_gather(counts, torch.tensor(count, device=self.topology.device), group=self.replicas)
         return [int(count) for count in counts]
@@ -242,11 +240,12 @@ class Single:
         seed_torch(int(batch["draws"][0]) if rows_of(batch) else 0, self.topology.device)
 
     @torch.no_grad()
-    def eval_step(self, batch: Batch) -> Sums:
+    def eval_step(self, batch: Batch) -> tuple[Sums, Rows]:
         self.model.eval()
         outputs, on_device = self.computed(self.model, batch)
         self.model.train()
-        return self.evaluated(outputs, on_device, self.objective.counts(batch))
+        sums = self.evaluated(outputs, on_device, self.objective.counts(batch))
+        return sums, self.objective.rows(outputs, on_device)
 
     def evaluated(self, outputs: Outputs, batch: Batch, counts: Mapping[str, float]) -> Sums:
         """Returns this rank's sums of a batch of held-out data: those of the objective, and the counts."""

@@ -18,7 +18,7 @@ from trainer.config.pipelines import SCHEDULES
 from trainer.config.strategy import Pipeline
 from trainer.errors import ConfigError
 from trainer.models import Cuttable, ModelFactory
-from trainer.objectives import Batch, Objective, Outputs
+from trainer.objectives import Batch, Outputs
 from trainer.strategies.buffers import untouched
 from trainer.utilization import flop_counter
 
@@ -48,18 +48,13 @@ class Measured:
     """What passes between the blocks for one sequence, on the meta device."""
     outputs: Outputs
     """Likewise what comes out."""
-    metrics: tuple[list[str], list[str]]
-    """The names of what the objective sums, in a training step and in an evaluation."""
 
 
-def measure(
-    factory: ModelFactory, objective: Objective, autocast: AbstractContextManager[object], device: torch.device
-) -> Measured:
+def measure(factory: ModelFactory, autocast: AbstractContextManager[object], device: torch.device) -> Measured:
     """Runs one sequence through tensors without values: no memory, no time. Raises ConfigError if it cannot be cut."""
     if factory.example is None:
         raise ValueError("a pipeline needs the factory's example of a batch")
     example = factory.example()
-    counts = objective.counts(example)
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.device(device), autocast:
         model = cast(Cuttable, factory.build())
         if missing := [name for name in CUTTABLE if not hasattr(model, name)]:
@@ -81,9 +76,7 @@ def measure(
             x, cost = _costed(lambda x=x, block=block: model.run([block], x, batch), [block])  # type: ignore[misc]
             blocks.append(cost)
         outputs, head = _costed(lambda: model.project(x, batch), modules_of(model, model.head_parts))
-        totals = dict.fromkeys(counts, torch.ones((), dtype=torch.float64))
-        metrics = list(objective.loss(outputs, batch, totals)[1]), list(objective.evaluate(outputs, batch))
-        return Measured(embedding, blocks, head, hidden, tree_map(_empty, outputs), metrics)
+        return Measured(embedding, blocks, head, hidden, tree_map(_empty, outputs))
 
 
 def misplaced(model: Cuttable) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from trainer.strategies.layers import prepare, raise_if_scalars
 from trainer.strategies.single import Single
 from trainer.strategies.used import Used
 from trainer.strategies.zero_engine import (
+    INSTALL,
     cpu_optimizer,
     deepspeed_config,
     flat_tensors,
@@ -250,6 +252,13 @@ def _of_elements(value: Any) -> bool:
 
 def _count(number: float, like: Any) -> Any:
     return torch.full_like(like, number) if isinstance(like, Tensor) else type(like)(number)
+
+
+def missing(config: schema.Zero) -> str:
+    """Returns what the strategy needs and this machine does not have; empty if nothing."""
+    if find_spec("deepspeed"):
+        return ""
+    return f"strategy=zero: DeepSpeed is not installed: {INSTALL}; nearest: strategy=fsdp"
 
 
 def _elements(layer: nn.Module) -> int:

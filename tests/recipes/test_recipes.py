@@ -1,0 +1,153 @@
+"""Recipes that are more than a loss summed over targets: one curve under every strategy, killed and resumed to the bit,
+and what plain torch computes in fp64. Each is one file beside this one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.recipes import contrastive, masked, mixture
+from tests.runs import Run, assert_same_bits, assert_same_curve
+from tests.strategies import ragged
+from tests.zoo import models
+from tests.zoo.cells import Zoo
+from trainer.config import schema
+from trainer.models import ModelFactory, of_type
+from trainer.objectives import Objective
+from trainer.precision import Precision
+from trainer.strategies.single import Single, StepOptions
+from trainer.topology import ALONE
+
+STEPS, SAVED, KILLED = 9, 3, 8
+
+
+@dataclass(frozen=True)
+class Recipe:
+    model: type[models.Net]
+    objective: type[Objective]
+    plain: Callable[[nn.Module, dict[str, Tensor]], Tensor]
+    """The loss of a global batch, as one would write it without onecurve."""
+
+
+def plain_contrastive(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    one, other = model(batch).unbind(dim=1)
+    return nn.functional.cross_entropy(one @ other.T / contrastive.TEMPERATURE, torch.arange(len(one)))
+
+
+def plain_masked(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    return nn.functional.cross_entropy(model(batch).flatten(0, 1), batch["targets"].flatten(), ignore_index=-100)
+
+
+def plain_mixture(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    outputs = model(batch)
+    loss = nn.functional.cross_entropy(outputs["logits"].flatten(0, 1), batch["targets"].flatten(), ignore_index=-100)
+    return loss + mixture.Z_LOSS * outputs["router"].logsumexp(dim=-1).square().mean()
+
+
+RECIPES = {
+    "contrastive": Recipe(contrastive.Encoder, contrastive.Contrastive, plain_contrastive),
+    "masked": Recipe(models.Net, masked.MaskedLM, plain_masked),
+    "mixture": Recipe(mixture.Mixture, mixture.WithZLoss, plain_mixture),
+}
+STRATEGIES = {
+    "single, micro-batch 4": (1, ("strategy=single", "train.micro_batch=4")),
+    "ddp 2": (2, ("strategy=ddp",)),
+    "fsdp 2": (2, ("strategy=fsdp",)),
+    "zero2 2": (2, ("strategy=zero", "strategy.stage=2")),
+    "pipeline 2": (2, ("strategy=pipeline",)),
+}
+QUICK = {("contrastive", "fsdp 2"), ("masked", "single, micro-batch 4"), ("mixture", "pipeline 2")}
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
+    zoo = Zoo(tmp_path_factory.mktemp("recipes")).prepare()
+    (zoo.folder / "objective").mkdir()
+    for name, recipe in RECIPES.items():
+        for group, kind in {"model": recipe.model, "objective": recipe.objective}.items():
+            (zoo.folder / group / f"{name}.yaml").write_text(f"name: {kind.__module__}:{kind.__name__}\n")
+    return zoo
+
+
+def train(zoo: Zoo, name: str, procs: int, *overrides: str, expect: int = 0) -> Run:
+    run = zoo.run(name, procs, overrides)
+    codes, output = zoo.train(run)
+    assert set(codes) == {expect}, output
+    return run
+
+
+@pytest.mark.parametrize(
+    ("recipe", "strategy"),
+    [
+        pytest.param(recipe, strategy, marks=[] if (recipe, strategy) in QUICK else pytest.mark.slow)
+        for recipe in RECIPES
+        for strategy in STRATEGIES
+    ],
+)
+def test_one_curve_killed_and_resumed(recipe: str, strategy: str, zoo: Zoo) -> None:
+    overrides, (procs, where) = (f"model={recipe}", f"objective={recipe}"), STRATEGIES[strategy]
+    name = f"{recipe}-{strategy.replace(' ', '-').replace(',', '')}"
+    alone = train(zoo, f"{name}-alone", 1, *overrides, "strategy=single")
+    whole = train(zoo, name, procs, *overrides, *where)
+    assert_same_curve(whole, alone, STEPS)
+    for row, other in zip(whole.metrics(), alone.metrics(), strict=True):  # what an evaluation gathers, too
+        assert row.get("eval", {}) == pytest.approx(other.get("eval", {}), rel=1e-5)
+    fault = f"debug.faults=[step.after_update:kill:{KILLED}]"
+    killed = train(zoo, f"{name}-killed", procs, *overrides, *where, fault, expect=-9)
+    assert SAVED < killed.last_step() < KILLED
+    assert_same_bits(train(zoo, f"{name}-killed", procs, *overrides, *where), whole)
+    last = whole.metrics()[-1]
+    assert last["eval"].keys() - {"loss"} == last.keys() & last["eval"].keys() - {"loss"}  # recorded while training
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_it_is_what_plain_torch_computes(name: str) -> None:
+    """Losses, gradient norms and weights in fp64; here in four micro-batches, there in one batch."""
+    recipe, steps = RECIPES[name], 4
+    config = recipe.model.Config(name="net")
+    factory = ModelFactory(lambda: of_type(recipe.model(config, ragged.FACTS), torch.float64), seed=5)
+    objective = recipe.objective(recipe.objective.Config(name="goal"), ragged.FACTS)
+    options = StepOptions(clip_norm=0.0, activation_checkpointing="none", compile=False, micro_batch=2)
+    made = Single(schema.Single(name="single"), ALONE, Precision(ALONE.device), objective, options)
+    made.setup(factory, ragged.optimizer)
+    model = factory()
+    optimizer = ragged.optimizer(model)
+    for group in optimizer.param_groups:
+        group["lr"] = ragged.LR
+    for step in range(steps):
+        whole = examples(objective, step)
+        micro_batches = [{key: value[i : i + 2] for key, value in whole.items()} for i in range(0, 8, 2)]
+        (update,) = objective.updates(micro_batches, {"model": made})
+        made.train_step(update.batches, update.objective)
+        loss = recipe.plain(model, whole)
+        loss.backward()
+        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])
+        assert made.update(ragged.LR).grad_norm.item() == pytest.approx(norm.item(), rel=1e-6)
+        optimizer.step()
+        optimizer.zero_grad()
+    for ours, theirs in zip(made.model.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+def examples(objective: Objective, step: int) -> dict[str, Tensor]:
+    whole = ragged.batch(step)
+    rows = [
+        objective.example({"inputs": whole["inputs"][i], "targets": whole["targets"][i]}, 1000 * step + i + 1)
+        for i in range(8)
+    ]
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]} | {"draws": whole["draws"]}
+
+
+def test_each_is_short() -> None:
+    for module in (contrastive, masked, mixture):
+        assert len(Path(module.__file__ or "").read_text().splitlines()) <= 90, module_name(module)
+
+
+def module_name(module: ModuleType) -> str:
+    return module.__name__

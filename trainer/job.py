@@ -1,0 +1,72 @@
+"""A run's objects: what the loop talks to, and where the run stands."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from trainer.checkpoint.save import Saver
+from trainer.config import Config
+from trainer.data.stream import Stream
+from trainer.data.validation import Validation
+from trainer.folder import Identity, RunFolder
+from trainer.optim.schedule import Schedule
+from trainer.resilience.agreement import AgreedStream
+from trainer.resilience.guard import Guard
+from trainer.resilience.interruption import Requests
+from trainer.resilience.quarantine import Quarantine
+from trainer.resilience.replicas import Replicas
+from trainer.resilience.stragglers import Stragglers
+from trainer.resilience.timeledger import TimeLedger
+from trainer.strategies.base import Strategy
+from trainer.topology import Topology
+from trainer.tracking.journal import Journal
+from trainer.utilization import Meter
+
+
+@dataclass
+class Progress:
+    """Where the run stands; saved with every checkpoint."""
+
+    step: int = 0
+    tokens: int = 0
+    samples: int = 0
+
+
+@dataclass
+class Job:
+    """Everything the loop talks to. `build.py` makes it."""
+
+    config: Config
+    topology: Topology
+    strategy: Strategy
+    schedule: Schedule
+    stream: Stream | AgreedStream
+    validation: Validation | None
+    saver: Saver
+    requests: Requests
+    journal: Journal
+    quarantine: Quarantine
+    guard: Guard
+    replicas: Replicas
+    stragglers: Stragglers
+    meter: Meter
+    clock: TimeLedger
+    folder: RunFolder
+    identity: Identity  # goes into each checkpoint's manifest
+    born: float  # `time.monotonic()` of the start; of the launcher, where it restarts the run
+    time_limit: float  # seconds since then; then the run stops as if it was asked to
+    closed: bool = False
+
+    @property
+    def models(self) -> Mapping[str, Strategy]:
+        return {"model": self.strategy}
+
+    def close(self) -> None:
+        """Ends threads and lets go of the process group; once."""
+        if self.closed:
+            return
+        self.closed = True
+        self.stream.close()
+        self.saver.close()
+        self.strategy.close()
