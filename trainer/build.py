@@ -6,7 +6,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -41,7 +41,7 @@ from trainer.resilience.timeledger import TimeLedger
 from trainer.resilience.watchdog import Activity, Watchdog
 from trainer.strategies.base import Strategy
 from trainer.strategies.layers import in_fp8
-from trainer.strategies.single import StepOptions
+from trainer.strategies.single import Single, StepOptions
 from trainer.topology import Topology
 from trainer.tracking import JsonLines, RunInfo, Tracker, Trackers
 from trainer.tracking.aside import Aside
@@ -92,27 +92,33 @@ def build_strategy(
 ) -> Strategy:
     """The strategy, set up: model on its device, with its own initial values or those given, optimizer made. `loaded`:
     a checkpoint's values follow, so the model has none."""
-    train = config.train
-    precision = Precision.resolve(config.precision, topology.device)
-    strategy = plugin(config, "strategy")(
-        config.strategy,
+    strategy = strategy_for(config, topology, inputs)
+    factory = model_factory(config, inputs.tokenizer, inputs.stream.share.example, given, loaded)
+    if strategy.precision.compute == "fp8":
+        build = factory.build
+        factory = replace(factory, build=lambda: in_fp8(build()))
+    strategy.setup(factory, partial(build_optimizer, config))
+    return strategy
+
+
+def strategy_for(config: Config, topology: Topology, inputs: Inputs, frozen: bool = False) -> Single:
+    """The strategy, not yet set up. DeepSpeed shards what has an optimizer: a `frozen` model is FSDP2's there."""
+    train, kind, section = config.train, plugin(config, "strategy"), config.strategy
+    if frozen and (instead := getattr(kind, "instead_for_frozen", None)):
+        kind, section = instead()
+    return kind(
+        section,
         topology,
-        precision,
+        Precision.resolve(config.precision, topology.device),
         inputs.objective,
         StepOptions(
             train.clip_norm,
-            train.activation_checkpointing,
+            "none" if frozen else train.activation_checkpointing,
             train.compile,
             train.micro_batch or train.global_batch // topology.dp_size,
             unequal=inputs.stream.share.tolerant,
         ),
     )
-    factory = model_factory(config, inputs.tokenizer, inputs.stream.share.example, given, loaded)
-    if precision.compute == "fp8":
-        build = factory.build
-        factory = replace(factory, build=lambda: in_fp8(build()))
-    strategy.setup(factory, partial(build_optimizer, config))
-    return strategy
 
 
 def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
@@ -158,8 +164,10 @@ def build(
     clock: TimeLedger,
     watchdog: Watchdog,
     given: Fill | None = None,
+    frozen: Mapping[str, Strategy] | None = None,
 ) -> Job:
-    """Everything the loop talks to. `given`: weights that a run which has no checkpoint yet starts with."""
+    """Everything the loop talks to. `given`: weights that a run which has no checkpoint yet starts with; `frozen`:
+    models beside the one that is trained."""
     checkpoint = config.checkpoint
     strategy = build_strategy(config, topology, inputs, given, loaded=folder.found is not None)
     if topology.is_main:
@@ -195,6 +203,7 @@ def build(
         stragglers=Stragglers(topology, disk.appended(RANKS) if topology.is_main else None),
         clock=clock,
         folder=folder,
+        frozen=frozen or {},
         identity=identity,
         born=float(os.environ.get("ONECURVE_BORN", clock.born)),
         time_limit=Interval.parse(config.launch.time_limit or 0).amount or math.inf,

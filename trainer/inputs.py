@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -62,9 +62,9 @@ class Found:
     held_out: Shards | None
     tokenizer: Tokenizer
 
-    def identity(self, config: Config, given: str | None, step: int) -> dict[str, Any]:
+    def identity(self, config: Config, given: str | None, frozen: Mapping[str, str], step: int) -> dict[str, Any]:
         """What the run is, as far as its first `step` steps go: what no later life of it may change. `given`: the
-        fingerprint of the weights that it started with, if it did not draw them."""
+        fingerprint of the weights that it started with, if it did not draw them; `frozen`: those of other models."""
         until = max(step, 1)
         ramp = sorted(config.train.batch_ramp.items())
         starts = [0, *(end for end, _ in ramp)]
@@ -82,6 +82,7 @@ class Found:
             },
             "train": {"global_batch": config.train.global_batch, "batch_ramp": begun},
             "run": {"seed": config.run.seed},
+            **({"models": {"frozen": dict(frozen)}} if frozen else {}),
         }
 
 

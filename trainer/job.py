@@ -53,6 +53,7 @@ class Job:
     meter: Meter
     clock: TimeLedger
     folder: RunFolder
+    frozen: Mapping[str, Strategy]  # models beside the one that is trained
     identity: Identity  # goes into each checkpoint's manifest
     born: float  # `time.monotonic()` of the start; of the launcher, where it restarts the run
     time_limit: float  # seconds since then; then the run stops as if it was asked to
@@ -60,7 +61,8 @@ class Job:
 
     @property
     def models(self) -> Mapping[str, Strategy]:
-        return {"model": self.strategy}
+        """All models of the run by name."""
+        return {"model": self.strategy, **self.frozen}
 
     def close(self) -> None:
         """Ends threads and lets go of the process group; once."""
@@ -69,4 +71,5 @@ class Job:
         self.closed = True
         self.stream.close()
         self.saver.close()
-        self.strategy.close()
+        for model in self.models.values():
+            model.close()

@@ -31,6 +31,7 @@ from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError
 from trainer.files import read_file, with_file
 from trainer.folder import CATALOGUE, CHECKPOINTS
+from trainer.frozen import build_frozen, open_frozen
 from trainer.given import open_given
 from trainer.inputs import DATASETS, Inputs, open_inputs, open_shards
 from trainer.objectives import NUM_TARGETS, Batch, Objective, Sums
@@ -205,6 +206,8 @@ def rebuild(
     inputs = _opened(config, topology, folder)
     found = _nearest(folder, step, checkpoint)
     strategy = _strategy(config, topology, inputs, found)
+    frozen = build_frozen(config, topology, inputs, open_frozen(config, topology, tokenizer))
+    models = {"model": strategy, **frozen}
 
     start = found.manifest["step"] if found else 0
     if lost := next((before for before in range(start + 1, step) if before not in rows), None):
@@ -212,9 +215,9 @@ def rebuild(
     processes, device = _environment(folder)
     size = config.train.micro_batch or max(1, config.train.global_batch // processes)
     share = replace(inputs.stream.share, micro_batch=size, ledger=True, tolerant=False, left_out=_left_out(folder))
-    apart_since = _on_the_way(strategy, share, rows, start, step, told)
+    apart_since = _on_the_way(models, share, rows, start, step, told)
     data = share.step(step - 1)
-    update = next(strategy.objective.updates(data.micro_batches, {"model": strategy}))
+    update = next(strategy.objective.updates(data.micro_batches, models))
     data = replace(data, micro_batches=list(update.batches))
     samples = list(_samples(share, data, list(inputs.catalogue)))
     return Replay(
@@ -233,7 +236,7 @@ def rebuild(
 
 
 def _on_the_way(
-    strategy: Single, share: Share, rows: dict[int, dict[str, Any]], start: int, step: int, told: Told
+    models: Mapping[str, Any], share: Share, rows: dict[int, dict[str, Any]], start: int, step: int, told: Told
 ) -> int | None:
     """Does the steps behind `start` and before `step`; gives the first of them that is not as recorded."""
     origin = f"the checkpoint of step {start}" if start else "the initial weights"
@@ -241,9 +244,8 @@ def _on_the_way(
     told(what, 0, count)
     for done in range(start, step - 1):
         row = rows[done + 1]
-        sums, result = do_step(
-            {"model": strategy}, strategy.objective, share.step(done).micro_batches, partial(_as_recorded, row)
-        )
+        strategy = models["model"]
+        sums, result = do_step(models, strategy.objective, share.step(done).micro_batches, partial(_as_recorded, row))
         strategy.timer.read()
         numbers = Numbers(loss_of(strategy.objective, sums), float(result.grad_norm))
         if apart_since is None and not numbers.same(_recorded(row)):

@@ -24,6 +24,7 @@ from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError, Crashed, Interrupted, OnecurveError, PeerLost, TrainingError
 from trainer.files import replace_file
 from trainer.folder import RunFolder, settle, will_restart
+from trainer.frozen import build_frozen, open_frozen
 from trainer.given import open_given
 from trainer.inputs import open_inputs, open_shards
 from trainer.job import Job
@@ -57,7 +58,9 @@ def run(config: Config, born: float) -> None:
     check_plugins(config)
     found = open_shards(config, topology)
     given = open_given(config, topology, found.tokenizer)
-    identity = partial(found.identity, config, given.fingerprint if given else None)
+    frozen = open_frozen(config, topology, found.tokenizer)
+    prints = {name: model.fingerprint for name, model in frozen.items()}
+    identity = partial(found.identity, config, given.fingerprint if given else None, prints)
     folder = RunFolder(config, identity, topology, born)
     with folder, _log(folder.path, topology.rank):
         job, stopped = None, None
@@ -74,8 +77,9 @@ def run(config: Config, born: float) -> None:
             if given and topology.is_main:
                 pretrained.keep(folder.path, given.beside)
             job = build(
-                config, topology, inputs, folder, identity, disk, clock, watchdog, given.fill if given else None
-            )
+                config, topology, inputs, folder, identity, disk, clock, watchdog, given.fill if given else None,
+                build_frozen(config, topology, inputs, frozen),
+            )  # fmt: skip
             fault_points.point("start.built")
             rehearse(job)
             try:

@@ -50,7 +50,7 @@ class Contrastive(Objective):
         losses, found = info_nce(everyone)
         (slopes,) = torch.autograd.grad(losses.mean(), everyone)
         fields = {"slope": slopes, "nats": losses.detach(), "found": found.float()}
-        local = {name: model.local_rows(value, sum(sizes)).cpu().split(sizes) for name, value in fields.items()}
+        local = {name: model.local_rows(value, sum(sizes)).split(sizes) for name, value in fields.items()}
         yield Update(
             [batch | {name: parts[i] for name, parts in local.items()} for i, batch in enumerate(batches)], self
         )

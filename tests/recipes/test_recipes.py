@@ -4,7 +4,7 @@ and what plain torch computes in fp64. Each is one file beside this one."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.recipes import contrastive, masked, mixture
+from tests.recipes import contrastive, distillation, dpo, masked, mixture
 from tests.runs import Run, assert_same_bits, assert_same_curve
 from tests.strategies import ragged
 from tests.zoo import models
@@ -31,28 +31,46 @@ STEPS, SAVED, KILLED = 9, 3, 8
 class Recipe:
     model: type[models.Net]
     objective: type[Objective]
-    plain: Callable[[nn.Module, dict[str, Tensor]], Tensor]
-    """The loss of a global batch, as one would write it without onecurve."""
+    plain: Callable[[nn.Module, dict[str, Tensor], nn.Module], Tensor]
+    """The loss of a global batch, as one would write it without onecurve; of a model, and a frozen one."""
+    frozen: str = ""
+    """The name of a frozen model that it asks for."""
 
 
-def plain_contrastive(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+def plain_contrastive(model: nn.Module, batch: dict[str, Tensor], _: nn.Module) -> Tensor:
     one, other = model(batch).unbind(dim=1)
     return nn.functional.cross_entropy(one @ other.T / contrastive.TEMPERATURE, torch.arange(len(one)))
 
 
-def plain_masked(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+def plain_masked(model: nn.Module, batch: dict[str, Tensor], _: nn.Module) -> Tensor:
     return nn.functional.cross_entropy(model(batch).flatten(0, 1), batch["targets"].flatten(), ignore_index=-100)
 
 
-def plain_mixture(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+def plain_mixture(model: nn.Module, batch: dict[str, Tensor], _: nn.Module) -> Tensor:
     outputs = model(batch)
     loss = nn.functional.cross_entropy(outputs["logits"].flatten(0, 1), batch["targets"].flatten(), ignore_index=-100)
     return loss + mixture.Z_LOSS * outputs["router"].logsumexp(dim=-1).square().mean()
 
 
+def plain_distillation(model: nn.Module, batch: dict[str, Tensor], teacher: nn.Module) -> Tensor:
+    ours, theirs = (net(batch)[batch["targets"] != -100] / distillation.TEMPERATURE for net in (model, teacher))
+    return nn.functional.cross_entropy(ours, theirs.softmax(dim=-1)) * distillation.TEMPERATURE**2
+
+
+def plain_dpo(model: nn.Module, batch: dict[str, Tensor], reference: nn.Module) -> Tensor:
+    def nats(net: nn.Module, number: int) -> Tensor:
+        logits, targets = net(batch)[:, number], batch["targets"][:, number]
+        return nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none").sum(dim=1)
+
+    margin = nats(model, 1) - nats(model, 0) - nats(reference, 1) + nats(reference, 0)
+    return nn.functional.softplus(-dpo.BETA * margin).mean()
+
+
 RECIPES = {
     "contrastive": Recipe(contrastive.Encoder, contrastive.Contrastive, plain_contrastive),
     "masked": Recipe(models.Net, masked.MaskedLM, plain_masked),
+    "distillation": Recipe(models.Net, distillation.Distillation, plain_distillation, frozen="teacher"),
+    "dpo": Recipe(models.Net, dpo.DPO, plain_dpo, frozen="reference"),
     "mixture": Recipe(mixture.Mixture, mixture.WithZLoss, plain_mixture),
 }
 STRATEGIES = {
@@ -62,7 +80,12 @@ STRATEGIES = {
     "zero2 2": (2, ("strategy=zero", "strategy.stage=2")),
     "pipeline 2": (2, ("strategy=pipeline",)),
 }
-QUICK = {("contrastive", "fsdp 2"), ("masked", "single, micro-batch 4"), ("mixture", "pipeline 2")}
+QUICK = {
+    ("contrastive", "fsdp 2"),
+    ("masked", "single, micro-batch 4"),
+    ("mixture", "pipeline 2"),
+    ("distillation", "ddp 2"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +95,7 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
     for name, recipe in RECIPES.items():
         for group, kind in {"model": recipe.model, "objective": recipe.objective}.items():
             (zoo.folder / group / f"{name}.yaml").write_text(f"name: {kind.__module__}:{kind.__name__}\n")
+    train(zoo, "frozen", 1, "model=Net", "strategy=single", "run.seed=7")
     return zoo
 
 
@@ -92,6 +116,8 @@ def train(zoo: Zoo, name: str, procs: int, *overrides: str, expect: int = 0) -> 
 )
 def test_one_curve_killed_and_resumed(recipe: str, strategy: str, zoo: Zoo) -> None:
     overrides, (procs, where) = (f"model={recipe}", f"objective={recipe}"), STRATEGIES[strategy]
+    if name := RECIPES[recipe].frozen:
+        overrides += (f"models.frozen.{name}={zoo.folder}/frozen",)
     name = f"{recipe}-{strategy.replace(' ', '-').replace(',', '')}"
     alone = train(zoo, f"{name}-alone", 1, *overrides, "strategy=single")
     whole = train(zoo, name, procs, *overrides, *where)
@@ -116,16 +142,19 @@ def test_it_is_what_plain_torch_computes(name: str) -> None:
     options = StepOptions(clip_norm=0.0, activation_checkpointing="none", compile=False, micro_batch=2)
     made = Single(schema.Single(name="single"), ALONE, Precision(ALONE.device), objective, options)
     made.setup(factory, ragged.optimizer)
-    model = factory()
+    others = replace(factory, seed=6, build=lambda: factory.build().requires_grad_(False))
+    asked = Single(schema.Single(name="single"), ALONE, Precision(ALONE.device), objective, options)
+    asked.setup(others, None)
+    model, frozen = factory(), others()
     optimizer = ragged.optimizer(model)
     for group in optimizer.param_groups:
         group["lr"] = ragged.LR
     for step in range(steps):
         whole = examples(objective, step)
         micro_batches = [{key: value[i : i + 2] for key, value in whole.items()} for i in range(0, 8, 2)]
-        (update,) = objective.updates(micro_batches, {"model": made})
+        (update,) = objective.updates(micro_batches, {"model": made, recipe.frozen: asked})
         made.train_step(update.batches, update.objective)
-        loss = recipe.plain(model, whole)
+        loss = recipe.plain(model, whole, frozen)
         loss.backward()
         norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])
         assert made.update(ragged.LR).grad_norm.item() == pytest.approx(norm.item(), rel=1e-6)
@@ -145,7 +174,7 @@ def examples(objective: Objective, step: int) -> dict[str, Tensor]:
 
 
 def test_each_is_short() -> None:
-    for module in (contrastive, masked, mixture):
+    for module in (contrastive, distillation, dpo, masked, mixture):
         assert len(Path(module.__file__ or "").read_text().splitlines()) <= 90, module_name(module)
 
 

@@ -329,6 +329,13 @@ class WSD(Decaying):
     shape: Literal["sqrt", "linear"] = Field(description="How it decays: 1 - sqrt (steep at first), or a line.")
 
 
+class Models(Section):
+    frozen: dict[str, str] = Field(
+        description="Frozen models that the objective asks for by name, such as its teacher or reference: directories "
+        "of runs, of which the newest checkpoint is taken. They are sharded as the model is, and not saved."
+    )
+
+
 SECTIONS: dict[str, type[Section]] = {
     "run": Run,
     "train": Train,
@@ -339,6 +346,7 @@ SECTIONS: dict[str, type[Section]] = {
     "guard": Guard,
     "watchdog": Watchdog,
     "debug": Debug,
+    "models": Models,
 }
 
 OPTIONS: dict[str, dict[str, type[Plugin]]] = {
@@ -367,6 +375,7 @@ class Config(BaseModel):
     guard: Guard
     watchdog: Watchdog
     debug: Debug
+    models: Models
     model: Any
     objective: Any
     data: Any

@@ -69,6 +69,9 @@ class Objective:
     It is made of its `Config` and what is known of the run.
     """
 
+    frozen: Sequence[str] = ()
+    """Names of frozen models that `updates` asks; `models.frozen` says of which runs they are."""
+
     def __init__(self, config: Any, facts: Facts):
         self.config, self.facts = config, facts
 

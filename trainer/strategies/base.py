@@ -33,8 +33,9 @@ class Strategy(Model, Protocol):
     objective: Objective
     timer: ForwardTimer
 
-    def setup(self, model_factory: ModelFactory, optimizer_factory: OptimizerFactory) -> None:
-        """Builds the model, parallelises it, then builds the optimizer on the final parameters."""
+    def setup(self, model_factory: ModelFactory, optimizer_factory: OptimizerFactory | None) -> None:
+        """Builds the model, parallelises it, then builds the optimizer on the final parameters; None for a model that
+        is only asked, in evaluation mode."""
         ...
 
     def train_step(

@@ -73,6 +73,16 @@ class Buffers:
         return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
 
+def persistent(model: nn.Module) -> dict[str, Tensor]:
+    """Returns the buffers of a model that are saved, by name."""
+    return {
+        f"{path}.{name}" if path else name: buffer
+        for path, module in model.named_modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    }
+
+
 def slots(model: nn.Module) -> list[Slot]:
     """Where the buffers of a model are; each tensor once."""
     found: dict[int, Slot] = {}

@@ -63,13 +63,16 @@ class Single:
         self.timer = ForwardTimer(topology.device)
         self.tells = topology.speaks  # of all ranks that train on the same sequences, one's sums count
 
-    def setup(self, model_factory: ModelFactory, optimizer_factory: OptimizerFactory) -> None:
+    def setup(self, model_factory: ModelFactory, optimizer_factory: OptimizerFactory | None) -> None:
         self.example = cache(model_factory.example) if model_factory.example else None  # it is read from the data
         self.model = self.build(model_factory)
-        self.optimizer = optimizer_factory(self.model)
-        self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         layout = self.topology.layout
         self.replicas = self.topology.mesh()["data"].get_group() if layout.processes > 1 else None
+        if optimizer_factory is None:
+            self.wrapped = self.model.eval()
+            return
+        self.optimizer = optimizer_factory(self.model)
+        self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.buffers = Buffers(self.model, self.topology.dp_size, self.replicas)
         self.wrapped = self.wrap(self.model)
 
@@ -336,4 +339,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     """Copies that do not wait for the device's queue (from pinned memory)."""
     if device.type == "cpu":
         return batch
-    return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in batch.items()}
+    return {
+        name: tensor if tensor.device.type == device.type else tensor.pin_memory().to(device, non_blocking=True)
+        for name, tensor in batch.items()
+    }

@@ -22,6 +22,7 @@ from trainer.models import ModelFactory, without_values
 from trainer.objectives import Batch, Outputs
 from trainer.optim.groups import names
 from trainer.strategies.base import OptimizerFactory, UpdateResult
+from trainer.strategies.fsdp import FSDP
 from trainer.strategies.layers import prepare, raise_if_scalars
 from trainer.strategies.single import Single
 from trainer.strategies.used import Used
@@ -47,7 +48,15 @@ class Zero(Single):
     measured: Tensor  # the gradient norm of the step
     limit: Tensor | float
 
-    def setup(self, model_factory: ModelFactory, optimizer_factory: OptimizerFactory) -> None:
+    @staticmethod
+    def instead_for_frozen() -> tuple[type[Single], schema.FSDP]:
+        """DeepSpeed shards what has an optimizer. Returns who shards a frozen model beside it: FSDP2."""
+        return FSDP, schema.FSDP(
+            name="fsdp", reshard_after_forward=True, gather="param", reduce="each", cpu_offload=False,
+            find_unused_parameters=False, tensor_parallel=1, sequence_parallel=False, loss_parallel=False,
+        )  # fmt: skip
+
+    def setup(self, model_factory: ModelFactory, optimizer_factory: OptimizerFactory | None) -> None:
         self.deepspeed = import_deepspeed(self.topology.device)
         if not self.parallel and not dist.is_initialized():  # DeepSpeed cannot do without a process group
             backend = "cpu:gloo,cuda:nccl" if self.topology.device.type == "cuda" else "gloo"

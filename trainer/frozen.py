@@ -1,0 +1,93 @@
+"""Frozen models beside the one that is trained: a teacher, a reference, a reward model. Each comes from another run, is
+sharded as the trained one is, and is not saved; which it is, is part of what the run is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from trainer.build import model_factory, strategy_for
+from trainer.checkpoint.format import MANIFEST
+from trainer.checkpoint.load import Found, newest, read
+from trainer.config import Config
+from trainer.data.tokenizer import Tokenizer
+from trainer.errors import ConfigError
+from trainer.files import read_file
+from trainer.folder import CHECKPOINTS
+from trainer.inputs import Inputs
+from trainer.registry import plugin
+from trainer.sampling import open_run
+from trainer.strategies.base import Strategy
+from trainer.strategies.buffers import persistent
+from trainer.topology import Topology
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A model of another run, as its newest checkpoint has it."""
+
+    config: Config
+    tokenizer: Tokenizer
+    found: Found
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the checkpoint's manifest, which has the checksums of all its files."""
+        return blake2b(read_file(self.found.path / MANIFEST), digest_size=16).hexdigest()
+
+    def fill(self, name: str, value: Tensor) -> None:
+        read(self.found, {f"model/{name}": value})
+
+
+def open_frozen(config: Config, topology: Topology, tokenizer: Tokenizer) -> dict[str, Frozen]:
+    """Finds the models that the objective asks for, in the runs that `models.frozen` names. All ranks call it.
+
+    Raises ConfigError for one that is missing, or not asked for; that has no checkpoint; or whose tokens are others.
+    """
+    asked, given = set(plugin(config, "objective").frozen), config.models.frozen
+    objective = f"objective={config.objective.name}"
+    problems = [f"models.frozen.{name}: {objective} needs it: the directory of a run" for name in asked - {*given}]
+    problems += [f"models.frozen.{name}: {objective} uses no such model" for name in {*given} - asked]
+    if problems:
+        raise ConfigError(sorted(problems))
+    return {name: _open(name, Path(given[name]).expanduser(), config, topology, tokenizer) for name in sorted(asked)}
+
+
+def _open(name: str, run_dir: Path, config: Config, topology: Topology, tokenizer: Tokenizer) -> Frozen:
+    key = f"models.frozen.{name}={run_dir}"
+    try:
+        of_run, theirs = open_run(run_dir, config.run.plugins)
+    except ConfigError as error:
+        raise ConfigError([f"{key}: {problem}" for problem in error.problems]) from None
+    if theirs.fingerprint != tokenizer.fingerprint:
+        raise ConfigError(f"{key}: has another tokenizer than this run, so its tokens mean something else")
+    found, _ = newest(run_dir / CHECKPOINTS, topology, set_aside=False)
+    if found is None:
+        raise ConfigError(f"{key}: has no checkpoint yet")
+    return Frozen(of_run, theirs, found)
+
+
+def build_frozen(
+    config: Config, topology: Topology, inputs: Inputs, models: Mapping[str, Frozen]
+) -> dict[str, Strategy]:
+    """Returns the models on their devices, in evaluation mode, without gradients."""
+    return {name: _build(config, topology, inputs, frozen) for name, frozen in models.items()}
+
+
+def _build(config: Config, topology: Topology, inputs: Inputs, frozen: Frozen) -> Strategy:
+    strategy = strategy_for(config, topology, inputs, frozen=True)
+    theirs = frozen.config.model_copy(update={"precision": config.precision})
+    factory = model_factory(theirs, frozen.tokenizer, inputs.stream.share.example, frozen.fill)
+    build = factory.build
+    strategy.setup(replace(factory, build=lambda: _without_gradients(build())), None)
+    buffers = persistent(strategy.model)  # type: ignore[attr-defined]
+    read(frozen.found, {f"model/{name}": buffer for name, buffer in buffers.items()})
+    return strategy
+
+
+def _without_gradients(model: nn.Module) -> nn.Module:
+    return model.requires_grad_(False)
