@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from trainer.errors import ConfigError, DataError, OnecurveError, TrainingError
     from trainer.facts import Facts
     from trainer.models import Model
-    from trainer.objectives import Objective
+    from trainer.objectives import Objective, Update
     from trainer.sampling import load_run
 
 _HOMES = {
@@ -38,6 +38,7 @@ _HOMES = {
     "Result": "onecurve.running",
     "Schedule": "trainer.config.schema",
     "TrainingError": "trainer.errors",
+    "Update": "trainer.objectives",
     "__version__": "trainer",
     "load": "trainer.config.compose",
     "load_run": "trainer.sampling",
@@ -46,7 +47,7 @@ _HOMES = {
 
 __all__ = [
     "Config", "ConfigError", "DataError", "Facts", "Model", "Objective", "OnecurveError", "Optimizer", "OrderedSamples",
-    "Plugin", "Result", "Schedule", "TrainingError", "__version__", "load", "load_run", "run",
+    "Plugin", "Result", "Schedule", "TrainingError", "Update", "__version__", "load", "load_run", "run",
 ]  # fmt: skip
 
 

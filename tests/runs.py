@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -98,6 +99,16 @@ class Run:
         job.signal(signal.SIGKILL)
         job.end()
         return self.last_step()
+
+    def processes(self) -> list[int]:
+        """Launcher and ranks of this run, orphans too: all that name its folder on their command line."""
+        mine = f"run.dir={self.folder}".encode()
+        found = []
+        for entry in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                if mine in entry.read_bytes().split(b"\0"):
+                    found.append(int(entry.parent.name))
+        return found
 
     def rows(self, name: str) -> list[dict]:
         path = self.folder / name

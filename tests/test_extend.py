@@ -74,6 +74,35 @@ def test_the_model_of_the_readme_and_the_program_of_the_page_run(folder: Path, m
     assert scope["result"].status == "finished"
 
 
+def test_the_recipes_of_the_page_train(folder: Path) -> None:
+    """One makes its own examples, the other asks a frozen teacher: the run of the first one's model."""
+    written(folder, "docs/RECIPES.md")
+    first = onecurve.load([*QUICK, "objective=masked", "run.name=first"], config_dir="my_conf")
+    result = onecurve.run(first)
+    assert result.metrics["eval"].keys() == {"loss", "accuracy"}
+    assert "accuracy" in result.metrics
+    teacher = f"models.frozen.teacher={result.folder}"
+    second = [*QUICK, "objective=distilled", "run.name=second"]
+    assert onecurve.run(onecurve.load([*second, teacher], config_dir="my_conf")).step == 3
+    for wrong, told in (
+        (
+            "models.frozen={}",
+            "models.frozen.teacher: objective=.* needs it: the directory of a run",
+        ),
+        ("models.frozen={teacher: runs/none}", "models.frozen.teacher=runs/none: runs/none: is no run's folder"),
+        (
+            f"models.frozen={{teacher: {result.folder}, other: a}}",
+            "models.frozen.other: .* uses no such model",
+        ),
+    ):
+        with pytest.raises(onecurve.ConfigError, match=told):
+            onecurve.run(onecurve.load([*second, wrong, "run.fresh=true"], config_dir="my_conf"))
+    longer = onecurve.load([*QUICK, "objective=masked", "run.name=first", "train.steps=4"], config_dir="my_conf")
+    onecurve.run(longer)  # the teacher learns on
+    with pytest.raises(onecurve.ConfigError, match=r"models\.frozen\.teacher"):
+        onecurve.run(onecurve.load([*second, teacher, "train.steps=4"], config_dir="my_conf"))
+
+
 WRONG = {
     "model": ("model", "def initialise(", "def initialize(", "has no method `initialise(name, parameter, generator)`"),
     "forward": ("model", "def forward(", "def call(", "has no method `forward(batch)` of its own"),

@@ -136,4 +136,4 @@ def test_ranks_leave_a_start_together(tmp_path: Path) -> None:
     process = launched(Run(run.folder, 2, (*run.overrides, f"debug.faults=[start.restored:delay@{LONG}:1:1]")))
     wait_until(lambda: (run.folder / "logs" / "faults").exists(), process)
     ask("SIGTERM", run, process)
-    assert not [pid for pid in run._processes() if pid != os.getpid()]
+    assert not [pid for pid in run.processes() if pid != os.getpid()]
