@@ -29,7 +29,9 @@ from trainer.inputs import Inputs
 from trainer.job import Job
 from trainer.models import Fill, ModelFactory, of_type
 from trainer.optim.ema import track_average
+from trainer.optim.schedule import Schedule
 from trainer.precision import DTYPES, Precision
+from trainer.randomness import key
 from trainer.registry import missing, plugin
 from trainer.resilience.agreement import AgreedStream
 from trainer.resilience.guard import Guard
@@ -39,6 +41,8 @@ from trainer.resilience.replicas import Replicas
 from trainer.resilience.stragglers import RANKS, Stragglers
 from trainer.resilience.timeledger import TimeLedger
 from trainer.resilience.watchdog import Activity, Watchdog
+from trainer.run_models import RunModels
+from trainer.step import MAIN
 from trainer.strategies.base import Strategy
 from trainer.strategies.layers import in_fp8
 from trainer.strategies.single import Single, StepOptions
@@ -127,6 +131,30 @@ def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     return track_average(optimizer, decay) if decay else optimizer
 
 
+def build_schedule(config: Config) -> Schedule:
+    return plugin(config, "schedule")(config.schedule, config.optimizer.lr, config.train.steps)
+
+
+def build_trained(config: Config, topology: Topology, inputs: Inputs, loaded: bool) -> dict[str, Strategy]:
+    """The models that are trained beside the run's own, each under a strategy of its own of the same kind."""
+    return {
+        name: build_strategy(of_model, topology, inputs, loaded=loaded) for name, of_model in trained(config).items()
+    }
+
+
+def trained(config: Config) -> dict[str, Config]:
+    """Of each model that is trained beside the run's own the config, as if it were the run's."""
+    return {
+        name: config.model_copy(
+            update={
+                "model": other.model, "optimizer": other.optimizer, "schedule": other.schedule,
+                "run": config.run.model_copy(update={"seed": key(config.run.seed, "model", name)}),
+            }
+        )
+        for name, other in sorted(config.models.trained.items())
+    }  # fmt: skip
+
+
 def build_journal(config: Config, topology: Topology, disk: Disk) -> Journal:
     info = RunInfo(
         name=config.run.name,
@@ -167,7 +195,7 @@ def build(
     frozen: Mapping[str, Strategy] | None = None,
 ) -> Job:
     """Everything the loop talks to. `given`: weights that a run which has no checkpoint yet starts with; `frozen`:
-    models beside the one that is trained."""
+    models that are only asked."""
     checkpoint = config.checkpoint
     strategy = build_strategy(config, topology, inputs, given, loaded=folder.found is not None)
     if topology.is_main:
@@ -185,8 +213,8 @@ def build(
     return Job(
         config=config,
         topology=topology,
-        strategy=strategy,
-        schedule=plugin(config, "schedule")(config.schedule, config.optimizer.lr, config.train.steps),
+        models=RunModels(strategy, build_trained(config, topology, inputs, folder.found is not None), frozen),
+        schedules={name: build_schedule(of_model) for name, of_model in {MAIN: config, **trained(config)}.items()},
         stream=build_stream(inputs.stream, topology),
         validation=inputs.validation,
         saver=saver,
@@ -203,7 +231,6 @@ def build(
         stragglers=Stragglers(topology, disk.appended(RANKS) if topology.is_main else None),
         clock=clock,
         folder=folder,
-        frozen=frozen or {},
         identity=identity,
         born=float(os.environ.get("ONECURVE_BORN", clock.born)),
         time_limit=Interval.parse(config.launch.time_limit or 0).amount or math.inf,

@@ -82,7 +82,7 @@ class Found:
             },
             "train": {"global_batch": config.train.global_batch, "batch_ramp": begun},
             "run": {"seed": config.run.seed},
-            **({"models": {"frozen": dict(frozen)}} if frozen else {}),
+            **_others(config, frozen),
         }
 
 
@@ -97,6 +97,15 @@ class Inputs:
     objective: Objective
     catalogue: dict[str, Any]
     """By source what a later life of the run is to find again, JSON-able: its fingerprint, its shards' summaries."""
+
+
+def _others(config: Config, frozen: Mapping[str, str]) -> dict[str, Any]:
+    """What a run is by its other models; nothing where there are none."""
+    trained = {
+        name: masked(other.model.model_dump(mode="json", exclude=MEANS))
+        for name, other in config.models.trained.items()
+    }
+    return {"models": {"trained": trained, "frozen": dict(frozen)}} if trained or frozen else {}
 
 
 def weights(config: Config) -> dict[int, list[float]]:

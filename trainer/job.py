@@ -18,6 +18,7 @@ from trainer.resilience.quarantine import Quarantine
 from trainer.resilience.replicas import Replicas
 from trainer.resilience.stragglers import Stragglers
 from trainer.resilience.timeledger import TimeLedger
+from trainer.run_models import RunModels
 from trainer.strategies.base import Strategy
 from trainer.topology import Topology
 from trainer.tracking.journal import Journal
@@ -39,8 +40,8 @@ class Job:
 
     config: Config
     topology: Topology
-    strategy: Strategy
-    schedule: Schedule
+    models: RunModels
+    schedules: Mapping[str, Schedule]  # by model
     stream: Stream | AgreedStream
     validation: Validation | None
     saver: Saver
@@ -53,16 +54,15 @@ class Job:
     meter: Meter
     clock: TimeLedger
     folder: RunFolder
-    frozen: Mapping[str, Strategy]  # models beside the one that is trained
     identity: Identity  # goes into each checkpoint's manifest
     born: float  # `time.monotonic()` of the start; of the launcher, where it restarts the run
     time_limit: float  # seconds since then; then the run stops as if it was asked to
     closed: bool = False
 
     @property
-    def models(self) -> Mapping[str, Strategy]:
-        """All models of the run by name."""
-        return {"model": self.strategy, **self.frozen}
+    def strategy(self) -> Strategy:
+        """That of the run's own model."""
+        return self.models.main
 
     def close(self) -> None:
         """Ends threads and lets go of the process group; once."""
@@ -71,5 +71,4 @@ class Job:
         self.closed = True
         self.stream.close()
         self.saver.close()
-        for model in self.models.values():
-            model.close()
+        self.models.close()

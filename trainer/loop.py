@@ -24,7 +24,7 @@ from trainer.resilience import interruption
 from trainer.resilience.guard import Rollback
 from trainer.resilience.interruption import SAVE, STOP
 from trainer.resilience.recovery import compare_replicas, judge, part_ways, restore, wait_for_save
-from trainer.step import do_step
+from trainer.step import MAIN, do_step
 from trainer.strategies.base import Strategy, UpdateResult
 from trainer.tracking import Row
 
@@ -73,7 +73,7 @@ def go_on(job: Job, progress: Progress) -> Progress:
         sums, update = do_step(job.models, strategy.objective, data.micro_batches, finish, abandoned=data.abandoned)
         unread.take(data, sums, update)
         if config.track.fingerprint:
-            unread.fingerprints.append(fingerprint_of(strategy.state()))
+            unread.fingerprints.append(fingerprint_of(job.models.state()))
         progress.step = clock.step = data.step
         job.journal.events(job.saver.poll())
         if _every(config.guard.replicas_every, progress.step):
@@ -111,10 +111,13 @@ def go_on(job: Job, progress: Progress) -> Progress:
     return progress
 
 
-def finish_update(job: Job, step: int, model: Strategy, objective: Objective, sums: Sums) -> UpdateResult:
-    """Ends an update, unless it is a bad one."""
+def finish_update(job: Job, step: int, name: str, objective: Objective, sums: Sums) -> UpdateResult:
+    """Ends an update, unless it is a bad one: of the run's own model, its loss and norm are watched, too."""
+    model, rate = job.models[name], job.schedules[name](step)
+    if name != MAIN:
+        return model.update(rate)
     loss = mean_loss(model, objective, sums) if job.guard.watches_loss else None
-    result = model.update(job.schedule(step), job.guard.limit(loss))
+    result = model.update(rate, job.guard.limit(loss))
     job.guard.took(result.grad_norm, loss, result.skipped)
     return result
 
@@ -212,12 +215,12 @@ def read_numbers(job: Job, unread: Unread, progress: Progress) -> tuple[dict[str
     rows = []
     for i, data in enumerate(unread.steps):
         of_step = {name: numbers[f"sum/{name}"][i] for name in unread.sums[0]}
-        measured = job.strategy.objective.means(of_step)
+        measured = means(job.strategy.objective, of_step)
         count, loss = int(of_step[NUM_TARGETS]), measured.pop("loss")
         progress.tokens += count
         progress.samples = data.taken
         rows.append({
-            "step": data.step, "loss": loss, "grad_norm": norms[i], "lr": job.schedule(data.step),
+            "step": data.step, "loss": loss, "grad_norm": norms[i], "lr": job.schedules[MAIN](data.step),
             "tokens": progress.tokens, "samples": progress.samples, "step_s": round(step_s, 6),
             "data_wait_s": round(unread.data_wait / n, 6), "tokens_per_s": round(count / step_s, 1),
             "skipped": bool(skipped[i]), **measured, **job.meter.mfu(data.step, step_s), **memory,
@@ -245,6 +248,19 @@ def vote(job: Job, pace: float = 0.0) -> dict[str, float]:
     own = own_votes(job, pace)
     votes = job.strategy.reduce({name: torch.tensor([value], dtype=torch.float64) for name, value in own.items()})
     return {name: values[0] for name, values in votes.items()}
+
+
+def means(objective: Objective, sums: dict[str, float]) -> dict[str, float]:
+    """Returns what the sums of a step mean, by model."""
+    by_model: dict[str, dict[str, float]] = {}
+    for name, value in sums.items():
+        model, _, rest = name.rpartition("/")
+        by_model.setdefault(model, {})[rest] = value
+    return {
+        f"{model}/{name}" if model else name: value
+        for model, its in by_model.items()
+        for name, value in objective.means(its).items()
+    }
 
 
 def mean_loss(model: Strategy, objective: Objective, sums: Sums) -> float:
@@ -314,7 +330,7 @@ def save(job: Job, progress: Progress, row: Row | None, must: bool) -> None:
         "row": row,
         "guard": job.guard.state(),
     }
-    state = job.strategy.state()
+    state = job.models.state()
     with job.clock.watched_elsewhere():  # it may wait for the save before
         events = job.saver.save(progress.step, state, about, must)
     job.journal.events(events)

@@ -31,16 +31,16 @@ from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError
 from trainer.files import read_file, with_file
 from trainer.folder import CATALOGUE, CHECKPOINTS
-from trainer.frozen import build_frozen, open_frozen
 from trainer.given import open_given
 from trainer.inputs import DATASETS, Inputs, open_inputs, open_shards
 from trainer.objectives import NUM_TARGETS, Batch, Objective, Sums
+from trainer.other_models import build_frozen, open_frozen
 from trainer.randomness import seed_torch
 from trainer.resilience import quarantine
 from trainer.resilience.recovery import take_up
 from trainer.sampling import open_run
 from trainer.secrets import MASK, shown_override
-from trainer.step import do_step
+from trainer.step import MAIN, do_step
 from trainer.strategies.base import UpdateResult
 from trainer.strategies.buffers import untouched
 from trainer.strategies.single import Single
@@ -244,8 +244,9 @@ def _on_the_way(
     told(what, 0, count)
     for done in range(start, step - 1):
         row = rows[done + 1]
-        strategy = models["model"]
-        sums, result = do_step(models, strategy.objective, share.step(done).micro_batches, partial(_as_recorded, row))
+        strategy = models[MAIN]
+        finish = partial(_as_recorded, row, models)
+        sums, result = do_step(models, strategy.objective, share.step(done).micro_batches, finish)
         strategy.timer.read()
         numbers = Numbers(loss_of(strategy.objective, sums), float(result.grad_norm))
         if apart_since is None and not numbers.same(_recorded(row)):
@@ -354,8 +355,11 @@ def _strategy(config: Config, topology: Topology, inputs: Inputs, found: Found |
     return strategy
 
 
-def _as_recorded(row: dict[str, Any], strategy: Any, objective: Objective, sums: Sums) -> UpdateResult:
+def _as_recorded(
+    row: dict[str, Any], models: Mapping[str, Any], name: str, objective: Objective, sums: Sums
+) -> UpdateResult:
     """Ends an update as the run did. Where it left the step out, fp16's scale takes note of it."""
+    strategy = models[name]
     if not row["skipped"]:
         return strategy.update(row["lr"])
     norm = let_go(strategy)

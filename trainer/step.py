@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
+
 from trainer.fault_points import point
 from trainer.objectives import Batch, Objective, Sums
 from trainer.strategies.base import Strategy, UpdateResult
 
-Finish = Callable[[Strategy, Objective, Sums], UpdateResult]
+MAIN = "model"  # the run's own model
+Finish = Callable[[str, Objective, Sums], UpdateResult]
 
 
 def do_step(
@@ -19,24 +22,26 @@ def do_step(
     *,
     abandoned: bool = False,
 ) -> tuple[Sums, UpdateResult]:
-    """Does a step with this rank's micro-batches. `finish` ends each update, given what its passes summed.
+    """Does a step with this rank's micro-batches. `finish` ends each update, given the name of its model and what its
+    passes summed.
 
-    Returns the sums of all updates, and the result of the last one; the step counts as skipped, or bad, if any of its
-    updates was.
+    Returns the sums of all updates, those of other models than the run's own with their names before them, as
+    `critic/loss`; and the result of the last update of the run's model. The step counts as skipped, or bad, if any of
+    its updates was.
     """
-    sums, result = Sums(), None
+    sums, done = Sums(), list[tuple[str, UpdateResult]]()
     for update in objective.updates(batches, models):
         model = models[update.model]
         point("step.weights", model.state)
         part = model.train_step(update.batches, update.objective, abandoned)
         point("step.after_backward")
-        done = finish(model, update.objective, part)
+        done.append((update.model, finish(update.model, update.objective, part)))
         point("step.after_update")
         for name, value in part.items():
+            name = name if update.model == MAIN else f"{update.model}/{name}"
             sums[name] = sums[name] + value if name in sums else value
-        if result is not None:
-            done = done._replace(skipped=done.skipped | result.skipped, bad=done.bad | result.bad)
-        result = done
-    if result is None:
-        raise ValueError(f"{type(objective).__name__}.updates: yielded nothing, but a step needs an update")
-    return sums, result
+    own = [result for name, result in done if name == MAIN]
+    if not own:
+        raise ValueError(f"{type(objective).__name__}.updates: a step needs an update of the model")
+    skipped, bad = (torch.stack([getattr(result, name) for _, result in done]).any() for name in ("skipped", "bad"))
+    return sums, UpdateResult(own[-1].grad_norm, skipped, bad)

@@ -133,12 +133,37 @@ def test_a_users_model_and_config_folder(tmp_path, monkeypatch: pytest.MonkeyPat
         load(["model=mine", "run.plugins=[my_package]", "model.depth=x"], config_dir=str(tmp_path / "conf"))
 
 
+def test_a_second_model_is_as_the_runs_own_but_for_what_it_says() -> None:
+    config = load(
+        ["model.layers=3", "optimizer.lr=0.01", "models.trained.critic={model: {width: 64}, optimizer: {lr: 0.1}}"]
+    )
+    critic = config.models.trained["critic"]
+    assert critic.model == config.model.model_copy(update={"width": 64})
+    assert (critic.optimizer.lr, critic.schedule) == (0.1, config.schedule)
+    assert check(config.resolved()) == config
+    lion = load(
+        [
+            "models.trained.critic.optimizer={name: lion, lr: 0.1, betas: [0.9, 0.99], weight_decay: 0, no_decay: [], ema: null}"
+        ]
+    )
+    assert lion.models.trained["critic"].optimizer.name == "lion"
+    with pytest.raises(ConfigError) as caught:
+        load(["models.trained.a={mode: {}}", "models.trained.b={model: {wide: 3}}", "models.trained.c.model.weights=x"])
+    assert caught.value.problems == [
+        "models.trained.a: no such key mode: should be a section with the keys model, optimizer, schedule",
+        "models.trained.b.model.wide: no such key; did you mean 'models.trained.b.model.width'?",
+        "models.trained.c.model.weights: only the run's own model can start with given weights",
+    ]
+
+
 def test_a_config_of_an_earlier_version_is_completed() -> None:
     config = load(["strategy=fsdp", "data=webdataset", "data.shards=x.tar", "model.layers=3"])
     old = config.resolved()
     del old["strategy"]["cpu_offload"], old["precision"]["reduce"], old["model"]["fused_norm"]
+    del old["models"]  # a section that is new since
     assert check(completed(old)) == config
-    assert completed({"model": {"name": "gone"}, "run": None}) == {"model": {"name": "gone"}, "run": None}
+    wrong = completed({"model": {"name": "gone"}, "run": None})
+    assert (wrong["model"], wrong["run"]) == ({"name": "gone"}, None)  # which the check refuses
 
 
 def test_every_key_has_help_and_is_in_it() -> None:

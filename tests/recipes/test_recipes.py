@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.recipes import contrastive, distillation, dpo, masked, mixture
+from tests.recipes import contrastive, distillation, dpo, gan, masked, mixture
 from tests.runs import Run, assert_same_bits, assert_same_curve
 from tests.strategies import ragged
 from tests.zoo import models
@@ -29,9 +30,9 @@ STEPS, SAVED, KILLED = 9, 3, 8
 
 @dataclass(frozen=True)
 class Recipe:
-    model: type[models.Net]
+    model: type[nn.Module]
     objective: type[Objective]
-    plain: Callable[[nn.Module, dict[str, Tensor], nn.Module], Tensor]
+    plain: Callable[[nn.Module, dict[str, Tensor], nn.Module], Tensor] | None = None
     """The loss of a global batch, as one would write it without onecurve; of a model, and a frozen one."""
     frozen: str = ""
     """The name of a frozen model that it asks for."""
@@ -71,6 +72,7 @@ RECIPES = {
     "masked": Recipe(models.Net, masked.MaskedLM, plain_masked),
     "distillation": Recipe(models.Net, distillation.Distillation, plain_distillation, frozen="teacher"),
     "dpo": Recipe(models.Net, dpo.DPO, plain_dpo, frozen="reference"),
+    "gan": Recipe(gan.Generator, gan.GAN),
     "mixture": Recipe(mixture.Mixture, mixture.WithZLoss, plain_mixture),
 }
 STRATEGIES = {
@@ -85,7 +87,9 @@ QUICK = {
     ("masked", "single, micro-batch 4"),
     ("mixture", "pipeline 2"),
     ("distillation", "ddp 2"),
+    ("gan", "fsdp 2"),
 }
+REFUSED = {("gan", "pipeline 2"): "the model Generator cannot be cut"}
 
 
 @pytest.fixture(scope="module")
@@ -118,13 +122,23 @@ def test_one_curve_killed_and_resumed(recipe: str, strategy: str, zoo: Zoo) -> N
     overrides, (procs, where) = (f"model={recipe}", f"objective={recipe}"), STRATEGIES[strategy]
     if name := RECIPES[recipe].frozen:
         overrides += (f"models.frozen.{name}={zoo.folder}/frozen",)
+    if recipe == "gan":
+        overrides += (
+            f"models.trained.discriminator.model.name={gan.__name__}:Discriminator",
+            "models.trained.discriminator.optimizer.lr=0.005",
+        )
+    if reason := REFUSED.get((recipe, strategy)):
+        codes, output = zoo.train(zoo.run("refused", procs, (*overrides, *where)))
+        assert (codes, reason in output) == ([2] * procs, True), output
+        return
     name = f"{recipe}-{strategy.replace(' ', '-').replace(',', '')}"
     alone = train(zoo, f"{name}-alone", 1, *overrides, "strategy=single")
     whole = train(zoo, name, procs, *overrides, *where)
     assert_same_curve(whole, alone, STEPS)
     for row, other in zip(whole.metrics(), alone.metrics(), strict=True):  # what an evaluation gathers, too
         assert row.get("eval", {}) == pytest.approx(other.get("eval", {}), rel=1e-5)
-    fault = f"debug.faults=[step.after_update:kill:{KILLED}]"
+    at = 2 * KILLED - 3 if recipe == "gan" else KILLED  # of its steps, which have two updates, between them
+    fault = f"debug.faults=[step.after_update:kill:{at}]"
     killed = train(zoo, f"{name}-killed", procs, *overrides, *where, fault, expect=-9)
     assert SAVED < killed.last_step() < KILLED
     assert_same_bits(train(zoo, f"{name}-killed", procs, *overrides, *where), whole)
@@ -132,7 +146,7 @@ def test_one_curve_killed_and_resumed(recipe: str, strategy: str, zoo: Zoo) -> N
     assert last["eval"].keys() - {"loss"} == last.keys() & last["eval"].keys() - {"loss"}  # recorded while training
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [name for name, recipe in RECIPES.items() if recipe.plain])
 def test_it_is_what_plain_torch_computes(name: str) -> None:
     """Losses, gradient norms and weights in fp64; here in four micro-batches, there in one batch."""
     recipe, steps = RECIPES[name], 4
@@ -154,6 +168,7 @@ def test_it_is_what_plain_torch_computes(name: str) -> None:
         micro_batches = [{key: value[i : i + 2] for key, value in whole.items()} for i in range(0, 8, 2)]
         (update,) = objective.updates(micro_batches, {"model": made, recipe.frozen: asked})
         made.train_step(update.batches, update.objective)
+        assert recipe.plain is not None
         loss = recipe.plain(model, whole, frozen)
         loss.backward()
         norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])
@@ -162,6 +177,46 @@ def test_it_is_what_plain_torch_computes(name: str) -> None:
         optimizer.zero_grad()
     for ours, theirs in zip(made.model.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_the_gan_is_what_plain_torch_computes() -> None:
+    """Two models, two optimizers, two rates; in four micro-batches here, in one batch there."""
+    objective, rates = gan.GAN(gan.GAN.Config(name="gan"), ragged.FACTS), (ragged.LR, 0.005)
+    options = StepOptions(clip_norm=0.0, activation_checkpointing="none", compile=False, micro_batch=2)
+    made, plain = {}, []
+    for number, (name, kind) in enumerate({"model": gan.Generator, "discriminator": gan.Discriminator}.items()):
+        factory = ModelFactory(partial(double, kind), seed=5 + number)
+        made[name] = Single(schema.Single(name="single"), ALONE, Precision(ALONE.device), objective, options)
+        made[name].setup(factory, ragged.optimizer)
+        plain.append(factory())
+    (generator, discriminator), optimizers = plain, [ragged.optimizer(model) for model in plain]
+    for optimizer, rate in zip(optimizers, rates, strict=True):
+        optimizer.param_groups[0]["lr"] = rate
+    for step in range(4):
+        whole = {
+            name: value.double() if value.is_floating_point() else value
+            for name, value in examples(objective, step).items()
+        }
+        micro_batches = [{key: value[i : i + 2] for key, value in whole.items()} for i in range(0, 8, 2)]
+        for update in objective.updates(micro_batches, made):
+            made[update.model].train_step(update.batches, update.objective)
+            made[update.model].update(rates[update.model != "model"])
+        fake = generator(whole)
+        real, other = (discriminator({"points": points[:, None]}) for points in (whole["real"], fake.detach()))
+        (nn.functional.softplus(-real) + nn.functional.softplus(other)).mean().backward()
+        optimizers[1].step()
+        optimizers[1].zero_grad()
+        nn.functional.softplus(-discriminator({"points": fake[:, None]})).mean().backward()
+        optimizers[0].step()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+    for ours, theirs in zip(made.values(), plain, strict=True):
+        for one, two in zip(ours.model.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-12)
+
+
+def double(kind: type[gan.Generator]) -> nn.Module:
+    return of_type(kind(kind.Config(name="net"), ragged.FACTS), torch.float64)
 
 
 def examples(objective: Objective, step: int) -> dict[str, Tensor]:
@@ -174,7 +229,7 @@ def examples(objective: Objective, step: int) -> dict[str, Tensor]:
 
 
 def test_each_is_short() -> None:
-    for module in (contrastive, distillation, dpo, masked, mixture):
+    for module in (contrastive, distillation, dpo, gan, masked, mixture):
         assert len(Path(module.__file__ or "").read_text().splitlines()) <= 90, module_name(module)
 
 

@@ -34,7 +34,7 @@ def made() -> ModelFactory:
 def measured(costs: list[int], head: int = 0) -> Measured:
     nothing = torch.empty(0)
     blocks = [Cost(0, cost, 0) for cost in costs]
-    return Measured(Cost(0, 0, 0), blocks, Cost(0, head, 0), nothing, nothing, ([], []))
+    return Measured(Cost(0, 0, 0), blocks, Cost(0, head, 0), nothing, nothing)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 4])

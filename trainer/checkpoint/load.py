@@ -26,7 +26,7 @@ from trainer.checkpoint.format import (
     read_manifest,
 )
 from trainer.checkpoint.mirror import Mirror
-from trainer.checkpoint.pieces import DTYPES, Box, State, pieces, shape_of
+from trainer.checkpoint.pieces import DTYPES, Box, State, model_of, pieces, shape_of
 from trainer.checkpoint.reading import Reader, fill, open_file
 from trainer.checkpoint.retention import DAMAGED, candidates, clear_leftovers, damaged_in
 from trainer.errors import OnecurveError, Outage, PeerLost, TrainingError
@@ -143,7 +143,7 @@ def orders(found: Found, state: State) -> dict[str, list[Order]]:
     """What is read for `state`, by file."""
     stored = found.index
     some = {name: held for name, held in state.items() if prod(shape_of(held))}  # of an empty tensor nothing is saved
-    wanted = {name: held for name, held in some.items() if name in stored or not name.startswith(OPTIONAL)}
+    wanted = {name: held for name, held in some.items() if name in stored or not model_of(name)[1].startswith(OPTIONAL)}
     wrong = [name for name, held in wanted.items() if name not in stored or stored[name].shape != shape_of(held)]
     if wrong:
         raise TrainingError(f"{found.path}: does not hold {sorted(wrong)[0]} in this shape")

@@ -39,6 +39,21 @@ State = Mapping[str, "Tensor | Fragment"]
 Shape = tuple[int, ...]
 
 
+ROOTS = ("model", "optimizer", "scaler")
+"""Where the state of the run's own model begins; that of another model has its name before them."""
+
+
+def model_of(path: str) -> tuple[str, str]:
+    """Returns the name of the model that a path of a state belongs to, empty for the run's own, and the rest of it."""
+    first, _, rest = path.partition("/")
+    return ("", path) if first in ROOTS else (first, rest)
+
+
+def is_weight(path: str) -> bool:
+    """Returns whether a path of a state is a weight or buffer of a model."""
+    return model_of(path)[1].startswith("model/")
+
+
 class Box(NamedTuple):
     """A block of a tensor: the indices `offset[i]` to `offset[i] + size[i]` of each dimension i."""
 

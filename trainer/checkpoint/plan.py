@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from trainer.checkpoint.format import LARGEST_TABLES, Stored, header, key_of, table_numbers
-from trainer.checkpoint.pieces import DTYPES, NAMES, Box, Fragment, State, dtype_of, pieces, shape_of
+from trainer.checkpoint.pieces import DTYPES, NAMES, Box, Fragment, State, dtype_of, is_weight, pieces, shape_of
 from trainer.checkpoint.shardings import Boxes, Even, Grid, Ints, Sharding, Table, sharding_of
 from trainer.errors import TrainingError
 from trainer.topology import Topology
@@ -195,7 +195,7 @@ class Plan:
         found: defaultdict[str, list[Held]] = defaultdict(list)
         groups: dict[tuple[Table, int], str] = {}
         for name, table in self.tables.items():
-            if not name.startswith("model/") or table.ranks.shape[1] == 1:
+            if not is_weight(name) or table.ranks.shape[1] == 1:
                 continue
             for row in table.rows_held_by(rank):
                 if (table, row) not in groups:
@@ -269,7 +269,7 @@ def _words(tensor: Tensor) -> Tensor:
 
 def fingerprint_of(state: State) -> Tensor:
     """Of the weights that lie here: a whole number below 2^40 as a float64 scalar, of which many can be added up."""
-    weights = [tensor for piece, tensor in held_by(state) if piece.name.startswith("model/")]
+    weights = [tensor for piece, tensor in held_by(state) if is_weight(piece.name)]
     return fingerprint(weights).remainder(1 << 40).double()
 
 

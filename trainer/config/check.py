@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from trainer.config import rules
-from trainer.config.schema import OPTIONS, SECTIONS, Config, Plugin, Section
+from trainer.config.schema import OPTIONS, SECTIONS, Config, Models, Plugin, Section, Trained
 from trainer.errors import ConfigError
 from trainer.secrets import masked
 
@@ -35,12 +35,40 @@ def check(raw: dict[str, Any], world_size: int = 1) -> Config:
             plugins = sections["run"].plugins if "run" in sections else []
             schema = SECTIONS[name] if name in SECTIONS else option_schema(name, str(value.get("name")), plugins)
             sections[name] = checked(name, schema, value)
+            if name == "models":
+                sections[name] = _with_trained(sections[name], raw, plugins)
         except ConfigError as error:
             problems.extend(error.problems)
     problems.extend(rules.problems(sections, world_size))
     if problems:
         raise ConfigError(problems)
     return Config.model_validate(sections)
+
+
+def _with_trained(models: Models, raw: dict[str, Any], plugins: list[str]) -> Models:
+    """Checks the sections of models that are trained beside the run's: what they do not say is as in its own."""
+    trained, problems = {}, []
+    for name, given in models.trained.items():
+        key, made = f"models.trained.{name}", {}
+        if not isinstance(given, dict) or (unknown := given.keys() - Trained.model_fields.keys()):
+            which = f": no such key {', '.join(sorted(map(str, unknown)))}" if isinstance(given, dict) else ""
+            problems.append(f"{key}{which}: should be a section with the keys model, optimizer, schedule")
+            continue
+        for group in Trained.model_fields:
+            own, base = given.get(group) or {}, raw.get(group) or {}
+            same = own.get("name", base.get("name")) == base.get("name")
+            values = {**base, **({"weights": None} if "weights" in base else {}), **own} if same else own
+            try:
+                made[group] = checked(f"{key}.{group}", option_schema(group, str(values.get("name")), plugins), values)
+            except ConfigError as error:
+                problems.extend(error.problems)
+        if getattr(made.get("model"), "weights", None) is not None:
+            problems.append(f"{key}.model.weights: only the run's own model can start with given weights")
+        if made.keys() == Trained.model_fields.keys():
+            trained[name] = Trained(**made)
+    if problems:
+        raise ConfigError(problems)
+    return models.model_copy(update={"trained": trained})
 
 
 def checked(name: str, schema: type[Section], value: dict[str, Any]) -> Any:

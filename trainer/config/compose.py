@@ -161,8 +161,9 @@ def completed(raw: dict[str, Any]) -> dict[str, Any]:
         group: values["name"] for group, values in sections.items() if values.get("name") in OPTIONS.get(group, ())
     }
     defaults, _ = compose(["experiment=none", *(f"{group}={name}" for group, name in chosen.items())])
-    known = {*SECTIONS, *(sections.keys() & chosen.keys())}
-    return raw | {name: {**defaults[name], **sections.get(name, {})} for name in known}
+    known = sections.keys() & {*SECTIONS, *chosen}
+    new = {name: defaults[name] for name in SECTIONS if name not in raw}
+    return new | raw | {name: {**defaults[name], **sections[name]} for name in known}
 
 
 def raw_values(config: DictConfig) -> dict[str, Any]:

@@ -329,7 +329,20 @@ class WSD(Decaying):
     shape: Literal["sqrt", "linear"] = Field(description="How it decays: 1 - sqrt (steep at first), or a line.")
 
 
+class Trained(Section):
+    """A second model that is trained, with an optimizer and a schedule of its own."""
+
+    model: Any
+    optimizer: Any
+    schedule: Any
+
+
 class Models(Section):
+    trained: dict[str, Any] = Field(
+        description="Models that the objective trains beside the run's own, by the names it asks for, such as critic "
+        "or discriminator: `{model: {...}, optimizer: {...}, schedule: {...}}`, of each the keys that are not as in "
+        "the run's own section. They are saved with it."
+    )
     frozen: dict[str, str] = Field(
         description="Frozen models that the objective asks for by name, such as its teacher or reference: directories "
         "of runs, of which the newest checkpoint is taken. They are sharded as the model is, and not saved."

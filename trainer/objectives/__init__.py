@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -33,6 +33,11 @@ class Model(Protocol):
     def infer(self, batch: Batch) -> Outputs:
         """Returns the outputs for a micro-batch, without a graph, on every process: those of the training pass of the
         same rows, which draws the same numbers."""
+        ...
+
+    def gradient(self, batch: Batch, field: str, loss: Callable[[Outputs, Batch], Tensor]) -> Tensor:
+        """Returns the gradient of a loss of the outputs for a micro-batch with respect to one of its fields; no
+        parameter gets one. Raises ConfigError under strategy=pipeline."""
         ...
 
     def gather_rows(self, rows: Tensor) -> Tensor:
@@ -69,6 +74,8 @@ class Objective:
     It is made of its `Config` and what is known of the run.
     """
 
+    trained: Sequence[str] = ()
+    """Names of models that `updates` trains beside the run's; `models.trained` says what they are."""
     frozen: Sequence[str] = ()
     """Names of frozen models that `updates` asks; `models.frozen` says of which runs they are."""
 

@@ -6,11 +6,12 @@ from collections.abc import Iterable
 from typing import Any
 
 from trainer.checkpoint.load import OPTIONAL, Found, read
-from trainer.checkpoint.pieces import values
+from trainer.checkpoint.pieces import model_of, values
 from trainer.data.stream import StepData
 from trainer.errors import TrainingError
 from trainer.job import Job
 from trainer.resilience.guard import Rollback
+from trainer.run_models import RunModels
 from trainer.strategies.base import Strategy
 
 OPTIMIZER = "optimizer/"
@@ -20,7 +21,7 @@ NAMED = 20  # parameters in an event
 def restore(job: Job, found: Found) -> None:
     """Fills the strategy with what a checkpoint holds."""
     same = found.manifest["config"]["optimizer"]["name"] == job.config.optimizer.name
-    reset = take_up(job.strategy, found, same_optimizer=same)
+    reset = take_up(job.models, found, same_optimizer=same)
     names = sorted({name for others in job.topology.gather(reset if same else []) for name in others})
     if names:
         job.journal.event(kind="optimizer_state_reset", count=len(names), parameters=names[:NAMED])
@@ -28,18 +29,22 @@ def restore(job: Job, found: Found) -> None:
     job.saver.goes_on_from(found.manifest["step"])
 
 
-def take_up(strategy: Strategy, found: Found, *, same_optimizer: bool) -> list[str]:
-    """Fills a strategy. State that another optimizer kept is of no use: that of parameters of which the checkpoint has
+def take_up(models: Strategy | RunModels, found: Found, *, same_optimizer: bool) -> list[str]:
+    """Fills models. State that another optimizer kept is of no use: that of parameters of which the checkpoint has
     other kinds than are kept now (`optimizer.adamw_modules` was changed, or all of it) begins anew. Returns their
     names."""
-    state = dict(strategy.state())
+    state = dict(models.state())
     now, then = _kinds(state), _kinds(found.index)
-    reset = {name: kinds for name, kinds in now.items() if not same_optimizer or kinds != then.get(name)}
-    anew = {f"{OPTIMIZER}{kind}/{name}" for name, kinds in reset.items() for kind in kinds}
+    reset = {
+        name: kinds
+        for name, kinds in now.items()
+        if kinds != then.get(name) or not (same_optimizer or "/" in name)  # another model has an optimizer of its own
+    }
+    anew = {path for path in state if (part := _kind_of(path)) and part[1] in reset.get(part[0], ())}
     for path in anew:
         values(state[path]).zero_()
     read(found, {path: tensor for path, tensor in state.items() if path not in anew})
-    strategy.load_state(state)
+    models.load_state(state)
     return list(reset)
 
 
@@ -47,12 +52,22 @@ def _kinds(paths: Iterable[str]) -> dict[str, set[str]]:
     """What an optimizer keeps of each parameter, besides what may be switched on and off."""
     kinds: dict[str, set[str]] = {}
     for path in paths:
-        if path.startswith(OPTIMIZER):
-            _, kind, name = path.split("/", 2)
-            of_parameter = kinds.setdefault(name, set())
-            if not path.startswith(OPTIONAL):
+        if found := _kind_of(path):
+            parameter, kind = found
+            of_parameter = kinds.setdefault(parameter, set())
+            if not model_of(path)[1].startswith(OPTIONAL):
                 of_parameter.add(kind)
     return kinds
+
+
+def _kind_of(path: str) -> tuple[str, str] | None:
+    """Returns of state of an optimizer the parameter, `critic/` before it in another model than the run's, and what it
+    is of it."""
+    model, rest = model_of(path)
+    if not rest.startswith(OPTIMIZER):
+        return None
+    _, kind, name = rest.split("/", 2)
+    return f"{model}/{name}" if model else name, kind
 
 
 def judge(job: Job, rows: list[dict[str, Any]], bad: list[bool], steps: list[StepData]) -> None:

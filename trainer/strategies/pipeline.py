@@ -7,7 +7,7 @@ all-reduce of our own or by FSDP2 with parameters that stay gathered, the two wa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -295,6 +295,14 @@ class Pipeline(TensorParallel):
         with untouched(self.model):
             outputs, _ = self._through(batch)
         return self._everywhere(outputs, rows_of(batch))
+
+    def gradient(self, batch: Batch, field: str, loss: Callable[[Outputs, Batch], Tensor]) -> Tensor:
+        if not self.parallel:
+            return super().gradient(batch, field, loss)
+        raise ConfigError(
+            "strategy=pipeline: the objective asks for a gradient with respect to a field of the batch, which no "
+            "process of a pipeline has; nearest: strategy=fsdp"
+        )
 
     def _everywhere(self, outputs: Outputs | None, rows: int) -> Outputs:
         """Sends the outputs for so many rows from the process that has them to the others of its pipeline."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -214,6 +214,14 @@ class Single:
         self._seed(batch)
         with untouched(self.model):
             return self.computed(self.model, batch)[0]
+
+    def gradient(self, batch: Batch, field: str, loss: Callable[[Outputs, Batch], Tensor]) -> Tensor:
+        self._seed(batch)
+        value = batch[field].detach().to(self.topology.device).requires_grad_()
+        with untouched(self.model):
+            outputs, on_device = self.computed(self.model, batch | {field: value})
+            (gradient,) = torch.autograd.grad(loss(outputs, on_device), value, allow_unused=True)
+        return torch.zeros_like(value) if gradient is None else gradient
 
     def gather_rows(self, rows: Tensor) -> Tensor:
         if self.topology.dp_size == 1:

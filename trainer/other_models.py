@@ -46,15 +46,23 @@ class Frozen:
 def open_frozen(config: Config, topology: Topology, tokenizer: Tokenizer) -> dict[str, Frozen]:
     """Finds the models that the objective asks for, in the runs that `models.frozen` names. All ranks call it.
 
-    Raises ConfigError for one that is missing, or not asked for; that has no checkpoint; or whose tokens are others.
+    Raises ConfigError for one that has no checkpoint, or whose tokens are others.
     """
-    asked, given = set(plugin(config, "objective").frozen), config.models.frozen
-    objective = f"objective={config.objective.name}"
-    problems = [f"models.frozen.{name}: {objective} needs it: the directory of a run" for name in asked - {*given}]
-    problems += [f"models.frozen.{name}: {objective} uses no such model" for name in {*given} - asked]
+    given = config.models.frozen
+    return {name: _open(name, Path(given[name]).expanduser(), config, topology, tokenizer) for name in sorted(given)}
+
+
+def check_models(config: Config) -> None:
+    """Raises ConfigError for a model that the objective asks for and the config does not have, or the other way
+    round."""
+    objective, problems = plugin(config, "objective"), []
+    for kind, what in (("frozen", "the directory of a run"), ("trained", "{model: {...}}")):
+        asked, given = set(getattr(objective, kind)), set(getattr(config.models, kind))
+        key = f"models.{kind}."
+        problems += [f"{key}{name}: objective={config.objective.name} needs it: {what}" for name in asked - given]
+        problems += [f"{key}{name}: objective={config.objective.name} uses no such model" for name in given - asked]
     if problems:
         raise ConfigError(sorted(problems))
-    return {name: _open(name, Path(given[name]).expanduser(), config, topology, tokenizer) for name in sorted(asked)}
 
 
 def _open(name: str, run_dir: Path, config: Config, topology: Topology, tokenizer: Tokenizer) -> Frozen:

@@ -1,0 +1,56 @@
+"""All models of a run: its own, others that are trained beside it, frozen ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from trainer.checkpoint.pieces import Fragment, model_of
+from trainer.step import MAIN
+from trainer.strategies.base import Strategy
+
+
+class RunModels(Mapping[str, Strategy]):
+    """Models by name. What is trained is saved: of the run's own model under `model/`, `optimizer/`, `scaler/`, of
+    another one under the same with its name before it, `critic/model/`. A frozen one comes from elsewhere."""
+
+    def __init__(
+        self,
+        main: Strategy,
+        trained: Mapping[str, Strategy] | None = None,
+        frozen: Mapping[str, Strategy] | None = None,
+    ):
+        self.main, self.trained, self.frozen = main, dict(trained or {}), dict(frozen or {})
+        self._all = {MAIN: main, **self.trained, **self.frozen}
+
+    def __getitem__(self, name: str) -> Strategy:
+        return self._all[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._all)
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def state(self) -> dict[str, Tensor | Fragment]:
+        """Returns the state of all that is trained, as `Strategy.state` has it."""
+        state = dict(self.main.state())
+        for name, model in self.trained.items():
+            state |= {f"{name}/{path}": tensor for path, tensor in model.state().items()}
+        return state
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Takes over what `state` returned, filled with other values."""
+        by_model: dict[str, dict[str, Any]] = {}
+        for path, tensor in state.items():
+            name, rest = model_of(path)
+            by_model.setdefault(name or MAIN, {})[rest] = tensor
+        for name, its in by_model.items():
+            self[name].load_state(its)
+
+    def close(self) -> None:
+        """Closes the run's own model last, which may have begun what all use."""
+        for model in reversed(self._all.values()):
+            model.close()
