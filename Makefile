@@ -52,6 +52,7 @@ format: $(VENV)/.dev
 docs: $(VENV)/.dev
 	env -u ONECURVE_CACHE $(BIN)/python -m trainer.config.reference > docs/REFERENCE.md
 	$(BIN)/python -m trainer.config.strategy_page docs/STRATEGIES.md
+	$(BIN)/python -m launch.recipes README.md
 
 # The parity matrix, written into README and docs/STRATEGIES.md: minutes.
 parity: $(VENV)/.dev

@@ -7,7 +7,7 @@ import os
 import sys
 
 import trainer
-from launch import checkpoint, data, export, jobs, plan, replay, report, sample, submit, sweep, train
+from launch import checkpoint, data, evaluate, export, jobs, plan, recipes, replay, report, sample, submit, sweep, train
 from launch.doctor import command as doctor
 from onecurve.paths import put_working_folder_last
 from trainer.__main__ import tell
@@ -22,9 +22,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="onecurve", description=trainer.__doc__)
     parser.add_argument("--version", action="version", version=f"onecurve {trainer.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for part in (train, submit, sweep, jobs, plan, doctor, sample, report, replay, export, checkpoint, data):
+    for part in (
+        train,
+        recipes,
+        submit,
+        sweep,
+        jobs,
+        plan,
+        doctor,
+        sample,
+        report,
+        evaluate,
+        replay,
+        export,
+        checkpoint,
+        data,
+    ):
         part.add_commands(commands)
-    arguments = parser.parse_args()
+    arguments, rest = parser.parse_known_args()
+    if rest and not (isinstance(getattr(arguments, "overrides", None), list) and all(map(_is_override, rest))):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # overrides behind an option: argparse takes them only where the first of them is
+        arguments.overrides += rest
     hide_arguments()
     put_working_folder_last()  # where packages of the user's are
     try:
@@ -39,6 +58,10 @@ def main() -> None:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _is_override(word: str) -> bool:
+    return "=" in word and not word.startswith("-")
 
 
 if __name__ == "__main__":

@@ -145,6 +145,7 @@ def test_what_a_class_lacks_is_told_before_the_start(what: str, folder: Path) ->
     ("text", "other", "told"),
     [
         ('"loss": loss, ', "", "`summary` should return numbers by name, `loss` among them"),
+        ('"accuracy": right', '"lr": right', "`evaluate` names lr, which every row has; rename it"),
         ('"accuracy": right', '"accuracy": outputs', "`evaluate` should return a dict of scalar tensors, .*accuracy"),
         ('{"loss": loss, "accuracy": right}', "loss", "`evaluate` should return .* not a tensor of shape"),
         ('totals["num_targets"]', 'totals["num_targets"]["x"]', "IndexError"),

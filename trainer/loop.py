@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -17,6 +18,7 @@ from trainer.checkpoint.plan import fingerprint_of
 from trainer.config.interval import Interval
 from trainer.data.stream import StepData
 from trainer.errors import Interrupted, TrainingError
+from trainer.evaluation import Evaluation
 from trainer.fault_points import point
 from trainer.job import Job, Progress
 from trainer.objectives import NUM_TARGETS, Objective, Sums
@@ -39,6 +41,7 @@ class Unread:
     sums: list[Sums] = field(default_factory=list)
     updates: list[UpdateResult] = field(default_factory=list)
     fingerprints: list[Tensor] = field(default_factory=list)
+    objectives: dict[str, Objective] = field(default_factory=dict)  # of the models that were updated
     data_wait: float = 0.0
     since: float = field(default_factory=time.monotonic)
     pace: float = VOTE_SECONDS  # seconds a step took when the numbers were last read
@@ -69,7 +72,7 @@ def go_on(job: Job, progress: Progress) -> Progress:
         point("data.next")
         data = job.stream.take(partial(gives_up, job))
         unread.data_wait += clock.switch("productive")
-        finish = partial(finish_update, job, data.step)
+        finish = partial(finish_update, job, unread, data.step)
         sums, update = do_step(job.models, strategy.objective, data.micro_batches, finish, abandoned=data.abandoned)
         unread.take(data, sums, update)
         if config.track.fingerprint:
@@ -111,8 +114,9 @@ def go_on(job: Job, progress: Progress) -> Progress:
     return progress
 
 
-def finish_update(job: Job, step: int, name: str, objective: Objective, sums: Sums) -> UpdateResult:
-    """Ends an update, unless it is a bad one: of the run's own model, its loss and norm are watched, too."""
+def finish_update(job: Job, unread: Unread, step: int, name: str, objective: Objective, sums: Sums) -> UpdateResult:
+    """Ends an update, unless it is a bad one. Of the run's own model loss and norm are watched, too."""
+    unread.objectives[name] = objective
     model, rate = job.models[name], job.schedules[name](step)
     if name != MAIN:
         return model.update(rate)
@@ -215,7 +219,7 @@ def read_numbers(job: Job, unread: Unread, progress: Progress) -> tuple[dict[str
     rows = []
     for i, data in enumerate(unread.steps):
         of_step = {name: numbers[f"sum/{name}"][i] for name in unread.sums[0]}
-        measured = means(job.strategy.objective, of_step)
+        measured = means(unread.objectives, of_step)
         count, loss = int(of_step[NUM_TARGETS]), measured.pop("loss")
         progress.tokens += count
         progress.samples = data.taken
@@ -250,16 +254,16 @@ def vote(job: Job, pace: float = 0.0) -> dict[str, float]:
     return {name: values[0] for name, values in votes.items()}
 
 
-def means(objective: Objective, sums: dict[str, float]) -> dict[str, float]:
-    """Returns what the sums of a step mean, by model."""
+def means(objectives: Mapping[str, Objective], sums: Mapping[str, float]) -> dict[str, float]:
+    """Returns what the sums of a step mean to the objectives of its models."""
     by_model: dict[str, dict[str, float]] = {}
     for name, value in sums.items():
         model, _, rest = name.rpartition("/")
         by_model.setdefault(model, {})[rest] = value
     return {
         f"{model}/{name}" if model else name: value
-        for model, its in by_model.items()
-        for name, value in objective.means(its).items()
+        for model, of_model in by_model.items()
+        for name, value in objectives[model or MAIN].means(of_model).items()
     }
 
 
@@ -289,17 +293,12 @@ def evaluate(job: Job) -> dict[str, float] | None:
     """Returns what one pass over the validation split measures, the same on every rank; None where it was broken off
     because a stop is asked for."""
     assert job.validation is not None
-    totals, pace, voted, next_vote = Sums(), VOTE_SECONDS, None, 1
-    rows: dict[str, list[Tensor]] = {}
+    evaluation, pace, voted, next_vote = Evaluation(job.strategy), VOTE_SECONDS, None, 1
     with closing(job.validation.batches(partial(gives_up, job))) as batches:
         for number, batch in enumerate(batches, 1):
             job.clock.progressed()
             point("eval.batch")
-            sums, of_batch = job.strategy.eval_step(batch)
-            for name, value in sums.items():
-                totals[name] = totals[name] + value if name in totals else value
-            for name, value in of_batch.items():
-                rows.setdefault(name, []).append(value)
+            evaluation.add(batch)
             if number == next_vote:
                 votes = vote(job, pace)
                 if votes["stop"] > 0:
@@ -308,12 +307,7 @@ def evaluate(job: Job) -> dict[str, float] | None:
                     pace = (time.monotonic() - voted[1]) / (number - voted[0])
                 voted = number, time.monotonic()
                 next_vote += max(1, int(VOTE_SECONDS / votes["pace"]))
-    totals["gave_up"] = torch.tensor(float(job.requests.gave_up))
-    measured = job.strategy.reduce({name: value.reshape(1) for name, value in totals.items()})
-    if measured.pop("gave_up")[0] > 0:
-        return None
-    gathered = {name: job.strategy.gather_rows(torch.cat(parts)).cpu() for name, parts in rows.items()}
-    return job.strategy.objective.summary({name: value[0] for name, value in measured.items()}, gathered)
+    return evaluation.end(gave_up=job.requests.gave_up)
 
 
 def save(job: Job, progress: Progress, row: Row | None, must: bool) -> None:

@@ -7,7 +7,7 @@ it should is seen on one batch: `Watched` looks at the first sums of an objectiv
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import Any, NoReturn, cast
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from trainer.config import Config
 from trainer.config.check import import_plugin
 from trainer.errors import ConfigError
+from trainer.evaluation import Evaluation
 from trainer.job import Job
 from trainer.objectives import NUM_TARGETS, Batch, Model, Objective, Outputs, Sums, Totals, Update
 
@@ -39,6 +40,10 @@ METHODS = {
     },
 }
 INHERITED = (nn.Module.forward, Objective.loss)  # what stands where a class must have its own
+COLUMNS = frozenset(
+    ("step", "grad_norm", "lr", "tokens", "samples", "step_s", "data_wait_s", "tokens_per_s", "skipped", "mfu")
+) | {"mem_gib", "fingerprint", "eval"}
+"""What a row of `metrics.jsonl` has besides what an objective sums."""
 SEE = "docs/EXTEND.md has one of each"
 
 
@@ -62,15 +67,23 @@ def rehearse(job: Job) -> None:
     if job.folder.found or job.validation is None or not (_is_users(config, "objective") or _is_users(config, "model")):
         return
     with closing(job.validation.batches()) as batches:
-        sums, rows = job.strategy.eval_step(next(batches))
-    totals = job.strategy.reduce({name: value.reshape(1) for name, value in sums.items()})
-    gathered = {name: job.strategy.gather_rows(value).cpu() for name, value in rows.items()}
-    numbers = job.strategy.objective.summary({name: value[0] for name, value in totals.items()}, gathered)
+        evaluation = Evaluation(job.strategy)
+        evaluation.add(next(batches))
+    numbers = evaluation.end()
     if not (isinstance(numbers, Mapping) and "loss" in numbers and all(map(_is_number, numbers.values()))):
         wanted = "numbers by name, `loss` among them"
         raise ConfigError(f"objective.name={config.objective.name}: `summary` should return {wanted}, not {numbers!r}")
+    _check_names(config.objective.name, "summary", numbers)
     if config.train.compile:  # else its sizes would count as those of training
         torch._dynamo.reset()
+
+
+def _check_names(objective: str, method: str, names: Iterable[str]) -> None:
+    """Raises ConfigError for a number that a row of `metrics.jsonl` has already."""
+    if taken := sorted(COLUMNS & set(names)):
+        raise ConfigError(
+            f"objective.name={objective}: `{method}` names {', '.join(taken)}, which every row has; rename it"
+        )
 
 
 class Watched:
@@ -123,6 +136,7 @@ class Watched:
             self._refuse(method, wanted, f"not {_say(sums)}")
         elif wrong := [name for name, value in sums.items() if not _is_scalar(value)]:
             self._refuse(method, wanted, f"which {', '.join(map(repr, wrong))} is not")
+        _check_names(self._name, method, sums)
 
     def _refuse(self, method: str, wanted: str, problem: str) -> NoReturn:
         raise ConfigError(f"objective.name={self._name}: `{method}` should return {wanted}, {problem} ({SEE})")

@@ -168,7 +168,7 @@ class Replay:
 
 
 def loss_of(objective: Objective, sums: Mapping[str, Any]) -> float:
-    return objective.means({name: float(value) for name, value in sums.items()})["loss"]
+    return objective.means({name: float(torch.as_tensor(value).detach()) for name, value in sums.items()})["loss"]
 
 
 def let_go(strategy: Single) -> torch.Tensor:

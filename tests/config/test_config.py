@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from trainer.config import reference
 from trainer.config.check import check, keys
@@ -31,9 +32,9 @@ def test_defaults_are_valid_for_many_processes() -> None:
 @pytest.mark.parametrize("name", options("experiment"))
 def test_every_experiment_is_valid(name: str) -> None:
     overrides = [f"experiment={name}"]
-    header = (ROOT / "conf" / "experiment" / f"{name}.yaml").read_text()
-    assert "# What:" in header
-    if "data.shards=" in header:
+    about = yaml.safe_load((ROOT / "conf" / "experiment" / f"{name}.yaml").read_text())["about"]
+    assert about["what"]
+    if "data.shards=" in about.get("run", ""):
         overrides.append("data.shards=train.tar")
     load(overrides, 1)
 
@@ -141,11 +142,8 @@ def test_a_second_model_is_as_the_runs_own_but_for_what_it_says() -> None:
     assert critic.model == config.model.model_copy(update={"width": 64})
     assert (critic.optimizer.lr, critic.schedule) == (0.1, config.schedule)
     assert check(config.resolved()) == config
-    lion = load(
-        [
-            "models.trained.critic.optimizer={name: lion, lr: 0.1, betas: [0.9, 0.99], weight_decay: 0, no_decay: [], ema: null}"
-        ]
-    )
+    whole = "{name: lion, lr: 0.1, betas: [0.9, 0.99], weight_decay: 0, no_decay: [], ema: null}"
+    lion = load([f"models.trained.critic.optimizer={whole}"])
     assert lion.models.trained["critic"].optimizer.name == "lion"
     with pytest.raises(ConfigError) as caught:
         load(["models.trained.a={mode: {}}", "models.trained.b={model: {wide: 3}}", "models.trained.c.model.weights=x"])

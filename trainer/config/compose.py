@@ -127,7 +127,8 @@ def with_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, A
     try:
         for key, _, value in (text.partition("=") for text in overrides):
             # A command or an address is itself: a colon in it makes no mapping.
-            OmegaConf.update(made, key, yaml.safe_load(value) if value[:1] in ("[", "{", "'", '"') else value)
+            plain = value[:1] in ("[", "{", "'", '"') or value == "null"
+            OmegaConf.update(made, key, yaml.safe_load(value) if plain else value)
         again = OmegaConf.to_container(made, resolve=True)
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(f"{first_line(error)}; write key=value, such as data.shards='...'") from None

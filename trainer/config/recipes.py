@@ -9,18 +9,22 @@ model, the data or the objective is another one.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import hydra._internal.hydra
+import yaml
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, flag_override
 
 from trainer.config.schema import OPTIONS
+from trainer.errors import ConfigError
 
-FITS = "fits"
+FITS, ABOUT = "fits", "about"
 DEFAULT = "shakespeare"  # as conf/config.yaml has it
 SUBJECT = ("model", "data", "objective")  # what the default recipe is a recipe for
 ADVICE = "experiment=NAME takes another"
@@ -44,6 +48,7 @@ class Loader(ConfigLoaderImpl):
             Loader.told = settle(composed, overrides, compose, self._sections(composed))
         with flag_override(composed, ["struct", "readonly"], False):
             composed.pop(FITS, None)
+            composed.pop(ABOUT, None)
         return composed
 
     def _sections(self, composed: DictConfig) -> set[str]:
@@ -51,6 +56,47 @@ class Loader(ConfigLoaderImpl):
         composed again to know that it took nothing."""
         found = self.repository.load_config(f"experiment/{composed.hydra.runtime.choices.get('experiment')}")
         return set() if found is None or found.defaults_list else set(map(str, found.config))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What an experiment says of itself."""
+
+    name: str
+    what: str = ""
+    hardware: str = ""
+    minutes: float | None = None
+    """On that hardware."""
+    metric: str = ""
+    """A number of its evaluations."""
+    target: float | None = None
+    """What that comes to at the end."""
+    run: str = ""
+    """The command."""
+
+
+def recipes(config_dir: Path | None = None) -> list[Recipe]:
+    """Returns every experiment that ships with onecurve, and those in the `experiment` folder of `config_dir`.
+
+    Raises ConfigError for a file that says of itself what none does.
+    """
+    found: dict[str, Recipe] = {}
+    for folder in [files("trainer.conf").joinpath("experiment"), *([config_dir / "experiment"] if config_dir else [])]:
+        for path in sorted(folder.iterdir(), key=lambda path: path.name) if folder.is_dir() else ():
+            name, dot, kind = path.name.rpartition(".")
+            if dot and kind == "yaml":
+                found[name] = _about(name, path.read_text(encoding="utf-8"))
+    return sorted(found.values(), key=lambda recipe: recipe.name)
+
+
+def _about(name: str, text: str) -> Recipe:
+    try:
+        about = (yaml.safe_load(text) or {}).get(ABOUT, {})
+        return Recipe(name, **about)
+    except (yaml.YAMLError, AttributeError, TypeError) as error:
+        keys = ", ".join(field.name for field in fields(Recipe)[1:])
+        problem = str(error).splitlines()[0]
+        raise ConfigError(f"experiment/{name}.yaml: `{ABOUT}` should have some of {keys}: {problem}") from None
 
 
 def install() -> None:

@@ -1,0 +1,40 @@
+"""`onecurve evaluate RUN_DIR`: what a run's checkpoint makes of held-out data, without training."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def add_commands(commands: Any) -> None:
+    parser = commands.add_parser("evaluate", help="measure a run's checkpoint on held-out data, without training")
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="such as data.validation=... or eval.steps=null"
+    )
+    parser.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
+    parser.add_argument("--json", action="store_true", help="as one object")
+    parser.add_argument("--plugins", nargs="*", default=[], help="packages of yours that the run's classes come from")
+    parser.set_defaults(func=evaluate)
+
+
+def evaluate(arguments: argparse.Namespace) -> int:
+    from trainer.evaluation import evaluate_run
+
+    def tell(batches: int) -> None:
+        if sys.stderr.isatty():
+            print(f"\r{batches} batches", end="", file=sys.stderr, flush=True)
+
+    step, measured = evaluate_run(
+        arguments.run_dir, arguments.overrides, plugins=arguments.plugins, step=arguments.step, tell=tell
+    )
+    if sys.stderr.isatty():
+        print("\r", end="", file=sys.stderr)
+    if arguments.json:
+        print(json.dumps({"step": step, **measured}))
+        return 0
+    print(f"step {step}: {'  '.join(f'{name} {value:.6g}' for name, value in measured.items())}")
+    return 0
