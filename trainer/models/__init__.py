@@ -35,6 +35,21 @@ class Model(Protocol):
     def initialise(self, name: str, parameter: Tensor, generator: torch.Generator) -> None: ...
 
 
+class Settling(Model, Protocol):
+    """A model that changes its buffers behind each update, by sums over the step and all processes: loads of experts,
+    ranges, running statistics."""
+
+    statistics: Sequence[str]
+    """Names of buffers that are not saved, to which forward passes add in training mode; they are zero at the beginning
+    of each step. Passes that do not count (recomputation, `infer`) leave no trace in them. In a pipeline they
+    are in one of the parts that it is cut into."""
+
+    def after_update(self, sums: dict[str, Tensor]) -> None:
+        """Changes persistent buffers. `sums`: of those of `statistics` that this process has, fp64, over all processes
+        with a replica. What it changes is undone where the step is refused."""
+        ...
+
+
 class Cuttable(Model, Protocol):
     """A model whose layers a pipeline can put on several processes: what it does, in three parts.
 

@@ -23,7 +23,7 @@ class Buffers:
 
     def __init__(self, model: nn.Module, replicas: int, group: dist.ProcessGroup | None):
         self.slots = [slot for slot in slots(model) if slot[1] not in slot[0]._non_persistent_buffers_set]
-        self.replicas, self.group = replicas, group
+        self.model, self.replicas, self.group = model, replicas, group
         self.before: list[Tensor] = []
 
     def remember(self) -> None:
@@ -38,11 +38,13 @@ class Buffers:
 
     @torch.no_grad()
     def settle(self, refused: Tensor) -> None:
-        """Ends a step. Each replica changed its buffers by its own batches: numbers become the mean of what all made of
-        them, integers the largest. If `refused` (a bool scalar, the same on all processes) they are what they were.
+        """Ends an update. The model hears the sums of its `statistics` over all replicas. Each replica has changed its
+        buffers by its own batches: numbers become the mean of what all made of them, integers the largest. If `refused`
+        (a bool scalar, the same on all processes) they are what they were.
 
         Sums are fp64: those of equal values, divided again, are these values, so constants stay what they are.
         """
+        self._after_update()
         buffers = self._tensors()
         if self.replicas == 1:
             means = buffers
@@ -56,6 +58,21 @@ class Buffers:
                     means[number] = mean
         for buffer, mean, before in zip(buffers, means, self.before, strict=True):
             buffer.copy_(torch.where(refused.to(buffer.device), before, mean.to(buffer.dtype)))
+
+    def _after_update(self) -> None:
+        statistics = dict(self.model.named_buffers())
+        names = [name for name in getattr(self.model, "statistics", ()) if name in statistics]
+        if not names:
+            return
+        sums = {name: statistics[name].double() for name in names}  # copies
+        if self.replicas > 1:
+            flat = torch.cat([value.reshape(-1) for value in sums.values()])
+            dist.all_reduce(flat, group=self.group)
+            parts = flat.split([value.numel() for value in sums.values()])
+            sums = {name: part.view(sums[name].shape) for name, part in zip(names, parts, strict=True)}
+        for name in names:
+            statistics[name].zero_()
+        self.model.after_update(sums)  # type: ignore[operator]
 
     def _reduced(self, buffers: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
         """The mean over all replicas, or of integers the maximum: one collective."""

@@ -80,13 +80,20 @@ def measure(factory: ModelFactory, autocast: AbstractContextManager[object], dev
 
 
 def misplaced(model: Cuttable) -> list[str]:
-    """Parameters that a cut would leave on processes that do not know of each other: of no part, or of several that are
-    not the two ends."""
+    """Parameters and statistics that a cut would leave on processes that do not know of each other: of no part, or
+    parameters of several that are not the two ends."""
     ends = modules_of(model, [*model.embedding_parts, *model.head_parts])
     uses = Counter({id(parameter) for module in ends for parameter in module.parameters()})
     for block in model.blocks:
         uses.update({id(parameter) for parameter in block.parameters()})
-    return [name for name, parameter in cast(nn.Module, model).named_parameters() if uses[id(parameter)] != 1]
+    parted = {id(inner) for module in [*ends, *model.blocks] for inner in module.modules()}
+    whole = cast(nn.Module, model)
+    counted = [
+        name
+        for name in getattr(model, "statistics", ())
+        if id(whole.get_submodule(name.rpartition(".")[0])) not in parted
+    ]
+    return [name for name, parameter in whole.named_parameters() if uses[id(parameter)] != 1] + counted
 
 
 def _costed(compute: Callable[[], T], modules: Iterable[nn.Module]) -> tuple[T, Cost]:
