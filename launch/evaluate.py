@@ -28,9 +28,9 @@ def evaluate(arguments: argparse.Namespace) -> int:
         if sys.stderr.isatty():
             print(f"\r{batches} batches", end="", file=sys.stderr, flush=True)
 
-    step, measured = evaluate_run(
-        arguments.run_dir, arguments.overrides, plugins=arguments.plugins, step=arguments.step, tell=tell
-    )
+    overrides = [*arguments.overrides, *(word for word in arguments.plugins if "=" in word)]  # behind --plugins
+    plugins = [word for word in arguments.plugins if "=" not in word]
+    step, measured = evaluate_run(arguments.run_dir, overrides, plugins=plugins, step=arguments.step, tell=tell)
     if sys.stderr.isatty():
         print("\r", end="", file=sys.stderr)
     if arguments.json:

@@ -13,7 +13,7 @@ from statistics import median
 from typing import NamedTuple
 
 from trainer.data.packing import Piece
-from trainer.objectives import Batch
+from trainer.objectives import Batch, prepares
 from trainer.objectives.causal_lm import IGNORE
 from trainer.replay import Numbers, Part, Replay, Sample, Told
 
@@ -53,7 +53,7 @@ def culprit(replay: Replay, parts: list[Part]) -> Culprit:
     sample = replay.samples[number]
     others = [other.row for other in replay.samples if other is not sample]
     documents: list[Document] = []
-    if len(sample.pieces) > 1 and "targets" in sample.row:
+    if len(sample.pieces) > 1 and not prepares(replay.objective) and "targets" in sample.row:
         ends = accumulate((piece.end_token - piece.first_token for piece in sample.pieces), initial=0)
         rows = [_only(sample.row, first, end) for first, end in pairwise(ends)]
         pairs = zip(sample.pieces, rows, strict=True)

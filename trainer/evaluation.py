@@ -59,11 +59,13 @@ def evaluate_run(
     from trainer.checkpoint.load import read
     from trainer.errors import ConfigError
     from trainer.export import checkpoint
-    from trainer.inputs import open_inputs, open_shards
+    from trainer.inputs import DATASETS, open_inputs, open_shards
     from trainer.sampling import open_run
     from trainer.topology import ALONE
 
     config, _ = open_run(folder, plugins, overrides)
+    if (own := folder / "tokenizer.json").exists() and config.data.name not in DATASETS:  # the run's, whatever it was
+        config, _ = open_run(folder, plugins, [f"data.tokenizer={own}", *overrides])
     found = checkpoint(folder, step)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else ALONE.device
     topology = replace(ALONE, device=device)

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 if TYPE_CHECKING:
     from trainer.config import Config
     from trainer.data.tokenizer import Tokenizer
+
+
+TOO_EARLY = "objective: `facts.example` is what it makes of a row, so it is not there while it is made itself"
 
 
 @dataclass(frozen=True)
@@ -34,10 +37,14 @@ class Facts:
     ) -> Facts:
         return cls(tokenizer.vocab_size, config.data.sequence_length, config.train.steps, tokenizer, read_example)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the example: where an objective is sent to, its examples are made, and none is asked for."""
+        return {name: value for name, value in vars(self).items() if name != "example"} | {"read_example": None}
+
     @cached_property
     def example(self) -> dict[str, Tensor]:
-        """A batch [1, ...] of the run, on the CPU, read when it is first asked for: names, shapes and types count, its
-        values are those of any row."""
+        """A batch [1, ...] of the run, on the CPU, as the objective makes it: names, shapes and types count, its values
+        are those of any row. It is read when it is first asked for; an objective may not ask while it is made."""
         if self.read_example is None:
             raise ValueError("these facts were made without data")
         return self.read_example()

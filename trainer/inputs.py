@@ -24,13 +24,13 @@ from trainer.data.samples import Recipe, Samples
 from trainer.data.shards import Shards, from_json
 from trainer.data.spec import file_name
 from trainer.data.storage import Storage
-from trainer.data.stream import Part, Share, Source, Stream
+from trainer.data.stream import Batch, Part, Share, Source, Stream
 from trainer.data.team import Problem, Team, problem_of, refuse
 from trainer.data.tokenizer import Tokenizer
 from trainer.data.tokens import TokenLine
 from trainer.data.validation import Validation
 from trainer.errors import ConfigError, DataError, OnecurveError
-from trainer.facts import Facts
+from trainer.facts import TOO_EARLY, Facts
 from trainer.files import read_file
 from trainer.folder import CATALOGUE, restarted
 from trainer.objectives import Objective, prepares
@@ -99,6 +99,12 @@ class Inputs:
     """By source what a later life of the run is to find again, JSON-able: its fingerprint, its shards' summaries."""
 
 
+def _example(made: Sequence[Share]) -> Batch:
+    if not made:
+        raise ConfigError(TOO_EARLY)
+    return made[0].example()
+
+
 def _others(config: Config, frozen: Mapping[str, str]) -> dict[str, Any]:
     """What a run is by its other models; nothing where there are none."""
     trained = {
@@ -148,7 +154,8 @@ def open_shards(config: Config, topology: Topology) -> Found:
 def open_inputs(config: Config, topology: Topology, found: Found) -> Inputs:
     """What training reads of the shards that were found; text is encoded here, once. Raises as `open_shards` does."""
     data, opening = config.data, _Opening(config, topology)
-    facts = Facts.of(config, found.tokenizer, lambda: share.example())
+    made: list[Share] = []
+    facts = Facts.of(config, found.tokenizer, lambda: _example(made))
     objective = watched(config, plugin(config, "objective")(config.objective, facts))
     sources = [opening.attempt(partial(opening.source, shards, found.tokenizer)) for shards in found.training.values()]
     judged = None
@@ -171,6 +178,7 @@ def open_inputs(config: Config, topology: Topology, found: Found) -> Inputs:
         ledger=data.ledger and topology.speaks,
         tolerant=data.on_error == "quarantine",
     )
+    made.append(share)
     validation = judged and Validation(
         judged,
         micro_batch=config.train.micro_batch or config.train.global_batch // topology.dp_size,

@@ -200,7 +200,9 @@ def read_numbers(job: Job, unread: Unread, progress: Progress) -> tuple[dict[str
     `progress`. One collective."""
     point("numbers.read")
     n = len(unread.steps)
-    sums = {f"sum/{name}": torch.stack([part[name] for part in unread.sums]) for name in unread.sums[0]}
+    zero = torch.zeros_like(unread.sums[0][NUM_TARGETS])
+    names = list(dict.fromkeys(name for part in unread.sums for name in part))  # not every step updates every model
+    sums = {f"sum/{name}": torch.stack([part.get(name, zero) for part in unread.sums]) for name in names}
     own = {name: [value] * n for name, value in own_votes(job, unread.pace).items()}
     own["abandoned"] = [float(data.abandoned) for data in unread.steps]
     votes = {f"vote/{name}": torch.tensor(values, dtype=torch.float64) for name, values in own.items()}
@@ -218,7 +220,7 @@ def read_numbers(job: Job, unread: Unread, progress: Progress) -> tuple[dict[str
     del unread.steps[done:]
     rows = []
     for i, data in enumerate(unread.steps):
-        of_step = {name: numbers[f"sum/{name}"][i] for name in unread.sums[0]}
+        of_step = {name: numbers[f"sum/{name}"][i] for name in names}
         measured = means(unread.objectives, of_step)
         count, loss = int(of_step[NUM_TARGETS]), measured.pop("loss")
         progress.tokens += count
@@ -258,12 +260,15 @@ def means(objectives: Mapping[str, Objective], sums: Mapping[str, float]) -> dic
     """Returns what the sums of a step mean to the objectives of its models."""
     by_model: dict[str, dict[str, float]] = {}
     for name, value in sums.items():
-        model, _, rest = name.rpartition("/")
+        model, _, rest = name.partition("/")
+        if model == MAIN or model not in objectives:
+            model, rest = MAIN, name
         by_model.setdefault(model, {})[rest] = value
     return {
-        f"{model}/{name}" if model else name: value
+        name if model == MAIN else f"{model}/{name}": value
         for model, of_model in by_model.items()
-        for name, value in objectives[model or MAIN].means(of_model).items()
+        if model == MAIN or of_model[NUM_TARGETS]
+        for name, value in objectives[model].means(of_model).items()
     }
 
 

@@ -3,6 +3,7 @@ sharded as the trained one is, and is not saved; which it is, is part of what th
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from hashlib import blake2b
@@ -11,12 +12,10 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from trainer.build import model_factory, strategy_for
-from trainer.checkpoint.format import MANIFEST
 from trainer.checkpoint.load import Found, newest, read
 from trainer.config import Config
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError
-from trainer.files import read_file
 from trainer.folder import CHECKPOINTS
 from trainer.inputs import Inputs
 from trainer.registry import plugin
@@ -36,8 +35,9 @@ class Frozen:
 
     @property
     def fingerprint(self) -> str:
-        """Of the checkpoint's manifest, which has the checksums of all its files."""
-        return blake2b(read_file(self.found.path / MANIFEST), digest_size=16).hexdigest()
+        """Of the checksums of the checkpoint's files: what its manifest says besides may be added to later."""
+        files = json.dumps(self.found.manifest["files"], sort_keys=True)
+        return blake2b(files.encode(), digest_size=16).hexdigest()
 
     def fill(self, name: str, value: Tensor) -> None:
         read(self.found, {f"model/{name}": value})

@@ -33,7 +33,7 @@ from trainer.files import read_file, with_file
 from trainer.folder import CATALOGUE, CHECKPOINTS
 from trainer.given import open_given
 from trainer.inputs import DATASETS, Inputs, open_inputs, open_shards
-from trainer.objectives import NUM_TARGETS, Batch, Objective, Sums
+from trainer.objectives import NUM_TARGETS, Batch, Objective, Sums, prepares
 from trainer.other_models import build_frozen, open_frozen
 from trainer.randomness import seed_torch
 from trainer.resilience import quarantine
@@ -158,6 +158,8 @@ class Replay:
         data = self.config.data
         if not isinstance(data, schema.Text) and TOKENS not in data.fields:
             return None
+        if prepares(self.objective):  # its examples may be anything
+            return None
         ids = sample.row["inputs"][0].tolist()
         return self.tokenizer.decode(ids[: sum(piece.end_token - piece.first_token for piece in sample.pieces) or None])
 
@@ -206,6 +208,8 @@ def rebuild(
     inputs = _opened(config, topology, folder)
     found = _nearest(folder, step, checkpoint)
     strategy = _strategy(config, topology, inputs, found)
+    if config.models.trained:
+        raise _cannot(config, "a run that trains a second model (models.trained)")
     frozen = build_frozen(config, topology, inputs, open_frozen(config, topology, tokenizer))
     models = {"model": strategy, **frozen}
 
@@ -218,6 +222,8 @@ def rebuild(
     apart_since = _on_the_way(models, share, rows, start, step, told)
     data = share.step(step - 1)
     update = next(strategy.objective.updates(data.micro_batches, models))
+    if update.model != MAIN or update.objective is not strategy.objective:
+        raise _cannot(config, "a step that begins with an update of another kind than its own")
     data = replace(data, micro_batches=list(update.batches))
     samples = list(_samples(share, data, list(inputs.catalogue)))
     return Replay(
@@ -233,6 +239,10 @@ def rebuild(
         devices=(device, topology.device.type),
         size=size,
     )
+
+
+def _cannot(config: Config, what: str) -> ConfigError:
+    return ConfigError(f"objective.name={config.objective.name}: replay does not know {what}")
 
 
 def _on_the_way(

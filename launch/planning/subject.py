@@ -23,10 +23,11 @@ from torch.distributed.tensor import DTensor
 from launch.planning.trace import OUTSIDE, REPRESENTATIVES, Live, Trace, stretched, trace
 from trainer.build import build_optimizer, model_factory
 from trainer.config import Config, schema
-from trainer.facts import Facts
+from trainer.errors import ConfigError
+from trainer.facts import TOO_EARLY, Facts
 from trainer.inputs import tokenizer_of
 from trainer.models import of_type
-from trainer.objectives import Batch, prepares
+from trainer.objectives import Batch, overrides, prepares
 from trainer.precision import Precision
 from trainer.registry import plugin
 from trainer.strategies.layers import prepare
@@ -70,13 +71,20 @@ class Subject:
         self.factory = model_factory(config, self.tokenizer, lambda: self.example)
         facts = Facts.of(config, self.tokenizer, lambda: self.example)
         self.objective = plugin(config, "objective")(config.objective, facts)
+        if overrides(self.objective, "updates"):
+            raise ConfigError(
+                f"objective.name={config.objective.name}: plan knows no step that computes something before its loss; "
+                "nearest: plan the same model with objective=causal_lm"
+            )
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.built = cache(self._built)
         self.whole = self.built(1, False, False, None)
 
     @cached_property
     def example(self) -> Batch:
-        """A batch [1, ...] of the run, made up: what the objective makes of a row of the data."""
+        """A batch [1, ...] of the run, made up: what the objective makes of a row of the data. Raises ConfigError."""
+        if not hasattr(self, "objective"):
+            raise ConfigError(TOO_EARLY)
         made = example(self.config)
         if not prepares(self.objective):
             return made

@@ -152,6 +152,14 @@ def test_a_second_model_is_as_the_runs_own_but_for_what_it_says() -> None:
         "models.trained.b.model.wide: no such key; did you mean 'models.trained.b.model.width'?",
         "models.trained.c.model.weights: only the run's own model can start with given weights",
     ]
+    with pytest.raises(ConfigError) as caught:
+        load(["models.trained.d.model=gpt", "models.trained.model={}", "models.trained.e={}", "models.frozen.e=runs/e"])
+    other = "should have another name: a word, none of model, optimizer, scaler, nor the name of a frozen model"
+    assert caught.value.problems == [
+        "models.trained.d.model=gpt: should be a section, such as {name: gpt}",
+        f"models.trained.model: {other}",
+        f"models.trained.e: {other}",
+    ]
 
 
 def test_a_config_of_an_earlier_version_is_completed() -> None:

@@ -19,6 +19,7 @@ from tests.strategies import ragged
 from tests.zoo import models
 from tests.zoo.cells import Zoo
 from trainer.config import schema
+from trainer.loop import means
 from trainer.models import ModelFactory, of_type
 from trainer.objectives import Objective
 from trainer.precision import Precision
@@ -231,6 +232,31 @@ def examples(objective: Objective, step: int) -> dict[str, Tensor]:
         for i in range(8)
     ]
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]} | {"draws": whole["draws"]}
+
+
+def test_examples_made_in_processes_are_the_same(zoo: Zoo) -> None:
+    overrides = ("model=masked", "objective=masked", "strategy=single")
+    runs = [
+        train(zoo, f"masked-{name}", 1, *overrides, *how)
+        for name, how in {"threads": (), "processes": ("data.processes=true", "data.workers=2")}.items()
+    ]
+    assert_same_bits(*runs)
+
+
+def test_numbers_are_of_the_model_whose_name_they_begin_with() -> None:
+    """Unless there is no such model; and a model that a step does not update has none in its row."""
+    objective = masked.MaskedLM(masked.MaskedLM.Config(name="goal"), ragged.FACTS)
+    sums = {
+        "loss": 8.0,
+        "top/5": 2.0,
+        "num_targets": 4.0,
+        "critic/loss": 3.0,
+        "critic/top/5": 6.0,
+        "critic/num_targets": 3.0,
+    }
+    objectives = {"model": objective, "critic": objective}
+    assert means(objectives, sums) == {"loss": 2.0, "top/5": 0.5, "critic/loss": 1.0, "critic/top/5": 2.0}
+    assert means(objectives, {**sums, "critic/num_targets": 0.0}) == {"loss": 2.0, "top/5": 0.5}
 
 
 def test_each_is_short() -> None:

@@ -15,6 +15,7 @@ from trainer.errors import ConfigError
 from trainer.secrets import masked
 
 WITH_CLASSES = ("model", "objective", "strategy", "optimizer", "schedule")  # groups that take classes of users
+TAKEN = ("model", "optimizer", "scaler")  # how names of what a checkpoint holds begin
 INSTEAD = {"data": "; functions of yours change its samples by data.maps"}
 
 
@@ -54,8 +55,16 @@ def _with_trained(models: Models, raw: dict[str, Any], plugins: list[str]) -> Mo
             which = f": no such key {', '.join(sorted(map(str, unknown)))}" if isinstance(given, dict) else ""
             problems.append(f"{key}{which}: should be a section with the keys model, optimizer, schedule")
             continue
+        if not str(name).isidentifier() or name in TAKEN or name in models.frozen:
+            others = f"none of {', '.join(TAKEN)}, nor the name of a frozen model"
+            problems.append(f"{key}: should have another name: a word, {others}")
         for group in Trained.model_fields:
             own, base = given.get(group) or {}, raw.get(group) or {}
+            if not isinstance(own, dict):
+                problems.append(f"{key}.{group}={masked(own)}: should be a section, such as {{name: {masked(own)}}}")
+                continue
+            if not isinstance(base, dict):
+                continue  # which is told of the run's own section
             same = own.get("name", base.get("name")) == base.get("name")
             values = {**base, **({"weights": None} if "weights" in base else {}), **own} if same else own
             try:

@@ -41,8 +41,9 @@ class Model(Protocol):
         ...
 
     def gather_rows(self, rows: Tensor) -> Tensor:
-        """Returns the rows of all processes in the run's order: the same matrix on any topology. `rows`: [n, ...], this
-        process's share of a step, of all its micro-batches."""
+        """Returns the rows of all processes in the run's order: the same matrix on any topology, but where a row was
+        left out (`data.on_error=quarantine`): those behind it may be in another order. `rows`: [n, ...], this process's
+        share of a step, of all its micro-batches."""
         ...
 
     def local_rows(self, rows: Tensor, count: int) -> Tensor:
@@ -52,12 +53,18 @@ class Model(Protocol):
 
 def prepares(objective: Objective) -> bool:
     """Returns whether the objective makes examples of the data's rows, rather than taking these as they are."""
-    return objective.__class__.example is not Objective.example
+    return overrides(objective, "example")
 
 
 def has_rows(objective: Objective) -> bool:
     """Returns whether an evaluation gathers numbers of each row."""
-    return objective.__class__.rows is not Objective.rows
+    return overrides(objective, "rows")
+
+
+def overrides(objective: Objective, method: str) -> bool:
+    """Returns whether the objective's class has a method of its own."""
+    default = getattr(Objective, method)
+    return getattr(objective.__class__, method, default) is not default
 
 
 class Update(NamedTuple):

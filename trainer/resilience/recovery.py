@@ -98,7 +98,7 @@ def part_ways(job: Job, step: int, count: int) -> None:
 
 def compare_replicas(job: Job, step: int) -> None:
     """Raises Rollback where a process has other weights than those it shares them with; or TrainingError."""
-    if odd := job.replicas.odd(job.strategy.state()):
+    if odd := job.replicas.odd(job.models.state()):
         wait_for_save(job)
         job.journal.event(**job.guard.corrupted(step, odd, may_go_back=job.saver.newest is not None))
         raise Rollback

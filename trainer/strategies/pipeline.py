@@ -309,7 +309,7 @@ class Pipeline(TensorParallel):
         if outputs is None:
             empty = [_rows(leaf, rows) for leaf in tree_leaves(self.measured.outputs)]
             outputs = self._tree([torch.empty_like(leaf, device=self.topology.device) for leaf in empty])
-        outputs = tree_map(torch.Tensor.contiguous, outputs)
+        outputs = tree_map(lambda leaf: self.whole(leaf).contiguous(), outputs)
         for leaf in tree_leaves(outputs):
             dist.broadcast(leaf, group=self.group, group_src=self.host(len(self.parts) - 1))
         return outputs

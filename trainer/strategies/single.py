@@ -213,7 +213,7 @@ class Single:
     def infer(self, batch: Batch) -> Outputs:
         self._seed(batch)
         with untouched(self.model):
-            return self.computed(self.model, batch)[0]
+            return tree_map(self.whole, self.computed(self.model, batch)[0])
 
     def gradient(self, batch: Batch, field: str, loss: Callable[[Outputs, Batch], Tensor]) -> Tensor:
         self._seed(batch)
@@ -256,7 +256,7 @@ class Single:
         outputs, on_device = self.computed(self.model, batch)
         self.model.train()
         sums = self.evaluated(outputs, on_device, self.objective.counts(batch))
-        return sums, self.objective.rows(outputs, on_device)
+        return sums, self.objective.rows(tree_map(self.whole, outputs), on_device)
 
     def evaluated(self, outputs: Outputs, batch: Batch, counts: Mapping[str, float]) -> Sums:
         """Returns this rank's sums of a batch of held-out data: those of the objective, and the counts."""

@@ -30,7 +30,9 @@ from trainer.strategies.stages import Elsewhere
 class TensorParallel(Single):
     """What strategies have in common whose layers may be split, and whose parameters may be in parts anywhere."""
 
-    shared_loss: ExitStack | None = None
+    shared_loss = False
+    loss_parallel = ExitStack()  # torch's, of the process: entered for the first model that shares its loss
+    sharing = 0
 
     def split(self, model: nn.Module, mesh: DeviceMesh) -> None:
         """Splits the model over the mesh as it says itself. Raises ConfigError if it does not."""
@@ -52,8 +54,10 @@ class TensorParallel(Single):
             if any(not isinstance(parameter, DTensor) for parameter in module.parameters(recurse=False)):
                 parallelize_module(module, mesh, Whole())
         if self.config.loss_parallel:  # type: ignore[attr-defined]
-            self.shared_loss = ExitStack()
-            self.shared_loss.enter_context(loss_parallel())
+            self.shared_loss = True
+            if not TensorParallel.sharing:
+                TensorParallel.loss_parallel.enter_context(loss_parallel())
+            TensorParallel.sharing += 1
 
     def outputs(self, outputs: Outputs) -> Outputs:
         return outputs if self.shared_loss else super().outputs(outputs)
@@ -63,7 +67,10 @@ class TensorParallel(Single):
 
     def close(self) -> None:
         if self.shared_loss:
-            self.shared_loss.close()
+            self.shared_loss = False
+            TensorParallel.sharing -= 1
+            if not TensorParallel.sharing:
+                TensorParallel.loss_parallel.close()
         super().close()
 
 
