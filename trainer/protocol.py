@@ -20,6 +20,7 @@ from trainer.errors import ConfigError
 from trainer.evaluation import Evaluation
 from trainer.job import Job
 from trainer.objectives import NUM_TARGETS, Batch, Model, Objective, Outputs, Sums, Totals, Update
+from trainer.registry import plugin
 
 MADE_OF = {
     "model": ("config", "facts"),
@@ -48,9 +49,11 @@ SEE = "docs/EXTEND.md has one of each"
 
 
 def check_plugins(config: Config) -> None:
-    """Raises ConfigError with all that the classes of users' lack."""
+    """Raises ConfigError with all that the classes of users' lack, and the objective's models."""
     if problems := [problem for group in MADE_OF if _is_users(config, group) for problem in _lacking(config, group)]:
         raise ConfigError([*problems[:-1], f"{problems[-1]} ({SEE})"])
+    if problems := list(_check_models(config)):
+        raise ConfigError(problems)
 
 
 def watched(config: Config, objective: Objective) -> Objective:
@@ -78,6 +81,18 @@ def rehearse(job: Job) -> None:
         torch._dynamo.reset()
 
 
+def _check_models(config: Config) -> Iterator[str]:
+    """Yields models that the objective asks for and the config does not have, or the other way round."""
+    objective, name = plugin(config, "objective"), f"objective={config.objective.name}"
+    for kind, what in (("frozen", "the directory of a run"), ("trained", "{model: {...}}")):
+        asked, given = getattr(objective, kind, ()), getattr(config.models, kind)
+        if isinstance(asked, str):
+            yield f"objective.name={config.objective.name}: its `{kind}` should be names, such as ({asked!r},)"
+            continue
+        yield from (f"models.{kind}.{model}: {name} needs it: {what}" for model in asked if model not in given)
+        yield from (f"models.{kind}.{model}: {name} uses no such model" for model in given if model not in asked)
+
+
 def _check_names(objective: str, method: str, names: Iterable[str]) -> None:
     """Raises ConfigError for a number that a row of `metrics.jsonl` has already."""
     if taken := sorted(COLUMNS & set(names)):
@@ -87,7 +102,7 @@ def _check_names(objective: str, method: str, names: Iterable[str]) -> None:
 
 
 class Watched:
-    """An objective of a user's: that `loss` and `evaluate` return what they should is checked once each."""
+    """An objective of a user's: that its methods return what they should is checked once each."""
 
     def __init__(self, objective: Objective, name: str):
         self._objective, self._name = objective, name
@@ -109,6 +124,7 @@ class Watched:
             self._refuse("counts", wanted, "which it is not")
         elif wrong := [name for name, value in counts.items() if not _is_number(value)]:
             self._refuse("counts", wanted, f"which {', '.join(map(repr, wrong))} is not")
+        _check_names(self._name, "counts", counts)
         return counts
 
     def loss(self, outputs: Outputs, batch: Batch, totals: Totals) -> tuple[Tensor, Sums]:
@@ -127,7 +143,12 @@ class Watched:
         return sums
 
     def updates(self, batches: Sequence[Batch], models: Mapping[str, Model]) -> Iterator[Update]:
-        for update in self._objective.updates(batches, models):
+        found = self._objective.updates(batches, models)
+        if not isinstance(found, Iterable):
+            self._refuse("updates", "an iterator of onecurve.Update", f"not {_say(found)}: `yield` each of them")
+        for update in found:
+            if not isinstance(update, Update):
+                self._refuse("updates", "an iterator of onecurve.Update", f"not of {_say(update)}")
             yield update._replace(objective=cast(Objective, self)) if update.objective is self._objective else update
 
     def _check_sums(self, method: str, sums: Any) -> None:

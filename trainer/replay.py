@@ -31,10 +31,10 @@ from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError
 from trainer.files import read_file, with_file
 from trainer.folder import CATALOGUE, CHECKPOINTS
+from trainer.frozen_models import build_frozen, open_frozen
 from trainer.given import open_given
 from trainer.inputs import DATASETS, Inputs, open_inputs, open_shards
 from trainer.objectives import NUM_TARGETS, Batch, Objective, Sums, prepares
-from trainer.other_models import build_frozen, open_frozen
 from trainer.randomness import seed_torch
 from trainer.resilience import quarantine
 from trainer.resilience.recovery import take_up

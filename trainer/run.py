@@ -24,11 +24,11 @@ from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError, Crashed, Interrupted, OnecurveError, PeerLost, TrainingError
 from trainer.files import replace_file
 from trainer.folder import RunFolder, settle, will_restart
+from trainer.frozen_models import build_frozen, open_frozen
 from trainer.given import open_given
 from trainer.inputs import open_inputs, open_shards
 from trainer.job import Job
 from trainer.models import pretrained
-from trainer.other_models import build_frozen, check_models, open_frozen
 from trainer.processes import tell_attempt
 from trainer.protocol import check_plugins, rehearse
 from trainer.resilience import interruption
@@ -56,7 +56,6 @@ def run(config: Config, born: float) -> None:
         tell_attempt(Path(config.run.dir).expanduser())  # of one that goes on; a new one says so with its status
     check_machine(config, topology.device)
     check_plugins(config)
-    check_models(config)
     found = open_shards(config, topology)
     given = open_given(config, topology, found.tokenizer)
     frozen = open_frozen(config, topology, found.tokenizer)

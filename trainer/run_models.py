@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from trainer.checkpoint.pieces import Fragment, model_of
+from trainer.errors import ConfigError
 from trainer.step import MAIN
 from trainer.strategies.base import Strategy
 
@@ -26,6 +27,9 @@ class RunModels(Mapping[str, Strategy]):
         self._all = {MAIN: main, **self.trained, **self.frozen}
 
     def __getitem__(self, name: str) -> Strategy:
+        if name not in self._all:
+            has = f"it has {', '.join(self._all)}; name it in the objective's `frozen` or `trained`"
+            raise ConfigError(f"the objective asks for the model '{name}', but the run has none of that name: {has}")
         return self._all[name]
 
     def __iter__(self) -> Iterator[str]:

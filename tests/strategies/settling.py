@@ -28,7 +28,7 @@ def left_behind(strategy: DDP, batch: dict[str, torch.Tensor]) -> int:
         return [tensor.detach().clone() for tensor in held]
 
     before = now()
-    strategy._settle_buckets(batch)
+    strategy._settle_buckets(batch, strategy.objective)
     gradients = [parameter for parameter in strategy.parameters if parameter.grad is not None]
     return len(gradients) + sum(not torch.equal(a, b) for a, b in zip(before, now(), strict=True))
 

@@ -68,7 +68,8 @@ def _with_trained(models: Models, raw: dict[str, Any], plugins: list[str]) -> Mo
             same = own.get("name", base.get("name")) == base.get("name")
             values = {**base, **({"weights": None} if "weights" in base else {}), **own} if same else own
             try:
-                made[group] = checked(f"{key}.{group}", option_schema(group, str(values.get("name")), plugins), values)
+                schema = option_schema(group, str(values.get("name")), plugins, f"{key}.{group}")
+                made[group] = checked(f"{key}.{group}", schema, values)
             except ConfigError as error:
                 problems.extend(error.problems)
         if getattr(made.get("model"), "weights", None) is not None:
@@ -88,15 +89,17 @@ def checked(name: str, schema: type[Section], value: dict[str, Any]) -> Any:
         raise ConfigError(_describe(name, schema, error)) from None
 
 
-def option_schema(group: str, name: str, plugins: list[str]) -> type[Plugin]:
-    """The schema of option `name` of a group: a built-in one, or the `Config` of a user's class."""
+def option_schema(group: str, name: str, plugins: list[str], section: str = "") -> type[Plugin]:
+    """The schema of option `name` of a group: a built-in one, or the `Config` of a user's class. `section`: where it is
+    chosen, if not in the group's own."""
+    key = section or group
     if ":" not in name:
         if name not in OPTIONS[group]:
-            raise ConfigError(f"{group}.name={name}: no such option{did_you_mean(name, OPTIONS[group])}")
+            raise ConfigError(f"{key}.name={name}: no such option{did_you_mean(name, OPTIONS[group])}")
         return OPTIONS[group][name]
     if group not in WITH_CLASSES:
-        raise ConfigError(f"{group}.name={name}: should be one of {', '.join(OPTIONS[group])}{INSTEAD.get(group, '')}")
-    return import_plugin(f"{group}.name", name, plugins).Config
+        raise ConfigError(f"{key}.name={name}: should be one of {', '.join(OPTIONS[group])}{INSTEAD.get(group, '')}")
+    return import_plugin(f"{key}.name", name, plugins).Config
 
 
 def import_plugin(key: str, target: str, plugins: Sequence[str]) -> Any:
@@ -113,7 +116,7 @@ def import_named(key: str, target: str, plugins: Sequence[str]) -> Any:
     module, _, attribute = target.partition(":")
     package = module.partition(".")[0]
     if package not in plugins:
-        way = f"add run.plugins=[{package}] (--plugins {package} to sample, replay and export)"
+        way = f"add run.plugins=[{package}] (--plugins {package} to sample, evaluate, replay and export)"
         raise ConfigError(f"{key}={target}: package '{package}' is not allowed; if you trust it, {way}")
     try:
         return getattr(importlib.import_module(module), attribute)

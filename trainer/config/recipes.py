@@ -84,15 +84,18 @@ def recipes(config_dir: Path | None = None) -> list[Recipe]:
     for folder in [files("trainer.conf").joinpath("experiment"), *([config_dir / "experiment"] if config_dir else [])]:
         for path in sorted(folder.iterdir(), key=lambda path: path.name) if folder.is_dir() else ():
             name, dot, kind = path.name.rpartition(".")
-            if dot and kind == "yaml":
+            if dot and kind == "yaml" and path.is_file():
                 found[name] = _about(name, path.read_text(encoding="utf-8"))
     return sorted(found.values(), key=lambda recipe: recipe.name)
 
 
 def _about(name: str, text: str) -> Recipe:
     try:
-        about = (yaml.safe_load(text) or {}).get(ABOUT, {})
-        return Recipe(name, **about)
+        recipe = Recipe(name, **(yaml.safe_load(text) or {}).get(ABOUT, {}))
+        for key in ("minutes", "target"):
+            if not isinstance(value := getattr(recipe, key), (int, float, type(None))):
+                raise TypeError(f"{key}={value} is not a number")
+        return recipe
     except (yaml.YAMLError, AttributeError, TypeError) as error:
         keys = ", ".join(field.name for field in fields(Recipe)[1:])
         problem = str(error).splitlines()[0]

@@ -26,11 +26,11 @@ Fill = Callable[[str, Tensor], None]  # fills the value of the parameter of that
 
 
 class Model(Protocol):
-    """What a model brings besides being an nn.Module."""
+    """What a model brings besides being an nn.Module made of its `Config` and the run's `Facts`."""
 
     blocks: nn.ModuleList
 
-    def __call__(self, batch: dict[str, Tensor]) -> Tensor: ...
+    def __call__(self, batch: dict[str, Tensor]) -> Tensor | dict[str, Tensor]: ...
 
     def initialise(self, name: str, parameter: Tensor, generator: torch.Generator) -> None: ...
 
@@ -70,8 +70,8 @@ class Cuttable(Model, Protocol):
         """`x` behind these of the blocks; of the same shape and type."""
         ...
 
-    def project(self, x: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        """Outputs of what comes out of the last block."""
+    def project(self, x: Tensor, batch: dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
+        """Outputs, a tensor or a dict of them, of what comes out of the last block."""
         ...
 
 

@@ -21,7 +21,7 @@ from trainer.models.tensor_parallel import Whole
 
 def missing(config: schema.GPT) -> str:
     """Returns what the model needs and this machine does not have; empty if nothing."""
-    reason = without_apex("FusedLayerNorm") if getattr(config, "fused_norm", False) else ""
+    reason = without_apex("FusedLayerNorm") if config.fused_norm else ""
     return f"model.fused_norm=true: {reason}; nearest: model.fused_norm=false" if reason else ""
 
 

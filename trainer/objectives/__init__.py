@@ -113,7 +113,8 @@ class Objective:
         raise NotImplementedError
 
     def evaluate(self, outputs: Outputs, batch: Batch) -> Sums:
-        """Returns the sums of a batch of held-out data that `summary` needs; those of `loss`, by default."""
+        """Returns the sums of a batch of held-out data that `summary` needs; those of `loss`, by default,
+        which then may read no field that `updates` added: an evaluation has none."""
         one = torch.ones((), dtype=torch.float64, device=batch["draws"].device)
         return self.loss(outputs, batch, defaultdict(lambda: one))[1]
 

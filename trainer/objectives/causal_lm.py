@@ -23,7 +23,7 @@ class CausalLM(Objective):
     """
 
     Config = schema.CausalLM
-    continues_text = True  # its models can be sampled from
+    continues_text = True
 
     def __init__(self, config: schema.CausalLM, facts: Facts):
         super().__init__(config, facts)

@@ -22,7 +22,7 @@ OptimizerFactory = Callable[[nn.Module], torch.optim.Optimizer]
 
 
 class UpdateResult(NamedTuple):
-    """Both stay on the device until somebody reads them."""
+    """All stay on the device until somebody reads them."""
 
     grad_norm: Tensor  # global norm before clipping, float32 scalar
     skipped: Tensor  # bool scalar: the step was left out

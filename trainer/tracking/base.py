@@ -29,12 +29,13 @@ class Tracker(Protocol):
     def rows(self, rows: list[Row]) -> None:
         """The optimizer steps since the last call, one row each, in rising order.
 
-        step, tokens, samples: counts since the birth of the run. loss: nats a target. grad_norm: unclipped.
-        lr. step_s: wall seconds of the step, waiting for data included, evaluation and checkpoints not.
-        data_wait_s: the part of it spent waiting for data. tokens_per_s. skipped: whether the update was.
+        step, tokens, samples: counts since the birth of the run. loss: the objective's, of text nats a target.
+        grad_norm: unclipped. lr. step_s: wall seconds of the step, waiting for data included, evaluation and
+        checkpoints not. data_wait_s: the part of it spent waiting for data. tokens_per_s. skipped: whether the update
+        was.
         Optional: mfu (model FLOPs over the devices' dense bf16 arithmetic, 0 to 1), mem_gib (the most that any device
-        held since the last reading), eval: {"loss", "nats_per_char", "bits_per_byte",
-        "sequences"}, and other numbers that the objective tracks.
+        held since the last reading), eval: {"loss", ...}. Besides these, here and in eval, the numbers of the
+        objective's `summary`; those of another model that is trained have its name before them, `critic/loss`.
         """
 
     def event(self, event: Row) -> None:

@@ -18,7 +18,6 @@ from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError
 from trainer.folder import CHECKPOINTS
 from trainer.inputs import Inputs
-from trainer.registry import plugin
 from trainer.sampling import open_run
 from trainer.strategies.base import Strategy
 from trainer.strategies.buffers import persistent
@@ -52,21 +51,10 @@ def open_frozen(config: Config, topology: Topology, tokenizer: Tokenizer) -> dic
     return {name: _open(name, Path(given[name]).expanduser(), config, topology, tokenizer) for name in sorted(given)}
 
 
-def check_models(config: Config) -> None:
-    """Raises ConfigError for a model that the objective asks for and the config does not have, or the other way
-    round."""
-    objective, problems = plugin(config, "objective"), []
-    for kind, what in (("frozen", "the directory of a run"), ("trained", "{model: {...}}")):
-        asked, given = set(getattr(objective, kind)), set(getattr(config.models, kind))
-        key = f"models.{kind}."
-        problems += [f"{key}{name}: objective={config.objective.name} needs it: {what}" for name in asked - given]
-        problems += [f"{key}{name}: objective={config.objective.name} uses no such model" for name in given - asked]
-    if problems:
-        raise ConfigError(sorted(problems))
-
-
 def _open(name: str, run_dir: Path, config: Config, topology: Topology, tokenizer: Tokenizer) -> Frozen:
     key = f"models.frozen.{name}={run_dir}"
+    if not config.models.frozen[name]:
+        raise ConfigError(f"models.frozen.{name}: should be the directory of a run")
     try:
         of_run, theirs = open_run(run_dir, config.run.plugins)
     except ConfigError as error:
