@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from trainer.build import model_factory, strategy_for
 from trainer.checkpoint.load import Found, newest, read
@@ -79,11 +79,7 @@ def _build(config: Config, topology: Topology, inputs: Inputs, frozen: Frozen) -
     theirs = frozen.config.model_copy(update={"precision": config.precision})
     factory = model_factory(theirs, frozen.tokenizer, inputs.stream.share.example, frozen.fill)
     build = factory.build
-    strategy.setup(replace(factory, build=lambda: _without_gradients(build())), None)
+    strategy.setup(replace(factory, build=lambda: build().requires_grad_(False)), None)
     buffers = persistent(strategy.model)  # type: ignore[attr-defined]
     read(frozen.found, {f"model/{name}": buffer for name, buffer in buffers.items()})
     return strategy
-
-
-def _without_gradients(model: nn.Module) -> nn.Module:
-    return model.requires_grad_(False)

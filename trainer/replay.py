@@ -211,7 +211,7 @@ def rebuild(
     if config.models.trained:
         raise _cannot(config, "a run that trains a second model (models.trained)")
     frozen = build_frozen(config, topology, inputs, open_frozen(config, topology, tokenizer))
-    models = {"model": strategy, **frozen}
+    models = {MAIN: strategy, **frozen}
 
     start = found.manifest["step"] if found else 0
     if lost := next((before for before in range(start + 1, step) if before not in rows), None):

@@ -64,6 +64,10 @@ class GAN(Objective):
     class Config(Plugin):
         pass
 
+    def __init__(self, config: Config, facts: Facts):
+        super().__init__(config, facts)
+        self.tell_apart = TellApart(config, facts)
+
     def example(self, row: dict[str, Tensor], draw: int) -> dict[str, Tensor]:
         noise = torch.randn(NOISE, generator=torch.Generator().manual_seed(draw))
         return {"real": row["inputs"] / self.facts.vocab_size, "noise": noise}
@@ -73,12 +77,11 @@ class GAN(Objective):
         made = [generator.infer(batch) for batch in batches]
         pairs = [torch.stack([batch["real"].to(fake), fake], dim=1) for batch, fake in zip(batches, made, strict=True)]
         judged = [batch | {"points": pair} for batch, pair in zip(batches, pairs, strict=True)]
-        yield Update(judged, TellApart(self.config, self.facts), "discriminator")
+        yield Update(judged, self.tell_apart, "discriminator")
         asked = [batch | {"points": fake[:, None]} for batch, fake in zip(batches, made, strict=True)]
         slopes = [discriminator.gradient(batch, "points", lambda y, _: F.softplus(-y).sum())[:, 0] for batch in asked]
         nats = [F.softplus(-discriminator.infer(batch))[:, 0] for batch in asked]
-        fields = zip(batches, slopes, nats, strict=True)
-        yield Update([batch | {"slope": slope, "nats": nat} for batch, slope, nat in fields], self)
+        yield Update([b | {"slope": s, "nats": n} for b, s, n in zip(batches, slopes, nats, strict=True)], self)
 
     def loss(self, outputs: Tensor, batch: Batch, totals: Totals) -> tuple[Tensor, Sums]:
         return (outputs * batch["slope"]).sum() / totals[NUM_TARGETS], {"loss": batch["nats"].sum()}

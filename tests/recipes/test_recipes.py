@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -261,8 +260,4 @@ def test_numbers_are_of_the_model_whose_name_they_begin_with() -> None:
 
 def test_each_is_short() -> None:
     for module in (contrastive, distillation, dpo, gan, masked, mixture):
-        assert len(Path(module.__file__ or "").read_text().splitlines()) <= 90, module_name(module)
-
-
-def module_name(module: ModuleType) -> str:
-    return module.__name__
+        assert len(Path(module.__file__ or "").read_text().splitlines()) <= 90, module.__name__

@@ -68,7 +68,8 @@ def overrides(objective: Objective, method: str) -> bool:
 
 
 class Update(NamedTuple):
-    """One update of one model: the batches it learns from, and what it learns."""
+    """One update of one model: the batches it learns from, and what it learns. Another objective than the run's is made
+    once, with it: what is known of one, such as the names of its sums, is known for the object."""
 
     batches: Sequence[Batch]
     objective: Objective
@@ -81,6 +82,8 @@ class Objective:
     It is made of its `Config` and what is known of the run.
     """
 
+    continues_text = False
+    """Whether its models continue a text, so that a finished run is sampled from."""
     trained: Sequence[str] = ()
     """Names of models that `updates` trains beside the run's; `models.trained` says what they are."""
     frozen: Sequence[str] = ()
@@ -88,9 +91,6 @@ class Objective:
 
     def __init__(self, config: Any, facts: Facts):
         self.config, self.facts = config, facts
-
-    continues_text = False
-    """Whether its models continue a text, so that a finished run is sampled from."""
 
     def example(self, row: dict[str, Tensor], draw: int) -> dict[str, Tensor]:
         """Returns what the model learns from a row of the data (tensors by name, without a batch dimension): masked,
