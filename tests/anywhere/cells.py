@@ -30,7 +30,6 @@ class Cell:
     processes: int
     overrides: tuple[str, ...]
     anywhere: bool = True
-    quick: bool = False
 
     @property
     def folder(self) -> str:
@@ -41,12 +40,12 @@ def cells() -> Iterator[Cell]:
     yield Cell("single", 1, ("strategy=single",))
     pipeline = ("strategy=pipeline", "train.micro_batch=6")
     for n in (2, 3, 4):
-        yield Cell("ddp", n, ("strategy=ddp",), anywhere=n < 4, quick=n == 2)
-        yield Cell("fsdp", n, ("strategy=fsdp",), anywhere=n != 3, quick=n == 2)
+        yield Cell("ddp", n, ("strategy=ddp",), anywhere=n < 4)
+        yield Cell("fsdp", n, ("strategy=fsdp",), anywhere=n != 3)
         for stage in (1, 2, 3):
             zero = ("strategy=zero", f"strategy.stage={stage}")
-            yield Cell(f"zero {stage}", n, zero, anywhere=n == 2, quick=n == 2 and stage != 1)
-        yield Cell("pipeline", n, pipeline, anywhere=n == 2, quick=n == 2)
+            yield Cell(f"zero {stage}", n, zero, anywhere=n == 2)
+        yield Cell("pipeline", n, pipeline, anywhere=n == 2)
     yield Cell("hsdp 2 x 2", 4, ("strategy=hsdp", "strategy.shard_size=2"))
     for inner in ("ddp", "fsdp"):
         cut = (*pipeline, "strategy.stages=2", f"strategy.data_parallel={inner}")

@@ -103,23 +103,17 @@ def red(found: Found) -> list[str]:
     return problems
 
 
-def ring() -> list[tuple[Cell, Cell]]:
-    """The quick cut: each into the next one."""
-    quick = [cell for cell in cells() if cell.quick]
-    return list(zip(quick, [*quick[1:], quick[0]], strict=True))
-
-
 def everything() -> Found:
     with tempfile.TemporaryDirectory() as name:
         folder, all_cells = Path(name), list(cells())
         straight(folder, all_cells)
-        found: dict[str, dict[str, dict[str, Any]]] = {}
-        for target in all_cells:
-            sources = [cell for cell in all_cells if (cell.anywhere and target.anywhere) or cell == target]
-            for source, its in moved(folder, [(source, target) for source in sources]).items():
-                found.setdefault(source, {}).update(its)
-            print(target.name, target.processes, file=sys.stderr)
-        return found
+        pairs = [
+            (source, target)
+            for target in all_cells
+            for source in all_cells
+            if (source.anywhere and target.anywhere) or source == target
+        ]
+        return moved(folder, pairs)
 
 
 def table(found: Found) -> Iterator[str]:

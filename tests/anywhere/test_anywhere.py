@@ -3,22 +3,10 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
 from tests.anywhere import matrix
-from tests.anywhere.cells import cells
-
-
-@pytest.mark.slow
-def test_each_into_the_next(tmp_path: Path) -> None:
-    pairs = matrix.ring()
-    matrix.straight(tmp_path, [next(cells()), *(source for source, _ in pairs)])
-    again = next(cell for cell, _ in pairs if cell.name == "zero 3")
-    found = matrix.moved(tmp_path, [*pairs, (again, again)])
-    assert sum(map(len, found.values())) == len(pairs) + 1
-    assert matrix.red(found) == []
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from trainer.sampling import load_run, with_weights
 
 transformers = pytest.importorskip("transformers")
 
-STEPS = 20
+STEPS = 12
 BASE = (*(key for key in TINY if not key.startswith("model.")), f"train.steps={STEPS}", "train.log_every=1")
 LLAMA = (
     "model=llama", "model.config.hidden_size=32", "model.config.intermediate_size=64",
@@ -64,7 +64,7 @@ def test_one_curve(strategy: str, single: Run, tmp_path: Path) -> None:
 def test_killed_and_resumed_to_the_bit(strategy: str, single: Run, tmp_path: Path) -> None:
     runs = [made(tmp_path / name, 2, *single.overrides[:-1], f"strategy={strategy}") for name in ("whole", "killed")]
     runs[0].train()
-    runs[1].kill_at(13)
+    runs[1].kill_at(9)
     runs[1].train()
     assert_same_bits(runs[1], runs[0])
 

@@ -1,4 +1,4 @@
-"""100 steps of the main job, the default command line plus a strategy: one curve (I3), one ledger."""
+"""50 steps of the main job, the default command line plus a strategy: one curve (I3), one ledger."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from tests.runs import Run
 
-STEPS = 100
+STEPS = 50
 MAIN = (f"train.steps={STEPS}", "train.log_every=10", "data.ledger=true", "precision=fp32")
 STRATEGIES = [
     (2, "strategy=ddp"),
@@ -42,5 +42,5 @@ def test_main_job(single: Run, tmp_path: Path, processes: int, strategy: str) ->
         pairs = zip(run.metrics(), single.metrics(), strict=True)
         away[name] = [abs(ours[name] - theirs[name]) / theirs[name] for ours, theirs in pairs]
     print(f"{strategy} on {processes}: " + ", ".join(f"{name} within {max(rows):.1e}" for name, rows in away.items()))
-    assert max(away["loss"][:50]) < 1e-5
-    assert max(away["grad_norm"][:50]) < 1e-4
+    assert max(away["loss"]) < 1e-5
+    assert max(away["grad_norm"]) < 1e-4
