@@ -34,6 +34,7 @@ from trainer.facts import TOO_EARLY, Facts
 from trainer.files import read_file
 from trainer.folder import CATALOGUE, restarted
 from trainer.objectives import Objective, prepares
+from trainer.objectives.by_source import SOURCE, by_source
 from trainer.protocol import watched
 from trainer.registry import plugin
 from trainer.secrets import masked, shown
@@ -156,7 +157,10 @@ def open_inputs(config: Config, topology: Topology, found: Found) -> Inputs:
     data, opening = config.data, _Opening(config, topology)
     made: list[Share] = []
     facts = Facts.of(config, found.tokenizer, lambda: _example(made))
-    objective = watched(config, plugin(config, "objective")(config.objective, facts))
+    kind = plugin(config, "objective")
+    if config.track.by_source:
+        kind = by_source(kind, sorted(config.data.sources))
+    objective = watched(config, kind(config.objective, facts))
     sources = [opening.attempt(partial(opening.source, shards, found.tokenizer)) for shards in found.training.values()]
     judged = None
     if found.held_out is not None:
@@ -177,6 +181,7 @@ def open_inputs(config: Config, topology: Topology, found: Found) -> Inputs:
         dp_size=topology.dp_size,
         ledger=data.ledger and topology.speaks,
         tolerant=data.on_error == "quarantine",
+        numbered=SOURCE if config.track.by_source else "",
     )
     made.append(share)
     validation = judged and Validation(

@@ -40,7 +40,7 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     sources = f"{{web: {{shards: '{web['shards']}', weight: 3}}, code: {{shards: '{code['shards']}', weight: 1}}}}"
     return (
         *BASE, f"data.sources={sources}", "data.reweight={10: {web: 1, code: 1}}", "train.batch_ramp={4: 12}",
-        "data.packing=best_fit", "data.document_mask=true", f"data.cache={folder}/cache",
+        "data.packing=best_fit", "data.document_mask=true", f"data.cache={folder}/cache", "track.by_source=true",
     )  # fmt: skip
 
 
@@ -49,6 +49,41 @@ def whole(mixture: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) ->
     run = Run(tmp_path_factory.mktemp("whole") / "run", 2, mixture)
     run.train()
     return run
+
+
+def test_each_source_has_metrics_of_its_own(whole: Run) -> None:
+    before = 0
+    for row, dealt in zip(whole.metrics(), whole.ledger(), strict=True):
+        there = {"web" if sequence[0][0] in ("a.tar", "b.tar") else "code" for sequence in dealt["samples"]}
+        assert {name for name in ("web", "code") if f"loss/{name}" in row} == there
+        counts = {name: row[f"num_targets/{name}"] for name in there}
+        assert sum(counts.values()) == row["tokens"] - before
+        mean = sum(row[f"loss/{name}"] * count for name, count in counts.items()) / sum(counts.values())
+        assert mean == pytest.approx(row["loss"], rel=1e-6)
+        before = row["tokens"]
+    assert whole.metrics()[-1]["loss/web"] != whole.metrics()[-1]["loss/code"]
+    assert not [name for name in whole.metrics()[-1].get("eval", {}) if "/" in name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        "fsdp strategy.tensor_parallel=2 strategy.sequence_parallel=true strategy.loss_parallel=true",
+        "pipeline train.micro_batch=3",
+        "zero strategy.stage=3 data.workers=1 data.processes=true",
+    ],
+)
+def test_metrics_of_sources_are_the_same_under(
+    strategy: str, mixture: tuple[str, ...], whole: Run, tmp_path: Path
+) -> None:
+    few = 4  # steps
+    run = Run(tmp_path / "run", 2, (*mixture, *f"strategy={strategy}".split(), f"train.steps={few}"))
+    run.train()
+    for ours, theirs in zip(run.metrics(), whole.metrics()[:few], strict=True):
+        names = [name for name in theirs if name.startswith(("loss", "num_targets/"))]
+        assert len(names) > 3
+        assert [ours[name] for name in names] == pytest.approx([theirs[name] for name in names], rel=1e-5)
 
 
 def test_a_mixture_is_dealt_exactly(whole: Run) -> None:

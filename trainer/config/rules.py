@@ -24,6 +24,8 @@ def problems(sections: Mapping[str, Section], world_size: int) -> Iterator[str]:
         yield from _gpt(model)
     if isinstance(data := has.get("data"), Data):
         yield from _data(data)
+        if getattr(has.get("track"), "by_source", False) and not data.sources:
+            yield "track.by_source=true: there are no sources without data.sources"
     if isinstance(model, HuggingFace) and isinstance(data, Data):
         tensor_parallel = getattr(has.get("strategy"), "tensor_parallel", 1)
         yield from huggingface.problems(model, data.sequence_length, tensor_parallel)

@@ -32,4 +32,8 @@ class Track(Section):
         description="Record with each step a checksum of all weights behind it: where two runs on the same processes "
         "part, `onecurve checkpoint diff` says at which step. Costs a pass over the weights a step."
     )
+    by_source: bool = Field(
+        description="Record what an objective sums once more for each source of a mixture (`data.sources`): "
+        "`loss/web`, `num_targets/web`. Costs the loss, without its gradient, once more a step."
+    )
     wandb: Wandb = Field(description="Weights & Biases.")

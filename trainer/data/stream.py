@@ -112,6 +112,8 @@ class Share:
     ledger: bool = False
     tolerant: bool = False
     left_out: frozenset[Slot] = frozenset()
+    numbered: str = ""
+    """The field, int64, that tells each row's source by its number; empty for none."""
 
     def units(self, done: int) -> list[Slot]:
         """This rank's sequences of the step behind `done` finished ones; a slot's source is the number of a part."""
@@ -139,7 +141,7 @@ class Share:
                 continue
             try:
                 point("data.read")
-                rows[-1] = (draw, source.read(unit, draw))
+                rows[-1] = (draw, self._read(which, unit, draw))
             except DataError as error:
                 if not self.tolerant:
                     raise
@@ -172,6 +174,10 @@ class Share:
         """A batch of one sequence that can be read."""
         return batch([self._any_row()])
 
+    def _read(self, which: int, unit: int, draw: int) -> Row:
+        row = self.parts[which].source.read(unit, draw)
+        return {**row, self.numbered: np.int64(which)} if self.numbered else row
+
     def _nothing(self, rows: Iterable[tuple[int, Row] | None]) -> Batch:
         """A micro-batch without a sequence: its rank must still take part in the step."""
         row = next(filter(None, rows), None) or self._any_row()
@@ -179,10 +185,10 @@ class Share:
 
     def _any_row(self) -> tuple[int, Row]:
         problem = DataError("there is no unit to read")
-        for source in (part.source for part in self.parts):
-            for unit in range(min(source.n, 1000)):
+        for which, part in enumerate(self.parts):
+            for unit in range(min(part.source.n, 1000)):
                 try:
-                    return 0, source.read(unit, 0)
+                    return 0, self._read(which, unit, 0)
                 except DataError as error:
                     problem = error
         raise problem
