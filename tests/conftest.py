@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -27,3 +28,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "slow" in item.keywords:
             item.add_marker(skip)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Says what `make test-all` consists of: tests and minutes of each part."""
+    if "slow" not in config.getoption("-m"):
+        return
+    tests, seconds = Counter[str](), Counter[str]()
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.getreports(outcome):
+            part = "/".join(Path(report.nodeid.partition("::")[0]).parts[:2])
+            tests[part] += report.when == "call"
+            seconds[part] += report.duration
+    for part, its in seconds.most_common():
+        terminalreporter.write_line(f"{part:40} {tests[part]:5} tests {its / 60:6.1f} min")
+    terminalreporter.write_line(f"{'all':40} {tests.total():5} tests {seconds.total() / 60:6.1f} min of a worker")
