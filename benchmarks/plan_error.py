@@ -154,9 +154,9 @@ def rank(folder: str, *overrides: str) -> None:
 
     from launch.planning.subject import example
     from trainer import topology
-    from trainer.build import build_strategy
     from trainer.config.compose import load
     from trainer.inputs import tokenizer_of
+    from trainer.strategies.build import build_strategy
 
     torch.set_num_threads(1)
     config = load(list(overrides), topology.world_size())

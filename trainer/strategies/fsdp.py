@@ -29,7 +29,7 @@ from trainer.strategies.used import Used
 
 
 class FSDP(TensorParallel):
-    """`Single` on parameters that are sharded in dimension 0. Alone, without a process group, it is `Single`.
+    """Parameters are sharded in dimension 0.
 
     No process ever holds the whole model: it is made without values, sharded, and filled parameter by parameter.
     """
@@ -39,8 +39,6 @@ class FSDP(TensorParallel):
     casts_kept = False  # a layer's weights are let go of behind it: so are copies of them
 
     def build(self, model_factory: ModelFactory) -> nn.Module:
-        if not self.parallel:
-            return super().build(model_factory)
         mesh = self.topology.mesh()
         with without_values():
             model = model_factory.build()
@@ -63,7 +61,7 @@ class FSDP(TensorParallel):
         return model
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        if self.parallel and self.config.find_unused_parameters:
+        if self.config.find_unused_parameters:
             self.used = Used(names(model), model, self.topology.device)
             self.used.watch_groups(model)
         return super().wrap(model)
@@ -79,7 +77,7 @@ class FSDP(TensorParallel):
         return mesh["data"]
 
     def sync(self, last: bool) -> AbstractContextManager[object]:
-        if self.parallel and self.config.reduce == "last":
+        if self.config.reduce == "last":
             self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
         return nullcontext()
 
@@ -102,7 +100,7 @@ class HSDP(FSDP):
 
     def sync(self, last: bool) -> AbstractContextManager[object]:
         """Groups of processes send to each other once a step: until then each adds up its own micro-batches."""
-        if not self.parallel or self.config.reduce == "last" or sums_round(self.precision, self.config.gather):
+        if self.config.reduce == "last" or sums_round(self.precision, self.config.gather):
             return super().sync(last)
         self.model.set_requires_all_reduce(last)  # type: ignore[operator]
         return none_left(self.model) if last else nullcontext()
