@@ -123,7 +123,8 @@ def _scratch() -> tempfile.TemporaryDirectory[str]:
 
 def planned(procs: int, overrides: tuple[str, ...]) -> list[int]:
     """Bytes of each place, for the device that is here."""
-    from launch.planning.memory import Accountant
+    from launch.planning.accountant import Accountant
+    from launch.planning.memory import peaks
     from launch.planning.subject import Subject
     from trainer.config.compose import load
     from trainer.precision import Precision
@@ -133,7 +134,7 @@ def planned(procs: int, overrides: tuple[str, ...]) -> list[int]:
 
     here = Precision.resolve(config.precision, torch.device("cuda" if on_gpu() else "cpu"))
     precision = Precision(torch.device("cpu"), here.compute, here.param, here.reduce)
-    return [parts.total for parts in Accountant(Subject(config, precision), config, procs).peaks()]
+    return [parts.total for parts in peaks(Accountant(Subject(config, precision), config, procs))]
 
 
 def measured(procs: int, overrides: tuple[str, ...]) -> list[float]:

@@ -20,8 +20,8 @@ from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError
 from trainer.files import read_file
 from trainer.folder import CHECKPOINTS
-from trainer.models import without_values
 from trainer.models.factory import model_factory
+from trainer.patches import without_values
 from trainer.randomness import key
 from trainer.registry import plugin
 from trainer.strategies.base import Strategy

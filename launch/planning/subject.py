@@ -29,12 +29,12 @@ from trainer.models import of_type
 from trainer.models.factory import model_factory
 from trainer.objectives import Batch, overrides, prepares
 from trainer.optim.build import build_optimizer
+from trainer.patches import released_saved, without_values
 from trainer.precision import Precision
 from trainer.registry import plugin
 from trainer.strategies.layers import prepare
 from trainer.strategies.stages import CUTTABLE, Measured, measure, misplaced, modules_of
 from trainer.strategies.tensor import split
-from trainer.strategies.zero_engine import released_saved
 
 EMBEDS, HEADS = "embeds", "heads"
 
@@ -139,7 +139,6 @@ class Subject:
         return found, max(0, live.peak - sum(found.values()))
 
     def _state_on_meta(self) -> dict[str, int]:
-        from trainer.models import without_values
         from trainer.optim.state import bytes_of
 
         with without_values():

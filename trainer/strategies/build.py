@@ -37,8 +37,7 @@ def strategy_for(config: Config, topology: Topology, inputs: Inputs, frozen: boo
     train, kind, section = config.train, plugin(config, "strategy"), config.strategy
     if frozen and (instead := getattr(kind, "instead_for_frozen", None)):
         kind, section = instead()
-    is_single = topology.world_size == 1 and not kind.runs_alone
-    strategy = (Single if is_single else kind)(
+    strategy = (Single if topology.world_size == 1 and not kind.runs_alone else kind)(
         section,
         topology,
         Precision.resolve(config.precision, topology.device),
@@ -53,3 +52,8 @@ def strategy_for(config: Config, topology: Topology, inputs: Inputs, frozen: boo
     )
     strategy.casts_kept = kind.casts_kept  # gradients are rounded on one process as they are on many
     return strategy
+
+
+def runs_single(config: Config, processes: int) -> bool:
+    """Returns whether the run is one process that trains as with `strategy=single`."""
+    return processes == 1 and not plugin(config, "strategy").runs_alone

@@ -19,8 +19,9 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 
 from trainer.config import strategy as schema
 from trainer.errors import TrainingError
-from trainer.models import ModelFactory, materialise, without_values
+from trainer.models import ModelFactory, materialise
 from trainer.optim.groups import names
+from trainer.patches import with_sums_left, without_values
 from trainer.precision import DTYPES, Precision
 from trainer.strategies.base import UpdateResult
 from trainer.strategies.layers import prepare, raise_if_scalars
@@ -157,10 +158,9 @@ def none_left(model: nn.Module) -> Iterator[None]:
     """Around the last backward pass of a step. FSDP2 (torch 2.13) all-reduces the sums of a layer that this pass
     reaches; those of another layer would be lost, and be added to the next step's."""
     yield
-    for name, module in model.named_modules():
-        groups = module._get_fsdp_state()._fsdp_param_groups if isinstance(module, FSDPModule) else ()
-        if any(group._partial_reduce_output is not None for group in groups):
-            raise TrainingError(
-                f"{name or 'the model'}: has gradients from an earlier micro-batch of the step, but none from the last "
-                "one, so strategy=hsdp cannot sum them; use strategy.reduce=last"
-            )
+    name = with_sums_left(model)
+    if name is not None:
+        raise TrainingError(
+            f"{name or 'the model'}: has gradients from an earlier micro-batch of the step, but none from the last "
+            "one, so strategy=hsdp cannot sum them; use strategy.reduce=last"
+        )

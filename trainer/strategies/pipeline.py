@@ -24,9 +24,10 @@ from trainer import fault_points
 from trainer.config import strategy as schema
 from trainer.config.pipelines import SCHEDULES, micro_batches
 from trainer.errors import ConfigError
-from trainer.models import ModelFactory, materialise, without_values
+from trainer.models import ModelFactory, materialise
 from trainer.objectives import Batch, Objective, Outputs, Rows, Sums, Totals, has_rows
 from trainer.optim.groups import names
+from trainer.patches import without_values
 from trainer.strategies.arithmetic import to_device
 from trainer.strategies.buckets import add_up
 from trainer.strategies.buffers import untouched

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from trainer.checkpoint.pieces import Fragment, values
 from trainer.config import strategy as schema
-from trainer.models import ModelFactory, without_values
+from trainer.models import ModelFactory
 from trainer.objectives import Batch, Outputs
 from trainer.optim.groups import names
+from trainer.patches import forget_groups, judge_norm, released_saved, without_values
 from trainer.strategies.arithmetic import StepArithmetic
 from trainer.strategies.base import OptimizerFactory, UpdateResult
 from trainer.strategies.fsdp import FSDP
@@ -32,9 +33,7 @@ from trainer.strategies.zero_engine import (
     deepspeed_config,
     flat_tensors,
     import_deepspeed,
-    judge_norm,
     piece,
-    released_saved,
 )
 from trainer.strategies.zero_unused import Unused, put_back_after_steps
 
@@ -194,16 +193,12 @@ class Zero(StepArithmetic):
                 yield name, weight
 
     def close(self) -> None:
-        from deepspeed.comm import comm
-        from deepspeed.utils import groups
-
         self.engine.destroy()
         super().close()
         del self.engine
         if self.own_group:
             dist.destroy_process_group()
-        groups._release_process_group_references()  # a sweep's next run has groups of its own
-        comm.cdb = None
+        forget_groups()  # a sweep's next run has groups of its own
 
     def _weight(self, tensor: Any) -> Tensor | Fragment:
         """What this process has of a parameter or buffer."""
