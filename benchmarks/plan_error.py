@@ -123,7 +123,8 @@ def _scratch() -> tempfile.TemporaryDirectory[str]:
 
 def planned(procs: int, overrides: tuple[str, ...]) -> list[int]:
     """Bytes of each place, for the device that is here."""
-    from launch.planning.memory import Accountant
+    from launch.planning.accountant import Accountant
+    from launch.planning.memory import peaks
     from launch.planning.subject import Subject
     from trainer.config.compose import load
     from trainer.precision import Precision
@@ -133,7 +134,7 @@ def planned(procs: int, overrides: tuple[str, ...]) -> list[int]:
 
     here = Precision.resolve(config.precision, torch.device("cuda" if on_gpu() else "cpu"))
     precision = Precision(torch.device("cpu"), here.compute, here.param, here.reduce)
-    return [parts.total for parts in Accountant(Subject(config, precision), config, procs).peaks()]
+    return [parts.total for parts in peaks(Accountant(Subject(config, precision), config, procs))]
 
 
 def measured(procs: int, overrides: tuple[str, ...]) -> list[float]:
@@ -154,9 +155,9 @@ def rank(folder: str, *overrides: str) -> None:
 
     from launch.planning.subject import example
     from trainer import topology
-    from trainer.build import build_strategy
     from trainer.config.compose import load
     from trainer.inputs import tokenizer_of
+    from trainer.strategies.build import build_strategy
 
     torch.set_num_threads(1)
     config = load(list(overrides), topology.world_size())

@@ -50,7 +50,7 @@ class Switching:
             return loss
 
         loop.mean_loss = timed
-        self.guards, self.steps, self.begun = job.guard.rolling, 0, (0.0, 0.0)
+        self.guards, self.steps, self.begun = job.resilience.guard.rolling, 0, (0.0, 0.0)
         self.blocks: list[tuple[float, float]] = []  # seconds by the clock and of the processor; odd ones are guarded
 
     def __getattr__(self, name: str) -> Any:
@@ -62,7 +62,7 @@ class Switching:
             if self.steps:
                 self.blocks.append((now[0] - self.begun[0], now[1] - self.begun[1]))
             guarded = len(self.blocks) % 2 == 1
-            self.job.guard.rolling = self.guards if guarded else {}
+            self.job.resilience.guard.rolling = self.guards if guarded else {}
             self.watchdog.activities[:] = self.activities if guarded else []
             self.begun = time.perf_counter(), time.process_time()
             self.watchdog_share = thread_seconds("watchdog") / (time.perf_counter() - self.born)

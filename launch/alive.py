@@ -11,7 +11,7 @@ from typing import Any
 
 from filelock import Timeout
 
-from launch.submit import jobs_of
+from launch.slurm_queue import jobs_of
 from trainer import locks
 from trainer.processes import ATTEMPT, boot, is_there
 from trainer.tracking.jsonl import read_status

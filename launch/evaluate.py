@@ -22,7 +22,7 @@ def add_commands(commands: Any) -> None:
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
-    from trainer.evaluation import evaluate_run
+    from trainer.evaluate import evaluate_run
 
     def tell(batches: int) -> None:
         if sys.stderr.isatty():

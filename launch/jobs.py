@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from launch import alive, slurm_queue
-from launch.submit import CANCELLED, jobs_of
+from launch.slurm_queue import jobs_of
+from launch.submit import CANCELLED
 from launch.sweep import is_sweep
 from trainer.errors import ConfigError
 from trainer.resilience.interruption import STOP

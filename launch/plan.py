@@ -18,8 +18,8 @@ from trainer.config.strategy import Pipeline
 from trainer.errors import ConfigError
 
 if TYPE_CHECKING:
+    from launch.planning.accountant import Accountant
     from launch.planning.gpus import Gpu
-    from launch.planning.memory import Accountant
     from launch.planning.subject import Subject
 
 Line = tuple[str, str]
@@ -101,12 +101,13 @@ def _schedule(config: Config) -> Iterator[Line]:
 
 def _memory_and_more(config: Config, procs: int, subject: Subject, gpu: Gpu) -> Generator[Line, None, bool]:
     """Gives at the end whether the model can be traced."""
-    from launch.planning.memory import Accountant
+    from launch.planning.accountant import Accountant
+    from launch.planning.memory import peaks as peaks_of
     from launch.planning.traffic import traffic
 
     of = Accountant(subject, config, procs)
     try:
-        peaks = of.peaks()
+        peaks = peaks_of(of)
     except ConfigError:
         raise
     except Exception as error:  # of the user's code: it looks at values, or computes with them on its own

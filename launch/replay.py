@@ -15,7 +15,7 @@ from launch.progress import Told, progress
 
 if TYPE_CHECKING:
     from trainer.culprit import Culprit
-    from trainer.replay import Part, Replay, Sample
+    from trainer.replayed_step import Part, Replay, Sample
 
 PATIENCE_S = 10.0  # between two lines on how far it is, where stderr is no terminal
 STANDS_OUT = 3  # times the median: the gradient of a sample that is said to drive the step
@@ -102,7 +102,7 @@ def _progress() -> Iterator[Told]:
 
 def _verdict(replay: Replay) -> Iterator[str]:
     """Where it comes from, and how its numbers compare."""
-    from trainer.replay import LOSS, NORM
+    from trainer.replayed_step import LOSS, NORM
 
     step, (there, here) = replay.data.step, replay.devices
     origin = f"the checkpoint of step {replay.start}" if replay.start else "the initial weights"

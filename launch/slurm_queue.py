@@ -12,6 +12,7 @@ from trainer.errors import ConfigError
 
 ACTIVE = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "RESIZING")
 TIMEOUT_S = 60
+JOBS = "slurm/jobs"  # a job's id on each line; slurm/job.sh reads it, too
 
 
 def is_here() -> bool:
@@ -63,3 +64,17 @@ def _run(*command: str, script: str | None = None) -> str:
         lines = [re.sub(rf"^{command[0]}: (error: )?", "", line) for line in done.stderr.splitlines()]
         raise ConfigError(f"{command[0]}: {'; '.join(filter(None, lines)) or f'exit code {done.returncode}'}")
     return done.stdout + (done.stderr if "--test-only" in command else "")
+
+
+def jobs_of(folder: Path) -> list[str]:
+    """The jobs that were submitted for a run or sweep, oldest first."""
+    try:
+        return (folder / JOBS).read_text().split()
+    except FileNotFoundError:
+        return []
+
+
+def note(folder: Path, number: str) -> None:
+    """Adds a job that was submitted for a run or sweep."""
+    with (folder / JOBS).open("a") as file:
+        file.write(f"{number}\n")

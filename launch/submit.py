@@ -30,7 +30,7 @@ from trainer.errors import ConfigError
 from trainer.files import replace_file
 from trainer.secrets import prose, shown_command
 
-JOBS, CANCELLED = "slurm/jobs", "slurm/cancelled"  # a job's id on each line; slurm/job.sh reads them, too
+CANCELLED = "slurm/cancelled"  # a job's id on each line; slurm/job.sh reads it, too
 
 
 class Job(NamedTuple):
@@ -79,10 +79,10 @@ def submit(arguments: argparse.Namespace) -> int:
     script, jobs = write(job), list[str]()
     for _ in range(job.launch.chain):
         jobs.append(slurm_queue.submit(script))
-        _note(job.folder, jobs[-1])
+        slurm_queue.note(job.folder, jobs[-1])
         if job.sweep:
             for task, config in enumerate(job.configs):
-                _note(folder_of(config), f"{jobs[-1]}_{task}")
+                slurm_queue.note(folder_of(config), f"{jobs[-1]}_{task}")
     log = job.folder / job.log.replace("%j", jobs[0]).replace("%A_%a", f"{jobs[0]}_0")
     what = f"{len(job.configs)} runs, each on " if job.sweep else ""
     print(f"{job.name}: submitted as job {' '.join(jobs)}: {what}{job.launch.nodes} node(s)")
@@ -168,24 +168,11 @@ def _script(job: Job, number: int) -> str:
 
 def _refuse_twice(job: Job) -> None:
     """Two jobs in one folder: the second would wait, and fail."""
-    known = {number: folder for folder in map(folder_of, job.configs) for number in jobs_of(folder)}
+    known = {number: folder for folder in map(folder_of, job.configs) for number in slurm_queue.jobs_of(folder)}
     for name, state in slurm_queue.active(list(known)).items():
         folder = known.get(name) or known[name.partition("_")[0]]
         way = f"`onecurve cancel {shlex.quote(str(folder))}` first, or choose another run.name"
         raise ConfigError(f"run.dir={folder}: job {name} of this run is {state}: {way}")
-
-
-def jobs_of(folder: Path) -> list[str]:
-    """The jobs that were submitted for a run or sweep, oldest first."""
-    try:
-        return (folder / JOBS).read_text().split()
-    except FileNotFoundError:
-        return []
-
-
-def _note(folder: Path, number: str) -> None:
-    with (folder / JOBS).open("a") as file:
-        file.write(f"{number}\n")
 
 
 def _look_at_data(config: Config) -> None:

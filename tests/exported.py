@@ -13,12 +13,12 @@ import yaml
 from torch import nn
 
 from launch.cli import main
-from trainer.build import model_factory
 from trainer.checkpoint.retention import Retention
 from trainer.checkpoint.save import Saver
 from trainer.config import Config
 from trainer.config.compose import load
 from trainer.data.tokenizer import ByteTokenizer
+from trainer.models.factory import model_factory
 from trainer.topology import ALONE
 
 LENGTH = 24

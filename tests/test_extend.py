@@ -203,12 +203,12 @@ def test_classes_that_would_not_be_used_and_folders_that_are_not_there_are_refus
 def test_a_config_without_a_moving_average_needs_none() -> None:
     from types import SimpleNamespace
 
-    from trainer.build import build_optimizer
+    from trainer.optim.build import build_optimizer
 
     config = SimpleNamespace(optimizer=SimpleNamespace(name="adamw"), run=SimpleNamespace(plugins=[]))
     made = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 0.1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("trainer.build.plugin", lambda config, group: lambda *_: made)
+        patch.setattr("trainer.optim.build.plugin", lambda config, group: lambda *_: made)
         assert build_optimizer(config, torch.nn.Linear(1, 1)) is made  # type: ignore[arg-type]
 
 

@@ -11,11 +11,11 @@ import torch
 import torch.multiprocessing
 
 from trainer import hardware
-from trainer.build import model_factory
 from trainer.config.compose import load
 from trainer.data.batches import Batches
 from trainer.data.tokenizer import ByteTokenizer
 from trainer.models import ModelFactory
+from trainer.models.factory import model_factory
 from trainer.topology import ALONE
 from trainer.utilization import Meter, sequence_flops
 

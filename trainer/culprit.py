@@ -15,7 +15,8 @@ from typing import NamedTuple
 from trainer.data.packing import Piece
 from trainer.objectives import Batch, prepares
 from trainer.objectives.causal_lm import IGNORE
-from trainer.replay import Numbers, Part, Replay, Sample, Told
+from trainer.replay import Told
+from trainer.replayed_step import Numbers, Part, Replay, Sample
 
 
 class Document(NamedTuple):

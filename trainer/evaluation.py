@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import closing
-from dataclasses import replace
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
@@ -39,47 +34,3 @@ class Evaluation:
             return None
         rows = {name: self.strategy.gather_rows(torch.cat(parts)).cpu() for name, parts in self._rows.items()}
         return self.strategy.objective.summary(totals, rows)
-
-
-def evaluate_run(
-    folder: Path,
-    overrides: Sequence[str] = (),
-    *,
-    plugins: Sequence[str] = (),
-    step: int | None = None,
-    tell: Callable[[int], None] = lambda batches: None,
-) -> tuple[int, dict[str, float]]:
-    """Measures a checkpoint of a run on its held-out data, in this process, without training; the folder is only read.
-
-    `overrides`: other values of its config, such as `data.validation=...` or `eval.steps=null`. `step`: which
-    checkpoint; None for the newest. `tell` hears how many batches are done. Returns the checkpoint's step, and what was
-    measured. Raises ConfigError and DataError.
-    """
-    from trainer.build import build_strategy, check_machine  # late: they need all that a run needs
-    from trainer.checkpoint.load import read
-    from trainer.errors import ConfigError
-    from trainer.export import checkpoint
-    from trainer.inputs import DATASETS, open_inputs, open_shards
-    from trainer.sampling import open_run
-    from trainer.topology import ALONE
-
-    config, _ = open_run(folder, plugins, overrides)
-    if (own := folder / "tokenizer.json").exists() and config.data.name not in DATASETS:  # the run's, whatever it was
-        config, _ = open_run(folder, plugins, [f"data.tokenizer={own}", *overrides])
-    found = checkpoint(folder, step)
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else ALONE.device
-    topology = replace(ALONE, device=device)
-    check_machine(config, device)
-    inputs = open_inputs(config, topology, open_shards(config, topology))
-    if inputs.validation is None:
-        raise ConfigError(f"{folder}: the run has no held-out data; add data.validation=...")
-    strategy = build_strategy(config, topology, inputs, loaded=True)
-    read(found, {name: tensor for name, tensor in strategy.state().items() if name.startswith("model/")})
-    evaluation = Evaluation(strategy)
-    with closing(inputs.validation.batches()) as batches:
-        for number, batch in enumerate(batches, 1):
-            evaluation.add(batch)
-            tell(number)
-    measured = evaluation.end()
-    assert measured is not None
-    return found.manifest["step"], measured

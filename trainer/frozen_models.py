@@ -11,16 +11,17 @@ from pathlib import Path
 
 from torch import Tensor
 
-from trainer.build import model_factory, strategy_for
 from trainer.checkpoint.load import Found, newest, read
 from trainer.config import Config
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError
 from trainer.folder import CHECKPOINTS
 from trainer.inputs import Inputs
+from trainer.models.factory import model_factory
 from trainer.sampling import open_run
 from trainer.strategies.base import Strategy
 from trainer.strategies.buffers import persistent
+from trainer.strategies.build import strategy_for
 from trainer.topology import Topology
 
 
@@ -80,6 +81,6 @@ def _build(config: Config, topology: Topology, inputs: Inputs, frozen: Frozen) -
     factory = model_factory(theirs, frozen.tokenizer, inputs.stream.share.example, frozen.fill)
     build = factory.build
     strategy.setup(replace(factory, build=lambda: build().requires_grad_(False)), None)
-    buffers = persistent(strategy.model)  # type: ignore[attr-defined]
+    buffers = persistent(strategy.model)
     read(frozen.found, {f"model/{name}": buffer for name, buffer in buffers.items()})
     return strategy

@@ -15,17 +15,17 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from trainer.build import model_factory
 from trainer.checkpoint.format import read_manifest
 from trainer.checkpoint.retention import candidates
 from trainer.config import Config, huggingface, schema
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError
 from trainer.folder import CHECKPOINTS, restarted
-from trainer.models import without_values
+from trainer.models.factory import model_factory
 from trainer.models.family import Family, NoFamily, family_of
 from trainer.models.pretrained import CONFIG, Files, files_beside, position_matters
 from trainer.models.weight_files import Held, Unusable, files, find, fingerprint
+from trainer.patches import without_values
 from trainer.topology import Topology
 
 HEAD, POSITIONS = "lm_head.weight", "max_position_embeddings"

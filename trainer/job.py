@@ -12,11 +12,7 @@ from trainer.data.validation import Validation
 from trainer.folder import Identity, RunFolder
 from trainer.optim.schedule import Schedule
 from trainer.resilience.agreement import AgreedStream
-from trainer.resilience.guard import Guard
-from trainer.resilience.interruption import Requests
-from trainer.resilience.quarantine import Quarantine
-from trainer.resilience.replicas import Replicas
-from trainer.resilience.stragglers import Stragglers
+from trainer.resilience.build import Resilience
 from trainer.resilience.timeledger import TimeLedger
 from trainer.run_models import RunModels
 from trainer.strategies.base import Strategy
@@ -45,12 +41,8 @@ class Job:
     stream: Stream | AgreedStream
     validation: Validation | None
     saver: Saver
-    requests: Requests
     journal: Journal
-    quarantine: Quarantine
-    guard: Guard
-    replicas: Replicas
-    stragglers: Stragglers
+    resilience: Resilience
     meter: Meter
     clock: TimeLedger
     folder: RunFolder

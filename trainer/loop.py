@@ -90,13 +90,13 @@ def go_on(job: Job, progress: Progress) -> Progress:
         votes, rows, bad = read_numbers(job, unread, progress)
         interruption.may_leave_at_once(False)  # from here on all ranks have done a step
         judge(job, rows, bad, unread.steps)
-        job.stragglers.took(unread.data_wait, strategy.timer.read())
-        job.journal.events(job.stragglers.look(progress.step, votes["elapsed"]))
+        job.resilience.stragglers.took(unread.data_wait, strategy.timer.read())
+        job.journal.events(job.resilience.stragglers.look(progress.step, votes["elapsed"]))
         read_every = min(config.train.log_every, max(1, int(VOTE_SECONDS / votes["pace"])))
         now, last = readings(progress, votes["elapsed"]), progress.step == config.train.steps
         stop = votes["stop"] + votes["abandoned"] > 0 and not last
         evaluate_now = evaluation_is_due(job, progress.step) and not stop
-        for event in job.quarantine.steps(unread.steps):
+        for event in job.resilience.quarantine.steps(unread.steps):
             job.journal.event("quarantined", **event)
         point("track.rows")
         job.journal.ledger(unread.steps)
@@ -120,15 +120,15 @@ def finish_update(job: Job, unread: Unread, step: int, name: str, objective: Obj
     model, rate = job.models[name], job.schedules[name](step)
     if name != MAIN:
         return model.update(rate)
-    loss = mean_loss(model, objective, sums) if job.guard.watches_loss else None
-    result = model.update(rate, job.guard.limit(loss))
-    job.guard.took(result.grad_norm, loss, result.skipped)
+    loss = mean_loss(model, objective, sums) if job.resilience.guard.watches_loss else None
+    result = model.update(rate, job.resilience.guard.limit(loss))
+    job.resilience.guard.took(result.grad_norm, loss, result.skipped)
     return result
 
 
 def gives_up(job: Job) -> bool:
     """Whether this rank, which keeps all others waiting, should give up what it waits for."""
-    return job.requests.gives_up(over=time.monotonic() - job.born > job.time_limit)
+    return job.resilience.requests.gives_up(over=time.monotonic() - job.born > job.time_limit)
 
 
 def end_as_asked(job: Job, progress: Progress, row: Row | None) -> None:
@@ -137,7 +137,7 @@ def end_as_asked(job: Job, progress: Progress, row: Row | None) -> None:
     save(job, progress, row, must=True)
     finish_saving(job)
     job.clock.write(progress.step)
-    job.requests.done(STOP)
+    job.resilience.requests.done(STOP)
     raise Interrupted(f"stopped at step {progress.step} {asked}, saved: run the same command to continue")
 
 
@@ -150,9 +150,9 @@ def start(job: Job) -> Progress:
     job.journal.events(job.folder.events)
     if found:
         restore(job, found)
-    for event in job.quarantine.opened(job.stream.faults):
+    for event in job.resilience.quarantine.opened(job.stream.faults):
         job.journal.event("quarantined", **event)
-    job.stream.seek(progress.step, job.quarantine.left_out)
+    job.stream.seek(progress.step, job.resilience.quarantine.left_out)
     point("start.restored")
     if found:
         finish_step(job, progress, found.manifest)
@@ -189,7 +189,7 @@ def go_back(job: Job) -> Progress:
     job.journal.rewind(progress.step)
     job.journal.events([*events, {"kind": "rollback"}])
     restore(job, found)
-    job.stream.seek(progress.step, job.quarantine.left_out)
+    job.stream.seek(progress.step, job.resilience.quarantine.left_out)
     finish_step(job, progress, found.manifest)
     return progress
 
@@ -241,9 +241,9 @@ def own_votes(job: Job, pace: float) -> dict[str, float]:
     a step, or batch, took; `elapsed` the main rank's seconds since the start."""
     main, elapsed = job.topology.is_main, time.monotonic() - job.born
     return {
-        "stop": float(job.requests.stop() or (main and elapsed > job.time_limit)),
-        "give_way": float(job.requests.give_way()),
-        "save": float(job.requests.save() or (main and job.saver.overdue)),
+        "stop": float(job.resilience.requests.stop() or (main and elapsed > job.time_limit)),
+        "give_way": float(job.resilience.requests.give_way()),
+        "save": float(job.resilience.requests.save() or (main and job.saver.overdue)),
         "elapsed": elapsed if main else 0.0,
         "pace": pace / job.topology.world_size,
     }
@@ -312,7 +312,7 @@ def evaluate(job: Job) -> dict[str, float] | None:
                     pace = (time.monotonic() - voted[1]) / (number - voted[0])
                 voted = number, time.monotonic()
                 next_vote += max(1, int(VOTE_SECONDS / votes["pace"]))
-    return evaluation.end(gave_up=job.requests.gave_up)
+    return evaluation.end(gave_up=job.resilience.requests.gave_up)
 
 
 def save(job: Job, progress: Progress, row: Row | None, must: bool) -> None:
@@ -327,13 +327,13 @@ def save(job: Job, progress: Progress, row: Row | None, must: bool) -> None:
         "topology": job.topology.describe(),
         "evaluation": None,  # comes later: nothing that happens in an evaluation may cost the step
         "row": row,
-        "guard": job.guard.state(),
+        "guard": job.resilience.guard.state(),
     }
     state = job.models.state()
     with job.clock.watched_elsewhere():  # it may wait for the save before
         events = job.saver.save(progress.step, state, about, must)
     job.journal.events(events)
-    job.requests.done(SAVE)
+    job.resilience.requests.done(SAVE)
     job.clock.switch("productive")
 
 

@@ -11,175 +11,41 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from trainer.build import build_strategy, check_machine
 from trainer.checkpoint.format import Damaged, verify
 from trainer.checkpoint.load import Found
 from trainer.checkpoint.retention import candidates, step_of
-from trainer.config import Config, schema
+from trainer.config import Config
 from trainer.config.check import check
-from trainer.data.packing import Piece
-from trainer.data.samples import TOKENS
 from trainer.data.stream import Share, Slot, StepData
-from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError
 from trainer.files import read_file, with_file
 from trainer.folder import CATALOGUE, CHECKPOINTS
 from trainer.frozen_models import build_frozen, open_frozen
 from trainer.given import open_given
 from trainer.inputs import DATASETS, Inputs, open_inputs, open_shards
-from trainer.objectives import NUM_TARGETS, Batch, Objective, Sums, prepares
-from trainer.randomness import seed_torch
+from trainer.machine import check_machine
+from trainer.objectives import Objective, Sums
+from trainer.replayed_step import Numbers, Replay, Sample, loss_of
 from trainer.resilience import quarantine
 from trainer.resilience.recovery import take_up
 from trainer.sampling import open_run
 from trainer.secrets import MASK, shown_override
 from trainer.step import MAIN, do_step
+from trainer.strategies.arithmetic import StepArithmetic
 from trainer.strategies.base import UpdateResult
-from trainer.strategies.buffers import untouched
-from trainer.strategies.single import Single
+from trainer.strategies.build import build_strategy
 from trainer.topology import ALONE, Topology
 from trainer.tracking import jsonl
 
 Told = Callable[[str, int, int], None]  # a name, how much of it is done, and how much there is
-LOSS, NORM = 1e-5, 1e-4  # how far apart two fp32 curves of one run may be, relative
 MAY_CHANGE = ("train.clip_norm", "optimizer.", "precision.")  # between lives, and decide about a step's numbers
-
-
-class Numbers(NamedTuple):
-    """Of a step. Not finite where the run recorded null."""
-
-    loss: float
-    grad_norm: float
-
-    def apart(self, other: Numbers) -> Numbers:
-        """Relative differences."""
-        return Numbers(*map(_apart, self, other))
-
-    def same(self, other: Numbers) -> bool:
-        loss, norm = self.apart(other)
-        return loss <= LOSS and norm <= NORM
-
-
-class Part(NamedTuple):
-    """What a sample, or a document in it, is in the step."""
-
-    loss: float
-    """Mean over its targets."""
-    targets: int
-    grad_norm: float | None
-    """Of its part of the step's gradient: as large as there. None if it was not asked for."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A place in the step's global batch: a packed sequence or a decoded sample."""
-
-    number: int
-    """In the run, from 0 on."""
-    source: str
-    entry: Any
-    """As the ledger names it: [shard, key], or a list of pieces."""
-    row: Batch
-    """Tensors [1, ...]."""
-
-    @property
-    def pieces(self) -> list[Piece]:
-        """The documents in a packed sequence; none of a decoded sample."""
-        return self.entry if isinstance(self.entry[0], Piece) else []
-
-
-@dataclass
-class Replay:
-    """The run as it was before step `data.step`, on this process."""
-
-    config: Config
-    tokenizer: Tokenizer
-    strategy: Single
-    data: StepData
-    samples: list[Sample]
-    found: Found | None
-    """The checkpoint that was taken; None for the initial weights."""
-    recorded: Numbers
-    in_ledger: bool | None
-    """Whether the run's ledger names these samples; None if it keeps none."""
-    apart_since: int | None
-    """The first step on the way here that is not as recorded."""
-    devices: tuple[str, str]
-    """Of the run, and of this process."""
-    size: int
-    """Sequences of a forward pass."""
-
-    @property
-    def start(self) -> int:
-        """The step of the checkpoint."""
-        return self.found.manifest["step"] if self.found else 0
-
-    @cached_property
-    def numbers(self) -> Numbers:
-        """Loss and gradient norm of the step, as its run had them."""
-        return self._measured(self.data.micro_batches)
-
-    @cached_property
-    def targets(self) -> int:
-        return int(sum(self.objective.counts(batch)[NUM_TARGETS] for batch in self.data.micro_batches))
-
-    @property
-    def objective(self) -> Objective:
-        return self.strategy.objective
-
-    def part(self, row: Batch, *, gradient: bool) -> Part:
-        """What the row is in the step."""
-        seed_torch(int(row["draws"][0]), self.strategy.topology.device)  # as the strategy's step does
-        totals, _ = self.strategy.totals_of(self.data.micro_batches, self.objective)
-        with torch.set_grad_enabled(gradient), untouched(self.strategy.model):
-            loss, sums = self.objective.loss(*self.strategy.computed(self.strategy.wrapped, row), totals)
-        norm = None
-        if gradient:
-            self.strategy.backward(loss * self.strategy.loss_scale, last=True)
-            norm = float(let_go(self.strategy))
-        counts = self.objective.counts(row)
-        return Part(loss_of(self.objective, {**counts, **sums}), int(counts[NUM_TARGETS]), norm)
-
-    def of(self, rows: Sequence[Batch]) -> Numbers:
-        """A step of these rows alone."""
-        groups = [rows[i : i + self.size] for i in range(0, len(rows), self.size)]
-        batches = [{name: torch.cat([row[name] for row in group]) for name in group[0]} for group in groups]
-        return self._measured(batches)
-
-    def text(self, sample: Sample) -> str | None:
-        """What the model is given of it, None if that is no text."""
-        data = self.config.data
-        if not isinstance(data, schema.Text) and TOKENS not in data.fields:
-            return None
-        if prepares(self.objective):  # its examples may be anything
-            return None
-        ids = sample.row["inputs"][0].tolist()
-        return self.tokenizer.decode(ids[: sum(piece.end_token - piece.first_token for piece in sample.pieces) or None])
-
-    def _measured(self, micro_batches: Sequence[Batch]) -> Numbers:
-        with untouched(self.strategy.model):
-            sums = self.strategy.train_step(micro_batches)
-        return Numbers(loss_of(self.objective, sums), float(let_go(self.strategy)))
-
-
-def loss_of(objective: Objective, sums: Mapping[str, Any]) -> float:
-    return objective.means({name: float(torch.as_tensor(value).detach()) for name, value in sums.items()})["loss"]
-
-
-def let_go(strategy: Single) -> torch.Tensor:
-    """The norm of the gradients that are there, which are then gone: a step without its update."""
-    gradients = [parameter.grad for parameter in strategy.parameters if parameter.grad is not None]
-    strategy.scaler.unscale(gradients)
-    norm = strategy.norm(gradients)
-    strategy.optimizer.zero_grad(set_to_none=True)
-    return norm
 
 
 def rebuild(
@@ -352,13 +218,12 @@ def _nearest(folder: Path, step: int, wanted: int | None) -> Found | None:
     return None
 
 
-def _strategy(config: Config, topology: Topology, inputs: Inputs, found: Found | None) -> Single:
+def _strategy(config: Config, topology: Topology, inputs: Inputs, found: Found | None) -> StepArithmetic:
     """One process with the weights and the optimizer's state of the checkpoint, or as the run was born."""
     given = open_given(config, topology, inputs.tokenizer) if found is None else None
     if given and not given.places:
         raise ConfigError(f"model.weights={config.model.weights}: gone, and no checkpoint lies before the step")
     strategy = build_strategy(config, topology, inputs, given.fill if given else None, loaded=found is not None)
-    assert isinstance(strategy, Single)
     if found:
         same = found.manifest["config"]["optimizer"]["name"] == config.optimizer.name
         take_up(strategy, found, same_optimizer=same)
@@ -372,7 +237,7 @@ def _as_recorded(
     strategy = models[name]
     if not row["skipped"]:
         return strategy.update(row["lr"])
-    norm = let_go(strategy)
+    norm = strategy.discard()
     strategy.buffers.put_back()
     strategy.scaler.accepts(norm, strategy.num_targets)
     return UpdateResult(norm, torch.tensor(True), torch.tensor(False))
@@ -380,12 +245,6 @@ def _as_recorded(
 
 def _recorded(row: dict[str, Any]) -> Numbers:
     return Numbers(*(math.nan if row[name] is None else row[name] for name in Numbers._fields))
-
-
-def _apart(here: float, there: float) -> float:
-    if not (math.isfinite(here) and math.isfinite(there)):
-        return math.inf if math.isfinite(here) or math.isfinite(there) else 0.0
-    return abs(here - there) / (abs(there) or 1.0)
 
 
 def _environment(folder: Path) -> tuple[int, str]:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from trainer import fault_points, loop, sampling
-from trainer.build import build, check_machine
+from trainer.build import build
 from trainer.causes import advice
 from trainer.config import Config
 from trainer.config.compose import recipe_told
@@ -28,6 +28,7 @@ from trainer.frozen_models import build_frozen, open_frozen
 from trainer.given import open_given
 from trainer.inputs import open_inputs, open_shards
 from trainer.job import Job
+from trainer.machine import check_machine
 from trainer.models import pretrained
 from trainer.processes import tell_attempt
 from trainer.protocol import check_plugins, rehearse

@@ -11,7 +11,6 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from trainer.build import model_factory
 from trainer.checkpoint.load import newest, read
 from trainer.config import Config
 from trainer.config.check import check
@@ -21,7 +20,8 @@ from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError
 from trainer.files import read_file
 from trainer.folder import CHECKPOINTS
-from trainer.models import without_values
+from trainer.models.factory import model_factory
+from trainer.patches import without_values
 from trainer.randomness import key
 from trainer.registry import plugin
 from trainer.strategies.base import Strategy

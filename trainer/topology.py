@@ -31,6 +31,7 @@ from trainer import meeting
 from trainer.config.strategy import WHOLE, Layout
 from trainer.errors import ConfigError, Crashed, first_line
 from trainer.launchers import MEETING, STANDARD, are_by_hand, to_unset
+from trainer.patches import timeout_of
 from trainer.processes import remove_afterwards
 
 SAVING = datetime.timedelta(hours=2)
@@ -150,7 +151,7 @@ class Topology:
         if self.control is None:
             return None
         ranks = [rank for rank, copy in enumerate(self.dp_ranks) if copy == self.dp_rank]
-        return dist.new_group(ranks, timeout=_timeout(self.control), backend="gloo", use_local_synchronization=True)
+        return dist.new_group(ranks, timeout=timeout_of(self.control), backend="gloo", use_local_synchronization=True)
 
     def close(self) -> None:
         """Leaves together: a rank that goes while another still sends would make it fail."""
@@ -176,11 +177,7 @@ def _begun(work: Callable[[], Any]) -> Future[Any]:
 
 def _heartbeat_s(group: dist.ProcessGroup | None) -> float:
     """Well below what a collective of the group may take."""
-    return HEARTBEAT_S if group is None else min(HEARTBEAT_S, _timeout(group).total_seconds() / 4)
-
-
-def _timeout(group: dist.ProcessGroup) -> datetime.timedelta:
-    return group._get_backend(torch.device("cpu")).options._timeout
+    return HEARTBEAT_S if group is None else min(HEARTBEAT_S, timeout_of(group).total_seconds() / 4)
 
 
 def _done(begun: Future[Any], seconds: float) -> list[Any]:

@@ -13,8 +13,9 @@ from importlib.util import find_spec
 from itertools import product
 from typing import Any
 
+from launch.planning.accountant import Accountant
 from launch.planning.gpus import NETWORK, NODE, Gpu
-from launch.planning.memory import Accountant
+from launch.planning.memory import peaks
 from launch.planning.parts import Parts
 from launch.planning.subject import Subject
 from launch.planning.traffic import traffic
@@ -77,7 +78,7 @@ def _tried(
     train = {"activation_checkpointing": recomputed, "micro_batch": rows}
     try:
         accountant = Accountant(subject, check(_replaced(config, {"train": train}), procs), procs)
-        parts = max(accountant.peaks(), key=lambda parts: parts.total)
+        parts = max(peaks(accountant), key=lambda parts: parts.total)
         seconds = bound(accountant, gpu)
     except ConfigError:  # a model that cannot be cut so
         return None

@@ -21,19 +21,20 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 
 from launch.planning.trace import OUTSIDE, REPRESENTATIVES, Live, Trace, stretched, trace
-from trainer.build import build_optimizer, model_factory
 from trainer.config import Config, schema
 from trainer.errors import ConfigError
 from trainer.facts import TOO_EARLY, Facts
 from trainer.inputs import tokenizer_of
 from trainer.models import of_type
+from trainer.models.factory import model_factory
 from trainer.objectives import Batch, overrides, prepares
+from trainer.optim.build import build_optimizer
+from trainer.patches import released_saved, without_values
 from trainer.precision import Precision
 from trainer.registry import plugin
 from trainer.strategies.layers import prepare
 from trainer.strategies.stages import CUTTABLE, Measured, measure, misplaced, modules_of
-from trainer.strategies.tensor import TensorParallel
-from trainer.strategies.zero_engine import released_saved
+from trainer.strategies.tensor import split
 
 EMBEDS, HEADS = "embeds", "heads"
 
@@ -138,7 +139,6 @@ class Subject:
         return found, max(0, live.peak - sum(found.values()))
 
     def _state_on_meta(self) -> dict[str, int]:
-        from trainer.models import without_values
         from trainer.optim.state import bytes_of
 
         with without_values():
@@ -167,7 +167,7 @@ class Built:
             if self.uniform:
                 del cast(Any, model).blocks[REPRESENTATIVES:]  # the others would be divided likewise
             with self._mesh() as mesh, subject.fake:
-                self._divide(mesh)
+                split(self.model, mesh, self.sequences_shared)
         self.part = cache(self._part)
 
     @cached_property
@@ -289,10 +289,6 @@ class Built:
             yield self.mesh
         finally:
             dist.destroy_process_group()
-
-    def _divide(self, mesh: Any) -> None:
-        config = SimpleNamespace(sequence_parallel=self.sequences_shared, loss_parallel=False)
-        TensorParallel.split(cast(Any, SimpleNamespace(config=config)), self.model, mesh)
 
     def _loss_parallel(self) -> Any:
         from torch.distributed.tensor.parallel import loss_parallel

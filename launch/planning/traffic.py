@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from launch.planning.memory import Accountant
+from launch.planning.accountant import Accountant
 from launch.planning.parts import Share
 from trainer.config import schema
 from trainer.precision import DTYPES

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
+from launch.planning.accountant import Accountant
 from launch.planning.parts import MIB, Parts, Share
 from launch.planning.trace import OUTSIDE
 from trainer.config.strategy import Zero
-
-if TYPE_CHECKING:
-    from launch.planning.memory import Accountant
 
 PERSISTENT = 100_000  # elements: smaller parameters stay gathered in stage 3 (stage3_param_persistence_threshold)
 SUB_GROUP = 10**9  # elements that stage 3 steps on at once (sub_group_size)

@@ -23,13 +23,13 @@ from tests.parity import cells
 from tests.strategies.ragged import Objective
 from tests.strategies.traffic import config_of
 from trainer import topology
-from trainer.build import build_optimizer
 from trainer.checkpoint.pieces import Fragment
 from trainer.config import Config
 from trainer.models import ModelFactory
+from trainer.optim.build import build_optimizer
 from trainer.precision import Precision
 from trainer.registry import plugin
-from trainer.strategies.single import StepOptions
+from trainer.strategies.arithmetic import StepOptions
 from trainer.topology import Topology
 
 

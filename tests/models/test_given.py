@@ -13,12 +13,12 @@ from torch import nn
 
 from tests.config.test_config import problems
 from tests.exported import GPT, INPUTS, LLAMA, MODELS, config_of, saved, shaken
-from trainer.build import model_factory
 from trainer.checkpoint.format import verify
 from trainer.config import Config
 from trainer.data.tokenizer import ByteTokenizer
 from trainer.errors import ConfigError
 from trainer.given import open_given
+from trainer.models.factory import model_factory
 from trainer.models.family import family_of
 from trainer.topology import ALONE
 

@@ -13,9 +13,10 @@ from trainer.config import schema
 from trainer.config.compose import load
 from trainer.errors import ConfigError
 from trainer.facts import Facts
-from trainer.models import ModelFactory, huggingface, without_values
+from trainer.models import ModelFactory, huggingface
 from trainer.models.gpt import document_mask
 from trainer.optim.groups import kind, names
+from trainer.patches import without_values
 from trainer.strategies.fsdp import materialise
 
 transformers = pytest.importorskip("transformers")

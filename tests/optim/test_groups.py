@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from trainer.build import model_factory
 from trainer.config.compose import load
 from trainer.data.tokenizer import ByteTokenizer
-from trainer.models import without_values
+from trainer.models.factory import model_factory
 from trainer.optim.groups import by_decay, kind, names
 from trainer.optim.muon import _hidden
+from trainer.patches import without_values
 
 
 class Scaled(nn.Linear):

@@ -22,7 +22,8 @@ from trainer.models import ModelFactory
 from trainer.models.gpt import GPT
 from trainer.optim.adamw import adamw
 from trainer.precision import Precision
-from trainer.strategies.single import Single, StepOptions
+from trainer.strategies.arithmetic import StepOptions
+from trainer.strategies.single import Single
 
 WIDE = ragged.SHAPE.model_copy(update={"width": 64})  # matrices of 4096 numbers or more are quantised
 

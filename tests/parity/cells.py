@@ -23,7 +23,7 @@ from trainer.models.gpt import GPT
 from trainer.objectives.causal_lm import IGNORE
 from trainer.precision import Precision
 from trainer.registry import plugin
-from trainer.strategies.single import Single, StepOptions
+from trainer.strategies.arithmetic import StepArithmetic, StepOptions
 from trainer.topology import Topology
 
 SEQUENCES, STEPS, CLIP = 16, 5, 0.1
@@ -146,7 +146,7 @@ def trained(
     precision: str,
     accumulation: int,
     checkpointing: str,
-    spoil: Callable[[Single], None] | None = None,
+    spoil: Callable[[StepArithmetic], None] | None = None,
 ) -> Curve:
     """The curve of the strategy under `precision`: fp64, fp32 or bf16. Weights are there on the main rank only."""
     config = cell.config()

@@ -9,11 +9,11 @@ import torch
 
 from tests.parity.cells import Cell, cells
 from trainer.objectives import Sums, Totals
+from trainer.strategies.arithmetic import StepArithmetic
 from trainer.strategies.pipeline import Pipeline
-from trainer.strategies.single import Single
 
 
-def bugs() -> Iterator[tuple[str, Cell, Callable[[Single], None]]]:
+def bugs() -> Iterator[tuple[str, Cell, Callable[[StepArithmetic], None]]]:
     """(name, the cell it is planted in, what plants it)."""
     known = {(cell.name, cell.processes): cell for cell in cells()}
     yield "ddp: a mean of the ranks' means", known["ddp", 2], mean_of_means
@@ -25,7 +25,7 @@ def bugs() -> Iterator[tuple[str, Cell, Callable[[Single], None]]]:
     yield "pipeline: the ends' gradients not added up", known["pipeline 1f1b", 2], ends_apart
 
 
-def mean_of_means(strategy: Single) -> None:
+def mean_of_means(strategy: StepArithmetic) -> None:
     """Every rank divides by its own targets; the mean of the ranks' means is not that of all."""
     totals_of, total = strategy.totals_of, strategy.total
     size = strategy.topology.dp_size
@@ -40,15 +40,15 @@ def mean_of_means(strategy: Single) -> None:
     strategy.totals_of = of_this_rank  # type: ignore[method-assign]
 
 
-def divided(strategy: Single) -> None:
+def divided(strategy: StepArithmetic) -> None:
     strategy.averaged_over = 1 / strategy.topology.dp_size  # type: ignore[assignment]
 
 
-def multiplied(strategy: Single) -> None:
+def multiplied(strategy: StepArithmetic) -> None:
     strategy.averaged_over = strategy.topology.dp_size**2
 
 
-def unscaled(strategy: Single) -> None:
+def unscaled(strategy: StepArithmetic) -> None:
     totals_of = strategy.totals_of
 
     def ones(*arguments: Any) -> tuple[Totals, Sums]:
@@ -58,10 +58,10 @@ def unscaled(strategy: Single) -> None:
     strategy.totals_of = ones  # type: ignore[method-assign]
 
 
-def own_norm(strategy: Single) -> None:
+def own_norm(strategy: StepArithmetic) -> None:
     strategy.norm = torch.nn.utils.get_total_norm  # type: ignore[method-assign, assignment]
 
 
-def ends_apart(strategy: Single) -> None:
+def ends_apart(strategy: StepArithmetic) -> None:
     assert isinstance(strategy, Pipeline)
     strategy.ends = None

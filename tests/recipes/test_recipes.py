@@ -22,7 +22,8 @@ from trainer.loop import means
 from trainer.models import ModelFactory, of_type
 from trainer.objectives import Objective
 from trainer.precision import Precision
-from trainer.strategies.single import Single, StepOptions
+from trainer.strategies.arithmetic import StepOptions
+from trainer.strategies.single import Single
 from trainer.topology import ALONE
 
 STEPS, SAVED, KILLED = 9, 3, 8

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.submit import jobs_of
+from launch.slurm_queue import jobs_of
 from launch.sweeps.trials import read
 from tests.runs import TINY, Run, assert_same_bits, assert_same_curve
 from tests.slurm import cluster as slurm

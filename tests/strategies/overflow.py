@@ -12,10 +12,10 @@ from trainer import topology
 from trainer.config.compose import load
 from trainer.precision import Precision
 from trainer.registry import plugin
-from trainer.strategies.single import Single, StepOptions
+from trainer.strategies.arithmetic import StepArithmetic, StepOptions
 
 
-def spoil(strategy: Single, name: str, ranks: topology.Topology) -> None:
+def spoil(strategy: StepArithmetic, name: str, ranks: topology.Topology) -> None:
     """Makes the next gradient infinite, where this rank is the last: of what it computes (all ranks then add it up), or
     of the shard that it alone holds."""
     parameter = strategy.parameters[0]

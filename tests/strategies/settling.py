@@ -18,8 +18,8 @@ from trainer.config.compose import load
 from trainer.models import ModelFactory
 from trainer.precision import Precision
 from trainer.registry import plugin
+from trainer.strategies.arithmetic import StepOptions
 from trainer.strategies.ddp import DDP
-from trainer.strategies.single import StepOptions
 
 
 def left_behind(strategy: DDP, batch: dict[str, torch.Tensor]) -> int:

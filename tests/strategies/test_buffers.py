@@ -15,8 +15,9 @@ from tests.strategies import ragged
 from tests.strategies.test_step import strategy
 from tests.zoo import models
 from trainer.models import ModelFactory
+from trainer.strategies.arithmetic import StepOptions
 from trainer.strategies.buffers import Buffers
-from trainer.strategies.single import Single, StepOptions
+from trainer.strategies.single import Single
 
 
 def zoo(kind: type = models.BatchNorm, options: StepOptions | None = None) -> Single:

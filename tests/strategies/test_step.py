@@ -18,8 +18,9 @@ from trainer.models import ModelFactory, materialise
 from trainer.models.gpt import GPT
 from trainer.optim.adamw import adamw
 from trainer.precision import Precision
+from trainer.strategies.arithmetic import StepOptions
 from trainer.strategies.layers import in_fp8
-from trainer.strategies.single import Single, StepOptions
+from trainer.strategies.single import Single
 from trainer.topology import ALONE
 
 OPTIONS = StepOptions(clip_norm=1.0, activation_checkpointing="none", compile=False)

@@ -14,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from tests.runs import Run, assert_same_bits, assert_same_curve
 from trainer.config.compose import load
 from trainer.errors import ConfigError
-from trainer.strategies.zero_engine import released_saved
+from trainer.patches import released_saved
 
 pytest.importorskip("deepspeed")
 

@@ -17,12 +17,12 @@ from tests.parity import cells
 from tests.strategies.counted import counted
 from tests.strategies.ragged import EPSILON, LR, Objective
 from trainer import topology
-from trainer.build import build_optimizer
 from trainer.config import Config
 from trainer.config.compose import load
+from trainer.optim.build import build_optimizer
 from trainer.precision import Precision
 from trainer.registry import plugin
-from trainer.strategies.single import StepOptions
+from trainer.strategies.arithmetic import StepOptions
 from trainer.topology import Topology
 
 STEPS, SEQUENCES = 2, 16

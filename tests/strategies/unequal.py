@@ -15,7 +15,7 @@ from trainer import topology
 from trainer.config.compose import load
 from trainer.precision import Precision
 from trainer.registry import plugin
-from trainer.strategies.single import StepOptions
+from trainer.strategies.arithmetic import StepOptions
 
 
 def main(of_first: int) -> None:

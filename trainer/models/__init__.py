@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Protocol
@@ -15,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from trainer.patches import without_values
 from trainer.randomness import key
 
 if TYPE_CHECKING:
@@ -218,25 +217,3 @@ class ModelFactory:
             model = self.build().to(device)
         self.fill(model, holders)
         return model
-
-
-@contextmanager
-def without_values() -> Iterator[None]:
-    """Parameters of modules that are made meanwhile take no memory (they are on the meta device); buffers are real."""
-    register = nn.Module.register_parameter
-    made: dict[int, tuple[weakref.ref[nn.Parameter], nn.Parameter]] = {}  # by the identity of those with values
-
-    def register_empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:  # one that is, is tied to another
-            given, empty = made.get(id(parameter), (None, None))
-            if given is None or given() is not parameter:  # else it is registered again: tied as well
-                empty = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
-                made[id(parameter)] = weakref.ref(parameter), empty
-            parameter = empty
-        register(module, name, parameter)
-
-    nn.Module.register_parameter = register_empty  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]

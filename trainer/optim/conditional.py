@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
+from trainer.patches import has_step_hooks
+
 
 def step_unless(optimizer: torch.optim.Optimizer, refused: Tensor) -> None:
     """Steps unless `refused` (a bool scalar).
@@ -19,7 +21,7 @@ def step_unless(optimizer: torch.optim.Optimizer, refused: Tensor) -> None:
     example = next((parameter for group in optimizer.param_groups for parameter in group["params"]), None)
     if example is None:  # a stage of a pipeline that is frozen
         return
-    hooks = optimizer._optimizer_step_post_hooks  # an average of weights would count a step that was not done
+    hooks = has_step_hooks(optimizer)  # an average of weights would count a step that was not done
     if hooks or not optimizer.defaults.get("fused") or example.device.type != refused.device.type:
         if not bool(refused):
             optimizer.step()

@@ -25,7 +25,7 @@ def restore(job: Job, found: Found) -> None:
     names = sorted({name for others in job.topology.gather(reset if same else []) for name in others})
     if names:
         job.journal.event(kind="optimizer_state_reset", count=len(names), parameters=names[:NAMED])
-    job.guard.load_state(found.manifest.get("guard", {}))
+    job.resilience.guard.load_state(found.manifest.get("guard", {}))
     job.saver.goes_on_from(found.manifest["step"])
 
 
@@ -76,10 +76,10 @@ def judge(job: Job, rows: list[dict[str, Any]], bad: list[bool], steps: list[Ste
         wait_for_save(job)
     for i, row in enumerate(rows):
         if not bad[i]:
-            job.guard.passed(row["step"])
+            job.resilience.guard.passed(row["step"])
             continue
         try:
-            event = job.guard.judge(row, may_go_back=job.saver.newest is not None)
+            event = job.resilience.guard.judge(row, may_go_back=job.saver.newest is not None)
         except TrainingError:
             job.journal.ledger(steps[: i + 1])
             job.journal.rows(rows[: i + 1])
@@ -92,15 +92,15 @@ def judge(job: Job, rows: list[dict[str, Any]], bad: list[bool], steps: list[Ste
 def part_ways(job: Job, step: int, count: int) -> None:
     """Some processes have done an update that others have not: one of them computes wrongly. As `compare_replicas`."""
     wait_for_save(job)
-    job.journal.event(**job.guard.corrupted(step, [], may_go_back=job.saver.newest is not None))
+    job.journal.event(**job.resilience.guard.corrupted(step, [], may_go_back=job.saver.newest is not None))
     raise Rollback(f"{count} of {job.topology.world_size} processes left a step out")
 
 
 def compare_replicas(job: Job, step: int) -> None:
     """Raises Rollback where a process has other weights than those it shares them with; or TrainingError."""
-    if odd := job.replicas.odd(job.models.state()):
+    if odd := job.resilience.replicas.odd(job.models.state()):
         wait_for_save(job)
-        job.journal.event(**job.guard.corrupted(step, odd, may_go_back=job.saver.newest is not None))
+        job.journal.event(**job.resilience.guard.corrupted(step, odd, may_go_back=job.saver.newest is not None))
         raise Rollback
 
 

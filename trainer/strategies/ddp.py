@@ -12,19 +12,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from trainer.config import strategy as schema
 from trainer.objectives import Batch, Objective, Sums
+from trainer.strategies.arithmetic import StepArithmetic
 from trainer.strategies.buffers import untouched
-from trainer.strategies.single import Single
 
 
-class DDP(Single):
-    """`Single` under torch's DistributedDataParallel. Alone, without a process group, it is `Single`."""
+class DDP(StepArithmetic):
+    """The whole model on every process, under torch's DistributedDataParallel."""
 
     config: schema.DDP
     settled = False
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        if not self.parallel:
-            return model
         device_ids = [self.topology.device] if self.topology.device.type == "cuda" else None
         wrapped = DistributedDataParallel(
             model,
@@ -41,12 +39,12 @@ class DDP(Single):
         return wrapped
 
     def sync(self, last: bool) -> AbstractContextManager[object]:
-        return nullcontext() if last or not self.parallel else self.wrapped.no_sync()  # type: ignore[operator]
+        return nullcontext() if last else self.wrapped.no_sync()  # type: ignore[operator]
 
     def train_step(
         self, micro_batches: Sequence[Batch], objective: Objective | None = None, abandoned: bool = False
     ) -> Sums:
-        if self.parallel and not self.settled:
+        if not self.settled:
             self._settle_buckets(micro_batches[0], objective or self.objective)
         return super().train_step(micro_batches, objective, abandoned)
 

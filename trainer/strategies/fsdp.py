@@ -19,8 +19,9 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 
 from trainer.config import strategy as schema
 from trainer.errors import TrainingError
-from trainer.models import ModelFactory, materialise, without_values
+from trainer.models import ModelFactory, materialise
 from trainer.optim.groups import names
+from trainer.patches import with_sums_left, without_values
 from trainer.precision import DTYPES, Precision
 from trainer.strategies.base import UpdateResult
 from trainer.strategies.layers import prepare, raise_if_scalars
@@ -29,7 +30,7 @@ from trainer.strategies.used import Used
 
 
 class FSDP(TensorParallel):
-    """`Single` on parameters that are sharded in dimension 0. Alone, without a process group, it is `Single`.
+    """Parameters are sharded in dimension 0.
 
     No process ever holds the whole model: it is made without values, sharded, and filled parameter by parameter.
     """
@@ -39,8 +40,6 @@ class FSDP(TensorParallel):
     casts_kept = False  # a layer's weights are let go of behind it: so are copies of them
 
     def build(self, model_factory: ModelFactory) -> nn.Module:
-        if not self.parallel:
-            return super().build(model_factory)
         mesh = self.topology.mesh()
         with without_values():
             model = model_factory.build()
@@ -63,7 +62,7 @@ class FSDP(TensorParallel):
         return model
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        if self.parallel and self.config.find_unused_parameters:
+        if self.config.find_unused_parameters:
             self.used = Used(names(model), model, self.topology.device)
             self.used.watch_groups(model)
         return super().wrap(model)
@@ -79,7 +78,7 @@ class FSDP(TensorParallel):
         return mesh["data"]
 
     def sync(self, last: bool) -> AbstractContextManager[object]:
-        if self.parallel and self.config.reduce == "last":
+        if self.config.reduce == "last":
             self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
         return nullcontext()
 
@@ -102,7 +101,7 @@ class HSDP(FSDP):
 
     def sync(self, last: bool) -> AbstractContextManager[object]:
         """Groups of processes send to each other once a step: until then each adds up its own micro-batches."""
-        if not self.parallel or self.config.reduce == "last" or sums_round(self.precision, self.config.gather):
+        if self.config.reduce == "last" or sums_round(self.precision, self.config.gather):
             return super().sync(last)
         self.model.set_requires_all_reduce(last)  # type: ignore[operator]
         return none_left(self.model) if last else nullcontext()
@@ -159,10 +158,9 @@ def none_left(model: nn.Module) -> Iterator[None]:
     """Around the last backward pass of a step. FSDP2 (torch 2.13) all-reduces the sums of a layer that this pass
     reaches; those of another layer would be lost, and be added to the next step's."""
     yield
-    for name, module in model.named_modules():
-        groups = module._get_fsdp_state()._fsdp_param_groups if isinstance(module, FSDPModule) else ()
-        if any(group._partial_reduce_output is not None for group in groups):
-            raise TrainingError(
-                f"{name or 'the model'}: has gradients from an earlier micro-batch of the step, but none from the last "
-                "one, so strategy=hsdp cannot sum them; use strategy.reduce=last"
-            )
+    name = with_sums_left(model)
+    if name is not None:
+        raise TrainingError(
+            f"{name or 'the model'}: has gradients from an earlier micro-batch of the step, but none from the last "
+            "one, so strategy=hsdp cannot sum them; use strategy.reduce=last"
+        )

@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from trainer.errors import ConfigError
+from trainer.patches import compile_numbers_of_layers
 from trainer.strategies.buffers import copies, untouched
 
 Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
@@ -34,9 +35,7 @@ _EXPENSIVE = {
 def prepare(model: nn.Module, activation_checkpointing: str, compile: bool) -> None:
     """Applies both to each of `model.blocks`, or to the whole model where it names no blocks."""
     if compile:
-        # Else a number that differs from layer to layer, such as its own, is a constant to the compiler: each layer is
-        # compiled anew, and from the ninth on none is.
-        torch._dynamo.config.allow_unspec_int_on_nn_module = True
+        compile_numbers_of_layers()
     for layer in getattr(model, "blocks", [model]):
         if activation_checkpointing != "none":
             layer.forward = _recompute(layer, activation_checkpointing == "selective")

@@ -24,15 +24,16 @@ from trainer import fault_points
 from trainer.config import strategy as schema
 from trainer.config.pipelines import SCHEDULES, micro_batches
 from trainer.errors import ConfigError
-from trainer.models import ModelFactory, materialise, without_values
+from trainer.models import ModelFactory, materialise
 from trainer.objectives import Batch, Objective, Outputs, Rows, Sums, Totals, has_rows
 from trainer.optim.groups import names
+from trainer.patches import without_values
+from trainer.strategies.arithmetic import to_device
 from trainer.strategies.buckets import add_up
 from trainer.strategies.buffers import untouched
 from trainer.strategies.filling import cut_back, rows_from, rows_of
 from trainer.strategies.fsdp import shard
 from trainer.strategies.layers import prepare
-from trainer.strategies.single import to_device
 from trainer.strategies.stages import Stage, balance, cut, hosts, measure
 from trainer.strategies.tensor import TensorParallel, local, spread_norm
 from trainer.strategies.used import Used, largest
@@ -47,14 +48,12 @@ class Numbered(PipelineStage):
 
 
 class Pipeline(TensorParallel):
-    """`Single` on the parts of a model; alone, without a process group, it is `Single`."""
+    """Each process has some of the parts of a model."""
 
     config: schema.Pipeline
     used: Used | None = None
 
     def build(self, model_factory: ModelFactory) -> nn.Module:
-        if not self.parallel:
-            return super().build(model_factory)
         topology, layout, device = self.topology, self.topology.layout, self.topology.device
         self.averaged_over = 1  # gradients are summed
         self.schedule, self.mesh = SCHEDULES[self.config.schedule], topology.mesh()
@@ -118,8 +117,6 @@ class Pipeline(TensorParallel):
     def train_step(
         self, micro_batches: Sequence[Batch], objective: Objective | None = None, abandoned: bool = False
     ) -> Sums:
-        if not self.parallel:
-            return super().train_step(micro_batches, objective, abandoned)
         objective = objective or self.objective
         totals, sums = self.totals_of(micro_batches, objective, abandoned)
         self.buffers.remember()
@@ -264,8 +261,6 @@ class Pipeline(TensorParallel):
 
     def norm(self, gradients: Sequence[Tensor]) -> Tensor:
         """Over all parts; a tied weight is counted where the model begins."""
-        if not self.parallel:
-            return super().norm(gradients)
         twice = set(self.tied) if 0 not in self.stages else set()
         counted = [gradient for name, gradient in self._gradients() if name not in twice]
         return spread_norm(counted, self.topology.device, 1 if self.sharded else self.topology.dp_size)
@@ -273,8 +268,6 @@ class Pipeline(TensorParallel):
     @torch.no_grad()
     def eval_step(self, batch: Batch) -> tuple[Sums, Rows]:
         """The batches of an evaluation follow each other in the pipeline."""
-        if not self.parallel:
-            return super().eval_step(batch)
         counts = self.objective.counts(batch)
         self.model.eval()
         outputs, on_device = self._through(batch)
@@ -289,16 +282,12 @@ class Pipeline(TensorParallel):
 
     @torch.no_grad()
     def infer(self, batch: Batch) -> Outputs:
-        if not self.parallel:
-            return super().infer(batch)
         self._seed(batch)
         with untouched(self.model):
             outputs, _ = self._through(batch)
         return self._everywhere(outputs, rows_of(batch))
 
     def gradient(self, batch: Batch, field: str, loss: Callable[[Outputs, Batch], Tensor]) -> Tensor:
-        if not self.parallel:
-            return super().gradient(batch, field, loss)
         raise ConfigError(
             "strategy=pipeline: the objective asks for a gradient with respect to a field of the batch, which no "
             "process of a pipeline has; nearest: strategy=fsdp"
@@ -340,9 +329,6 @@ class Pipeline(TensorParallel):
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Each weight goes from the first process that has it to the main one."""
-        if not self.parallel:
-            yield from super().full_weights()
-            return
         own = self.model.state_dict()
         has = torch.tensor([name in own for name, _, _ in self.names], device=self.topology.device)
         everywhere = [torch.empty_like(has) for _ in range(self.topology.layout.stages)]

@@ -23,11 +23,11 @@ from torch.distributed.tensor.parallel import loss_parallel, parallelize_module
 from trainer.errors import ConfigError
 from trainer.models.tensor_parallel import Whole
 from trainer.objectives import Outputs
-from trainer.strategies.single import Single
+from trainer.strategies.arithmetic import StepArithmetic
 from trainer.strategies.stages import Elsewhere
 
 
-class TensorParallel(Single):
+class TensorParallel(StepArithmetic):
     """What strategies have in common whose layers may be split, and whose parameters may be in parts anywhere."""
 
     shared_loss = False
@@ -35,24 +35,10 @@ class TensorParallel(Single):
     sharing = 0
 
     def split(self, model: nn.Module, mesh: DeviceMesh) -> None:
-        """Splits the model over the mesh as it says itself. Raises ConfigError if it does not."""
+        """Splits the model over the mesh, and the loss, if it is to be shared."""
         if mesh.size() == 1:
             return
-        if not hasattr(model, "tensor_parallel_plan"):
-            raise ConfigError(
-                f"strategy.tensor_parallel={mesh.size()}: the model {type(model).__name__} does not say how its "
-                "matrices are split (trainer.models.TensorParallel); nearest: strategy.tensor_parallel=1"
-            )
-        # It advises a faster order of collectives for tensors that are gathered once, for a checkpoint.
-        logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
-        plan = model.tensor_parallel_plan(self.config.sequence_parallel)  # type: ignore[attr-defined, operator]
-        here = [(name, module) for name, module in model.named_modules() if not isinstance(module, Elsewhere)]
-        for name, module in here:
-            for style in [style for pattern, style in plan.items() if fnmatchcase(name, pattern)]:
-                parallelize_module(module, mesh, style)
-        for module in model.modules():
-            if any(not isinstance(parameter, DTensor) for parameter in module.parameters(recurse=False)):
-                parallelize_module(module, mesh, Whole())
+        split(model, mesh, self.config.sequence_parallel)  # type: ignore[attr-defined]
         if self.config.loss_parallel:  # type: ignore[attr-defined]
             self.shared_loss = True
             if not TensorParallel.sharing:
@@ -63,7 +49,7 @@ class TensorParallel(Single):
         return outputs if self.shared_loss else super().outputs(outputs)
 
     def norm(self, gradients: Sequence[Tensor]) -> Tensor:
-        return spread_norm(gradients, self.topology.device) if self.parallel else super().norm(gradients)
+        return spread_norm(gradients, self.topology.device)
 
     def close(self) -> None:
         if self.shared_loss:
@@ -72,6 +58,25 @@ class TensorParallel(Single):
             if not TensorParallel.sharing:
                 TensorParallel.loss_parallel.close()
         super().close()
+
+
+def split(model: nn.Module, mesh: DeviceMesh, sequence_parallel: bool) -> None:
+    """Splits the model over the mesh as it says itself. Raises ConfigError if it does not."""
+    if not hasattr(model, "tensor_parallel_plan"):
+        raise ConfigError(
+            f"strategy.tensor_parallel={mesh.size()}: the model {type(model).__name__} does not say how its "
+            "matrices are split (trainer.models.TensorParallel); nearest: strategy.tensor_parallel=1"
+        )
+    # It advises a faster order of collectives for tensors that are gathered once, for a checkpoint.
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+    plan = model.tensor_parallel_plan(sequence_parallel)  # type: ignore[operator]
+    here = [(name, module) for name, module in model.named_modules() if not isinstance(module, Elsewhere)]
+    for name, module in here:
+        for style in [style for pattern, style in plan.items() if fnmatchcase(name, pattern)]:
+            parallelize_module(module, mesh, style)
+    for module in model.modules():
+        if any(not isinstance(parameter, DTensor) for parameter in module.parameters(recurse=False)):
+            parallelize_module(module, mesh, Whole())
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -6,14 +6,14 @@ torch says it by `grad is None`, which is lost where gradients are sent, sharded
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+
+from trainer.patches import note_gradients
 
 
 class Used:
@@ -34,11 +34,7 @@ class Used:
         """By FSDP2, whose parameters are other tensors in a backward pass than those of the model. `sharded`: what was
         given to it."""
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        for module in sharded.modules():
-            if isinstance(module, FSDPModule):
-                for group in module._get_fsdp_state()._fsdp_param_groups:
-                    observed: Any = group
-                    observed.post_backward = partial(self._reduce, group, group.post_backward, names)
+        note_gradients(sharded, lambda parameter: self.noted.add(names[id(parameter)]))
 
     def nowhere(self) -> set[str]:
         """Those that no process has a gradient of since it was asked last. A collective; the host waits for it."""
@@ -48,15 +44,6 @@ class Used:
 
     def _note(self, name: str, _parameter: Tensor) -> None:
         self.noted.add(name)
-
-    def _reduce(self, group: Any, reduce: Callable[..., None], names: dict[int, str], *arguments: Any) -> None:
-        for held in group.fsdp_params:
-            gradient = getattr(held, "unsharded_accumulated_grad", None)
-            if gradient is None and hasattr(held, "_unsharded_param"):
-                gradient = held.unsharded_param.grad
-            if gradient is not None:
-                self.noted.add(names[id(held.sharded_param)])
-        reduce(*arguments)
 
 
 def largest(flags: Sequence[bool], device: torch.device) -> Tensor:

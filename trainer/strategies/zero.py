@@ -18,13 +18,14 @@ from torch import Tensor, nn
 
 from trainer.checkpoint.pieces import Fragment, values
 from trainer.config import strategy as schema
-from trainer.models import ModelFactory, without_values
+from trainer.models import ModelFactory
 from trainer.objectives import Batch, Outputs
 from trainer.optim.groups import names
+from trainer.patches import forget_groups, judge_norm, released_saved, without_values
+from trainer.strategies.arithmetic import StepArithmetic
 from trainer.strategies.base import OptimizerFactory, UpdateResult
 from trainer.strategies.fsdp import FSDP
 from trainer.strategies.layers import prepare, raise_if_scalars
-from trainer.strategies.single import Single
 from trainer.strategies.used import Used
 from trainer.strategies.zero_engine import (
     INSTALL,
@@ -32,15 +33,15 @@ from trainer.strategies.zero_engine import (
     deepspeed_config,
     flat_tensors,
     import_deepspeed,
-    judge_norm,
     piece,
-    released_saved,
 )
 from trainer.strategies.zero_unused import Unused, put_back_after_steps
 
 
-class Zero(Single):
-    """`Single` whose update is DeepSpeed's. Weights are fp32; matrix products are in what autocast says."""
+class Zero(StepArithmetic):
+    """The update is DeepSpeed's. Weights are fp32; matrix products are in what autocast says."""
+
+    runs_alone = True  # it offloads there, too
 
     config: schema.Zero
     own_group = False
@@ -49,7 +50,7 @@ class Zero(Single):
     limit: Tensor | float
 
     @staticmethod
-    def instead_for_frozen() -> tuple[type[Single], schema.FSDP]:
+    def instead_for_frozen() -> tuple[type[StepArithmetic], schema.FSDP]:
         """DeepSpeed shards what has an optimizer. Returns who shards a frozen model beside it: FSDP2."""
         return FSDP, schema.FSDP(
             name="fsdp", reshard_after_forward=True, gather="param", reduce="each", cpu_offload=False,
@@ -58,7 +59,7 @@ class Zero(Single):
 
     def setup(self, model_factory: ModelFactory, optimizer_factory: OptimizerFactory | None) -> None:
         self.deepspeed = import_deepspeed(self.topology.device)
-        if not self.parallel and not dist.is_initialized():  # DeepSpeed cannot do without a process group
+        if not dist.is_initialized():  # alone: DeepSpeed cannot do without a process group
             backend = "cpu:gloo,cuda:nccl" if self.topology.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
             self.own_group = True
@@ -83,8 +84,7 @@ class Zero(Single):
         """Fills and shards a model without values. Only one parameter is whole at a time."""
         place: dict[str, Any] = {"remote_device": "cpu"} if self.config.offload_parameters else {}
         sharded: dict[nn.Parameter, nn.Parameter] = {}
-        holders = dist.group.WORLD if self.parallel else None
-        for parameter, value in model_factory.values(model, holders, self.topology.device):
+        for parameter, value in model_factory.values(model, self.topology.control, self.topology.device):
             made = nn.Parameter(value.to(parameter.dtype), parameter.requires_grad)
             alone = nn.ParameterList([made])
             self.deepspeed.zero.Init(alone, mem_efficient_linear=False, dtype=parameter.dtype, **place)
@@ -193,16 +193,12 @@ class Zero(Single):
                 yield name, weight
 
     def close(self) -> None:
-        from deepspeed.comm import comm
-        from deepspeed.utils import groups
-
         self.engine.destroy()
         super().close()
         del self.engine
         if self.own_group:
             dist.destroy_process_group()
-        groups._release_process_group_references()  # a sweep's next run has groups of its own
-        comm.cdb = None
+        forget_groups()  # a sweep's next run has groups of its own
 
     def _weight(self, tensor: Any) -> Tensor | Fragment:
         """What this process has of a parameter or buffer."""
@@ -230,7 +226,7 @@ class Zero(Single):
         self.engine.empty_partition_cache()
 
     def _materialise(self) -> None:
-        """As `Single`, for flat parameters: DeepSpeed shows them to the optimizer only while it steps, and has buffers
+        """The same for flat parameters: DeepSpeed shows them to the optimizer only while it steps, and has buffers
         of its own for their gradients."""
         if self.config.stage == 0:
             super()._materialise()

@@ -1,13 +1,11 @@
 """What has to be known of DeepSpeed's inside (0.19): its noise, its JSON, its optimizer for offloaded state, and where
-its engine keeps the pieces of a parameter."""
+its engine keeps the pieces of a parameter. What is changed in it is in trainer/patches.py."""
 
 from __future__ import annotations
 
 import logging
 import os
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 from trainer import locks
 from trainer.config import strategy as schema
 from trainer.errors import ConfigError
+from trainer.patches import share_step_hooks, silence_shm, with_exact_powers
 from trainer.precision import Precision
 
 log = logging.getLogger("onecurve")
@@ -84,41 +83,6 @@ def piece(engine: Any, parameter: Any) -> Piece:
     return Piece(here.start, here.numel, mapping.lp_fragment_address.start)
 
 
-class _OfParameter(NamedTuple):
-    """Instead of a tensor that autograd saves: how it is made of a parameter."""
-
-    parameter: nn.Parameter
-    dtype: torch.dtype
-    layout: tuple[torch.Size, tuple[int, ...], int]  # size, stride, offset
-
-
-def released_saved() -> AbstractContextManager[object]:
-    """For forward passes of stage 3: what autograd saves for backward keeps no gathered parameter alive.
-
-    DeepSpeed lets go of a parameter behind its layer and gathers it again for backward. But what a layer saves is a
-    view of it (a linear layer's transposed weight) or of autocast's copy of it: all of them would be there at once.
-    """
-
-    def pack(tensor: Tensor) -> Tensor | _OfParameter:
-        base = tensor if tensor._base is None else tensor._base
-        node: Any = base.grad_fn
-        cast = type(node).__name__ == "ToCopyBackward0"
-        parameter: Any = getattr(node.next_functions[0][0], "variable", None) if cast else base
-        if parameter is tensor or not hasattr(parameter, "ds_tensor"):
-            return tensor
-        offset = int(tensor.storage_offset() - base.storage_offset())  # gathered again, it may lie elsewhere
-        return _OfParameter(parameter, base.dtype, (tensor.size(), tensor.stride(), offset))
-
-    def unpack(saved: Tensor | _OfParameter) -> Tensor:
-        if isinstance(saved, Tensor):
-            return saved
-        value = saved.parameter.detach().to(saved.dtype)
-        size, stride, offset = saved.layout
-        return value.as_strided(size, stride, value.storage_offset() + offset)
-
-    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
-
-
 def import_deepspeed(device: torch.device) -> Any:
     """DeepSpeed, silent: what it has to say goes to the rank's log. Raises ConfigError where it is not installed."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)
@@ -132,7 +96,7 @@ def import_deepspeed(device: torch.device) -> Any:
     theirs.parent, theirs.propagate = log, True
     names = "all_gather_into_tensor|reduce_scatter_tensor"  # of which torch says in each step that they have new names
     warnings.filterwarnings("ignore", f"`torch.distributed.({names})` is deprecated", FutureWarning)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo does without; it is built for a minute
+    silence_shm(deepspeed)
     return deepspeed
 
 
@@ -158,32 +122,6 @@ def cpu_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
             "strategy.offload_optimizer: DeepSpeed's CPUAdam cannot be built here, torch's steps instead: %s", reason
         )
         return optimizer
-
-    def elsewhere(*_: Any) -> None:
-        """It multiplies powers of betas on from step to step, in fp32; in a resumed run it would begin with exact ones,
-        and differ in the last bits. A step of nothing at a far count makes it compute them anew every time."""
-        betas, nothing = adam.param_groups[0]["betas"], [torch.zeros(1) for _ in range(4)]
-        adam.ds_opt_adam.adam_update(adam.opt_id, 2**40, 0.0, *betas, 1.0, 0.0, True, *nothing)
-
-    adam.register_step_pre_hook(elsewhere)
-    adam._optimizer_step_post_hooks = optimizer._optimizer_step_post_hooks  # that of a moving average
+    with_exact_powers(adam)
+    share_step_hooks(adam, optimizer)
     return adam
-
-
-def judge_norm(engine: Any, stage: int, accepts: Callable[[Tensor], bool]) -> None:
-    """DeepSpeed leaves out a step whose gradient norm is infinite: from now on also one that `accepts` does not take,
-    which is asked once a step, on every process alike."""
-    optimizer = engine.optimizer
-    method = "_get_norm_groups" if stage == 3 else "scaled_global_norm"
-    measure = getattr(optimizer, method)
-
-    def judged() -> Any:
-        found = measure()
-        parts = torch.stack([torch.as_tensor(part) for part in (found if stage == 3 else [found])])
-        # It writes -1 where a part is no number.
-        norm = torch.linalg.vector_norm(torch.where(parts < 0, torch.inf, parts))
-        if accepts(norm):
-            return found
-        return [torch.full_like(norm, torch.inf)] if stage == 3 else torch.full_like(norm, torch.inf)
-
-    setattr(optimizer, method, judged)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from trainer.patches import first_behind_steps
 from trainer.strategies.zero_engine import piece
 
 
@@ -45,9 +46,7 @@ def put_back_after_steps(optimizer: torch.optim.Optimizer, unused: Callable[[], 
         for one in unused():
             one.put_back(optimizer)
 
-    handle = optimizer.register_step_post_hook(hook)
-    hooks: Any = optimizer._optimizer_step_post_hooks
-    hooks.move_to_end(handle.id, last=False)
+    first_behind_steps(optimizer, hook)
 
 
 def _kinds(optimizer: torch.optim.Optimizer, flat: Tensor) -> list[tuple[str, Tensor]]:

@@ -1,0 +1,25 @@
+"""What a config asks for and a machine may not have."""
+
+from __future__ import annotations
+
+import torch
+
+from trainer.config import Config
+from trainer.errors import ConfigError
+from trainer.extras import without_torchao
+from trainer.precision import Precision
+from trainer.registry import missing
+
+
+def check_machine(config: Config, device: torch.device) -> None:
+    """Raises ConfigError with all that the config asks for and this machine does not have."""
+    problems = []
+    try:
+        precision = Precision.resolve(config.precision, device)
+        if precision.compute == "fp8" and (reason := without_torchao()):
+            problems.append(f"precision.compute=fp8: {reason}; nearest: precision=bf16")
+    except ConfigError as error:
+        problems += error.problems
+    problems += missing(config)
+    if problems:
+        raise ConfigError(problems)

@@ -1,0 +1,372 @@
+"""The arithmetic of a step: what every strategy does alike, around the few methods in which they differ.
+
+Losses are divided by totals of the whole step, sums are added up over all ranks, gradients are unscaled, measured,
+clipped and applied. What is here holds for processes that each have the whole model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map
+
+from trainer import fault_points
+from trainer.checkpoint.pieces import Fragment
+from trainer.config import strategy as schema
+from trainer.models import ModelFactory
+from trainer.objectives import NUM_TARGETS, Batch, Objective, Outputs, Rows, Sums, Totals
+from trainer.optim.conditional import step_unless
+from trainer.precision import Precision
+from trainer.randomness import seed_torch
+from trainer.strategies.base import OptimizerFactory, UpdateResult
+from trainer.strategies.buffers import Buffers, untouched
+from trainer.strategies.filling import cut_back, rows_from, rows_of
+from trainer.strategies.layers import prepare
+from trainer.strategies.timer import ForwardTimer
+from trainer.topology import Topology
+
+
+@dataclass
+class StepOptions:
+    """What every strategy is told of the step, besides its own keys."""
+
+    clip_norm: float
+    activation_checkpointing: str
+    compile: bool
+    micro_batch: int = 1  # sequences of a forward pass, where none are missing
+    unequal: bool = False
+    """Whether processes may have micro-batches of different sizes: what cannot be read is left out of them."""
+
+
+class StepArithmetic:
+    """The base class of all strategies. What talks to other processes is in `total`, `norm`, `gather_rows` and
+    `local_rows`."""
+
+    runs_alone = False  # on one process, too; else `Single` does it there
+    config: schema.Plugin
+    num_targets: Tensor  # of the step, over all processes
+    materialised = False  # the optimizer's state, of every parameter
+    casts_kept = True  # by autocast, of weights, until the forward pass is over
+
+    def __init__(
+        self,
+        config: schema.Plugin,
+        topology: Topology,
+        precision: Precision,
+        objective: Objective,
+        options: StepOptions,
+    ):
+        self.topology, self.precision, self.objective, self.options = topology, precision, objective, options
+        self.config = config
+        self.scaler = precision.scaler()
+        self.averaged_over = topology.dp_size  # how many ranks' gradients are averaged; 1 if they are summed
+        self.timer = ForwardTimer(topology.device)
+        self.tells = topology.speaks  # of all ranks that train on the same sequences, one's sums count
+
+    def setup(self, model_factory: ModelFactory, optimizer_factory: OptimizerFactory | None) -> None:
+        self.example = cache(model_factory.example) if model_factory.example else None  # it is read from the data
+        self.model = self.build(model_factory)
+        layout = self.topology.layout
+        self.replicas = self.topology.mesh()["data"].get_group() if layout.processes > 1 else None
+        if optimizer_factory is None:
+            self.wrapped = self.model.eval()
+            return
+        self.optimizer = optimizer_factory(self.model)
+        self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.buffers = Buffers(self.model, self.topology.dp_size, self.replicas)
+        self.wrapped = self.wrap(self.model)
+
+    def build(self, model_factory: ModelFactory) -> nn.Module:
+        """The model with its initial weights, on the device, its layers prepared."""
+        model = model_factory(self.topology.device, self.topology.control)
+        prepare(model, self.options.activation_checkpointing, self.options.compile)
+        return model
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The module that training calls."""
+        return model
+
+    def sync(self, last: bool) -> AbstractContextManager[object]:
+        """Around each micro-batch: only the last one's backward needs to exchange gradients."""
+        return nullcontext()
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """The backward pass of one micro-batch, the last one of the step or not."""
+        loss.backward()
+
+    def total(self, sums: Tensor) -> Tensor:
+        """Adds up over all ranks."""
+        dist.all_reduce(sums)
+        return sums
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        """All of a tensor that may be spread over processes."""
+        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+    def norm(self, gradients: Sequence[Tensor]) -> Tensor:
+        """The global norm of the gradients of the whole model, of which these are here; fp32 of gradients in bf16."""
+        if not gradients:
+            return torch.zeros((), device=self.topology.device)
+        dtype = torch.promote_types(gradients[0].dtype, torch.float32)
+        norms = torch._foreach_norm(list(gradients), 2, dtype)
+        return self.whole(torch.linalg.vector_norm(torch.stack(norms)))
+
+    def train_step(
+        self, micro_batches: Sequence[Batch], objective: Objective | None = None, abandoned: bool = False
+    ) -> Sums:
+        objective = objective or self.objective
+        totals, sums = self.totals_of(micro_batches, objective, abandoned)
+        self.buffers.remember()
+        for number, batch in enumerate(micro_batches, 1):
+            with self.sync(last=number == len(micro_batches)):
+                loss, part = self.forward(batch, objective, totals)
+                fault_points.point("step.loss", [loss])
+                self.backward(loss * self.loss_scale, number == len(micro_batches))
+            self.add(sums, part)
+        return sums
+
+    def forward(self, batch: Batch, objective: Objective, totals: Totals) -> tuple[Tensor, Sums]:
+        """Returns a micro-batch's share of the step's loss, with its graph, and what it adds to the sums."""
+        self._seed(batch)
+        with self.timer.running():
+            return objective.loss(*self.computed(self.wrapped, batch), totals)
+
+    def totals_of(
+        self, micro_batches: Sequence[Batch], objective: Objective, abandoned: bool = False
+    ) -> tuple[Totals, Sums]:
+        """Returns the counts of the whole step, by which losses are divided, and what this rank adds to them: the rule
+        that makes all strategies one curve. A mean of means would weigh targets by the company they are in.
+
+        A rank that abandons the step tells the others by counts that are not numbers: the one message that all wait for
+        anyway. Every rank then refuses the update.
+        """
+        counts = [objective.counts(batch) for batch in micro_batches]
+        own = {name: sum(float(part[name]) for part in counts) for name in counts[0]}
+        local = torch.tensor(list(own.values()), dtype=torch.float64, device=self.topology.device)
+        total = self.total(local * math.nan if abandoned else local.clone()) / self.topology.layout.processes
+        totals = dict(zip(own, torch.where(total == 0, 1.0, total).unbind(), strict=True))
+        self.num_targets = total[list(own).index(NUM_TARGETS)]
+        sums = Sums()
+        self.add(sums, dict(zip(own, local.unbind(), strict=True)))
+        return totals, sums
+
+    @property
+    def loss_scale(self) -> float:
+        """What a loss is multiplied by for its backward pass: the number of ranks whose gradients will be averaged,
+        and the scale of fp16."""
+        return self.scaler.scale * self.averaged_over
+
+    def add(self, sums: Sums, part: Sums) -> None:
+        """Adds the numbers of a micro-batch; on ranks whose sums do not count, zeros of their names."""
+        for name, value in part.items():
+            value = self.whole(value.detach()).double()
+            value = value if self.tells else torch.zeros_like(value)
+            sums[name] = sums[name] + value if name in sums else value
+
+    def computed(self, model: nn.Module, batch: Batch) -> tuple[Outputs, Batch]:
+        """What the objective is given: the model's outputs and the batch, both on the device.
+
+        A batch without a row is filled up to a whole micro-batch (batch norm refuses a single row), and its outputs are
+        cut back to none; the model's buffers hear nothing of it.
+        """
+        device = self.topology.device
+        if rows_of(batch):
+            batch = to_device(batch, device)
+            with self.casting():
+                return self.outputs(model(batch)), batch
+        filled = to_device(rows_from(batch, 0, self.options.micro_batch, self.spare()), device)
+        with self.casting(), untouched(self.model):
+            return cut_back(self.outputs(model(filled)), 0), cut_back(filled, 0)
+
+    def spare(self) -> Batch | None:
+        """A row that a batch can be filled up with."""
+        return self.example() if self.example else None
+
+    def casting(self) -> AbstractContextManager[object]:
+        """Around a forward pass: matrix products in the type that precision asks for."""
+        return self.precision.autocast(cache=self.casts_kept)
+
+    def outputs(self, outputs: Outputs) -> Outputs:
+        """What the objective is given of what the model gives."""
+        return tree_map(self.whole, outputs)
+
+    def update(self, lr: float, limit: Tensor | float = math.inf) -> UpdateResult:
+        norm = self._unscaled_norm()
+        if self.options.clip_norm:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.options.clip_norm, norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        overflow = not self.scaler.accepts(norm, self.num_targets)
+        bad, empty = self.judged(norm, limit)
+        skipped = bad | empty | overflow
+        step_unless(self.optimizer, skipped)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.buffers.settle(skipped)
+        return UpdateResult(norm, skipped, bad & (not overflow))
+
+    def discard(self) -> Tensor:
+        """Ends a step without its update: drops the gradients, and returns the norm that they had."""
+        norm = self._unscaled_norm()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _unscaled_norm(self) -> Tensor:
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        self.scaler.unscale(gradients)
+        return self.norm(gradients)
+
+    def judged(self, norm: Tensor, limit: Tensor | float) -> tuple[Tensor, Tensor]:
+        """Whether the norm is too large or no number, and whether there was no target at all or the step was abandoned
+        (where all ranks did so, there is no gradient that could show it)."""
+        return (norm < limit).logical_not(), (self.num_targets > 0).logical_not().to(norm.device)
+
+    @torch.no_grad()
+    def infer(self, batch: Batch) -> Outputs:
+        self._seed(batch)
+        with untouched(self.model):
+            return tree_map(self.whole, self.computed(self.model, batch)[0])
+
+    def gradient(self, batch: Batch, field: str, loss: Callable[[Outputs, Batch], Tensor]) -> Tensor:
+        self._seed(batch)
+        value = batch[field].detach().to(self.topology.device).requires_grad_()
+        with untouched(self.model):
+            outputs, on_device = self.computed(self.model, batch | {field: value})
+            (gradient,) = torch.autograd.grad(loss(outputs, on_device), value, allow_unused=True)
+        return torch.zeros_like(value) if gradient is None else gradient
+
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        if self.topology.dp_size == 1:
+            return rows
+        present = self._present(len(rows))
+        padded = rows.new_zeros((max(present), *rows.shape[1:]))
+        padded[: len(rows)] = rows
+        gathered = [torch.empty_like(padded) for _ in present]
+        dist.all_gather(gathered, padded, group=self.replicas)
+        return torch.stack(gathered, dim=1)[_interleaved(present).to(rows.device)]
+
+    def local_rows(self, rows: Tensor, count: int) -> Tensor:
+        if self.topology.dp_size == 1:
+            return rows
+        places = _interleaved(self._present(count))
+        of_rank = torch.arange(places.shape[1]).expand_as(places)[places]
+        return rows[(of_rank == self.topology.dp_rank).to(rows.device)]
+
+    def _present(self, count: int) -> list[int]:
+        """How many rows each replica has: what cannot be read is left out, and held-out data end somewhere."""
+        counts = [torch.zeros((), dtype=torch.int64, device=self.topology.device) for _ in range(self.topology.dp_size)]
+        dist.all_gather(counts, torch.tensor(count, device=self.topology.device), group=self.replicas)
+        return [int(count) for count in counts]
+
+    def _seed(self, batch: Batch) -> None:
+        """For models that draw from torch's generator: the same draws in every attempt of the run."""
+        seed_torch(int(batch["draws"][0]) if rows_of(batch) else 0, self.topology.device)
+
+    @torch.no_grad()
+    def eval_step(self, batch: Batch) -> tuple[Sums, Rows]:
+        self.model.eval()
+        outputs, on_device = self.computed(self.model, batch)
+        self.model.train()
+        sums = self.evaluated(outputs, on_device, self.objective.counts(batch))
+        return sums, self.objective.rows(tree_map(self.whole, outputs), on_device)
+
+    def evaluated(self, outputs: Outputs, batch: Batch, counts: Mapping[str, float]) -> Sums:
+        """Returns this rank's sums of a batch of held-out data: those of the objective, and the counts."""
+        sums, device = Sums(), self.topology.device
+        self.add(
+            sums, {name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in counts.items()}
+        )
+        self.add(sums, self.objective.evaluate(outputs, batch))
+        return sums
+
+    def reduce(self, sums: Mapping[str, Tensor]) -> dict[str, list[float]]:
+        names = sorted(sums)
+        stacked = torch.stack([sums[name].to(self.topology.device, torch.float64) for name in names])
+        return dict(zip(names, self.total(stacked).tolist(), strict=True))
+
+    def state(self) -> Mapping[str, Tensor | Fragment]:
+        return {name: plain(tensor) for name, tensor in self._tensors().items()}
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Those of `state`, as they are held."""
+        self._materialise()
+        state = {f"model/{name}": tensor.detach() for name, tensor in self.model.state_dict().items()}
+        for name, parameter in self.model.named_parameters():
+            for kind, value in self.optimizer.state.get(parameter, {}).items():
+                state[f"optimizer/{kind}/{name}"] = value
+        return state | self.scaler.state()
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        own = self._tensors()
+        for name, tensor in state.items():
+            own[name].copy_(tensor.to(own[name].device))
+        self.scaler.load_state(state)
+
+    def full_weights(self) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in self.model.state_dict().items():
+            yield name, tensor.detach().cpu()
+
+    def close(self) -> None:
+        """Lets go of the wrapper, and with it of its hold on the process group."""
+        del self.wrapped
+
+    def _materialise(self) -> None:
+        """Makes the optimizer's state of every parameter that is trained, so that it can be read into, and is the same
+        in every attempt. torch creates it only with a parameter's first gradient.
+
+        A step of no length does it for any optimizer; then the state is what it is before a first step, zero.
+        """
+        if self.materialised:
+            return
+        self.materialised = True
+        new = [parameter for parameter in self.parameters if not self.optimizer.state.get(parameter)]
+        if not new:
+            return
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.0
+        for parameter in new:
+            parameter.grad = torch.zeros_like(parameter)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        for parameter in new:
+            for value in self.optimizer.state[parameter].values():
+                value.copy_(torch.zeros_like(plain(value)))
+
+
+def _interleaved(present: Sequence[int]) -> Tensor:
+    """Which rows are there, bool [rows, replicas], in the run's order: row k of a step is that of replica k mod n."""
+    return torch.arange(max(present))[:, None] < torch.tensor(list(present))
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """`tensor` as it is saved. Of one that is quantised (an optimizer's 8-bit state) what it stands for: a copy, on
+    the CPU unless it is sharded."""
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    if type(local).dequantize is Tensor.dequantize:
+        return tensor
+    if not isinstance(tensor, DTensor):
+        return local.cpu().dequantize()
+    return DTensor.from_local(
+        local.dequantize(), tensor.device_mesh, tensor.placements, shape=tensor.shape, stride=tensor.stride()
+    )
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Copies that do not wait for the device's queue (from pinned memory)."""
+    if device.type == "cpu":
+        return batch
+    return {
+        name: tensor if tensor.device.type == device.type else tensor.pin_memory().to(device, non_blocking=True)
+        for name, tensor in batch.items()
+    }

@@ -1,0 +1,59 @@
+"""From the config to a strategy with its model. The one place that knows what runs on one process."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+from trainer.config import Config
+from trainer.inputs import Inputs
+from trainer.models import Fill
+from trainer.models.factory import model_factory
+from trainer.optim.build import build_optimizer
+from trainer.precision import Precision
+from trainer.registry import plugin
+from trainer.strategies.arithmetic import StepArithmetic, StepOptions
+from trainer.strategies.layers import in_fp8
+from trainer.strategies.single import Single
+from trainer.topology import Topology
+
+
+def build_strategy(
+    config: Config, topology: Topology, inputs: Inputs, given: Fill | None = None, loaded: bool = False
+) -> StepArithmetic:
+    """The strategy, set up: model on its device, with its own initial values or those given, optimizer made. `loaded`:
+    a checkpoint's values follow, so the model has none."""
+    strategy = strategy_for(config, topology, inputs)
+    factory = model_factory(config, inputs.tokenizer, inputs.stream.share.example, given, loaded)
+    if strategy.precision.compute == "fp8":
+        build = factory.build
+        factory = replace(factory, build=lambda: in_fp8(build()))
+    strategy.setup(factory, partial(build_optimizer, config))
+    return strategy
+
+
+def strategy_for(config: Config, topology: Topology, inputs: Inputs, frozen: bool = False) -> StepArithmetic:
+    """The strategy, not yet set up. DeepSpeed shards what has an optimizer: a `frozen` model is FSDP2's there."""
+    train, kind, section = config.train, plugin(config, "strategy"), config.strategy
+    if frozen and (instead := getattr(kind, "instead_for_frozen", None)):
+        kind, section = instead()
+    strategy = (Single if topology.world_size == 1 and not kind.runs_alone else kind)(
+        section,
+        topology,
+        Precision.resolve(config.precision, topology.device),
+        inputs.objective,
+        StepOptions(
+            train.clip_norm,
+            "none" if frozen else train.activation_checkpointing,
+            train.compile,
+            train.micro_batch or train.global_batch // topology.dp_size,
+            unequal=inputs.stream.share.tolerant,
+        ),
+    )
+    strategy.casts_kept = kind.casts_kept  # gradients are rounded on one process as they are on many
+    return strategy
+
+
+def runs_single(config: Config, processes: int) -> bool:
+    """Returns whether the run is one process that trains as with `strategy=single`."""
+    return processes == 1 and not plugin(config, "strategy").runs_alone

@@ -1,0 +1,51 @@
+"""From the config to the run's record: where the main rank's numbers go, and what is told of the run at its start."""
+
+from __future__ import annotations
+
+import os
+import platform
+from typing import Any
+
+import torch
+
+from trainer import __version__
+from trainer.config import Config
+from trainer.topology import Topology
+from trainer.tracking import JsonLines, RunInfo, Tracker, Trackers
+from trainer.tracking.aside import Aside
+from trainer.tracking.console import Console
+from trainer.tracking.disk import Disk
+from trainer.tracking.journal import Journal
+from trainer.tracking.wandb import WandB
+
+
+def open_journal(config: Config, topology: Topology, disk: Disk) -> Journal:
+    info = RunInfo(
+        name=config.run.name,
+        folder=disk.folder,
+        steps=config.train.steps,
+        step=0,
+        config=config.resolved(),
+        environment=environment(topology),
+    )
+    if not topology.is_main:
+        return Journal(topology, info, None, config.data.ledger)
+    told = info.config["track"]["wandb"]
+    wandb = Aside(WandB(told["mode"], told["project"], group=told["group"], name=told["name"]))
+    others: list[Tracker] = [Console(), wandb] if config.track.console else [wandb]
+    return Journal(topology, info, Trackers(JsonLines(disk.folder, disk), others), config.data.ledger)
+
+
+def environment(topology: Topology) -> dict[str, Any]:
+    """Versions and hardware, for the record."""
+    facts = {
+        "onecurve": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "host": platform.node(),
+        "cpus": os.cpu_count(),
+        **topology.describe(),
+    }
+    if topology.device.type == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name(topology.device)
+    return facts
