@@ -27,8 +27,8 @@ from trainer.step import MAIN
 from trainer.strategies.base import Strategy
 from trainer.strategies.build import build_strategy
 from trainer.topology import Topology
+from trainer.tracking.build import build_journal
 from trainer.tracking.disk import Disk
-from trainer.tracking.opening import open_journal
 from trainer.utilization import Meter
 
 
@@ -68,7 +68,7 @@ def build(
         stream=agreed(inputs.stream, topology),
         validation=inputs.validation,
         saver=saver,
-        journal=open_journal(config, topology, disk),
+        journal=build_journal(config, topology, disk),
         resilience=build_resilience(config, topology, folder, disk),
         meter=Meter(
             topology,

@@ -37,7 +37,7 @@ def strategy_for(config: Config, topology: Topology, inputs: Inputs, frozen: boo
     train, kind, section = config.train, plugin(config, "strategy"), config.strategy
     if frozen and (instead := getattr(kind, "instead_for_frozen", None)):
         kind, section = instead()
-    strategy = (Single if topology.world_size == 1 and not kind.runs_alone else kind)(
+    strategy = (Single if _is_single(kind, topology.world_size) else kind)(
         section,
         topology,
         Precision.resolve(config.precision, topology.device),
@@ -56,4 +56,8 @@ def strategy_for(config: Config, topology: Topology, inputs: Inputs, frozen: boo
 
 def runs_single(config: Config, processes: int) -> bool:
     """Returns whether the run is one process that trains as with `strategy=single`."""
-    return processes == 1 and not plugin(config, "strategy").runs_alone
+    return _is_single(plugin(config, "strategy"), processes)
+
+
+def _is_single(kind: type[StepArithmetic], processes: int) -> bool:
+    return processes == 1 and not kind.runs_alone

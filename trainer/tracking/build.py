@@ -19,7 +19,7 @@ from trainer.tracking.journal import Journal
 from trainer.tracking.wandb import WandB
 
 
-def open_journal(config: Config, topology: Topology, disk: Disk) -> Journal:
+def build_journal(config: Config, topology: Topology, disk: Disk) -> Journal:
     info = RunInfo(
         name=config.run.name,
         folder=disk.folder,
