@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 
 import trainer
 from launch import checkpoint, data, evaluate, export, jobs, plan, recipes, replay, report, sample, submit, sweep, train
@@ -19,6 +20,25 @@ from trainer.secrets import hide_arguments
 def main() -> None:
     """Parses the command line, runs the command, exits with the code of the contract."""
     print_anywhere()
+    arguments = parse(sys.argv[1:])
+    hide_arguments()
+    put_working_folder_last()  # where packages of the user's are
+    try:
+        code = arguments.func(arguments)
+        sys.stdout.flush()
+        sys.exit(code)
+    except BrokenPipeError:  # `| head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except OnecurveError as error:
+        tell(error)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """Returns what a command line says, the command itself as `func`. Exits with code 2 where it is wrong."""
     parser = argparse.ArgumentParser(prog="onecurve", description=trainer.__doc__)
     parser.add_argument("--version", action="version", version=f"onecurve {trainer.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -39,25 +59,12 @@ def main() -> None:
         data,
     ):
         part.add_commands(commands)
-    arguments, rest = parser.parse_known_args()
+    arguments, rest = parser.parse_known_args(words)
     if rest and not (isinstance(getattr(arguments, "overrides", None), list) and all(map(_is_override, rest))):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:  # overrides behind an option: argparse takes them only where the first of them is
         arguments.overrides += rest
-    hide_arguments()
-    put_working_folder_last()  # where packages of the user's are
-    try:
-        code = arguments.func(arguments)
-        sys.stdout.flush()
-        sys.exit(code)
-    except BrokenPipeError:  # `| head`: the reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    except OnecurveError as error:
-        tell(error)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    return arguments
 
 
 def _is_override(word: str) -> bool:

@@ -12,22 +12,15 @@ import pytest
 import torch
 
 import onecurve
+from tests.docs.pages import blocks, write_files
 from trainer.config import Config
 from trainer.config.compose import load
 from trainer.protocol import Watched, check_plugins
 
-ROOT = Path(__file__).parents[1]
 QUICK = [
     "experiment=smoke", "train.steps=3", "eval.every=3", "sample.count=0", "track.report=false", "track.console=false",
     "track.wandb.mode=disabled", "strategy=single", "checkpoint.asynchronous=false", "run.plugins=[my_package]",
 ]  # fmt: skip
-
-
-def blocks(page: str) -> Iterator[tuple[str, str, str]]:
-    """(language, the file that its first line names, text) of each block of code."""
-    for language, text in re.findall(r"^```(python|yaml)\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S):
-        named = re.match(r"# (\S+\.(?:py|yaml))", text)
-        yield language, named[1] if named else "", text
 
 
 @pytest.fixture
@@ -42,16 +35,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         del sys.modules[name]
 
 
-def written(folder: Path, page: str) -> None:
-    for _, name, text in blocks(page):
-        if name:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_text(text)
-    (folder / "my_package" / "__init__.py").touch()
-
-
 def test_the_package_of_the_page_trains(folder: Path) -> None:
-    written(folder, "docs/EXTEND.md")
+    write_files("docs/EXTEND.md", folder)
     chosen = ["model=net", "objective=goal", "optimizer=sgd", "schedule=stairs", "schedule.each=2"]
     config = onecurve.load([*QUICK, *chosen], config_dir="my_conf")
     result = onecurve.run(config)
@@ -64,19 +49,19 @@ def test_the_package_of_the_page_trains(folder: Path) -> None:
 
 
 def test_the_model_of_the_readme_and_the_program_of_the_page_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    written(folder, "README.md")
+    write_files("README.md", folder)
     (folder / "my_conf" / "model").mkdir(parents=True)
     (folder / "my_conf" / "model" / "net.yaml").write_text("name: my_package.net:Net\nwidth: 64\n")
     assert onecurve.run(onecurve.load([*QUICK, "model=net"], config_dir="my_conf")).step == 3
     monkeypatch.setattr(onecurve, "load", lambda overrides: load([*QUICK, *overrides[1:]]))
-    (program,) = [text for language, name, text in blocks("docs/EXTEND.md") if language == "python" and not name]
-    exec(compile(program, "EXTEND.md", "exec"), scope := {})
+    (program,) = [block for block in blocks("docs/EXTEND.md") if block.language == "python" and not block.file]
+    exec(compile(program.text, str(program), "exec"), scope := {})
     assert scope["result"].status == "finished"
 
 
 def test_the_recipes_of_the_page_train(folder: Path) -> None:
     """One makes its own examples, the other asks a frozen teacher: the run of the first one's model."""
-    written(folder, "docs/RECIPES.md")
+    write_files("docs/RECIPES.md", folder)
     first = onecurve.load([*QUICK, "objective=masked", "run.name=first"], config_dir="my_conf")
     result = onecurve.run(first)
     assert result.metrics["eval"].keys() == {"loss", "accuracy"}
@@ -124,7 +109,7 @@ FILES = {"model": "net", "objective": "goal", "optimizer": "sgd", "schedule": "s
 @pytest.mark.parametrize("what", WRONG)
 def test_what_a_class_lacks_is_told_before_the_start(what: str, folder: Path) -> None:
     group, text, other, told = WRONG[what]
-    written(folder, "docs/EXTEND.md")
+    write_files("docs/EXTEND.md", folder)
     file = folder / "my_package" / f"{FILES[group]}.py"
     assert text in file.read_text()
     file.write_text(file.read_text().replace(text, other))
@@ -159,7 +144,7 @@ def test_what_a_class_lacks_is_told_before_the_start(what: str, folder: Path) ->
 def test_an_evaluation_that_would_fail_fails_before_the_first_step(
     folder: Path, text: str, other: str, told: str
 ) -> None:
-    written(folder, "docs/EXTEND.md")
+    write_files("docs/EXTEND.md", folder)
     file = folder / "my_package" / "goal.py"
     assert text in file.read_text()
     file.write_text(file.read_text().replace(text, other))

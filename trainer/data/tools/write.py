@@ -272,8 +272,8 @@ def check_splits(samples: Mapping[str, int], divided: bool) -> None:
     """Raises `ConfigError` if a split that there should be is empty. `divided`: whether one is held out."""
     if not samples["train"] or (divided and not samples["validation"]):
         raise ConfigError(
-            f"{sum(samples.values())} samples are too few to part into train and validation: cut them finer "
-            "(--split paragraphs, --split lines) or hold nothing out (--validation 0)"
+            f"{sum(samples.values())} samples are too few to part into train and validation: give more, cut "
+            "texts finer (--split paragraphs, --split lines) or hold nothing out (--validation 0)"
         )
 
 
