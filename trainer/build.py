@@ -17,6 +17,7 @@ from torch import nn
 from trainer import __version__
 from trainer.checkpoint.save import Saver
 from trainer.config import Config
+from trainer.config.check import in_trained
 from trainer.config.interval import Interval
 from trainer.data.stream import Stream
 from trainer.data.tokenizer import Tokenizer
@@ -86,7 +87,9 @@ def check_machine(config: Config, device: torch.device) -> None:
             problems.append(f"precision.compute=fp8: {reason}; nearest: precision=bf16")
     except ConfigError as error:
         problems += error.problems
-    problems += missing(config)
+    problems += missing(dict(config))
+    for name, other in config.models.trained.items():
+        problems += [in_trained(name, problem) for problem in missing(dict(other))]
     if problems:
         raise ConfigError(problems)
 

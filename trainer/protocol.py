@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config import Config
-from trainer.config.check import import_plugin
 from trainer.errors import ConfigError
 from trainer.evaluation import Evaluation
 from trainer.job import Job
@@ -170,7 +169,7 @@ def _is_users(config: Config, group: str) -> bool:
 def _lacking(config: Config, group: str) -> Iterator[str]:
     name = getattr(config, group).name
     key = f"{group}.name={name}"
-    target = import_plugin(f"{group}.name", name, config.run.plugins)
+    target = plugin(config, group)
     if group == "objective" and not _is_objective(target):
         yield f"{key}: should be a subclass of onecurve.Objective"
         return

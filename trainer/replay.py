@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -22,10 +22,9 @@ from trainer.build import build_strategy, check_machine
 from trainer.checkpoint.format import Damaged, verify
 from trainer.checkpoint.load import Found
 from trainer.checkpoint.retention import candidates, step_of
-from trainer.config import Config, schema
+from trainer.config import Config
 from trainer.config.check import check
 from trainer.data.packing import Piece
-from trainer.data.samples import TOKENS
 from trainer.data.stream import Share, Slot, StepData
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError
@@ -155,10 +154,7 @@ class Replay:
 
     def text(self, sample: Sample) -> str | None:
         """What the model is given of it, None if that is no text."""
-        data = self.config.data
-        if not isinstance(data, schema.Text) and TOKENS not in data.fields:
-            return None
-        if prepares(self.objective):  # its examples may be anything
+        if not self.config.data.has_text or prepares(self.objective):  # whose examples may be anything
             return None
         ids = sample.row["inputs"][0].tolist()
         return self.tokenizer.decode(ids[: sum(piece.end_token - piece.first_token for piece in sample.pieces) or None])
@@ -253,8 +249,7 @@ def _on_the_way(
     what, count, apart_since = f"replaying steps {start + 1} to {step}, from {origin}", step - start, None
     told(what, 0, count)
     for done in range(start, step - 1):
-        row = rows[done + 1]
-        strategy = models[MAIN]
+        row, strategy = rows[done + 1], models[MAIN]
         finish = partial(_as_recorded, row, models)
         sums, result = do_step(models, strategy.objective, share.step(done).micro_batches, finish)
         strategy.timer.read()
@@ -357,11 +352,10 @@ def _strategy(config: Config, topology: Topology, inputs: Inputs, found: Found |
     given = open_given(config, topology, inputs.tokenizer) if found is None else None
     if given and not given.places:
         raise ConfigError(f"model.weights={config.model.weights}: gone, and no checkpoint lies before the step")
-    strategy = build_strategy(config, topology, inputs, given.fill if given else None, loaded=found is not None)
-    assert isinstance(strategy, Single)
+    made = build_strategy(config, topology, inputs, given.fill if given else None, loaded=found is not None)
+    strategy = cast(Single, made)  # as `open_run` has it
     if found:
-        same = found.manifest["config"]["optimizer"]["name"] == config.optimizer.name
-        take_up(strategy, found, same_optimizer=same)
+        take_up(strategy, found, same_optimizer=found.manifest["config"]["optimizer"]["name"] == config.optimizer.name)
     return strategy
 
 
