@@ -66,12 +66,12 @@ def test_the_package_of_the_page_trains(folder: Path) -> None:
 
 def test_the_strategy_of_the_page_trains_and_is_planned(folder: Path) -> None:
     written(folder, "docs/EXTEND.md")
-    chosen = [*[text for text in QUICK if text != "strategy=single"], "strategy=pace", "train.micro_batch=2"]
+    chosen = [*[text for text in QUICK if text != "strategy=single"], "strategy=pace"]
     config = onecurve.load([*chosen, "optimizer.lr=0.01"], config_dir="my_conf")
-    halved = onecurve.load([*QUICK, "train.micro_batch=2", "optimizer.lr=0.005", "run.name=halved"])
+    halved = onecurve.load([*QUICK, "optimizer.lr=0.005", "run.name=halved"])
     assert onecurve.run(config).metrics["loss"] == onecurve.run(halved).metrics["loss"]
     told = dict(lines(config, 1))
-    assert told["memory"].endswith("fits H100 (80 GiB, 90 % usable)")
+    assert " of a process at its fullest: fits " in told["memory"]
     for refused, message in (
         ("optimizer.implementation=apex", "works with strategy=single, ddp, not with my_package.pace:Pace"),
         ("strategy.name=my_package.net:Net", "Net: needs .* `Config`, a subclass of trainer.config.Strategy"),
@@ -177,6 +177,20 @@ def test_what_a_class_lacks_is_told_before_the_start(what: str, folder: Path) ->
     with pytest.raises(onecurve.ConfigError, match=re.escape(told)):
         onecurve.run(config)
     assert not (folder / "runs").exists()
+
+
+def test_classes_of_a_second_model_are_looked_at_too(folder: Path) -> None:
+    written(folder, "docs/EXTEND.md")
+    (folder / "my_package" / "net.py").write_text(
+        (folder / "my_package" / "net.py").read_text().replace("def initialise(", "def initialize(")
+    )
+    critic = "models.trained.critic.model={name: my_package.net:Net, depth: 2, width: 32}"
+    with pytest.raises(onecurve.ConfigError) as caught:
+        check_plugins(onecurve.load([*QUICK, critic]))
+    start = (
+        "models.trained.critic.model.name=my_package.net:Net: has no method `initialise(name, parameter, generator)`"
+    )
+    assert [problem.partition(" (docs")[0] for problem in caught.value.problems] == [start]
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from trainer.registry import OPTIONS, config_class
 from trainer.secrets import masked
 
 TAKEN = ("model", "optimizer", "scaler")  # how names of what a checkpoint holds begin
+# Where a key of one of the sections that such a model has of its own begins in a message.
 ITS_KEY = re.compile(rf"(?<![\w.])(?=(?:{'|'.join(Trained.model_fields)})[.=]\w)")
 
 
@@ -34,35 +35,35 @@ def check(raw: dict[str, Any], world_size: int = 1) -> Config:
                 raise ConfigError(f"{name}={value}: should be a section with keys of its own")
             plugins = sections["run"].plugins if "run" in sections else []
             schema = SECTIONS[name] if name in SECTIONS else config_class(name, str(value.get("name")), plugins)
-            sections[name] = checked(name, schema, value)
-            if name == "models":
-                sections[name] = _with_trained(sections[name], raw, plugins)
+            section = checked(name, schema, value)
+            sections[name] = _with_trained(section, raw, plugins) if name == "models" else section
         except ConfigError as error:
             problems.extend(error.problems)
-    problems.extend(dict.fromkeys(_contradictions(sections, world_size)))
+    problems.extend(dict.fromkeys(_contradictions(sections, world_size)))  # each once
     if problems:
         raise ConfigError(problems)
     return Config.model_validate(sections)
 
 
 def _contradictions(sections: Mapping[str, Section], world_size: int) -> Iterator[str]:
-    """What the sections that are valid so far say of each other; then, of each model that is trained beside the run's
-    own, what they would say if it were the run's."""
-    yield from _told(sections, world_size)
+    """Yields what the valid sections refuse; then, of each model that is trained beside the run's own, what they would
+    refuse if it were the run's."""
+    yield from _of_one_model(sections, world_size)
     models: Any = sections.get("models")
     for name, other in models.trained.items() if models else ():
-        for problem in _told({**sections, **dict(other)}, world_size):
+        for problem in _of_one_model({**sections, **dict(other)}, world_size):
             yield in_trained(name, problem)
 
 
-def _told(sections: Mapping[str, Section], world_size: int) -> Iterator[str]:
-    """The strategy's word comes first: what does not fit it is told by the others."""
+def _of_one_model(sections: Mapping[str, Section], world_size: int) -> Iterator[str]:
+    """Asks each section, the strategy first: other sections say what does not fit it."""
     for name in sorted(sections, key="strategy".__ne__):
         yield from sections[name].problems(sections, world_size)
 
 
 def in_trained(name: str, problem: str) -> str:
-    """A problem of the model `name` that is trained beside the run's own, with its keys as the config has them."""
+    """Returns a problem of the model `name`, which is trained beside the run's own, with the keys that it has in the
+    config: `model.heads=3` as `models.trained.NAME.model.heads=3`."""
     return ITS_KEY.sub(f"models.trained.{name}.", problem)
 
 
