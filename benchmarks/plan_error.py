@@ -123,8 +123,7 @@ def _scratch() -> tempfile.TemporaryDirectory[str]:
 
 def planned(procs: int, overrides: tuple[str, ...]) -> list[int]:
     """Bytes of each place, for the device that is here."""
-    from launch.planning.accountant import Accountant
-    from launch.planning.memory import peaks
+    from launch.planning.memory import accountant
     from launch.planning.subject import Subject
     from trainer.config.compose import load
     from trainer.precision import Precision
@@ -134,7 +133,7 @@ def planned(procs: int, overrides: tuple[str, ...]) -> list[int]:
 
     here = Precision.resolve(config.precision, torch.device("cuda" if on_gpu() else "cpu"))
     precision = Precision(torch.device("cpu"), here.compute, here.param, here.reduce)
-    return [parts.total for parts in peaks(Accountant(Subject(config, precision), config, procs))]
+    return [parts.total for parts in accountant(Subject(config, precision), config, procs).peaks()]
 
 
 def measured(procs: int, overrides: tuple[str, ...]) -> list[float]:

@@ -13,12 +13,9 @@ from typing import TYPE_CHECKING, Any
 from launch.sizes import size
 from trainer.config import Config
 from trainer.config.compose import load_sized, recipe_told
-from trainer.config.launch import Local
-from trainer.config.strategy import Pipeline
 from trainer.errors import ConfigError
 
 if TYPE_CHECKING:
-    from launch.planning.accountant import Accountant
     from launch.planning.gpus import Gpu
     from launch.planning.subject import Subject
 
@@ -101,13 +98,11 @@ def _schedule(config: Config) -> Iterator[Line]:
 
 def _memory_and_more(config: Config, procs: int, subject: Subject, gpu: Gpu) -> Generator[Line, None, bool]:
     """Gives at the end whether the model can be traced."""
-    from launch.planning.accountant import Accountant
-    from launch.planning.memory import peaks as peaks_of
-    from launch.planning.traffic import traffic
+    from launch.planning.memory import accountant
 
-    of = Accountant(subject, config, procs)
+    of = accountant(subject, config, procs)
     try:
-        peaks = peaks_of(of)
+        peaks = of.peaks()
     except ConfigError:
         raise
     except Exception as error:  # of the user's code: it looks at values, or computes with them on its own
@@ -123,8 +118,7 @@ def _memory_and_more(config: Config, procs: int, subject: Subject, gpu: Gpu) -> 
             f"{flops * config.train.steps:.3g} in all"
         ),
     )
-    if isinstance(config.strategy, Pipeline) and of.layout.stages > 1:
-        yield from _pipeline(of, config.strategy)
+    yield from of.details()
     fullest = max(peaks, key=lambda parts: parts.total)
     fits = "fits" if fullest.total <= gpu.usable else "does NOT fit"
     yield (
@@ -137,7 +131,7 @@ def _memory_and_more(config: Config, procs: int, subject: Subject, gpu: Gpu) -> 
         of_process = "each" if len(peaks) == 1 else f"stage {first}" + (f"-{last}" if last > first else "")
         cells = [size(value) for value in (*peaks[first], peaks[first].total)]
         yield "", "".join(f"{cell:>14}" for cell in (of_process, *cells))
-    for sent in traffic(of):
+    for sent in of.traffic():
         how = "while it waits" if sent.waits else "while it computes"
         yield "sent", f"{size(sent.nbytes)} a step by each process: {sent.what}, among {sent.processes}, {how}"
     return True
@@ -152,25 +146,6 @@ def _runs(values: list[int]) -> Iterator[tuple[int, int]]:
             first = here
 
 
-def _pipeline(of: Accountant, strategy: Pipeline) -> Iterator[Line]:
-    stages, (count, rows), measured = of.layout.stages, of.micro_batches(), of.measured
-    what = f"{strategy.schedule}: {stages} processes, {strategy.parts_a_process} part(s) on each"
-    yield "pipeline", f"{what}; {count} micro-batches of {rows}"
-    for place in range(stages):
-        costs, names = [], []
-        for part in of.mine(place):
-            blocks = of.parts[part]
-            ends = [(part == 0, "embedding", measured.embedding), (part == len(of.parts) - 1, "head", measured.head)]
-            names += [f"blocks {blocks[0]} to {blocks[-1]}", *(name for is_here, name, _ in ends if is_here)]
-            costs += [*(measured.blocks[block] for block in blocks), *(cost for is_here, _, cost in ends if is_here)]
-        yield (
-            f"  {place}",
-            f"{', '.join(names)}: {sum(cost.parameters for cost in costs):,} parameters, of a sequence "
-            f"{sum(cost.flops for cost in costs) / 1e9:.3g} GFLOP forward, "
-            f"{sum(cost.activations for cost in costs) / 1e6:.3g} MB of activations",
-        )
-
-
 def _proposed(
     config: Config, procs: int, subject: Subject, gpu: Gpu, overrides: Sequence[str], config_dir: str | None
 ) -> Iterator[Line]:
@@ -183,7 +158,7 @@ def _proposed(
         yield "too large", f"{size(one.parts.total):>10}  {' '.join(one.overrides)}"
     if fit:
         folder = f" --config-dir {config_dir}" if config_dir else ""
-        start = f"train -n {procs}" if isinstance(config.launch, Local) else "submit"
+        start = config.launch.command_line(procs)
         yield "proposed", f"onecurve {start}{folder} {command(overrides, fit[0])}"
     elif too_large:
         yield "proposed", f"nothing fits {gpu.name} on {procs} processes: more of them, or a smaller model or batch"

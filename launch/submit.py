@@ -105,7 +105,7 @@ def composed(overrides: list[str], config_dir: str | None) -> Job:
         configs = [load(trial.overrides, procs, config_dir) for trial in trials]
     else:
         configs = [load_sized(overrides, None, config_dir)[0]]
-    if other := [config.launch.name for config in configs if not isinstance(config.launch, Slurm)]:
+    if other := [config.launch.name for config in configs if config.launch.command != "submit"]:
         raise ConfigError(f"launch={other[0]}: submit needs launch=slurm, or none named")
     if any(config.launch != configs[0].launch for config in configs):
         raise ConfigError("launch: cannot be swept: the runs of a sweep are one job array")

@@ -16,7 +16,6 @@ from launch.plan import batch
 from trainer import locks
 from trainer.config import Config
 from trainer.config.compose import load_sized, recipe_told
-from trainer.config.launch import Local
 from trainer.errors import ConfigError
 from trainer.secrets import MASK, shown_command
 from trainer.tracking.jsonl import read_status
@@ -36,7 +35,7 @@ def train(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"-n {arguments.procs}: at least one process is needed")
     config, procs = load_sized(arguments.overrides, arguments.procs, arguments.config_dir, otherwise=gpus)
     folder, launch, recipe = Path(config.run.dir).expanduser(), config.launch, recipe_told()
-    if not isinstance(launch, Local):
+    if launch.command != "train":
         raise ConfigError(f"launch={launch.name}: `onecurve train` starts processes here; for Slurm: `onecurve submit`")
     from launch.supervisor import Supervisor  # late: torch, and the config's problems should show at once
 

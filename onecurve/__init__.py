@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
     from onecurve.running import Result, run
     from trainer import __version__
-    from trainer.config import Config, Plugin
+    from trainer.config import Config, Plugin, Strategy
     from trainer.config.compose import load
-    from trainer.config.schema import Optimizer, Schedule
+    from trainer.config.optim import Optimizer, Schedule
     from trainer.data.stage import OrderedSamples
     from trainer.errors import ConfigError, DataError, OnecurveError, TrainingError
     from trainer.facts import Facts
@@ -32,11 +32,12 @@ _HOMES = {
     "Model": "trainer.models",
     "Objective": "trainer.objectives",
     "OnecurveError": "trainer.errors",
-    "Optimizer": "trainer.config.schema",
+    "Optimizer": "trainer.config.optim",
     "OrderedSamples": "trainer.data.stage",
     "Plugin": "trainer.config",
     "Result": "onecurve.running",
-    "Schedule": "trainer.config.schema",
+    "Schedule": "trainer.config.optim",
+    "Strategy": "trainer.config",
     "TrainingError": "trainer.errors",
     "Update": "trainer.objectives",
     "__version__": "trainer",
@@ -47,7 +48,7 @@ _HOMES = {
 
 __all__ = [
     "Config", "ConfigError", "DataError", "Facts", "Model", "Objective", "OnecurveError", "Optimizer", "OrderedSamples",
-    "Plugin", "Result", "Schedule", "TrainingError", "Update", "__version__", "load", "load_run", "run",
+    "Plugin", "Result", "Schedule", "Strategy", "TrainingError", "Update", "__version__", "load", "load_run", "run",
 ]  # fmt: skip
 
 

@@ -13,6 +13,7 @@ import torch
 
 import onecurve
 from tests.docs.pages import blocks, write_files
+from launch.plan import lines
 from trainer.config import Config
 from trainer.config.compose import load
 from trainer.protocol import Watched, check_plugins
@@ -46,6 +47,43 @@ def test_the_package_of_the_page_trains(folder: Path) -> None:
     assert [row["lr"] for row in rows] == [0.1, 0.1, 0.05]
     longer = onecurve.load([*QUICK, *chosen, "train.steps=4", "eval.every=4"], config_dir="my_conf")
     assert onecurve.run(longer).step == 4  # from its checkpoint, momentum included
+
+
+def test_the_strategy_of_the_page_trains_and_is_planned(folder: Path) -> None:
+    written(folder, "docs/EXTEND.md")
+    chosen = [*[text for text in QUICK if text != "strategy=single"], "strategy=pace"]
+    config = onecurve.load([*chosen, "optimizer.lr=0.01"], config_dir="my_conf")
+    halved = onecurve.load([*QUICK, "optimizer.lr=0.005", "run.name=halved"])
+    assert onecurve.run(config).metrics["loss"] == onecurve.run(halved).metrics["loss"]
+    told = dict(lines(config, 1))
+    assert " of a process at its fullest: fits " in told["memory"]
+    for refused, message in (
+        ("optimizer.implementation=apex", "works with strategy=single, ddp, not with my_package.pace:Pace"),
+        ("strategy.name=my_package.net:Net", "Net: needs .* `Config`, a subclass of trainer.config.Strategy"),
+    ):
+        with pytest.raises(onecurve.ConfigError, match=message):
+            onecurve.load([*chosen, refused], config_dir="my_conf")
+    with pytest.raises(onecurve.ConfigError) as caught:
+        load(chosen, 2, "my_conf")
+    assert caught.value.problems == [
+        "strategy=my_package.pace:Pace: runs one process, but 2 were started; nearest: strategy=ddp"
+    ]
+
+
+def test_a_config_checks_itself_against_the_others_for_each_model(folder: Path) -> None:
+    written(folder, "docs/EXTEND.md")
+    chosen = [*QUICK[:-1], "run.plugins=[my_package]", "model=checked", "strategy=pipeline", "train.global_batch=8"]
+    load(chosen, 2, "my_conf")
+    cut = "cannot be cut into 4 processes x 1 parts = 4; nearest: {0}=4, or strategy.stages={1}"
+    with pytest.raises(onecurve.ConfigError) as caught:
+        load([*chosen, "models.trained={critic: {model: {depth: 3}}, other: {model: {depth: 4}}}"], 4, "my_conf")
+    critic = "models.trained.critic.model.depth"
+    assert caught.value.problems == [
+        f"model.depth=2: {cut.format('model.depth', 2)}",
+        f"{critic}=3: {cut.format(critic, 3)}",
+    ]
+    with pytest.raises(onecurve.ConfigError, match="needs text; nearest: data=webdataset"):
+        load([*chosen, "data=samples", "data.shards=a.tar", "data.fields={label: cls}", "objective=goal"], 2, "my_conf")
 
 
 def test_the_model_of_the_readme_and_the_program_of_the_page_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,6 +162,20 @@ def test_what_a_class_lacks_is_told_before_the_start(what: str, folder: Path) ->
     with pytest.raises(onecurve.ConfigError, match=re.escape(told)):
         onecurve.run(config)
     assert not (folder / "runs").exists()
+
+
+def test_classes_of_a_second_model_are_looked_at_too(folder: Path) -> None:
+    written(folder, "docs/EXTEND.md")
+    (folder / "my_package" / "net.py").write_text(
+        (folder / "my_package" / "net.py").read_text().replace("def initialise(", "def initialize(")
+    )
+    critic = "models.trained.critic.model={name: my_package.net:Net, depth: 2, width: 32}"
+    with pytest.raises(onecurve.ConfigError) as caught:
+        check_plugins(onecurve.load([*QUICK, critic]))
+    start = (
+        "models.trained.critic.model.name=my_package.net:Net: has no method `initialise(name, parameter, generator)`"
+    )
+    assert [problem.partition(" (docs")[0] for problem in caught.value.problems] == [start]
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,8 @@ import pytest
 import torch
 
 from launch.plan import lines
-from launch.planning.accountant import Accountant
 from launch.planning.gpus import target
-from launch.planning.memory import peak
+from launch.planning.memory import accountant
 from launch.planning.propose import proposals
 from launch.planning.subject import Subject, example, planned, recomputing
 from tests.runs import TINY
@@ -112,7 +111,7 @@ def test_shares_of_fsdp_and_parts_of_the_sum() -> None:
     peaks = {}
     subject = subject_of()
     for strategy, procs in (("single", 1), ("ddp", 4), ("fsdp", 4)):
-        parts = peak(Accountant(subject, load([*TINY, f"strategy={strategy}"], procs), procs))
+        parts = accountant(subject, load([*TINY, f"strategy={strategy}"], procs), procs).peak()
         assert parts.total == sum(parts)
         peaks[strategy] = parts
     whole = sum(parameter.nbytes for parameter in subject.whole.parameters)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +181,7 @@ def test_what_hydra_prints(option: str, capsys: pytest.CaptureFixture[str], monk
     from trainer.config.hydra_cli import hydra_command
 
     monkeypatch.setattr(sys, "argv", ["trainer"])
-    hydra_command([*option.split(), *DATA, *SECRET])
+    hydra_command([*option.split(), *DATA, *SECRET], time.monotonic(), print)
     told = capsys.readouterr().out
     assert "hush" not in told
     assert "/a.tar?***" in told

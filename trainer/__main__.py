@@ -75,7 +75,7 @@ def command(arguments: Sequence[str], born: float) -> None:
     elif any(argument.startswith("-") for argument in rest):
         from trainer.config.hydra_cli import hydra_command
 
-        hydra_command(arguments)
+        hydra_command(arguments, born, tell)
     else:
         from trainer.run import run
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from trainer.checkpoint.format import read_manifest
 from trainer.checkpoint.retention import candidates
-from trainer.config import Config, huggingface, schema
+from trainer.config import Config
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError
 from trainer.folder import CHECKPOINTS, restarted
@@ -26,6 +26,7 @@ from trainer.models.family import Family, NoFamily, family_of
 from trainer.models.pretrained import CONFIG, Files, files_beside, position_matters
 from trainer.models.weight_files import Held, Unusable, files, find, fingerprint
 from trainer.patches import without_values
+from trainer.registry import plugin
 from trainer.topology import Topology
 
 HEAD, POSITIONS = "lm_head.weight", "max_position_embeddings"
@@ -63,9 +64,10 @@ def open_given(config: Config, topology: Topology, tokenizer: Tokenizer) -> Give
     Raises ConfigError on all of them if any cannot use it. Where the weights are gone, but the run has a checkpoint,
     the word of that is taken for what they were: they are not needed any more.
     """
-    if not isinstance(config.model, schema.Pretrained) or config.model.weights is None:
+    weights = getattr(config.model, "weights", None)  # which the Config of a user's may not have, or mean otherwise
+    if weights is None or not hasattr(plugin(config, "model"), "family"):
         return None
-    key, path = f"model.weights={config.model.weights}", Path(config.model.weights).expanduser()
+    key, path = f"model.weights={weights}", Path(weights).expanduser()
     known = None if path.exists() else _known(config)
     if known := topology.broadcast(known):
         return Given(known, Family(None), {})
@@ -114,8 +116,8 @@ def _look_through(path: Path, config: Config, tokenizer: Tokenizer, topology: To
     if HEAD in unused and (HEAD not in sources) and (not topology.is_main or _same(held, HEAD, sources[embedding])):
         unused.remove(HEAD)  # the main rank looks for all: two whole matrices are read
     lost = [HEAD] if base is not None and not base.tie_word_embeddings and HEAD not in held else []
-    other = _otherwise(base, family.config, bool(missing or unfit or unused), config)
-    unsupported = list(_unsupported(other, config))
+    other = _otherwise(base, family.config, bool(missing or unfit or unused))
+    unsupported = list(family.refused(other)) if other else []
     texts = [
         *_listed(f"{len(missing)} of {len(sources)} parameters are not in it", missing),
         *_listed("of another shape", unfit),
@@ -125,7 +127,7 @@ def _look_through(path: Path, config: Config, tokenizer: Tokenizer, topology: To
     ]
     if not unsupported:
         title = "its config.json is of another model; this one would be it with"
-        texts += _listed(title, map(_told, other.items()), most=99)
+        texts += _listed(title, (_told(f"{family.prefix}{key}", value) for key, value in other.items()), most=99)
     if texts:
         raise Unusable("; ".join(texts))
     return Given(fingerprint(files(path)), family, places, beside)
@@ -167,14 +169,14 @@ def _config_of(beside: Files, here: Any) -> Any:
         raise Unusable(f"config.json cannot be read: {str(error).splitlines()[-1]}") from None
 
 
-def _otherwise(there: Any, here: Any, sizes: bool, config: Config) -> dict[str, Any]:
+def _otherwise(there: Any, here: Any, sizes: bool) -> dict[str, Any]:
     """What the weights' own config says that this model's does not, and would have to; it is not all to be seen in
-    shapes. `sizes`: some differ. Keys as the run's config has them."""
+    shapes. `sizes`: some differ."""
     if there is None:
         return {}
     from transformers import PreTrainedConfig  # an extra
 
-    prefix, found = "model.config." if isinstance(config.model, schema.HuggingFace) else "", {}
+    found = {}
     own = {one.name for one in fields(here)} - {one.name for one in fields(PreTrainedConfig)}
     for name in sorted(own):
         ours, theirs = getattr(here, name), getattr(there, name)
@@ -183,25 +185,12 @@ def _otherwise(there: Any, here: Any, sizes: bool, config: Config) -> dict[str, 
         else:
             differs = ours != theirs and (sizes or name not in SIZES) and not FREE.fullmatch(name)
         if differs:
-            found[f"{prefix}{name}"] = theirs
+            found[name] = theirs
     return found
 
 
-def _unsupported(other: dict[str, Any], config: Config) -> Iterator[str]:
-    """What would be refused if the run's config had these keys: then there is no way to train these weights."""
-    model = config.model
-    if not isinstance(model, schema.HuggingFace) or not other:
-        return
-    keys = {key.removeprefix("model.config."): value for key, value in other.items()}
-    aliases = huggingface.architecture(model).config_class.attribute_map
-    kept = {key: value for key, value in model.config.items() if aliases.get(key, key) not in keys}
-    wanted = model.model_copy(update={"config": {**kept, **keys}})
-    yield from huggingface.problems(wanted, config.data.sequence_length, tensor_parallel=1)
-
-
-def _told(item: tuple[str, Any]) -> str:
+def _told(key: str, value: Any) -> str:
     """As it is written on a command line."""
-    key, value = item
     told = f"{key}={json.dumps(value, separators=(',', ':'))}"
     return f"'{told}'".replace('"', "") if isinstance(value, (dict, list)) else told
 

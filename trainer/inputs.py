@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from trainer.config import Config, schema
+from trainer.config import Config
 from trainer.data import shakespeare
 from trainer.data import tokenizer as tokenizers
 from trainer.data.batches import Batches
@@ -145,7 +145,7 @@ def open_shards(config: Config, topology: Topology) -> Found:
     if data.validation is not None:
         held_out = opening.attempt(partial(opening.shards, data.validation, base, "data.validation"))
     opening.settle()
-    for shards in [*training.values(), held_out] if isinstance(data, schema.Samples) else []:
+    for shards in [*training.values(), held_out] if data.decoded else []:
         if shards is not None:  # a field that is not there, a function that cannot be imported
             opening.attempt(partial(opening.source, shards, tokenizer))
     opening.settle()
@@ -270,7 +270,7 @@ class _Opening:
     def source(self, shards: Shards, tokenizer: Tokenizer, held_out: bool = False) -> Source:
         """The units of some shards: packed sequences of their text, or their samples decoded."""
         data = self.config.data
-        if isinstance(data, schema.Samples):
+        if data.decoded:
             samples = Samples(shards, Recipe.of(self.config, tokenizer))
             if self.topology.is_main:
                 samples.check()

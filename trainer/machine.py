@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from trainer.config import Config
+from trainer.config.check import in_trained
 from trainer.errors import ConfigError
 from trainer.extras import without_torchao
 from trainer.precision import Precision
@@ -20,6 +21,8 @@ def check_machine(config: Config, device: torch.device) -> None:
             problems.append(f"precision.compute=fp8: {reason}; nearest: precision=bf16")
     except ConfigError as error:
         problems += error.problems
-    problems += missing(config)
+    problems += missing(dict(config))
+    for name, other in config.models.trained.items():
+        problems += [in_trained(name, problem) for problem in missing(dict(other))]
     if problems:
         raise ConfigError(problems)

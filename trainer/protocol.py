@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config import Config
-from trainer.config.check import import_plugin
+from trainer.config.check import in_trained
 from trainer.errors import ConfigError
 from trainer.evaluation import Evaluation
 from trainer.job import Job
@@ -50,7 +50,10 @@ SEE = "docs/EXTEND.md has one of each"
 
 def check_plugins(config: Config) -> None:
     """Raises ConfigError with all that the classes of users' lack, and the objective's models."""
-    if problems := [problem for group in MADE_OF if _is_users(config, group) for problem in _lacking(config, group)]:
+    problems = list(_all_lacking(config))
+    for name, other in config.models.trained.items():
+        problems += (in_trained(name, problem) for problem in _all_lacking(config.model_copy(update=dict(other))))
+    if problems := list(dict.fromkeys(problems)):
         raise ConfigError([*problems[:-1], f"{problems[-1]} ({SEE})"])
     if problems := list(_check_models(config)):
         raise ConfigError(problems)
@@ -167,10 +170,16 @@ def _is_users(config: Config, group: str) -> bool:
     return ":" in getattr(config, group).name
 
 
+def _all_lacking(config: Config) -> Iterator[str]:
+    for group in MADE_OF:
+        if _is_users(config, group):
+            yield from _lacking(config, group)
+
+
 def _lacking(config: Config, group: str) -> Iterator[str]:
     name = getattr(config, group).name
     key = f"{group}.name={name}"
-    target = import_plugin(f"{group}.name", name, config.run.plugins)
+    target = plugin(config, group)
     if group == "objective" and not _is_objective(target):
         yield f"{key}: should be a subclass of onecurve.Objective"
         return

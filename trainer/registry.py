@@ -1,71 +1,142 @@
-"""The built-in plugins: what stands behind each option of a group, imported when it is used.
+"""The plugins: what stands behind each option of a group, imported when it is used.
 
-A user's own is named in its YAML, `package.module:Class`, and found by the same function.
+Of each built-in option there is one row: the class of its section, which has its keys, its checks and what it can do,
+and imports no torch; and the class or function that is made of it. A user's own is named in its YAML,
+`package.module:Class`, has the first as its `Config`, and is found by the same functions.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
-from trainer.config import Config
-from trainer.config.check import import_plugin
+from trainer.config.section import Plugin
+from trainer.config.strategy import Strategy
+from trainer.config.words import did_you_mean
+from trainer.errors import ConfigError
 
-BUILT_IN: dict[str, dict[str, str]] = {
+
+class Option(NamedTuple):
+    section: str
+    """The class of its section."""
+    target: str = ""
+    """What is made of the section; empty where others read its keys."""
+
+    @property
+    def config(self) -> type[Plugin]:
+        return load(self.section)
+
+
+OPTIONS: dict[str, dict[str, Option]] = {
     "model": {
-        "gpt": "trainer.models.gpt:GPT",
-        "llama": "trainer.models.huggingface:Llama",
-        "gpt2": "trainer.models.huggingface:GPT2",
+        "gpt": Option("trainer.config.models:GPT", "trainer.models.gpt:GPT"),
+        "llama": Option("trainer.config.huggingface:Llama", "trainer.models.huggingface:Llama"),
+        "gpt2": Option("trainer.config.huggingface:GPT2", "trainer.models.huggingface:GPT2"),
     },
-    "objective": {"causal_lm": "trainer.objectives.causal_lm:CausalLM"},
+    "objective": {
+        "causal_lm": Option("trainer.config.objectives:CausalLM", "trainer.objectives.causal_lm:CausalLM"),
+    },
+    "data": {
+        "shakespeare": Option("trainer.config.data:Text"),
+        "webdataset": Option("trainer.config.data:Text"),
+        "samples": Option("trainer.config.data:Samples"),
+    },
     "strategy": {
-        "single": "trainer.strategies.single:Single",
-        "ddp": "trainer.strategies.ddp:DDP",
-        "fsdp": "trainer.strategies.fsdp:FSDP",
-        "hsdp": "trainer.strategies.fsdp:HSDP",
-        "pipeline": "trainer.strategies.pipeline:Pipeline",
-        "zero": "trainer.strategies.zero:Zero",
+        "single": Option("trainer.config.strategy:Single", "trainer.strategies.single:Single"),
+        "ddp": Option("trainer.config.strategy:DDP", "trainer.strategies.ddp:DDP"),
+        "fsdp": Option("trainer.config.strategy:FSDP", "trainer.strategies.fsdp:FSDP"),
+        "hsdp": Option("trainer.config.strategy:HSDP", "trainer.strategies.fsdp:HSDP"),
+        "pipeline": Option("trainer.config.strategy:Pipeline", "trainer.strategies.pipeline:Pipeline"),
+        "zero": Option("trainer.config.strategy:Zero", "trainer.strategies.zero:Zero"),
     },
+    "precision": dict.fromkeys(("auto", "fp32", "bf16", "fp16", "fp8"), Option("trainer.config.strategy:Precision")),
     "optimizer": {
-        "adamw": "trainer.optim.adamw:adamw",
-        "lion": "trainer.optim.lion:lion",
-        "muon": "trainer.optim.muon:muon",
+        "adamw": Option("trainer.config.optim:AdamW", "trainer.optim.adamw:adamw"),
+        "lion": Option("trainer.config.optim:Lion", "trainer.optim.lion:lion"),
+        "muon": Option("trainer.config.optim:Muon", "trainer.optim.muon:muon"),
     },
     "schedule": {
-        "warmup_cosine": "trainer.optim.schedule:warmup_cosine",
-        "linear": "trainer.optim.schedule:linear",
-        "constant": "trainer.optim.schedule:constant",
-        "wsd": "trainer.optim.schedule:wsd",
+        "warmup_cosine": Option("trainer.config.optim:WarmupCosine", "trainer.optim.schedule:warmup_cosine"),
+        "linear": Option("trainer.config.optim:Linear", "trainer.optim.schedule:linear"),
+        "constant": Option("trainer.config.optim:Constant", "trainer.optim.schedule:constant"),
+        "wsd": Option("trainer.config.optim:WSD", "trainer.optim.schedule:wsd"),
+    },
+    "launch": {
+        "local": Option("trainer.config.launch:Local"),
+        "slurm": Option("trainer.config.launch:Slurm"),
     },
 }
 
+# Groups that take classes of users, and what their Config is a subclass of.
+BASES: dict[str, type[Plugin]] = {
+    "model": Plugin, "objective": Plugin, "strategy": Strategy, "optimizer": Plugin, "schedule": Plugin,
+}  # fmt: skip
+INSTEAD = {"data": "; functions of yours change its samples by data.maps"}
 
-def plugin(config: Config, group: str) -> Any:
-    """Returns the class or function behind the option of a group, built in or the user's."""
+
+def load(target: str) -> Any:
+    """What `package.module:name` names."""
+    module, _, name = target.partition(":")
+    return getattr(import_module(module), name)
+
+
+def config_class(group: str, name: str, plugins: Sequence[str], section: str = "") -> type[Plugin]:
+    """The class of the section of option `name` of a group: a built-in one, or the `Config` of a user's class.
+    `section`: where it is chosen, if not in the group's own."""
+    key, options = f"{section or group}.name", OPTIONS[group]
+    if name in options:
+        return options[name].config
+    if ":" not in name:
+        raise ConfigError(f"{key}={name}: no such option{did_you_mean(name, options)}")
+    if group not in BASES:
+        raise ConfigError(f"{key}={name}: should be one of {', '.join(options)}{INSTEAD.get(group, '')}")
+    config = getattr(import_named(key, name, plugins), "Config", None)
+    base = BASES[group]
+    if not (isinstance(config, type) and issubclass(config, base)):
+        what = f"a subclass of trainer.config.{base.__name__}"
+        raise ConfigError(f"{key}={name}: needs a class attribute `Config`, {what}")
+    return config
+
+
+def plugin(config: Any, group: str) -> Any:
+    """Returns the class or function behind the option of a group of a checked config, built in or the user's."""
     name = getattr(config, group).name
-    if name not in BUILT_IN[group]:
-        return import_plugin(f"{group}.name", name, config.run.plugins)
-    module, _, attribute = BUILT_IN[group][name].partition(":")
-    return getattr(import_module(module), attribute)
+    if name in OPTIONS[group]:
+        return load(OPTIONS[group][name].target)
+    return import_named(f"{group}.name", name, config.run.plugins)
 
 
-def missing(config: Config) -> list[str]:
+def import_named(key: str, target: str, plugins: Sequence[str]) -> Any:
+    """What `package.module:name` names, if its package is on the user's list `run.plugins`."""
+    package = target.partition(":")[0].partition(".")[0]
+    if package not in plugins:
+        way = f"add run.plugins=[{package}] (--plugins {package} to sample, evaluate, replay and export)"
+        raise ConfigError(f"{key}={target}: package '{package}' is not allowed; if you trust it, {way}")
+    try:
+        return load(target)
+    except Exception as error:  # whatever the user's module raises while it is imported
+        raise ConfigError(f"{key}={target}: cannot be imported: {type(error).__name__}: {error}") from error
+
+
+def missing(sections: Mapping[str, Any]) -> list[str]:
     """Returns what the chosen plugins need and this machine does not have, as problems of the config: their modules'
     `missing` says so."""
     problems = []
-    for group, options in BUILT_IN.items():
-        if (name := getattr(config, group).name) not in options:
+    for group, section in sections.items():
+        option = OPTIONS.get(group, {}).get(getattr(section, "name", ""))
+        if option is None or not option.target:
             continue  # a user's own says so when it is made
-        module = import_module(options[name].partition(":")[0])
-        if (says := getattr(module, "missing", None)) and (problem := says(getattr(config, group))):
+        module = import_module(option.target.partition(":")[0])
+        if (says := getattr(module, "missing", None)) and (problem := says(section)):
             problems.append(problem)
     return problems
 
 
 def import_all() -> None:
     """Imports all that is built in, as far as what it needs is installed: for a process that forks others."""
-    for options in BUILT_IN.values():
-        for target in options.values():
+    for options in OPTIONS.values():
+        for option in options.values():
             with suppress(ImportError):
-                import_module(target.partition(":")[0])
+                import_module((option.target or option.section).partition(":")[0])

@@ -119,8 +119,7 @@ def _on_the_way(
     what, count, apart_since = f"replaying steps {start + 1} to {step}, from {origin}", step - start, None
     told(what, 0, count)
     for done in range(start, step - 1):
-        row = rows[done + 1]
-        strategy = models[MAIN]
+        row, strategy = rows[done + 1], models[MAIN]
         finish = partial(_as_recorded, row, models)
         sums, result = do_step(models, strategy.objective, share.step(done).micro_batches, finish)
         strategy.timer.read()
@@ -225,8 +224,7 @@ def _strategy(config: Config, topology: Topology, inputs: Inputs, found: Found |
         raise ConfigError(f"model.weights={config.model.weights}: gone, and no checkpoint lies before the step")
     strategy = build_strategy(config, topology, inputs, given.fill if given else None, loaded=found is not None)
     if found:
-        same = found.manifest["config"]["optimizer"]["name"] == config.optimizer.name
-        take_up(strategy, found, same_optimizer=same)
+        take_up(strategy, found, same_optimizer=found.manifest["config"]["optimizer"]["name"] == config.optimizer.name)
     return strategy
 
 

@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 import torch
 
 from trainer.checkpoint.load import Found
-from trainer.config import Config, schema
+from trainer.config import Config
 from trainer.data.packing import Piece
-from trainer.data.samples import TOKENS
 from trainer.data.stream import StepData
 from trainer.data.tokenizer import Tokenizer
 from trainer.objectives import NUM_TARGETS, Batch, Objective, prepares
@@ -125,10 +124,7 @@ class Replay:
 
     def text(self, sample: Sample) -> str | None:
         """What the model is given of it, None if that is no text."""
-        data = self.config.data
-        if not isinstance(data, schema.Text) and TOKENS not in data.fields:
-            return None
-        if prepares(self.objective):  # its examples may be anything
+        if not self.config.data.has_text or prepares(self.objective):  # whose examples may be anything
             return None
         ids = sample.row["inputs"][0].tolist()
         return self.tokenizer.decode(ids[: sum(piece.end_token - piece.first_token for piece in sample.pieces) or None])

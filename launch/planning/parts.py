@@ -12,6 +12,22 @@ from launch.planning.subject import Parameter
 MIB = 2**20
 
 
+class Sent(NamedTuple):
+    """What a process sends in a step, at the least that a collective can do with."""
+
+    what: str
+    nbytes: int
+    processes: int
+    """Among how many: neighbours, as all layouts place them."""
+    waits: bool
+    """Whether computing has to wait for it; else it goes on meanwhile."""
+
+
+def shared(n: int) -> float:
+    """The share of a tensor that each of `n` processes sends in a ring, of a gathering or a scattering."""
+    return (n - 1) / n
+
+
 class Parts(NamedTuple):
     """Bytes of one process."""
 

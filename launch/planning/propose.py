@@ -9,22 +9,18 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from itertools import product
 from typing import Any
 
-from launch.planning.accountant import Accountant
 from launch.planning.gpus import NETWORK, NODE, Gpu
-from launch.planning.memory import peaks
+from launch.planning.memory import Accountant, Way, accountant
 from launch.planning.parts import Parts
 from launch.planning.subject import Subject
-from launch.planning.traffic import traffic
 from trainer.config import Config
 from trainer.config.check import check
-from trainer.config.compose import compose, options
-from trainer.config.pipelines import SCHEDULES
-from trainer.config.strategy import Pipeline
+from trainer.config.compose import compose
 from trainer.errors import ConfigError
+from trainer.registry import OPTIONS, load
 from trainer.secrets import shown_override
 
 REPLACED = ("strategy", "train.activation_checkpointing", "train.micro_batch")
@@ -77,9 +73,9 @@ def _tried(
 ) -> Proposal | None:
     train = {"activation_checkpointing": recomputed, "micro_batch": rows}
     try:
-        accountant = Accountant(subject, check(_replaced(config, {"train": train}), procs), procs)
-        parts = max(peaks(accountant), key=lambda parts: parts.total)
-        seconds = bound(accountant, gpu)
+        counted = accountant(subject, check(_replaced(config, {"train": train}), procs), procs)
+        parts = max(counted.peaks(), key=lambda parts: parts.total)
+        seconds = bound(counted, gpu)
     except ConfigError:  # a model that cannot be cut so
         return None
     return Proposal((*changes, *(f"train.{key}={value}" for key, value in train.items())), parts, seconds)
@@ -87,43 +83,26 @@ def _tried(
 
 def candidates(config: Config, procs: int, subject: Subject) -> Iterator[tuple[tuple[str, ...], Config]]:
     """(overrides, config) of each way to use that many processes that the check takes."""
-    ways: list[tuple[str, ...]] = []
-    if procs == 1:
-        ways.append(("strategy=single",))
-    else:
-        tensors = [n for n in (2, 8) if n <= min(NODE, procs) and hasattr(subject.whole.model, "tensor_parallel_plan")]
-        sequences = ("strategy.sequence_parallel=true",)
-        ways += [("strategy=ddp",), ("strategy=fsdp",)]
-        if subject.precision.compute == "bf16" and subject.precision.param == "fp32":
-            ways.append(("strategy=fsdp", "strategy.gather=compute"))
-        if procs > NODE and procs % NODE == 0:
-            ways.append(("strategy=hsdp", f"strategy.shard_size={NODE}"))
-        for n in reversed(tensors):
-            ways.append(("strategy=fsdp", f"strategy.tensor_parallel={n}", *sequences))
-        if subject.whole.cuttable:
-            for stages, n in product((2, 4, 8), (1, *tensors[-1:])):
-                if stages * n <= procs and len(subject.whole.blocks) >= stages:
-                    split = (f"strategy.tensor_parallel={n}", *sequences) if n > 1 else ()
-                    ways.append(("strategy=pipeline", f"strategy.stages={stages}", *split))
-        if find_spec("deepspeed"):
-            ways += [("strategy=zero", f"strategy.stage={stage}") for stage in (1, 2, 3)]
-    defaults = {name: compose([f"strategy={name}"])[0]["strategy"] for name in options("strategy")}
+    ways: list[Way] = []
+    for option in OPTIONS["strategy"].values():
+        ways += load(option.config.accountant).ways(subject, procs)
+    defaults = {name: compose([f"strategy={name}"])[0]["strategy"] for name in OPTIONS["strategy"]}
     for way in ways:
         section = dict(defaults[way[0].removeprefix("strategy=")])
         for key, _, value in (override.removeprefix("strategy.").partition("=") for override in way[1:]):
             section[key] = {"true": True, "compute": value}.get(value) or int(value)
         try:
-            yield way, check(_replaced(config, {"train": {"micro_batch": None}}, strategy=section), procs)
+            yield tuple(way), check(_replaced(config, {"train": {"micro_batch": None}}, strategy=section), procs)
         except ConfigError:
             continue
 
 
 def sizes(config: Config, procs: int) -> list[int]:
     """Of a micro-batch, the largest first: those that divide a process's share."""
-    share = max(1, config.train.global_batch // (procs // config.layout(procs).processes))
+    layout = config.layout(procs)
+    share = max(1, config.train.global_batch // (procs // layout.processes))
     wanted = {share, ROWS, 4, 2, 1, config.train.micro_batch or share}
-    if isinstance(config.strategy, Pipeline):  # the micro-batch is what goes through the pipeline at once
-        wanted |= {4 * config.layout(procs).stages}
+    wanted |= {4 * layout.stages}  # the micro-batch is what goes through a pipeline at once
     return sorted((size for size in wanted if size <= share and share % size == 0), reverse=True)
 
 
@@ -136,15 +115,10 @@ def bound(of: Accountant, gpu: Gpu) -> float:
     """Seconds of a step, at the least."""
     stages = of.layout.stages
     flops = sum(of.flops(place) for place in range(stages)) / stages
-    cut = isinstance(of.strategy, Pipeline) and stages > 1
-    count = of.micro_batches()[0] if cut else 1
-    launching = HOST_S * max(1, len(of.subject.whole.blocks)) / stages * of.passes * count
-    computing = max(flops / (gpu.tflops * 1e12 * BUSY), launching)
-    if cut:
-        parts = of.strategy.parts_a_process if not SCHEDULES[of.strategy.schedule].splits_backward else 2
-        computing *= 1 + (stages - 1) / (parts * count)
+    launching = HOST_S * max(1, len(of.subject.whole.blocks)) / stages * of.passes * of.micro_batches()[0]
+    computing = max(flops / (gpu.tflops * 1e12 * BUSY), launching) * of.waiting()
     waiting = besides = 0.0
-    for sent in traffic(of):
+    for sent in of.traffic():
         seconds = sent.nbytes / ((gpu.link if sent.processes <= NODE else NETWORK) * 1e9)
         waiting += seconds if sent.waits else 0
         besides += 0 if sent.waits else seconds

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 
 from launch.planning.trace import OUTSIDE, REPRESENTATIVES, Live, Trace, stretched, trace
-from trainer.config import Config, schema
+from trainer.config import Config
 from trainer.errors import ConfigError
 from trainer.facts import TOO_EARLY, Facts
 from trainer.inputs import tokenizer_of
@@ -92,6 +92,14 @@ class Subject:
         draws = made.pop("draws")
         row = self.objective.example({name: value[0] for name, value in made.items()}, 0)
         return {name: value[None] for name, value in row.items()} | {"draws": draws}
+
+    def splits(self, most: int) -> list[tuple[str, str]]:
+        """Keys of strategies that share the matrices of the model's layers among up to `most` processes, the most
+        first; none if it does not say how."""
+        if not hasattr(self.whole.model, "tensor_parallel_plan"):
+            return []
+        counts = [n for n in (8, 2) if n <= most]
+        return [(f"strategy.tensor_parallel={n}", "strategy.sequence_parallel=true") for n in counts]
 
     def split(self, strategy: Any, tensor: int, dtype: torch.dtype | None = None) -> Built:
         """The model as one of `tensor` processes has it that share its layers' matrices; with weights of that type."""
@@ -331,24 +339,9 @@ def _state_bytes(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> i
 
 
 def example(config: Config) -> Batch:
-    """A batch [1, ...] as the run's data will make it, without any data: of text, or of the fields that are asked for,
-    where images have a size that is known and what is no text is taken for a number."""
-    data, length = config.data, config.data.sequence_length
-    tokens = {"inputs": torch.zeros(1, length, dtype=torch.int64), "targets": torch.zeros(1, length, dtype=torch.int64)}
-    draws = {"draws": torch.zeros(1, dtype=torch.int64)}
-    if not isinstance(data, schema.Samples):
-        masked = ("documents", "positions") if getattr(data, "document_mask", False) else ()
-        return tokens | draws | {name: torch.zeros(1, length, dtype=torch.int64) for name in masked}
-    fields: Batch = {}
-    for name, extensions in data.fields.items():
-        if name == "tokens":
-            fields |= tokens
-        elif set(extensions.lower().split(";")) & {"jpg", "jpeg", "png", "webp", "ppm", "pgm", "pbm"}:
-            side = data.image.size or 224
-            fields[name] = torch.zeros(1, 3, side, side)
-        else:
-            fields[name] = torch.zeros(1, dtype=torch.int64)
-    return fields | draws
+    """A batch [1, ...] as the run's data will make it, without any data."""
+    row = config.data.row() | {"draws": ("int64", ())}
+    return {name: torch.zeros(1, *shape, dtype=getattr(torch, dtype)) for name, (dtype, shape) in row.items()}
 
 
 def planned(config: Config, bf16: bool) -> Subject:

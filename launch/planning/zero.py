@@ -3,76 +3,95 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 
-from launch.planning.accountant import Accountant
-from launch.planning.parts import MIB, Parts, Share
+from launch.planning.memory import Accountant, Way
+from launch.planning.parts import MIB, Parts, Sent, Share, shared
+from launch.planning.subject import Subject
 from launch.planning.trace import OUTSIDE
-from trainer.config.strategy import Zero
 
 PERSISTENT = 100_000  # elements: smaller parameters stay gathered in stage 3 (stage3_param_persistence_threshold)
 SUB_GROUP = 10**9  # elements that stage 3 steps on at once (sub_group_size)
 
 
-def moments(of: Accountant, strategy: Zero) -> Iterator[Parts]:
-    if strategy.stage == 0:
-        yield from _unsharded(of)
-    elif strategy.stage == 3:
-        yield from _all_sharded(of, strategy)
-    else:
-        yield from _optimizer_sharded(of, strategy)
+class Zero(Accountant):
+    alone = True
 
+    @classmethod
+    def ways(cls, subject: Subject, procs: int) -> Iterator[Way]:
+        if procs > 1 and find_spec("deepspeed"):
+            yield from [("strategy=zero", f"strategy.stage={stage}") for stage in (1, 2, 3)]
 
-def _unsharded(of: Accountant) -> Iterator[Parts]:
-    """Gradients are flattened into one buffer, summed, and copied back."""
-    share, before = Share(of.built.parameters), 0
-    for segment in of.trace().segments:
-        later = of.passes > 1
-        gradients = share.trained if later else before
-        activations = segment.peak if later else segment.peak_with_gradients
-        yield Parts(share.held, gradients, share.state, activations)
-        before += segment.gradients
-    yield Parts(share.held, share.trained, share.state, 0, share.trained if of.procs > 1 else 0)
-    yield of.updated(share)
+    def moments(self, place: int) -> Iterator[Parts]:
+        if self.strategy.stage == 0:
+            yield from self._unsharded()
+        elif self.strategy.stage == 3:
+            yield from self._all_sharded()
+        else:
+            yield from self._optimizer_sharded()
 
+    def sent(self, place: int) -> Iterator[Sent]:
+        share, n, stage = Share(self.built.parameters), self.copies, self.strategy.stage
+        reduced = share.trained * self.reduced * (self.passes if stage >= 2 else 1)
+        if stage == 3:
+            yield Sent("gathering of parameters", round(2 * shared(n) * share.held * self.passes), n, False)
+            yield Sent("scattering of gradients", round(shared(n) * reduced), n, False)
+        else:
+            yield Sent("all-reduce of gradients", round(2 * shared(n) * reduced), n, False)
 
-def _optimizer_sharded(of: Accountant, strategy: Zero) -> Iterator[Parts]:
-    """Stages 1 and 2: all weights, and once more this process's part of them, on which the optimizer steps."""
-    share, procs = Share(of.built.parameters), of.procs
-    part, state = share.trained // procs, share.state // procs
-    bucket = strategy.bucket_mb * MIB
-    weights, optimizer = share.held + part, state
-    if strategy.offload_optimizer:
-        weights, optimizer, part = share.held, 0, 0
-    gradients = share.trained if strategy.stage == 1 else part
-    before = 0
-    for segment in of.trace().segments:
-        if not segment.backward:
-            yield Parts(weights, gradients if of.passes > 1 else 0, optimizer, segment.peak, 0)
-            continue
-        # Until a full bucket is reduced gradients are there as they were computed, too; then stage 2 keeps its part.
-        held = min(gradients, before) if of.passes == 1 else gradients
-        waiting = min(before + segment.gradients, bucket) if strategy.stage == 2 else 0
-        yield Parts(weights, held, optimizer, segment.peak, bucket + waiting)
-        before += segment.gradients
-    yield Parts(weights, gradients + (part if strategy.stage == 1 else 0), optimizer, 0, bucket)
+    def _unsharded(self) -> Iterator[Parts]:
+        """Gradients are flattened into one buffer, summed, and copied back."""
+        share, before = Share(self.built.parameters), 0
+        for segment in self.trace().segments:
+            later = self.passes > 1
+            gradients = share.trained if later else before
+            activations = segment.peak if later else segment.peak_with_gradients
+            yield Parts(share.held, gradients, share.state, activations)
+            before += segment.gradients
+        yield Parts(share.held, share.trained, share.state, 0, share.trained if self.procs > 1 else 0)
+        yield self.updated(share)
 
+    def _optimizer_sharded(self) -> Iterator[Parts]:
+        """Stages 1 and 2: all weights, and once more this process's part of them, on which the optimizer steps."""
+        share, procs = Share(self.built.parameters), self.procs
+        part, state = share.trained // procs, share.state // procs
+        bucket = self.strategy.bucket_mb * MIB
+        weights, optimizer = share.held + part, state
+        if self.strategy.offload_optimizer:
+            weights, optimizer, part = share.held, 0, 0
+        gradients = share.trained if self.strategy.stage == 1 else part
+        before = 0
+        for segment in self.trace().segments:
+            if not segment.backward:
+                yield Parts(weights, gradients if self.passes > 1 else 0, optimizer, segment.peak, 0)
+                continue
+            # Until a full bucket is reduced gradients are there as computed, too; then stage 2 keeps its part.
+            held = min(gradients, before) if self.passes == 1 else gradients
+            waiting = min(before + segment.gradients, bucket) if self.strategy.stage == 2 else 0
+            yield Parts(weights, held, optimizer, segment.peak, bucket + waiting)
+            before += segment.gradients
+        yield Parts(weights, gradients + (part if self.strategy.stage == 1 else 0), optimizer, 0, bucket)
 
-def _all_sharded(of: Accountant, strategy: Zero) -> Iterator[Parts]:
-    """Stage 3. Gathered are the layer at work and the next one, and small parameters always."""
-    procs, parameters = of.procs, of.built.parameters
-    small = [parameter for parameter in parameters if parameter.numel <= PERSISTENT]
-    share = Share(parameters)
-    part, state = share.trained // procs, share.state // procs
-    layers = [sum(p.nbytes for p in parameters if p.block == b and p not in small) for b in range(len(of.built.blocks))]
-    outside = [p.nbytes for p in parameters if p.block == OUTSIDE and p not in small]
-    largest = max([*layers, 0]) if layers else sum(outside)
-    always = sum(parameter.nbytes for parameter in small)
-    bucket = strategy.bucket_mb * MIB
-    weights = (0 if strategy.offload_parameters else share.held // procs) + (0 if strategy.offload_optimizer else part)
-    gradients, optimizer = (0, 0) if strategy.offload_optimizer else (part, state)
-    waiting = 0  # gradients as they were computed, until a full bucket of them is reduced
-    for segment in of.trace(released=True, casts_kept=False).segments:
-        gathered = min(2 * largest, sum(layers)) + (max([*outside, 0]) if segment.block == OUTSIDE else 0)
-        yield Parts(weights, gradients, optimizer, segment.peak_with_gradients, bucket + always + gathered + waiting)
-        waiting = min(waiting + segment.gradients, bucket)
-    yield Parts(weights, gradients, optimizer, 0, bucket + always + min(gradients, 4 * SUB_GROUP))
+    def _all_sharded(self) -> Iterator[Parts]:
+        """Stage 3. Gathered are the layer at work and the next one, and small parameters always."""
+        procs, parameters = self.procs, self.built.parameters
+        small = [parameter for parameter in parameters if parameter.numel <= PERSISTENT]
+        share = Share(parameters)
+        part, state = share.trained // procs, share.state // procs
+        large = [parameter for parameter in parameters if parameter not in small]
+        layers = [sum(p.nbytes for p in large if p.block == number) for number in range(len(self.built.blocks))]
+        outside = [p.nbytes for p in large if p.block == OUTSIDE]
+        largest = max([*layers, 0]) if layers else sum(outside)
+        always = sum(parameter.nbytes for parameter in small)
+        bucket = self.strategy.bucket_mb * MIB
+        weights = 0 if self.strategy.offload_parameters else share.held // procs
+        gradients = optimizer = 0
+        if not self.strategy.offload_optimizer:
+            weights, gradients, optimizer = weights + part, part, state
+        waiting = 0  # gradients as they were computed, until a full bucket of them is reduced
+        for segment in self.trace(released=True, casts_kept=False).segments:
+            gathered = min(2 * largest, sum(layers)) + (max([*outside, 0]) if segment.block == OUTSIDE else 0)
+            buffers = bucket + always + gathered + waiting
+            yield Parts(weights, gradients, optimizer, segment.peak_with_gradients, buffers)
+            waiting = min(waiting + segment.gradients, bucket)
+        yield Parts(weights, gradients, optimizer, 0, bucket + always + min(gradients, 4 * SUB_GROUP))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,9 @@ from trainer.config import reference
 from trainer.config.check import check, keys
 from trainer.config.compose import completed, load, options
 from trainer.config.interval import Interval
-from trainer.config.schema import OPTIONS, SECTIONS
+from trainer.config.schema import SECTIONS
 from trainer.errors import ConfigError
+from trainer.registry import OPTIONS
 
 ROOT = Path(__file__).parents[2]
 
@@ -162,6 +165,39 @@ def test_a_second_model_is_as_the_runs_own_but_for_what_it_says() -> None:
     ]
 
 
+def test_a_second_model_is_checked_as_if_it_were_the_runs_own() -> None:
+    """Against the strategy, data and precision of the run, with its own keys in the messages; all else is told once."""
+    both = ("strategy=fsdp", "strategy.tensor_parallel=2", "model.heads=4", "train.global_batch=7")
+    critic = "models.trained.critic={model: {heads: 3, width: 96}, optimizer: {implementation: 8bit}}"
+    alone, with_it = (problems(*both, *more, processes=4) for more in ((), (critic,)))
+    assert alone == [
+        "train.global_batch=7: does not divide by 2 copies of the model (4 processes / 2); nearest: 6 or 8"
+    ]
+    assert with_it == [
+        *alone, "strategy.tensor_parallel=2: does not divide models.trained.critic.model.heads=3; nearest: 1",
+    ]  # fmt: skip
+    muon = "{name: muon, lr: 0.1, weight_decay: 0, no_decay: [], ema: null, momentum: 0.9, newton_schulz_steps: 5, "
+    muon += "newton_schulz_dtype: fp32, adamw_modules: [], betas: [0.9, 0.99], eps: 1e-8}"
+    assert problems("strategy=zero", f"models.trained.critic.optimizer={muon}", processes=2) == [
+        "models.trained.critic.optimizer=muon: needs whole matrices, and DeepSpeed's stage 2 steps on one flat piece "
+        "of all parameters; nearest: strategy=fsdp"
+    ]
+    own = ("model.width=30", "model.heads=4", "models.trained.a={model: {width: 32}}", "models.trained.b={}")
+    assert problems(*own) == [
+        "model.width=30: does not divide by model.heads=4; nearest: 28 or 32",
+        "models.trained.b.model.width=30: does not divide by models.trained.b.model.heads=4; nearest: 28 or 32",
+    ]
+
+
+def test_no_section_brings_torch_along() -> None:
+    code = (
+        "import sys; from trainer.registry import OPTIONS; from trainer.config.compose import load;"
+        "[option.config for options in OPTIONS.values() for option in options.values()];"
+        "load(['strategy=pipeline', 'strategy.stages=2'], 2); assert not {'torch', 'launch'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_a_config_of_an_earlier_version_is_completed() -> None:
     config = load(["strategy=fsdp", "data=webdataset", "data.shards=x.tar", "model.layers=3"])
     old = config.resolved()
@@ -176,7 +212,7 @@ def test_every_key_has_help_and_is_in_it() -> None:
     text = reference.help_text()
     schemas = [
         *SECTIONS.items(),
-        *((group, schema) for group, choices in OPTIONS.items() for schema in choices.values()),
+        *((group, option.config) for group, choices in OPTIONS.items() for option in choices.values()),
     ]
     for section, schema in schemas:
         for name, field in keys(schema):

@@ -1,5 +1,5 @@
-"""The config: schema (names, types, help), compose (Hydra), check (all errors at once), rules (contradictions)."""
+"""The config: sections (names, types, help, contradictions), compose (Hydra), check (all errors at once)."""
 
-from trainer.config.schema import Config, Plugin
+from trainer.config.schema import Config, Plugin, Strategy
 
-__all__ = ["Config", "Plugin"]
+__all__ = ["Config", "Plugin", "Strategy"]

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterator, Sequence
-from difflib import get_close_matches
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from trainer.config import rules
-from trainer.config.schema import OPTIONS, SECTIONS, Config, Models, Plugin, Section, Trained
+from trainer.config.schema import SECTIONS, Config, Models, Section, Trained
+from trainer.config.words import did_you_mean
 from trainer.errors import ConfigError
+from trainer.registry import OPTIONS, config_class
 from trainer.secrets import masked
 
-WITH_CLASSES = ("model", "objective", "strategy", "optimizer", "schedule")  # groups that take classes of users
 TAKEN = ("model", "optimizer", "scaler")  # how names of what a checkpoint holds begin
-INSTEAD = {"data": "; functions of yours change its samples by data.maps"}
+# Where a key of one of the sections that such a model has of its own begins in a message.
+ITS_KEY = re.compile(rf"(?<![\w.])(?=(?:{'|'.join(Trained.model_fields)})[.=]\w)")
 
 
 def check(raw: dict[str, Any], world_size: int = 1) -> Config:
@@ -34,16 +34,37 @@ def check(raw: dict[str, Any], world_size: int = 1) -> Config:
             if not isinstance(value, dict):
                 raise ConfigError(f"{name}={value}: should be a section with keys of its own")
             plugins = sections["run"].plugins if "run" in sections else []
-            schema = SECTIONS[name] if name in SECTIONS else option_schema(name, str(value.get("name")), plugins)
-            sections[name] = checked(name, schema, value)
-            if name == "models":
-                sections[name] = _with_trained(sections[name], raw, plugins)
+            schema = SECTIONS[name] if name in SECTIONS else config_class(name, str(value.get("name")), plugins)
+            section = checked(name, schema, value)
+            sections[name] = _with_trained(section, raw, plugins) if name == "models" else section
         except ConfigError as error:
             problems.extend(error.problems)
-    problems.extend(rules.problems(sections, world_size))
+    problems.extend(dict.fromkeys(_contradictions(sections, world_size)))  # each once
     if problems:
         raise ConfigError(problems)
     return Config.model_validate(sections)
+
+
+def _contradictions(sections: Mapping[str, Section], world_size: int) -> Iterator[str]:
+    """Yields what the valid sections refuse; then, of each model that is trained beside the run's own, what they would
+    refuse if it were the run's."""
+    yield from _of_one_model(sections, world_size)
+    models: Any = sections.get("models")
+    for name, other in models.trained.items() if models else ():
+        for problem in _of_one_model({**sections, **dict(other)}, world_size):
+            yield in_trained(name, problem)
+
+
+def _of_one_model(sections: Mapping[str, Section], world_size: int) -> Iterator[str]:
+    """Asks each section, the strategy first: other sections say what does not fit it."""
+    for name in sorted(sections, key="strategy".__ne__):
+        yield from sections[name].problems(sections, world_size)
+
+
+def in_trained(name: str, problem: str) -> str:
+    """Returns a problem of the model `name`, which is trained beside the run's own, with the keys that it has in the
+    config: `model.heads=3` as `models.trained.NAME.model.heads=3`."""
+    return ITS_KEY.sub(f"models.trained.{name}.", problem)
 
 
 def _with_trained(models: Models, raw: dict[str, Any], plugins: list[str]) -> Models:
@@ -68,7 +89,7 @@ def _with_trained(models: Models, raw: dict[str, Any], plugins: list[str]) -> Mo
             same = own.get("name", base.get("name")) == base.get("name")
             values = {**base, **({"weights": None} if "weights" in base else {}), **own} if same else own
             try:
-                schema = option_schema(group, str(values.get("name")), plugins, f"{key}.{group}")
+                schema = config_class(group, str(values.get("name")), plugins, f"{key}.{group}")
                 made[group] = checked(f"{key}.{group}", schema, values)
             except ConfigError as error:
                 problems.extend(error.problems)
@@ -87,46 +108,6 @@ def checked(name: str, schema: type[Section], value: dict[str, Any]) -> Any:
         return schema.model_validate(value)
     except ValidationError as error:
         raise ConfigError(_describe(name, schema, error)) from None
-
-
-def option_schema(group: str, name: str, plugins: list[str], section: str = "") -> type[Plugin]:
-    """The schema of option `name` of a group: a built-in one, or the `Config` of a user's class. `section`: where it is
-    chosen, if not in the group's own."""
-    key = section or group
-    if ":" not in name:
-        if name not in OPTIONS[group]:
-            raise ConfigError(f"{key}.name={name}: no such option{did_you_mean(name, OPTIONS[group])}")
-        return OPTIONS[group][name]
-    if group not in WITH_CLASSES:
-        raise ConfigError(f"{key}.name={name}: should be one of {', '.join(OPTIONS[group])}{INSTEAD.get(group, '')}")
-    return import_plugin(f"{key}.name", name, plugins).Config
-
-
-def import_plugin(key: str, target: str, plugins: Sequence[str]) -> Any:
-    """The class that `package.module:Class` names, if its package is on the user's list `run.plugins`."""
-    found = import_named(key, target, plugins)
-    config = getattr(found, "Config", None)
-    if not (isinstance(config, type) and issubclass(config, Plugin)):
-        raise ConfigError(f"{key}={target}: needs a class attribute `Config`, a subclass of trainer.config.Plugin")
-    return found
-
-
-def import_named(key: str, target: str, plugins: Sequence[str]) -> Any:
-    """What `package.module:name` names, if its package is on the user's list `run.plugins`."""
-    module, _, attribute = target.partition(":")
-    package = module.partition(".")[0]
-    if package not in plugins:
-        way = f"add run.plugins=[{package}] (--plugins {package} to sample, evaluate, replay and export)"
-        raise ConfigError(f"{key}={target}: package '{package}' is not allowed; if you trust it, {way}")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # whatever the user's module raises while it is imported
-        raise ConfigError(f"{key}={target}: cannot be imported: {type(error).__name__}: {error}") from error
-
-
-def did_you_mean(word: str, known: Any) -> str:
-    close = get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"; did you mean '{close[0]}'?" if close else f"; there are: {', '.join(sorted(known))}"
 
 
 def keys(schema: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -19,9 +19,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from trainer.config import recipes
-from trainer.config.check import check, checked, did_you_mean, option_schema
-from trainer.config.schema import OPTIONS, SECTIONS, Config
+from trainer.config.check import check, checked
+from trainer.config.schema import SECTIONS, Config
+from trainer.config.words import did_you_mean
 from trainer.errors import ConfigError, first_line
+from trainer.registry import OPTIONS, config_class
 from trainer.secrets import shown_override
 
 
@@ -65,7 +67,7 @@ def load_sized(
     raw, problems = compose(overrides, config_dir)
     try:
         launch, run = raw["launch"], raw["run"]
-        schema = option_schema("launch", launch["name"], run["plugins"])
+        schema = config_class("launch", launch["name"], run["plugins"])
         procs = procs or checked("launch", schema, launch).processes
     except (ConfigError, LookupError, TypeError):
         pass  # the check names it, with all else

@@ -1,18 +1,49 @@
-"""The keys of transformers' models, checked: transformers itself takes any key, and keeps silent.
+"""Keys of transformers' models, checked: transformers itself takes any key, and keeps silent.
 
 It is an extra, imported only for a config that names a model of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
-from typing import Any
+from typing import Any, Literal
 
-from trainer.config.schema import GPT, HuggingFace
+from pydantic import Field
+
+from trainer.config.models import Pretrained
+from trainer.config.strategy import strategy_of
+from trainer.config.words import did_you_mean
 from trainer.errors import ConfigError
 
 _USELESS = {"add_cross_attention", "use_cache"}  # not for training on text alone
+
+
+class HuggingFace(Pretrained):
+    """What models of transformers have in common."""
+
+    architecture: str = Field(description="The class in transformers.")
+    config: dict[str, Any] = Field(
+        description="Keys of its config in transformers, such as `model.config.hidden_size=512`; the others are as "
+        "there. The size of the vocabulary (of `data.tokenizer`) and the longest position (`data.sequence_length`) "
+        "need not be given. Leave dropout at 0 for one curve: transformers draws it from torch's generator, so its "
+        "masks depend on the number of processes and on `train.micro_batch`."
+    )
+
+    def problems(self, sections: Mapping[str, Any], world_size: int) -> Iterator[str]:
+        if data := sections.get("data"):
+            yield from problems(self, data.sequence_length, strategy_of(sections).layout(world_size).tensor)
+            yield from data.without_text("model", self.name)
+
+
+class Llama(HuggingFace):
+    architecture: Literal["LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"] = Field(
+        description="The class in transformers."
+    )
+
+
+class GPT2(HuggingFace):
+    architecture: Literal["GPT2LMHeadModel"] = Field(description="The class in transformers.")
 
 
 def architecture(model: HuggingFace) -> Any:
@@ -31,13 +62,6 @@ def architecture(model: HuggingFace) -> Any:
     return found
 
 
-def unlike_gpt2(model: GPT) -> str | None:
-    """The keys that would have to be set otherwise for it to be GPT-2."""
-    gpt2 = {"positions": "learned", "activation": "gelu", "bias": True}
-    other = {key: value for key, value in gpt2.items() if getattr(model, key) != value}
-    return " ".join(f"model.{key}={str(value).lower()}" for key, value in other.items()) or None
-
-
 def transformers_config(model: HuggingFace, sequence_length: int, **defaults: Any) -> Any:
     """The config object of transformers. What is not given of `defaults`, and the longest position, are filled in."""
     kind, given = architecture(model).config_class, model.config
@@ -50,8 +74,6 @@ def transformers_config(model: HuggingFace, sequence_length: int, **defaults: An
 
 def problems(model: HuggingFace, sequence_length: int, tensor_parallel: int) -> Iterator[str]:
     """What is wrong with `model.config`."""
-    from trainer.config.check import did_you_mean  # which imports the rules
-
     try:
         kind = architecture(model).config_class
     except ConfigError as error:

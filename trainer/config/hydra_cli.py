@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,9 @@ QUIET = ("--cfg", "-c", "--info", "-i", "--version", "--hydra-help")
 COMPLETION = ("--shell-completion", "-sc")
 
 
-def hydra_command(arguments: Sequence[str]) -> None:
-    """Hands the arguments to Hydra. Only the main rank prints what is the same on every rank."""
+def hydra_command(arguments: Sequence[str], born: float, tell: Callable[[Exception], None]) -> None:
+    """Hands the arguments to Hydra. Only the main rank prints what is the same on every rank. `born`: the process's
+    `time.monotonic()`; `tell` prints why a job of a sweep ended the command."""
     rank = int(os.environ.get("RANK", "0"))
     is_quiet = any(argument.split("=")[0] in QUIET for argument in arguments)
     if rank and is_quiet:
@@ -45,15 +46,22 @@ def hydra_command(arguments: Sequence[str]) -> None:
             # A sweep's own file is the main rank's to write.
             sys.argv[1:] = [*arguments, f"hydra.sweep.dir={scratch}"] if rank else arguments
             recipes.install()
-            _main()
+
+            @hydra.main(version_base="1.3", config_path="pkg://trainer.conf", config_name="config")
+            def job(composed: DictConfig) -> None:
+                try:
+                    _run(composed, born)
+                except OnecurveError as error:  # Hydra would keep an exception and start the next job
+                    tell(error)
+                    sys.exit(error.exit_code)
+
+            job()
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(" ".join(str(error).split())) from error
 
 
-@hydra.main(version_base="1.3", config_path="pkg://trainer.conf", config_name="config")
-def _main(composed: DictConfig) -> None:
+def _run(composed: DictConfig, born: float) -> None:
     """One job: of a sweep, or alone with options of Hydra's. A sweep's jobs get folders of their own."""
-    from trainer.__main__ import BORN, tell
     from trainer.run import run
 
     hide_arguments()  # Hydra has read them
@@ -64,11 +72,7 @@ def _main(composed: DictConfig) -> None:
         with suppress(KeyError, TypeError, AttributeError):  # the check names what is wrong
             wandb = raw["track"]["wandb"]
             wandb |= {"group": wandb.get("group") or raw["run"]["name"], "name": wandb.get("name") or name[:128]}
-    try:
-        run(config_of(raw, [], world_size()), BORN)
-    except OnecurveError as error:  # Hydra would keep an exception and start the next job
-        tell(error)
-        sys.exit(error.exit_code)
+    run(config_of(raw, [], world_size()), born)
 
 
 @contextmanager

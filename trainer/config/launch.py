@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
 
+from trainer.config.interval import Interval
 from trainer.config.section import Count, Int, IntervalText, Plugin, Positive, Section
 from trainer.secrets import holds_secret
 
@@ -31,6 +33,9 @@ def slurm_seconds(text: str) -> int:
 
 
 class Launch(Plugin):
+    command: ClassVar[str]
+    """The command of `onecurve` that starts a run with it."""
+
     restarts: Int = Field(
         ge=0,
         description="How often the run is restarted from the newest checkpoint when a process was killed, crashed or "
@@ -44,6 +49,14 @@ class Launch(Plugin):
         description="Wall time, such as `3h`, after which the run stops as if it was asked to: saved, exit code 75."
     )
 
+    def problems(self, sections: Mapping[str, Any], world_size: int) -> Iterator[str]:
+        if self.time_limit is not None and Interval.parse(self.time_limit).unit != "seconds":
+            yield f"launch.time_limit={self.time_limit}: should be a time, such as 3h or 90min"
+
+    def command_line(self, procs: int) -> str:
+        """How the command starts a run of that many processes."""
+        return self.command
+
     @property
     def processes(self) -> int | None:
         """Of the whole run; None: as many as there are GPUs where it starts."""
@@ -51,6 +64,8 @@ class Launch(Plugin):
 
 
 class Local(Launch):
+    command = "train"
+
     procs: Count | None = Field(description="Processes that `onecurve train` starts. null: one a GPU, or one.")
     min_procs: Count | None = Field(
         description="`onecurve train` goes on with as few as these where a process fails again and again; the global "
@@ -58,6 +73,9 @@ class Local(Launch):
     )
     grow_s: Positive = Field(description="Seconds after which a run that goes on with fewer tries all of them again.")
     grace_s: Count = Field(description="Seconds that processes get to save when `onecurve train` is told to stop.")
+
+    def command_line(self, procs: int) -> str:
+        return f"{self.command} -n {procs}"
 
     @property
     def processes(self) -> int | None:
@@ -77,6 +95,8 @@ class Container(Section):
 
 
 class Slurm(Launch):
+    command = "submit"
+
     nodes: Count = Field(description="Nodes of the job.")
     gpus_per_node: Int = Field(ge=0, description="GPUs of each node, one process each. 0: asks for none.")
     procs_per_node: Count | None = Field(description="Processes on each node. null: one a GPU, or one.")
@@ -128,6 +148,19 @@ class Slurm(Launch):
         description="`onecurve doctor --quick` on all nodes before the start and after a failure: the job goes back to "
         "the queue without the nodes that fail it."
     )
+
+    def problems(self, sections: Mapping[str, Any], world_size: int) -> Iterator[str]:
+        yield from super().problems(sections, world_size)
+        if self.lead_s >= (limit := slurm_seconds(self.time)):
+            yield f"launch.lead_s={self.lead_s}: must be less than launch.time={self.time}, which is {limit} s"
+        if self.chain > 1 and self.requeue:
+            way = "set launch.requeue=false, or launch.chain=1"
+            yield f"launch.chain={self.chain}: a job that queues itself again needs no other behind it; {way}"
+        if self.health_check and self.container.runtime:
+            yield "launch.health_check=true: looks at nodes, not into containers; set one of them aside"
+        if bool(self.container.runtime) != bool(self.container.image):
+            missing = "image" if self.container.runtime else "runtime"
+            yield f"launch.container.{missing}: missing; a container has both a runtime and an image"
 
     @property
     def processes(self) -> int:

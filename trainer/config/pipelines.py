@@ -4,8 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
-from trainer.config.strategy import Pipeline
+
+class Cut(Protocol):
+    """Of the keys of a pipeline those that decide about micro-batches."""
+
+    @property
+    def schedule(self) -> str: ...
+    @property
+    def micro_batches(self) -> int | None: ...
+    @property
+    def parts_a_process(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -52,7 +62,7 @@ SCHEDULES = {
 }  # fmt: skip
 
 
-def micro_batches(config: Pipeline, processes: int, sequences: int) -> int:
+def micro_batches(config: Cut, processes: int, sequences: int) -> int:
     """Into how many pieces that many sequences are cut.
 
     With `strategy.micro_batches=null` the number n, up to four a part, for which (n + processes - 1) steps of
@@ -64,7 +74,7 @@ def micro_batches(config: Pipeline, processes: int, sequences: int) -> int:
     return min(allowed, key=lambda n: ((n + processes - 1) * -(-max(1, sequences) // n), n))
 
 
-def allowed_micro_batches(config: Pipeline, processes: int, most: int) -> list[int]:
+def allowed_micro_batches(config: Cut, processes: int, most: int) -> list[int]:
     """The numbers of micro-batches up to `most` that the schedule can do, in rising order; at least one."""
     schedule = SCHEDULES[config.schedule]
     least = schedule.least(processes, processes * config.parts_a_process)

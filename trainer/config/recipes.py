@@ -21,8 +21,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, flag_override
 
-from trainer.config.schema import OPTIONS
 from trainer.errors import ConfigError
+from trainer.registry import OPTIONS
 
 FITS, ABOUT = "fits", "about"
 DEFAULT = "shakespeare"  # as conf/config.yaml has it

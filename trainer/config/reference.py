@@ -10,7 +10,8 @@ from typing import Any
 
 from trainer.config.check import keys
 from trainer.config.compose import compose, options
-from trainer.config.schema import OPTIONS, SECTIONS, Section
+from trainer.config.schema import SECTIONS, Section
+from trainer.registry import OPTIONS
 
 USAGE = """\
 onecurve: kill it anywhere, resume it anywhere, the same curve.
@@ -49,7 +50,7 @@ def markdown() -> str:
     lines = [
         "# Every key",
         "",
-        "Generated from `trainer/config/schema.py` by `make docs`; a test keeps it current.",
+        "Generated from the sections in `trainer/config` by `make docs`; a test keeps it current.",
         "`python -m trainer --help` prints the same. Defaults are those of `conf/`.",
         "",
         f"Whole recipes: {', '.join(f'`experiment={name}`' for name in options('experiment'))}.",
@@ -67,8 +68,9 @@ def sections() -> Iterator[tuple[str, list[Key]]]:
     for name, schema in SECTIONS.items():
         yield name, list(_rows(name, schema, defaults[name]))
     for group, choices in OPTIONS.items():
-        for schema in dict.fromkeys(choices.values()):
-            alike = [option for option, found in choices.items() if found is schema]
+        schemas = {name: option.config for name, option in choices.items()}
+        for schema in dict.fromkeys(schemas.values()):
+            alike = [name for name, found in schemas.items() if found is schema]
             shown = "webdataset" if "webdataset" in alike else alike[0]
             values = defaults
             if defaults[group]["name"] != shown:

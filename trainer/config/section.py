@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
@@ -49,6 +50,15 @@ class Section(BaseModel):
         if value == MISSING:
             raise PydanticCustomError("missing", "missing")
         return value
+
+    def problems(self, sections: Mapping[str, Any], world_size: int) -> Iterator[str]:
+        """Yields what contradicts another key or the number of processes: one message each, with the key, what is wrong
+        and the way out. `sections`: all that are valid, by name; one that is not is missing.
+
+        The checks of a model that is trained beside the run's own see it, its optimizer and its schedule under the
+        names of the run's (`model`, ...); in the messages they get the names that they have in the config.
+        """
+        return iter(())
 
 
 class Plugin(Section):

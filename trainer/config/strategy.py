@@ -1,12 +1,19 @@
-"""Keys of strategies and of precision: how a model is spread over processes, and in which data types it is trained."""
+"""Keys of strategies and of precision: how a model is spread over processes, and in which data types it is trained.
+
+What a strategy can do, its section says, so that the checks of other sections, and `onecurve plan`, need not know which
+one it is. What it cannot do is refused here.
+"""
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 
+from trainer.config.pipelines import SCHEDULES, allowed_micro_batches
 from trainer.config.section import Count, Plugin
+from trainer.config.words import divisor
 
 
 class Layout(NamedTuple):
@@ -27,13 +34,44 @@ WHOLE = Layout()  # every process holds all of the model, or its share of all la
 
 
 class Strategy(Plugin):
+    """What all strategies say of themselves; a user's own overrides what is otherwise there."""
+
+    implementations: ClassVar[tuple[str, ...]] = ()
+    """Of `optimizer.implementation` those, besides torch's, that can step on what it holds."""
+    accountant: ClassVar[str] = "launch.planning.memory:Accountant"
+    """Who counts its memory and traffic for `onecurve plan`: a subclass of this one, or this one itself for a strategy
+    whose processes each hold the whole model and all-reduce gradients. Imported by nobody else."""
+
     def layout(self, world_size: int) -> Layout:
         """How `world_size` processes are used."""
         return WHOLE
 
+    def splits_sequences(self) -> bool:
+        """Whether a process may hold a part of a sequence between two matrices, where a model could want all of it."""
+        return False
+
+    def flat_update(self) -> str:
+        """Why its optimizer does not step on matrices as they are; empty where it does."""
+        return ""
+
+    def cut_problems(self, layers: int, world_size: int, tied: bool, key: str = "model.layers") -> Iterator[str]:
+        """Yields why it cannot cut a model of so many layers (by its `key`), whose embedding is its head, too, where
+        `tied`: for the checks of models."""
+        return iter(())
+
 
 class Single(Strategy):
-    pass
+    implementations = ("apex", "8bit")
+    accountant = "launch.planning.memory:Single"
+
+    def problems(self, sections: Mapping[str, Any], world_size: int) -> Iterator[str]:
+        if world_size > 1:
+            yield f"strategy=single: runs one process, but {world_size} were started; use strategy=ddp"
+
+
+def strategy_of(sections: Mapping[str, Any]) -> Strategy:
+    """The strategy, for the checks of other sections: if it is not valid, one that nothing is wrong with."""
+    return sections.get("strategy") or Single(name="single")
 
 
 class FindsUnused(Strategy):
@@ -47,6 +85,9 @@ class FindsUnused(Strategy):
 
 
 class DDP(FindsUnused):
+    implementations = ("apex", "8bit")
+    accountant = "launch.planning.copies:Copies"
+
     bucket_mb: Count = Field(description="Size of a gradient bucket in MiB; one all-reduce each.")
     bucket_view: bool = Field(
         description="Gradients are views of the buckets that are sent: one copy of them less in memory."
@@ -75,9 +116,27 @@ class TensorParallel(Strategy):
     def layout(self, world_size: int) -> Layout:
         return Layout(tensor=self.tensor_parallel)
 
+    def splits_sequences(self) -> bool:
+        return self.sequence_parallel and self.tensor_parallel > 1
+
+    def problems(self, sections: Mapping[str, Any], world_size: int) -> Iterator[str]:
+        yield from super().problems(sections, world_size)
+        size, key = self.tensor_parallel, f"strategy.tensor_parallel={self.tensor_parallel}"
+        if world_size % size:
+            yield f"{key}: does not divide {world_size} processes; nearest: {divisor(world_size, size)}"
+        if size > 1 and (precision := sections.get("precision")) and precision.compute == "fp8":
+            yield f"{key}: does not go with precision.compute=fp8; nearest: precision=bf16"
+        if self.splits_sequences() and (data := sections.get("data")) and (length := data.sequence_length) % size:
+            near = f"{length // size * size or size} or {(length // size + 1) * size}"
+            what = f"does not divide by {key} for strategy.sequence_parallel"
+            yield f"data.sequence_length={length}: {what}; nearest: {near}"
+
 
 class Sharded(FindsUnused):
     """What FSDP has in common with and without copies."""
+
+    implementations = ("8bit",)
+    accountant = "launch.planning.sharded:Sharded"
 
     reshard_after_forward: bool = Field(
         description="Let go of a layer's whole parameters between its forward and backward pass: less memory, one more "
@@ -97,18 +156,50 @@ class Sharded(FindsUnused):
         "by layer; the optimizer steps on the CPU."
     )
 
+    def problems(self, sections: Mapping[str, Any], world_size: int) -> Iterator[str]:
+        yield from super().problems(sections, world_size)
+        if (precision := sections.get("precision")) is None:
+            return
+        shorter = self.gather == "compute" and precision.compute != "fp32"  # auto may become bf16
+        sent_short = precision.param == "fp32" and (shorter or precision.reduce == "bf16")
+        if self.reduce == "last" and sent_short:
+            yield (
+                "strategy.reduce=last: not where gradients are sent in bf16 but held in fp32 (precision.reduce=bf16, "
+                "or strategy.gather=compute): the sum over micro-batches would be rounded to bf16; nearest: "
+                "strategy.reduce=each"
+            )
+        if self.gather == "compute" and precision.compute == "fp16":
+            what = "not with precision.compute=fp16, whose range weights may leave"
+            yield f"strategy.gather=compute: {what}; nearest: param"
+
 
 class FSDP(Sharded, TensorParallel):
-    pass
+    def problems(self, sections: Mapping[str, Any], world_size: int) -> Iterator[str]:
+        yield from super().problems(sections, world_size)
+        if self.cpu_offload and self.tensor_parallel > 1:
+            key = f"strategy.tensor_parallel={self.tensor_parallel}"
+            yield f"{key}: does not go with strategy.cpu_offload=true; nearest: strategy.tensor_parallel=1"
 
 
 class HSDP(Sharded):
+    accountant = "launch.planning.sharded:Hybrid"
+
     shard_size: Count | None = Field(
         description="Processes that share one sharded copy of the model. null: those of a node."
     )
 
+    def problems(self, sections: Mapping[str, Any], world_size: int) -> Iterator[str]:
+        if self.shard_size and world_size % self.shard_size:
+            yield (
+                f"strategy.shard_size={self.shard_size}: does not divide {world_size} processes into groups; "
+                f"nearest: {divisor(world_size, self.shard_size)}"
+            )
+        yield from super().problems(sections, world_size)
+
 
 class Zero(Strategy):
+    accountant = "launch.planning.zero:Zero"
+
     stage: Literal[0, 1, 2, 3] = Field(
         description="What DeepSpeed shards: 0 nothing, 1 optimizer state, 2 gradients too, 3 parameters too."
     )
@@ -118,8 +209,30 @@ class Zero(Strategy):
     offload_parameters: bool = Field(description="Parameters stay in host memory, too. Stage 3.")
     bucket_mb: Count = Field(description="Size of DeepSpeed's communication buckets in MiB.")
 
+    def flat_update(self) -> str:
+        return f"DeepSpeed's stage {self.stage} steps on one flat piece of all parameters" if self.stage else ""
+
+    def problems(self, sections: Mapping[str, Any], world_size: int) -> Iterator[str]:
+        if self.offload_optimizer and self.stage == 0:
+            what = "stage 0 steps on the weights that it computes with"
+            yield f"strategy.offload_optimizer=true: {what}; nearest: strategy.stage=1"
+        if self.offload_parameters and self.stage < 3:
+            what = f"strategy.stage={self.stage} computes with all of them all the time"
+            yield f"strategy.offload_parameters=true: {what}; nearest: strategy.stage=3"
+        if self.stage == 3 and (train := sections.get("train")) and train.compile:
+            what = "the compiler cannot look through DeepSpeed's gathering of parameters inside of layers"
+            yield f"train.compile=true: not with strategy.stage=3: {what}; nearest: strategy.stage=2"
+        if precision := sections.get("precision"):
+            if precision.compute in ("fp16", "fp8"):
+                yield f"precision.compute={precision.compute}: not with strategy=zero; nearest: precision=bf16"
+            if precision.param != "fp32":
+                what = "DeepSpeed keeps weights in fp32 here"
+                yield f"precision.param={precision.param}: {what}; nearest: precision.param=fp32"
+
 
 class Pipeline(FindsUnused, TensorParallel):
+    accountant = "launch.planning.pipeline:Pipeline"
+
     stages: Count | None = Field(
         description="Processes that a copy of the model is spread over, each with a part of its layers; the more "
         "processes there are, the more copies. null: all processes hold one copy."
@@ -148,6 +261,59 @@ class Pipeline(FindsUnused, TensorParallel):
     def layout(self, world_size: int) -> Layout:
         return Layout(self.stages or max(1, world_size // self.tensor_parallel), self.tensor_parallel)
 
+    def problems(self, sections: Mapping[str, Any], world_size: int) -> Iterator[str]:
+        yield from super().problems(sections, world_size)
+        if unfit := self._unfit(world_size):
+            yield unfit
+            return
+        schedule, name = SCHEDULES[self.schedule], f"strategy.schedule={self.schedule}"
+        if self.micro_batches and world_size > 1:
+            n, stages = self.micro_batches, self.layout(world_size).stages
+            count = stages * self.parts_a_process
+            allowed = allowed_micro_batches(self, stages, 2 * n + 4 * count)
+            if n not in allowed:
+                nearest = min(allowed, key=lambda other: (abs(other - n), other))
+                what = f"not with {name} on {stages} processes ({count} parts)"
+                yield f"strategy.micro_batches={n}: {what}; nearest: {nearest}"
+        if schedule.splits_backward and (train := sections.get("train")) and train.compile:
+            yield (
+                f"train.compile=true: not with {name}, which computes the gradients of weights apart from those of "
+                "activations; nearest: strategy.schedule=interleaved_1f1b"
+            )
+
+    def _unfit(self, world_size: int) -> str:
+        """Why it cannot use that many processes, or hold so many parts on each."""
+        layout, parts, need = self.layout(world_size), self.parts_a_process, SCHEDULES[self.schedule].parts
+        if world_size % layout.processes:
+            what = f"strategy.stages={layout.stages}"
+            what += f" x strategy.tensor_parallel={layout.tensor} = {layout.processes}" if layout.tensor > 1 else ""
+            fits = world_size % layout.tensor == 0
+            near = divisor(world_size // layout.tensor, layout.stages) if fits else "null"
+            return f"{what}: does not divide {world_size} processes; nearest: strategy.stages={near}"
+        if (need and parts != need) or (not need and parts == 1):
+            holds = f"{need} part{'s' * (need > 1)}" if need else "2 parts or more"
+            key, with_schedule = f"strategy.virtual_stages={parts}", f"with strategy.schedule={self.schedule}"
+            return f"{key}: {with_schedule} a process holds {holds}; nearest: {need or 2}"
+        return ""
+
+    def cut_problems(self, layers: int, world_size: int, tied: bool, key: str = "model.layers") -> Iterator[str]:
+        if self._unfit(world_size):  # of which its own check tells
+            return
+        layout, parts, schedule = self.layout(world_size), self.parts_a_process, SCHEDULES[self.schedule]
+        count = layout.stages * parts
+        if layers < count and world_size > 1:
+            fewer = layers // parts
+            yield (
+                f"{key}={layers}: cannot be cut into {layout.stages} processes x {parts} parts = {count}; "
+                f"nearest: {key}={count}, or strategy.{f'stages={fewer}' if fewer else 'schedule=1f1b'}"
+            )
+        together, copies = schedule.v_shaped or layout.stages == 1, world_size // layout.processes
+        if tied and self.data_parallel == "fsdp" and copies > 1 and together:
+            name = f"strategy.schedule={self.schedule}"
+            what = f"the two ends of the model, whose embedding is tied, are on one process with {name}"
+            what += f" on {layout.stages} processes" if not schedule.v_shaped else ""
+            yield f"strategy.data_parallel=fsdp: {what}; nearest: strategy.data_parallel=ddp"
+
 
 class Precision(Plugin):
     param: Literal["fp32", "bf16"] = Field(
@@ -160,3 +326,10 @@ class Precision(Plugin):
     reduce: Literal["fp32", "bf16"] = Field(
         description="Data type in which gradients are added up over processes. bf16: half the traffic."
     )
+
+    def problems(self, sections: Mapping[str, Any], world_size: int) -> Iterator[str]:
+        if self.param == "bf16" and self.compute in ("fp32", "fp16"):
+            yield (
+                f"precision.compute={self.compute}: weights that are held in bf16 (precision.param) are computed with "
+                "in bf16 or fp8; nearest: precision.compute=bf16"
+            )

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from trainer.config.compose import load
 from trainer.config.pipelines import SCHEDULES
-from trainer.config.schema import OPTIONS
 from trainer.errors import ConfigError
+from trainer.registry import OPTIONS
 
 
 class Cost(NamedTuple):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -37,3 +38,7 @@ class Track(Section):
         "`loss/web`, `num_targets/web`. Costs the loss, without its gradient, once more a step."
     )
     wandb: Wandb = Field(description="Weights & Biases.")
+
+    def problems(self, sections: Mapping[str, Any], world_size: int) -> Iterator[str]:
+        if self.by_source and "data" in sections and not sections["data"].sources:
+            yield "track.by_source=true: there are no sources without data.sources"

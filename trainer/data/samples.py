@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from trainer.config import Config, schema
-from trainer.config.check import import_named
+from trainer.config.data import TOKENS
 from trainer.data import decode, images
 from trainer.data.images import ImageTensor
 from trainer.data.shards import Shards
@@ -25,8 +25,8 @@ from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError, DataError, OnecurveError, Outage
 from trainer.outage import LIMITS, cause, is_outage
 from trainer.randomness import key as random_key
+from trainer.registry import import_named
 
-TOKENS = "tokens"  # the field whose text becomes `inputs` and `targets`
 NO_TARGET = -100
 
 Sample = dict[str, Any]

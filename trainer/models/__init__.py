@@ -19,6 +19,10 @@ from trainer.randomness import key
 if TYPE_CHECKING:
     from torch.distributed.tensor.parallel import ParallelStyle
 
+    from trainer.config import Config
+    from trainer.data.tokenizer import Tokenizer
+    from trainer.models.family import Family
+
 
 CPU = torch.device("cpu")
 Fill = Callable[[str, Tensor], None]  # fills the value of the parameter of that name
@@ -79,6 +83,15 @@ class TensorParallel(Model, Protocol):
 
     def tensor_parallel_plan(self, sequence_parallel: bool) -> dict[str, ParallelStyle]:
         """Module names (patterns) -> torch's styles. What it does not name is kept whole by every process."""
+        ...
+
+
+class Exportable(Model, Protocol):
+    """A model that transformers knows, too: it can start with weights of Hugging Face's, and be exported to them."""
+
+    @staticmethod
+    def family(config: Config, tokenizer: Tokenizer) -> Family:
+        """What it is there. Raises trainer.models.family.NoFamily."""
         ...
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from trainer.config import Config, schema
-from trainer.config.huggingface import transformers_config, unlike_gpt2
+from trainer.config import Config
+from trainer.config.huggingface import GPT2, HuggingFace, architecture, problems, transformers_config
+from trainer.config.models import GPT
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError
+from trainer.registry import plugin
 
 OUTER = {"token_embedding": "wte", "position_embedding": "wpe", "norm": "ln_f"}
 INNER = {
@@ -35,20 +37,41 @@ class Family:
     """The value there of the parameter that has this name and value here."""
     ours: Callable[[str, Tensor], Tensor] = lambda name, value: value
     """The other way round; `name` is the one here."""
+    prefix: str = ""
+    """What stands before a key of transformers' config in the run's config."""
+    refused: Callable[[Mapping[str, Any]], Iterable[str]] = lambda keys: ()
+    """Yields why this model cannot have these keys in transformers' config."""
 
 
 def family_of(config: Config, tokenizer: Tokenizer) -> Family:
-    """Of the run's model. Raises NoFamily."""
-    model = config.model
-    if isinstance(model, schema.HuggingFace):
-        return Family(_theirs(model, config, tokenizer))
-    if not isinstance(model, schema.GPT):
-        raise NoFamily(f"model {model.name} is none of transformers")
-    if other := unlike_gpt2(model):
+    """What the class of the run's model says of itself (`trainer.models.Exportable`). Raises NoFamily."""
+    family = getattr(plugin(config, "model"), "family", None)
+    if family is None:
+        raise NoFamily(f"model {config.model.name} is none of transformers")
+    return family(config, tokenizer)
+
+
+def of_transformers(config: Config, tokenizer: Tokenizer) -> Family:
+    """Of a model that is one of transformers' already."""
+    model: HuggingFace = config.model
+
+    def refused(keys: Mapping[str, Any]) -> Iterator[str]:
+        aliases = architecture(model).config_class.attribute_map
+        kept = {key: value for key, value in model.config.items() if aliases.get(key, key) not in keys}
+        wanted = model.model_copy(update={"config": {**kept, **keys}})
+        return problems(wanted, config.data.sequence_length, tensor_parallel=1)
+
+    return Family(_theirs(model, config, tokenizer), prefix="model.config.", refused=refused)
+
+
+def of_gpt(config: Config, tokenizer: Tokenizer) -> Family:
+    """Of our GPT, where it is GPT-2. Raises NoFamily where it is not, or transformers is not installed."""
+    model: GPT = config.model
+    if other := model.unlike_gpt2():
         raise NoFamily(f"transformers has no such model; it is GPT-2 with {other}")
     keys: dict[str, Any] = {"n_embd": model.width, "n_layer": model.layers, "n_head": model.heads}
     keys |= {"embd_pdrop": model.dropout, "resid_pdrop": model.dropout, "attn_pdrop": 0.0}
-    as_theirs = schema.GPT2(name="gpt2", architecture="GPT2LMHeadModel", config=keys)
+    as_theirs = GPT2(name="gpt2", architecture="GPT2LMHeadModel", config=keys)
     try:
         theirs = _theirs(as_theirs, config, tokenizer)
     except ConfigError:
@@ -61,7 +84,7 @@ def family_of(config: Config, tokenizer: Tokenizer) -> Family:
     )
 
 
-def _theirs(model: schema.HuggingFace, config: Config, tokenizer: Tokenizer) -> Any:
+def _theirs(model: HuggingFace, config: Config, tokenizer: Tokenizer) -> Any:
     """The config object of transformers. A text begins and ends with the separator, as in training."""
     size, end = tokenizer.vocab_size, tokenizer.separator
     ends = {"bos_token_id": end, "eos_token_id": end}

@@ -16,6 +16,7 @@ from trainer.config import schema
 from trainer.extras import without_apex
 from trainer.facts import Facts
 from trainer.models.dropout import dropout
+from trainer.models.family import of_gpt
 from trainer.models.tensor_parallel import Whole
 
 
@@ -31,6 +32,7 @@ class GPT(nn.Module):
     Config = schema.GPT
     embedding_parts = ("token_embedding", "position_embedding")
     head_parts = ("norm", "token_embedding")
+    family = staticmethod(of_gpt)
 
     def __init__(self, config: schema.GPT, facts: Facts):
         super().__init__()

@@ -20,6 +20,7 @@ from trainer.config import schema
 from trainer.config.huggingface import architecture, transformers_config
 from trainer.errors import ConfigError
 from trainer.facts import Facts
+from trainer.models.family import of_transformers
 from trainer.models.gpt import document_mask
 from trainer.models.tensor_parallel import Whole
 
@@ -31,6 +32,7 @@ class HuggingFace(nn.Module, ABC):
     """
 
     Config = schema.HuggingFace
+    family = staticmethod(of_transformers)
     layers: str
     embedding_parts: Sequence[str]
     head_parts: Sequence[str]

@@ -52,12 +52,3 @@ def strategy_for(config: Config, topology: Topology, inputs: Inputs, frozen: boo
     )
     strategy.casts_kept = kind.casts_kept  # gradients are rounded on one process as they are on many
     return strategy
-
-
-def runs_single(config: Config, processes: int) -> bool:
-    """Returns whether the run is one process that trains as with `strategy=single`."""
-    return _is_single(plugin(config, "strategy"), processes)
-
-
-def _is_single(kind: type[StepArithmetic], processes: int) -> bool:
-    return processes == 1 and not kind.runs_alone

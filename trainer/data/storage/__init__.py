@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
+from trainer.data.storage.settings import Blob, Settings
 from trainer.data.storage.urls import PIPE, check, is_remote, is_url, local_path, shown
-from trainer.errors import ConfigError, DataError
-from trainer.outage import Patience
+from trainer.errors import ConfigError
 
 __all__ = ["Blob", "Storage", "default_cache", "is_remote", "is_url", "shown"]
 
@@ -22,53 +21,9 @@ def default_cache() -> Path:
         raise ConfigError("this user has no home folder to keep a cache in: set HOME or ONECURVE_CACHE") from None
 
 
-class Blob(Protocol):
-    """The bytes of one shard, readable at any place by many threads at once."""
-
-    url: str
-    """As the user gave it. Messages use `shown(url)`: it may hold a password."""
-    size: int
-    """Bytes; of `.tar.gz` and `pipe:` those of the unpacked tar."""
-    stamp: str
-    """Another one when the content is another: made of size and time, or of the server's etag."""
-
-    def read(self, at: int, size: int) -> bytes | memoryview:
-        """Exactly `size` bytes from byte `at`. DataError (url, byte) where that cannot be had, Outage where its storage
-        does not answer."""
-
-    def peek(self, at: int, size: int) -> bytes | memoryview:
-        """As `read`, for what lies far from everything else: no more than these bytes comes over the network."""
-
-    def prefetch(self, at: int, size: int) -> None:
-        """A hint that these bytes will be read soon; returns at once. Nothing for local files."""
-
-    def close(self) -> None:
-        """Lets go of files and of what was only prefetched; reading opens them again."""
-
-
 @dataclass(frozen=True)
-class Storage:
-    """How shards are opened. Can be pickled; open connections and caches belong to the process.
-
-    `cache` is a folder; `cache_bytes` is what copies of remote bytes may take of it (0: only a few chunks, in memory).
-    What `.tar.gz`, `pipe:` and servers without ranges need is kept there whole, beside that budget.
-    A read that failed `retries` times in a row, with growing waits from `wait_s` seconds on, and for at least
-    `patience_s`, because server or file system did not answer, is an Outage; `timeout_s` is how long no byte may come.
-    `connections` holds for all of a process's storages alike.
-    `pipes` names what outputs of `pipe:` commands are shared by: under another name the commands run anew.
-    """
-
-    cache: Path
-    cache_bytes: int = 0
-    allow_pipe: bool = False
-    mmap: bool = False
-    retries: int = 10
-    patience_s: float = 0
-    wait_s: float = 0.25
-    timeout_s: float = 30
-    chunk_bytes: int = 4 << 20
-    connections: int = 8
-    pipes: str = ""
+class Storage(Settings):
+    """Opens shards. Can be pickled; open connections and caches belong to the process."""
 
     def open(self, url: str) -> Blob:
         """The blob behind a path or URL. Raises ConfigError (a scheme that cannot be read, a `pipe:` not allowed, a
@@ -79,7 +34,7 @@ class Storage:
         if url.startswith(PIPE):
             return unpack.piped(self, url)
         if unpack.compression(url):
-            return unpack.unpacked(self, url)
+            return unpack.unpacked(self, url, lambda: self.plain(url, keep=False))
         return self.plain(url)
 
     def stamp(self, url: str) -> str:
@@ -101,13 +56,3 @@ class Storage:
             return LocalBlob(local_path(url), url, mmap=self.mmap, storage=self)
         blob = RemoteBlob(self, url, keep)
         return blob if blob.ranges else unpack.copied(self, blob)
-
-    @property
-    def waits(self) -> dict[str, Any]:
-        """How reads are tried again, but for what is told of them."""
-        key, code = "data.patience_s", DataError.exit_code
-        return {"retries": self.retries, "first_s": self.wait_s, "key": key, "exit_code": code}
-
-    def patience(self, url: str) -> Patience:
-        """That of one read of a local file."""
-        return Patience(shown(url), shown(url), self.patience_s, **self.waits)

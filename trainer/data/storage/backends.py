@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from trainer.data.storage.urls import OBSTORE, scheme, shown
+from trainer.data.storage.urls import shown
 from trainer.errors import ConfigError
 from trainer.secrets import said
 
@@ -43,19 +43,6 @@ class Backend(Protocol):
     def stream(self, start: int, end: int | None) -> tuple[Facts, Iterator[bytes]]:
         """The bytes from `start` to `end`, and what they are of. None: all, without a range. Raises as `facts`; so
         does the iterator."""
-
-
-def backend(url: str, timeout_s: float) -> Backend:
-    """What reads a URL that `urls.check` let through."""
-    from trainer.data.storage.by_fsspec import Fsspec
-    from trainer.data.storage.by_obstore import Obstore
-
-    if scheme(url) in OBSTORE:
-        try:
-            return Obstore(url, timeout_s)
-        except ImportError:
-            pass
-    return Fsspec(url, timeout_s)
 
 
 def answered(status: int, words: str) -> Failed:

@@ -12,7 +12,7 @@ from trainer.errors import DataError
 from trainer.outage import CANNOT_MAP, LIMITS, Patience, is_outage, patiently
 
 if TYPE_CHECKING:
-    from trainer.data.storage import Storage
+    from trainer.data.storage.settings import Settings
 
 T = TypeVar("T")
 
@@ -43,7 +43,7 @@ class LocalBlob:
         *,
         mmap: bool = False,
         stamp: str | None = None,
-        storage: Storage | None = None,
+        storage: Settings | None = None,
     ):
         self.url = path if url is None else url
         self._path, self._mapped, self._storage = path, mmap, storage
@@ -107,7 +107,7 @@ class LocalBlob:
         return {**vars(self), "_file": None, "_view": None}
 
 
-def stamp(path: str, url: str, storage: Storage | None = None) -> str:
+def stamp(path: str, url: str, storage: Settings | None = None) -> str:
     """The stamp of a file as of now."""
     return _stamp(_patiently(lambda: os.stat(path), storage, url))
 
@@ -126,7 +126,7 @@ def _stamp(now: os.stat_result) -> str:
     return f"{now.st_size}-{now.st_mtime_ns}"
 
 
-def _patiently(make: Callable[[], T], storage: Storage | None, url: str, byte: int | None = None) -> T:
+def _patiently(make: Callable[[], T], storage: Settings | None, url: str, byte: int | None = None) -> T:
     """Returns what `make` gives, once the storage answers. Raises DataError for what is wrong with the file, Outage
     where its storage does not answer, OSError where this process may have no more files or memory."""
     try:

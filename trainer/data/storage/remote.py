@@ -10,12 +10,12 @@ from urllib.parse import urlsplit
 
 from trainer import outage
 from trainer.data.storage import cache, fetch
-from trainer.data.storage.backends import GONE, Backend, Facts, Failed, NoRanges, backend
-from trainer.data.storage.urls import shown
+from trainer.data.storage.backends import GONE, Backend, Facts, Failed, NoRanges
+from trainer.data.storage.urls import OBSTORE, scheme, shown
 from trainer.errors import DataError
 
 if TYPE_CHECKING:
-    from trainer.data.storage import Storage
+    from trainer.data.storage.settings import Settings
 
 T = TypeVar("T")
 
@@ -23,7 +23,7 @@ T = TypeVar("T")
 class _Patience(outage.Patience):
     """That of the storage, with a server. What it answers for good is not waited for."""
 
-    def __init__(self, storage: Storage, url: str):
+    def __init__(self, storage: Settings, url: str):
         super().__init__(shown(url), _server(url), storage.patience_s, **storage.waits)
         self._shown = shown(url)
 
@@ -40,7 +40,20 @@ def _server(url: str) -> str:
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
 
 
-def _persist(storage: Storage, url: str, attempt: Callable[[], T]) -> T:
+def backend(url: str, timeout_s: float) -> Backend:
+    """What reads a URL that `urls.check` let through."""
+    from trainer.data.storage.by_fsspec import Fsspec
+    from trainer.data.storage.by_obstore import Obstore
+
+    if scheme(url) in OBSTORE:
+        try:
+            return Obstore(url, timeout_s)
+        except ImportError:
+            pass
+    return Fsspec(url, timeout_s)
+
+
+def _persist(storage: Settings, url: str, attempt: Callable[[], T]) -> T:
     patience = _Patience(storage, url)
     while True:
         try:
@@ -52,7 +65,7 @@ def _persist(storage: Storage, url: str, attempt: Callable[[], T]) -> T:
             return result
 
 
-def _facts(storage: Storage, url: str, source: Backend) -> tuple[Facts, bool]:
+def _facts(storage: Settings, url: str, source: Backend) -> tuple[Facts, bool]:
     """What the object is now, and whether its server sends parts of it."""
     try:
         return _persist(storage, url, source.facts), True
@@ -60,7 +73,7 @@ def _facts(storage: Storage, url: str, source: Backend) -> tuple[Facts, bool]:
         return _persist(storage, url, lambda: source.stream(0, None)[0]), False
 
 
-def stamp(storage: Storage, url: str) -> str:
+def stamp(storage: Settings, url: str) -> str:
     """The stamp of an object as of now."""
     return _facts(storage, url, backend(url, storage.timeout_s))[0].stamp
 
@@ -71,7 +84,7 @@ class RemoteBlob:
     Holds nothing that belongs to a process but the way to its server: it can be pickled, and outlives a fork.
     """
 
-    def __init__(self, storage: Storage, url: str, keep: bool = True):
+    def __init__(self, storage: Settings, url: str, keep: bool = True):
         self.url, self._storage, self._name = url, storage, shown(url)
         self._source = backend(url, storage.timeout_s)
         facts, self.ranges = _facts(storage, url, self._source)

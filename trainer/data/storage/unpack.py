@@ -25,8 +25,8 @@ from trainer.errors import ConfigError, DataError
 from trainer.files import move, read_file, replace_file, stat_file, sync
 
 if TYPE_CHECKING:
-    from trainer.data.storage import Blob, Storage
     from trainer.data.storage.remote import RemoteBlob
+    from trainer.data.storage.settings import Blob, Settings
 
 PIECE = 256 << 10
 UNUSED_S = 24 * 3600  # a former version of a file that nothing opened for so long is removed
@@ -42,10 +42,10 @@ def compression(url: str) -> str | None:
     return (match[1] or _SHORT[match[2].lower()]).lower()
 
 
-def unpacked(storage: Storage, url: str) -> Blob:
+def unpacked(storage: Settings, url: str, open_packed: Callable[[], Blob]) -> Blob:
     """The tar within a compressed file. Its stamp is the compressed file's."""
     new = _decompressor(url)
-    packed = storage.plain(url, keep=False)
+    packed = open_packed()
     try:
         # Not the name under which it is kept packed, if its server sends no parts.
         version = f"unpacked {packed.stamp}"
@@ -54,17 +54,17 @@ def unpacked(storage: Storage, url: str) -> Blob:
         packed.close()
 
 
-def copied(storage: Storage, blob: RemoteBlob) -> Blob:
+def copied(storage: Settings, blob: RemoteBlob) -> Blob:
     """The whole object of a server that sends no parts."""
     return _kept(storage, blob.url, blob.stamp, blob.stamp, blob.whole)
 
 
-def piped(storage: Storage, url: str) -> Blob:
+def piped(storage: Settings, url: str) -> Blob:
     """The output of a shell command. Its stamp is a checksum: a command that gives something else is noticed."""
     return _kept(storage, url, storage.pipes, None, lambda: command.output(url, url[len(PIPE) :]))
 
 
-def forget(storage: Storage, url: str) -> None:
+def forget(storage: Settings, url: str) -> None:
     """Deletes what is kept of a command under `storage.pipes`."""
     path = _path(storage, url, storage.pipes)
     for kind in (".json", ".tar", ".lock"):
@@ -73,7 +73,7 @@ def forget(storage: Storage, url: str) -> None:
 
 
 def _kept(
-    storage: Storage, url: str, version: str, stamp: str | None, pieces: Callable[[], Generator[bytes, None, None]]
+    storage: Settings, url: str, version: str, stamp: str | None, pieces: Callable[[], Generator[bytes, None, None]]
 ) -> Blob:
     """The blob of the file that holds `pieces`; made if it is not there yet, by one process. `stamp`: the blob's; None:
     one of its content."""
@@ -93,11 +93,11 @@ def _kept(
         raise ConfigError(problem) from None
 
 
-def _path(storage: Storage, url: str, version: str) -> Path:
+def _path(storage: Settings, url: str, version: str) -> Path:
     return storage.cache / "unpacked" / f"{_hash(absolute(url))}-{_hash(version)}.tar"
 
 
-def _open(storage: Storage, path: Path, url: str, stamp: str | None, facts: dict[str, Any]) -> Blob:
+def _open(storage: Settings, path: Path, url: str, stamp: str | None, facts: dict[str, Any]) -> Blob:
     with suppress(OSError):  # in use; the file's own time is part of what others know it by
         os.utime(path.with_suffix(".json"))
     stamp = stamp or f"{facts['size']}-{facts['crc32']:08x}"
