@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import onecurve
-from tests.docs.pages import blocks, write_files
 from launch.plan import lines
+from tests.docs.pages import blocks, write_files
 from trainer.config import Config
 from trainer.config.compose import load
 from trainer.protocol import Watched, check_plugins
@@ -50,7 +50,7 @@ def test_the_package_of_the_page_trains(folder: Path) -> None:
 
 
 def test_the_strategy_of_the_page_trains_and_is_planned(folder: Path) -> None:
-    written(folder, "docs/EXTEND.md")
+    write_files("docs/EXTEND.md", folder)
     chosen = [*[text for text in QUICK if text != "strategy=single"], "strategy=pace"]
     config = onecurve.load([*chosen, "optimizer.lr=0.01"], config_dir="my_conf")
     halved = onecurve.load([*QUICK, "optimizer.lr=0.005", "run.name=halved"])
@@ -71,7 +71,7 @@ def test_the_strategy_of_the_page_trains_and_is_planned(folder: Path) -> None:
 
 
 def test_a_config_checks_itself_against_the_others_for_each_model(folder: Path) -> None:
-    written(folder, "docs/EXTEND.md")
+    write_files("docs/EXTEND.md", folder)
     chosen = [*QUICK[:-1], "run.plugins=[my_package]", "model=checked", "strategy=pipeline", "train.global_batch=8"]
     load(chosen, 2, "my_conf")
     cut = "cannot be cut into 4 processes x 1 parts = 4; nearest: {0}=4, or strategy.stages={1}"
@@ -165,7 +165,7 @@ def test_what_a_class_lacks_is_told_before_the_start(what: str, folder: Path) ->
 
 
 def test_classes_of_a_second_model_are_looked_at_too(folder: Path) -> None:
-    written(folder, "docs/EXTEND.md")
+    write_files("docs/EXTEND.md", folder)
     (folder / "my_package" / "net.py").write_text(
         (folder / "my_package" / "net.py").read_text().replace("def initialise(", "def initialize(")
     )

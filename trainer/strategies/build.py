@@ -37,7 +37,7 @@ def strategy_for(config: Config, topology: Topology, inputs: Inputs, frozen: boo
     train, kind, section = config.train, plugin(config, "strategy"), config.strategy
     if frozen and (instead := getattr(kind, "instead_for_frozen", None)):
         kind, section = instead()
-    strategy = (Single if _is_single(kind, topology.world_size) else kind)(
+    strategy = (Single if topology.world_size == 1 and not kind.runs_alone else kind)(
         section,
         topology,
         Precision.resolve(config.precision, topology.device),

@@ -10,5 +10,7 @@ from trainer.strategies.arithmetic import StepArithmetic
 class Single(StepArithmetic):
     """A step on one process: what it has is all there is."""
 
+    runs_alone = True
+
     def total(self, sums: Tensor) -> Tensor:
         return sums
