@@ -51,6 +51,7 @@ NAMED = REST | {
     "onecurve report": "runs/mine",
     "onecurve sample": "runs/mine",
     "onecurve status": "runs/mine",
+    "onecurve submit": "launch.gpus_per_node=4",
     "onecurve cancel": "runs/mine",
 }
 
