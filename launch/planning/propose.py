@@ -16,7 +16,7 @@ from launch.planning.gpus import NETWORK, NODE, Gpu
 from launch.planning.memory import Accountant, Way, accountant
 from launch.planning.parts import Parts
 from launch.planning.subject import Subject
-from trainer.config import Config
+from trainer.config import Config, Strategy
 from trainer.config.check import check
 from trainer.config.compose import compose
 from trainer.errors import ConfigError
@@ -85,7 +85,8 @@ def candidates(config: Config, procs: int, subject: Subject) -> Iterator[tuple[t
     """(overrides, config) of each way to use that many processes that the check takes."""
     ways: list[Way] = []
     for option in OPTIONS["strategy"].values():
-        ways += load(option.config.accountant).ways(subject, procs)
+        section: type[Strategy] = load(option.section)
+        ways += load(section.accountant).ways(subject, procs)
     defaults = {name: compose([f"strategy={name}"])[0]["strategy"] for name in OPTIONS["strategy"]}
     for way in ways:
         section = dict(defaults[way[0].removeprefix("strategy=")])
