@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from trainer.models import Model
     from trainer.objectives import Objective, Update
     from trainer.sampling import load_run
+    from trainer.transforms import Transform
 
 _HOMES = {
     "Config": "trainer.config",
@@ -38,6 +39,7 @@ _HOMES = {
     "Result": "onecurve.running",
     "Schedule": "trainer.config.schema",
     "TrainingError": "trainer.errors",
+    "Transform": "trainer.transforms",
     "Update": "trainer.objectives",
     "__version__": "trainer",
     "load": "trainer.config.compose",
@@ -47,7 +49,7 @@ _HOMES = {
 
 __all__ = [
     "Config", "ConfigError", "DataError", "Facts", "Model", "Objective", "OnecurveError", "Optimizer", "OrderedSamples",
-    "Plugin", "Result", "Schedule", "TrainingError", "Update", "__version__", "load", "load_run", "run",
+    "Plugin", "Result", "Schedule", "TrainingError", "Transform", "Update", "__version__", "load", "load_run", "run",
 ]  # fmt: skip
 
 

@@ -10,11 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import onecurve
+from launch.cli import main
+from trainer.build import without_transforms
 from trainer.config import Config
 from trainer.config.compose import load
 from trainer.protocol import Watched, check_plugins
+from trainer.sampling import with_weights
 
 ROOT = Path(__file__).parents[1]
 QUICK = [
@@ -61,6 +65,20 @@ def test_the_package_of_the_page_trains(folder: Path) -> None:
     assert [row["lr"] for row in rows] == [0.1, 0.1, 0.05]
     longer = onecurve.load([*QUICK, *chosen, "train.steps=4", "eval.every=4"], config_dir="my_conf")
     assert onecurve.run(longer).step == 4  # from its checkpoint, momentum included
+
+
+def test_the_transform_of_the_page_trains_and_merges(folder: Path) -> None:
+    written(folder, "docs/EXTEND.md")
+    gain = "model.transforms.gain={name: 'my_package.gain:Gain', layer: head}"
+    config = onecurve.load([*QUICK, "model=net", gain], config_dir="my_conf")
+    result = onecurve.run(config)
+    _, model, tokenizer = onecurve.load_run(result.folder, ["my_package"])
+    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == ["head.gain"]
+    assert not model.head.gain.eq(1).all()
+    assert main(["export", str(result.folder), "--plugins", "my_package"]) == 0
+    plain = with_weights(without_transforms(config), tokenizer, load_file(result.folder / "model.safetensors"))
+    batch = {"inputs": torch.arange(16)[None]}
+    torch.testing.assert_close(plain(batch), model(batch))
 
 
 def test_the_model_of_the_readme_and_the_program_of_the_page_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

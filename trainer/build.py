@@ -6,8 +6,8 @@ import json
 import math
 import os
 import platform
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import nn
 from trainer import __version__
 from trainer.checkpoint.save import Saver
 from trainer.config import Config
+from trainer.config import transforms as schema
 from trainer.config.interval import Interval
 from trainer.data.stream import Stream
 from trainer.data.tokenizer import Tokenizer
@@ -27,12 +28,12 @@ from trainer.files import replace_file
 from trainer.folder import CHECKPOINTS, Identity, RunFolder
 from trainer.inputs import Inputs
 from trainer.job import Job
-from trainer.models import Fill, ModelFactory, of_type
+from trainer.models import Fill, ModelFactory, of_type, without_values
 from trainer.optim.ema import track_average
 from trainer.optim.schedule import Schedule
 from trainer.precision import DTYPES, Precision
 from trainer.randomness import key
-from trainer.registry import missing, plugin
+from trainer.registry import missing, plugin, transforms
 from trainer.resilience.agreement import AgreedStream
 from trainer.resilience.guard import Guard
 from trainer.resilience.interruption import Requests
@@ -44,7 +45,6 @@ from trainer.resilience.watchdog import Activity, Watchdog
 from trainer.run_models import RunModels
 from trainer.step import MAIN
 from trainer.strategies.base import Strategy
-from trainer.strategies.layers import in_fp8
 from trainer.strategies.single import Single, StepOptions
 from trainer.topology import Topology
 from trainer.tracking import JsonLines, RunInfo, Tracker, Trackers
@@ -53,6 +53,8 @@ from trainer.tracking.console import Console
 from trainer.tracking.disk import Disk
 from trainer.tracking.journal import Journal
 from trainer.tracking.wandb import WandB
+from trainer.transforms import Transform, apply
+from trainer.transforms.fp8 import FP8
 from trainer.utilization import Meter
 
 
@@ -62,19 +64,42 @@ def model_factory(
     example: Callable[[], dict[str, torch.Tensor]] | None = None,
     given: Fill | None = None,
     loaded: bool = False,
+    before: Sequence[Transform] = (),
 ) -> ModelFactory:
-    """What makes the model and gives it its initial weights: drawn ones, unless others are given, or all of them are
-    loaded from a checkpoint."""
+    """What makes the model and gives it its initial weights: drawn ones, unless others are given, or loaded from a
+    checkpoint. `before`: transforms that are applied before those of the config."""
 
-    facts = Facts.of(config, tokenizer, example)
+    facts, changes = Facts.of(config, tokenizer, example), [*before, *transforms(config)]
 
     def make() -> nn.Module:
         model = plugin(config, "model")(config.model, facts)
+        apply(changes, model)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ConfigError(f"model={config.model.name}: all of its parameters are frozen, nothing would be trained")
         return model if config.precision.param == "fp32" else of_type(model, DTYPES[config.precision.param])
 
-    return ModelFactory(make, config.run.seed, example, given, loaded)
+    return ModelFactory(make, config.run.seed, example, given, loaded, [change.initialise for change in changes])
+
+
+def without_transforms(config: Config) -> Config:
+    """The config of the same run, whose model is as its class makes it."""
+    return config.model_copy(update={"model": config.model.model_copy(update={"transforms": {}})})
+
+
+def not_saved(config: Config, tokenizer: Tokenizer) -> frozenset[str]:
+    """The parameters that checkpoints of the run leave out: each life reads or draws their values again."""
+    if not config.model.transforms:
+        return frozenset()
+    with without_values():
+        model: Any = model_factory(config, tokenizer).build()
+    return getattr(model, "not_saved", frozenset())
+
+
+def check_transforms(config: Config, tokenizer: Tokenizer) -> None:
+    """Raises ConfigError where a transform does not fit the run's model. A model that looks at the data while it is
+    made is not made here."""
+    with suppress(ValueError):
+        not_saved(config, tokenizer)
 
 
 def check_machine(config: Config, device: torch.device) -> None:
@@ -95,12 +120,10 @@ def build_strategy(
     config: Config, topology: Topology, inputs: Inputs, given: Fill | None = None, loaded: bool = False
 ) -> Strategy:
     """The strategy, set up: model on its device, with its own initial values or those given, optimizer made. `loaded`:
-    a checkpoint's values follow, so the model has none."""
+    a checkpoint's values follow, so the model has none but those that are not saved."""
     strategy = strategy_for(config, topology, inputs)
-    factory = model_factory(config, inputs.tokenizer, inputs.stream.share.example, given, loaded)
-    if strategy.precision.compute == "fp8":
-        build = factory.build
-        factory = replace(factory, build=lambda: in_fp8(build()))
+    fp8 = [FP8(schema.FP8(name="fp8"))] if strategy.precision.compute == "fp8" else []
+    factory = model_factory(config, inputs.tokenizer, inputs.stream.share.example, given, loaded, fp8)
     strategy.setup(factory, partial(build_optimizer, config))
     return strategy
 

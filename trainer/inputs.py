@@ -70,6 +70,8 @@ class Found:
         starts = [0, *(end for end, _ in ramp)]
         begun = {str(end): size for start, (end, size) in zip(starts, ramp, strict=False) if start < until}
         model = masked(config.model.model_dump(mode="json", exclude=MEANS))
+        if len(order := list(model.get("transforms", ()))) > 1:  # else a mapping without it
+            model["transforms_order"] = order
         return {
             "model": model | ({"weights": given} if given else {}),
             "objective": masked(config.objective.model_dump(mode="json")),

@@ -11,6 +11,7 @@ from typing import Any
 
 from trainer.config import Config
 from trainer.config.check import import_plugin
+from trainer.errors import ConfigError
 
 BUILT_IN: dict[str, dict[str, str]] = {
     "model": {
@@ -39,6 +40,29 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "wsd": "trainer.optim.schedule:wsd",
     },
 }
+
+
+TRANSFORMS = {
+    "freeze": "trainer.transforms.freeze:Freeze",
+    "lora": "trainer.transforms.lora:LoRA",
+}
+
+
+def transforms(config: Config) -> list[Any]:
+    """Returns the transforms of the run's model, in their order."""
+    from trainer.transforms import Transform  # late: it brings torch
+
+    made = []
+    for label, section in getattr(config.model, "transforms", {}).items():
+        if section.name in TRANSFORMS:
+            module, _, attribute = TRANSFORMS[section.name].partition(":")
+            kind = getattr(import_module(module), attribute)
+        else:
+            kind = import_plugin(key := f"model.transforms.{label}.name", section.name, config.run.plugins)
+            if not (isinstance(kind, type) and issubclass(kind, Transform)):
+                raise ConfigError(f"{key}={section.name}: should be a subclass of onecurve.Transform")
+        made.append(kind(section))
+    return made
 
 
 def plugin(config: Config, group: str) -> Any:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from trainer import fault_points, loop, sampling
-from trainer.build import build, check_machine
+from trainer.build import build, check_machine, check_transforms
 from trainer.causes import advice
 from trainer.config import Config
 from trainer.config.compose import recipe_told
@@ -57,6 +57,7 @@ def run(config: Config, born: float) -> None:
     check_machine(config, topology.device)
     check_plugins(config)
     found = open_shards(config, topology)
+    check_transforms(config, found.tokenizer)
     given = open_given(config, topology, found.tokenizer)
     frozen = open_frozen(config, topology, found.tokenizer)
     prints = {name: model.fingerprint for name, model in frozen.items()}

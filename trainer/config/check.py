@@ -5,17 +5,21 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
+from functools import cache
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ValidationError, create_model
 
 from trainer.config import rules
 from trainer.config.schema import OPTIONS, SECTIONS, Config, Models, Plugin, Section, Trained
+from trainer.config.transforms import TRANSFORMS, Transformed
 from trainer.errors import ConfigError
 from trainer.secrets import masked
 
 WITH_CLASSES = ("model", "objective", "strategy", "optimizer", "schedule")  # groups that take classes of users
 TAKEN = ("model", "optimizer", "scaler")  # how names of what a checkpoint holds begin
+OF_ONE_MODEL = ("weights", "transforms")  # keys of the run's own model that others do not take over
+OWN = "package.module:Class"
 INSTEAD = {"data": "; functions of yours change its samples by data.maps"}
 
 
@@ -35,7 +39,7 @@ def check(raw: dict[str, Any], world_size: int = 1) -> Config:
                 raise ConfigError(f"{name}={value}: should be a section with keys of its own")
             plugins = sections["run"].plugins if "run" in sections else []
             schema = SECTIONS[name] if name in SECTIONS else option_schema(name, str(value.get("name")), plugins)
-            sections[name] = checked(name, schema, value)
+            sections[name] = with_transforms(name, checked(name, schema, value), plugins)
             if name == "models":
                 sections[name] = _with_trained(sections[name], raw, plugins)
         except ConfigError as error:
@@ -66,10 +70,10 @@ def _with_trained(models: Models, raw: dict[str, Any], plugins: list[str]) -> Mo
             if not isinstance(base, dict):
                 continue  # which is told of the run's own section
             same = own.get("name", base.get("name")) == base.get("name")
-            values = {**base, **({"weights": None} if "weights" in base else {}), **own} if same else own
+            values = {**base, **{key: None for key in OF_ONE_MODEL if key in base}, **own} if same else own
             try:
                 schema = option_schema(group, str(values.get("name")), plugins, f"{key}.{group}")
-                made[group] = checked(f"{key}.{group}", schema, values)
+                made[group] = with_transforms(f"{key}.{group}", checked(f"{key}.{group}", schema, values), plugins)
             except ConfigError as error:
                 problems.extend(error.problems)
         if getattr(made.get("model"), "weights", None) is not None:
@@ -79,6 +83,33 @@ def _with_trained(models: Models, raw: dict[str, Any], plugins: list[str]) -> Mo
     if problems:
         raise ConfigError(problems)
     return models.model_copy(update={"trained": trained})
+
+
+def with_transforms(name: str, section: Any, plugins: Sequence[str]) -> Any:
+    """The section, each of its transforms (if it is a model's) as an object of the schema of its own. Raises
+    ConfigError with all of their problems."""
+    made, problems = {}, []
+    for label, given in getattr(section, "transforms", {}).items():
+        key = f"{name}.transforms.{label}"
+        try:
+            if not isinstance(given, dict):
+                raise ConfigError(f"{key}={masked(given)}: should be a section, such as {{{label}: {{...}}}}")
+            values = {"name": str(label), **given}
+            made[str(label)] = checked(key, _transform_schema(key, str(values["name"]), plugins), values)
+        except ConfigError as error:
+            problems.extend(error.problems)
+    if problems:
+        raise ConfigError(problems)
+    return section.model_copy(update={"transforms": made}) if made else section
+
+
+def _transform_schema(key: str, name: str, plugins: Sequence[str]) -> type[Plugin]:
+    if ":" in name:
+        return import_plugin(f"{key}.name", name, plugins).Config
+    if name not in TRANSFORMS:
+        own = f"; one of yours has a key name={OWN}"
+        raise ConfigError(f"{key}: no such transform{did_you_mean(name, TRANSFORMS)}{own}")
+    return TRANSFORMS[name]
 
 
 def checked(name: str, schema: type[Section], value: dict[str, Any]) -> Any:
@@ -99,7 +130,18 @@ def option_schema(group: str, name: str, plugins: list[str], section: str = "") 
         return OPTIONS[group][name]
     if group not in WITH_CLASSES:
         raise ConfigError(f"{key}.name={name}: should be one of {', '.join(OPTIONS[group])}{INSTEAD.get(group, '')}")
-    return import_plugin(f"{key}.name", name, plugins).Config
+    schema = import_plugin(f"{key}.name", name, plugins).Config
+    return transformed(name, schema) if group == "model" else schema
+
+
+@cache
+def transformed(name: str, schema: type[Plugin]) -> type[Plugin]:
+    """The keys of a user's model, and `transforms`."""
+    if issubclass(schema, Transformed):
+        return schema
+    if "transforms" in schema.model_fields:
+        raise ConfigError(f"model.name={name}: its key `transforms` is one that every model has; rename it")
+    return create_model(schema.__name__, __base__=(schema, Transformed), __module__=schema.__module__)
 
 
 def import_plugin(key: str, target: str, plugins: Sequence[str]) -> Any:

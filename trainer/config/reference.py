@@ -11,6 +11,8 @@ from typing import Any
 from trainer.config.check import keys
 from trainer.config.compose import compose, options
 from trainer.config.schema import OPTIONS, SECTIONS, Section
+from trainer.config.section import MISSING
+from trainer.config.transforms import TRANSFORMS
 
 USAGE = """\
 onecurve: kill it anywhere, resume it anywhere, the same curve.
@@ -75,6 +77,13 @@ def sections() -> Iterator[tuple[str, list[Key]]]:
                 shards = ["data.shards=''"] if shown == "webdataset" else []
                 values, _ = compose(["experiment=none", f"{group}={shown}", *shards])
             yield f"{group}={'|'.join(alike)}", list(_rows(group, schema, values[group]))
+        if group == "model":
+            for name, schema in TRANSFORMS.items():
+                values = {key: MISSING if field.is_required() else field.default for key, field in keys(schema)}
+                yield (
+                    f"model.transforms.{name}",
+                    list(_rows(f"model.transforms.{name}", schema, values | {"name": name})),
+                )
 
 
 def _rows(section: str, schema: type[Section], defaults: dict[str, Any]) -> Iterator[Key]:

@@ -15,6 +15,7 @@ from trainer.config.section import Count, Float, Int, IntervalText, Plugin, Posi
 from trainer.config.strategy import DDP, FSDP, HSDP, WHOLE, Layout, Pipeline, Precision, Single, Strategy, Zero
 from trainer.config.survival import Debug, Guard, Watchdog
 from trainer.config.track import Track
+from trainer.config.transforms import Transformed
 from trainer.config.vocabulary import Vocabulary
 from trainer.secrets import masked
 
@@ -101,7 +102,7 @@ class Sample(Section):
     top_k: Count | None = Field(description="Draw only from the k likeliest tokens. null: from all.")
 
 
-class Pretrained(Plugin):
+class Pretrained(Transformed):
     """A model that may start with weights of Hugging Face's."""
 
     # With a default, unlike all others: sections of users' own models, and of earlier runs, do not have it.

@@ -166,12 +166,13 @@ def route_attention(model: nn.Module, attend: Attend) -> None:
     from transformers import AttentionInterface  # an extra
 
     AttentionInterface.register(IMPLEMENTATION, _attention)
+    module: Any
     for module in model.modules():
         config = getattr(module, "config", None)
         if hasattr(module, "is_causal") and getattr(config, "_attn_implementation", None) == "sdpa":
             module.config = copy.copy(config)  # else the config that is exported would say it, too
             module.config._attn_implementation = IMPLEMENTATION
-            module.attend = attend  # type: ignore[assignment]
+            module.attend = attend
 
 
 def _attention(
