@@ -61,6 +61,8 @@ def transforms(config: Config) -> list[Any]:
             kind = import_plugin(key := f"model.transforms.{label}.name", section.name, config.run.plugins)
             if not (isinstance(kind, type) and issubclass(kind, Transform)):
                 raise ConfigError(f"{key}={section.name}: should be a subclass of onecurve.Transform")
+            if kind.apply is Transform.apply:
+                raise ConfigError(f"{key}={section.name}: has no method `apply(model)` of its own")
         made.append(kind(section))
     return made
 

@@ -26,6 +26,7 @@ STRATEGIES = {
     "fsdp 2": (2, ("strategy=fsdp",)),
     "zero2 2": (2, ("strategy=zero", "strategy.stage=2")),
     "zero3 2": (2, ("strategy=zero", "strategy.stage=3")),
+    "tensor 2": (2, ("strategy=fsdp", "strategy.tensor_parallel=2")),
     "pipeline 2": (2, ("strategy=pipeline",)),
 }
 QUICK = {("lora", "fsdp 2"), ("freeze", "pipeline 2")}

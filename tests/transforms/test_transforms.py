@@ -225,19 +225,20 @@ def test_lora_on_layers_that_compute_in_fp8() -> None:
     from trainer.config.transforms import FP8 as Emulated
     from trainer.transforms.fp8 import FP8
 
-    (lora,) = transforms(config_of("model.transforms.lora.rank=2"))
-    shape = ragged.SHAPE.model_copy(update={"width": 32})
-    model = GPT(shape, ragged.FACTS)
-    apply([FP8(Emulated(name="fp8", emulate=True)), lora], model)
-    layer = model.blocks[0].attention.output
-    assert type(layer).__name__ == "LoRAFloat8Linear"
+    fp8, (lora,) = FP8(Emulated(name="fp8", emulate=True)), transforms(config_of("model.transforms.lora.rank=2"))
+    plain, adapted = (GPT(ragged.SHAPE.model_copy(update={"width": 32}), ragged.FACTS) for _ in range(2))
+    adapted.load_state_dict(plain.state_dict())
+    apply([fp8], plain)
+    apply([fp8, lora], adapted)
+    alone, layer = (model.blocks[0].attention.output for model in (plain, adapted))
+    generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for name, value in model.named_parameters():
-            value.normal_(0, 0.1, generator=torch.Generator().manual_seed(len(name)))
-    x = torch.randn(4, 32, generator=torch.Generator().manual_seed(1))
-    added = layer(x) - F.linear(x, layer.weight)
-    expected = x @ layer.lora_a.T @ layer.lora_b.T
-    assert 0 < (added - expected).abs().max() < 0.1 * F.linear(x, layer.weight).abs().max()
+        for value in (layer.lora_a, layer.lora_b):
+            value.normal_(generator=generator)
+    x = torch.randn(4, 32, generator=generator)
+    added = x @ layer.lora_a.T @ layer.lora_b.T
+    torch.testing.assert_close(layer(x), alone(x) + added)
+    assert not torch.allclose(layer(x), F.linear(x, layer.weight, layer.bias) + added, rtol=1e-3, atol=1e-3)
     layer(x).sum().backward()
     assert layer.weight.grad is None
     assert layer.lora_b.grad.abs().max() > 0
