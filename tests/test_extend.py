@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import onecurve
-from launch.cli import main
+from tests import exported
 from trainer.build import without_transforms
 from trainer.config import Config
 from trainer.config.compose import load
@@ -67,7 +67,7 @@ def test_the_package_of_the_page_trains(folder: Path) -> None:
     assert onecurve.run(longer).step == 4  # from its checkpoint, momentum included
 
 
-def test_the_transform_of_the_page_trains_and_merges(folder: Path) -> None:
+def test_the_transform_of_the_page_trains_and_merges(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written(folder, "docs/EXTEND.md")
     gain = "model.transforms.gain={name: 'my_package.gain:Gain', layer: head}"
     config = onecurve.load([*QUICK, "model=net", gain], config_dir="my_conf")
@@ -75,7 +75,7 @@ def test_the_transform_of_the_page_trains_and_merges(folder: Path) -> None:
     _, model, tokenizer = onecurve.load_run(result.folder, ["my_package"])
     assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == ["head.gain"]
     assert not model.head.gain.eq(1).all()
-    assert main(["export", str(result.folder), "--plugins", "my_package"]) == 0
+    exported.onecurve(monkeypatch, ["export", result.folder, "--plugins", "my_package"])
     plain = with_weights(without_transforms(config), tokenizer, load_file(result.folder / "model.safetensors"))
     batch = {"inputs": torch.arange(16)[None]}
     torch.testing.assert_close(plain(batch), model(batch))

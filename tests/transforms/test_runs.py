@@ -3,13 +3,14 @@ trained alone, and all who read them."""
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from launch.cli import main
+from tests.exported import onecurve
 from tests.runs import Run, assert_same_bits, assert_same_curve
 from tests.zoo.cells import KILLED, SAVED, STEPS, Zoo
 from trainer.checkpoint.retention import candidates
@@ -115,8 +116,13 @@ def test_patterns_are_refused_before_there_is_a_folder(zoo: Zoo) -> None:
     assert not run.folder.exists()
 
 
-def export(run: Path, out: Path, *more: str) -> Path:
-    assert main(["export", str(run), "--out", str(out), *more]) == 0
+def command(*words: object, expect: int = 0) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        onecurve(patch, words, expect)
+
+
+def export(run: Path, out: Path) -> Path:
+    command("export", run, "--out", out)
     return out
 
 
@@ -160,11 +166,12 @@ def test_a_merged_file_is_a_plain_model(zoo: Zoo, tmp_path: Path) -> None:
 
 
 def test_it_is_sampled_evaluated_and_replayed(tuned: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["sample", str(tuned.folder), "--count", "1", "--tokens", "4"]) == 0
-    assert main(["evaluate", str(tuned.folder)]) == 0
-    evaluated = tuned.metrics()[-1]["eval"]["loss"]
-    assert f"{evaluated:.4f}" in capsys.readouterr().out
-    assert main(["replay", str(tuned.folder), "--step", "8"]) == 0
+    command("sample", tuned.folder, "--count", "1", "--tokens", "4")
+    capsys.readouterr()
+    command("evaluate", tuned.folder, "--json")
+    measured = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert measured["loss"] == pytest.approx(tuned.metrics()[-1]["eval"]["loss"], rel=1e-6)
+    command("replay", tuned.folder, "--step", "8")
 
 
 def test_it_can_be_a_teacher(tuned: Run, zoo: Zoo) -> None:
@@ -190,14 +197,14 @@ def test_base_weights_that_are_gone_or_others_are_named(
     try:
         more = (*TRANSFORMS["lora"], "strategy=single", f"model.weights={weights}")
         train(zoo, "tuned", 1, *GPT2, *more, "train.steps=12", expect=2, says=f"model.weights={weights}")
-        assert main(["sample", str(tuned.folder)]) == 2
+        command("sample", tuned.folder, expect=2)
         assert f"model.weights={weights}" in capsys.readouterr().err
         shutil.copytree(aside, weights)
         tensors = load_file(weights / "model.safetensors")
         save_file(
             {name: tensor + 1 for name, tensor in tensors.items()}, weights / "model.safetensors", {"format": "pt"}
         )
-        assert main(["sample", str(tuned.folder)]) == 2
+        command("sample", tuned.folder, expect=2)
         assert "not the weights that the run" in capsys.readouterr().err
     finally:
         shutil.rmtree(weights, ignore_errors=True)

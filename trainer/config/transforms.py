@@ -62,7 +62,7 @@ class Transformed(Plugin):
     def _by_name(cls, given: Any) -> Any:
         """A list of sections as a mapping of them."""
         if not isinstance(given, list):
-            return given or {}
+            return {} if given is None else given
         names = [section.get("name") if isinstance(section, dict) else None for section in given]
         if None in names or len(set(names)) < len(names):
             raise ValueError("in a list each transform should have a `name` of its own; or write {NAME: {KEY: VALUE}}")
