@@ -53,7 +53,7 @@ def transforms(config: Config) -> list[Any]:
     from trainer.transforms import Transform  # late: it brings torch
 
     made = []
-    for label, section in getattr(config.model, "transforms", {}).items():
+    for label, section in config.model.transforms.items():
         if section.name in TRANSFORMS:
             module, _, attribute = TRANSFORMS[section.name].partition(":")
             kind = getattr(import_module(module), attribute)

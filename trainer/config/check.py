@@ -88,8 +88,10 @@ def _with_trained(models: Models, raw: dict[str, Any], plugins: list[str]) -> Mo
 def with_transforms(name: str, section: Any, plugins: Sequence[str]) -> Any:
     """The section, each of its transforms (if it is a model's) as an object of the schema of its own. Raises
     ConfigError with all of their problems."""
+    if not isinstance(section, Transformed):
+        return section
     made, problems = {}, []
-    for label, given in getattr(section, "transforms", {}).items():
+    for label, given in section.transforms.items():
         key = f"{name}.transforms.{label}"
         try:
             if not isinstance(given, dict):
@@ -100,7 +102,7 @@ def with_transforms(name: str, section: Any, plugins: Sequence[str]) -> Any:
             problems.extend(error.problems)
     if problems:
         raise ConfigError(problems)
-    return section.model_copy(update={"transforms": made}) if made else section
+    return section.model_copy(update={"transforms": made})
 
 
 def _transform_schema(key: str, name: str, plugins: Sequence[str]) -> type[Plugin]:
