@@ -46,7 +46,7 @@ def size(text: str) -> int:
 
 def export(arguments: argparse.Namespace) -> int:
     from trainer.errors import ConfigError
-    from trainer.export import Weights, checkpoint, numbers, to_transformers
+    from trainer.export import Plain, Weights, checkpoint, numbers, to_transformers
     from trainer.models.family import NoFamily, family_of
     from trainer.models.pretrained import kept
     from trainer.models.weight_files import write_file
@@ -61,7 +61,8 @@ def export(arguments: argparse.Namespace) -> int:
             family = family_of(config, tokenizer)
         except NoFamily as reason:
             why = str(reason)
-    tensors = Weights(found, arguments.ema, DTYPES.get(arguments.dtype)).tensors(family)
+    plain = Plain(config, tokenizer, found) if config.model.transforms else None
+    tensors = Weights(found, arguments.ema, DTYPES.get(arguments.dtype), plain).tensors(family)
     out = arguments.out or folder / ("export" if family else "model.safetensors")
     try:
         if family:

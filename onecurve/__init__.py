@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from trainer.models import Model
     from trainer.objectives import Objective, Update
     from trainer.sampling import load_run
+    from trainer.transforms import Transform
 
 _HOMES = {
     "Config": "trainer.config",
@@ -39,6 +40,7 @@ _HOMES = {
     "Schedule": "trainer.config.optim",
     "Strategy": "trainer.config",
     "TrainingError": "trainer.errors",
+    "Transform": "trainer.transforms",
     "Update": "trainer.objectives",
     "__version__": "trainer",
     "load": "trainer.config.compose",
@@ -48,7 +50,8 @@ _HOMES = {
 
 __all__ = [
     "Config", "ConfigError", "DataError", "Facts", "Model", "Objective", "OnecurveError", "Optimizer", "OrderedSamples",
-    "Plugin", "Result", "Schedule", "Strategy", "TrainingError", "Update", "__version__", "load", "load_run", "run",
+    "Plugin", "Result", "Schedule", "Strategy", "TrainingError", "Transform", "Update", "__version__", "load",
+    "load_run", "run",
 ]  # fmt: skip
 
 

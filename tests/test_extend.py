@@ -10,13 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import onecurve
 from launch.plan import lines
+from tests import exported
 from tests.docs.pages import blocks, write_files
 from trainer.config import Config
 from trainer.config.compose import load
+from trainer.models.factory import without_transforms
 from trainer.protocol import Watched, check_plugins
+from trainer.sampling import with_weights
 
 QUICK = [
     "experiment=smoke", "train.steps=3", "eval.every=3", "sample.count=0", "track.report=false", "track.console=false",
@@ -84,6 +88,20 @@ def test_a_config_checks_itself_against_the_others_for_each_model(folder: Path) 
     ]
     with pytest.raises(onecurve.ConfigError, match="needs text; nearest: data=webdataset"):
         load([*chosen, "data=samples", "data.shards=a.tar", "data.fields={label: cls}", "objective=goal"], 2, "my_conf")
+
+
+def test_the_transform_of_the_page_trains_and_merges(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_files("docs/EXTEND.md", folder)
+    gain = "model.transforms.gain={name: 'my_package.gain:Gain', layer: head}"
+    config = onecurve.load([*QUICK, "model=net", gain], config_dir="my_conf")
+    result = onecurve.run(config)
+    _, model, tokenizer = onecurve.load_run(result.folder, ["my_package"])
+    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == ["head.gain"]
+    assert not model.head.gain.eq(1).all()
+    exported.onecurve(monkeypatch, ["export", result.folder, "--plugins", "my_package"])
+    plain = with_weights(without_transforms(config), tokenizer, load_file(result.folder / "model.safetensors"))
+    batch = {"inputs": torch.arange(16)[None]}
+    torch.testing.assert_close(plain(batch), model(batch))
 
 
 def test_the_model_of_the_readme_and_the_program_of_the_page_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from trainer.checkpoint.load import read
 from trainer.errors import ConfigError
 from trainer.evaluation import Evaluation
 from trainer.export import checkpoint
+from trainer.given import base_of
 from trainer.inputs import DATASETS, open_inputs, open_shards
 from trainer.machine import check_machine
 from trainer.sampling import open_run
@@ -44,7 +45,7 @@ def evaluate_run(
     inputs = open_inputs(config, topology, open_shards(config, topology))
     if inputs.validation is None:
         raise ConfigError(f"{folder}: the run has no held-out data; add data.validation=...")
-    strategy = build_strategy(config, topology, inputs, loaded=True)
+    strategy = build_strategy(config, topology, inputs, base_of(config, inputs.tokenizer, found), loaded=True)
     read(found, {name: tensor for name, tensor in strategy.state().items() if name.startswith("model/")})
     evaluation = Evaluation(strategy)
     with closing(inputs.validation.batches()) as batches:

@@ -14,12 +14,19 @@ from trainer.checkpoint.format import Damaged, Stored, folder_name, read_index, 
 from trainer.checkpoint.load import Found, newest, read
 from trainer.checkpoint.pieces import DTYPES
 from trainer.checkpoint.retention import candidates, step_of
+from trainer.config import Config
+from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError
 from trainer.files import replace_file
 from trainer.folder import CHECKPOINTS
+from trainer.given import base_of
+from trainer.models.factory import model_factory, without_transforms
 from trainer.models.family import Family
 from trainer.models.pretrained import CONFIG, TOKENIZER, TOKENIZER_CONFIG, Files, for_export
 from trainer.models.weight_files import Later, write_folder
+from trainer.patches import without_values
+from trainer.transforms import apply, undone
+from trainer.transforms.build import build_transforms
 
 EMA, EMA_WEIGHT = "optimizer/ema/", "optimizer/ema_weight/"
 
@@ -41,13 +48,34 @@ def checkpoint(folder: Path, step: int | None) -> Found:
         raise ConfigError(f"--step {step}: {path} is not whole: {error}") from None
 
 
+class Plain:
+    """The run's model without its transforms, of which no parameter has a value yet."""
+
+    def __init__(self, config: Config, tokenizer: Tokenizer, found: Found):
+        self.transforms = build_transforms(config)
+        with without_values():
+            self.model = model_factory(without_transforms(config), tokenizer).build()
+            apply(self.transforms, self.model)
+        self.not_saved: frozenset[str] = getattr(self.model, "not_saved", frozenset())
+        self.factory = model_factory(config, tokenizer, given=base_of(config, tokenizer, found))
+
+    def held(self, name: str) -> Tensor:
+        """A parameter that the checkpoint leaves out, on the meta device."""
+        return self.model.get_parameter(name).detach().to("meta")
+
+    def value(self, name: str) -> Tensor:
+        return self.factory.value(self.model, name)
+
+
 @dataclass(frozen=True)
 class Weights:
-    """The parameters in a checkpoint, or their averages (`ema`), converted to `dtype` if one is given."""
+    """The parameters in a checkpoint, or their averages (`ema`), converted to `dtype` if one is given. `plain`: where
+    the run has transforms, which are merged into them."""
 
     found: Found
     ema: bool = False
     dtype: torch.dtype | None = None
+    plain: Plain | None = None
 
     def tensors(self, family: Family | None = None) -> dict[str, Later]:
         """By name, none of them read yet; as transformers has them if a family is given."""
@@ -57,21 +85,41 @@ class Weights:
             raise ConfigError(
                 f"--ema: {self.found.path} holds no averaged weights; they are kept where optimizer.ema is set"
             )
-        return dict(self._tensor(name, stored, family or Family(None)) for name in names)
+        names += sorted(self.plain.not_saved) if self.plain else []
+        made = (self._tensor(name, stored, family or Family(None)) for name in names)
+        return dict(tensor for tensor in made if tensor is not None)
 
-    def _tensor(self, name: str, stored: dict[str, Stored], family: Family) -> tuple[str, Later]:
-        averaged = self.ema and f"{EMA}{name}" in stored  # a buffer has none
-        source = f"{EMA}{name}" if averaged else f"model/{name}"
-        held = torch.empty(stored[source].shape, dtype=DTYPES[stored[source].dtype], device="meta")
+    def _tensor(self, name: str, stored: dict[str, Stored], family: Family) -> tuple[str, Later] | None:
+        changes = self.plain.transforms if self.plain else []
+        held = undone(changes, name, lambda other: self._held(other, stored))
+        if held is None:
+            return None
         dtype = self.dtype if self.dtype and held.is_floating_point() else held.dtype
 
         def make() -> Tensor:
-            value = self._read(source, stored)
-            if averaged:
-                value = self._averaged(name, value, stored)
+            value = undone(changes, name, lambda other: self._value(other, stored))
+            assert value is not None
             return family.theirs(name, value).to(dtype).contiguous()
 
         return family.name(name), Later(dtype, tuple(family.theirs(name, held).shape), make)
+
+    def _held(self, name: str, stored: dict[str, Stored]) -> Tensor:
+        """What `_value` returns, on the meta device."""
+        if self.plain and name in self.plain.not_saved:
+            return self.plain.held(name)
+        source = self._source(name, stored)
+        return torch.empty(stored[source].shape, dtype=DTYPES[stored[source].dtype], device="meta")
+
+    def _value(self, name: str, stored: dict[str, Stored]) -> Tensor:
+        if self.plain and name in self.plain.not_saved:
+            return self.plain.value(name)
+        source = self._source(name, stored)
+        value = self._read(source, stored)
+        return self._averaged(name, value, stored) if source.startswith(EMA) else value
+
+    def _source(self, name: str, stored: dict[str, Stored]) -> str:
+        averaged = self.ema and f"{EMA}{name}" in stored  # a buffer has none
+        return f"{EMA}{name}" if averaged else f"model/{name}"
 
     def _averaged(self, name: str, average: Tensor, stored: dict[str, Stored]) -> Tensor:
         """The average of a parameter; of one that no step has updated, what it is."""

@@ -6,9 +6,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from trainer.checkpoint.load import Found, newest, read
@@ -16,8 +18,9 @@ from trainer.config import Config
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError
 from trainer.folder import CHECKPOINTS
+from trainer.given import base_of
 from trainer.inputs import Inputs
-from trainer.models.factory import model_factory
+from trainer.models.factory import model_factory, not_saved
 from trainer.sampling import open_run
 from trainer.strategies.base import Strategy
 from trainer.strategies.buffers import persistent
@@ -39,8 +42,16 @@ class Frozen:
         files = json.dumps(self.found.manifest["files"], sort_keys=True)
         return blake2b(files.encode(), digest_size=16).hexdigest()
 
-    def fill(self, name: str, value: Tensor) -> None:
+    @cached_property
+    def not_saved(self) -> frozenset[str]:
+        return not_saved(self.config, self.tokenizer)
+
+    def initialise(self, name: str, value: Tensor, _generator: torch.Generator) -> bool:
+        """Reads the value of a parameter, if it is one that checkpoints hold."""
+        if name in self.not_saved:
+            return False
         read(self.found, {f"model/{name}": value})
+        return True
 
 
 def open_frozen(config: Config, topology: Topology, tokenizer: Tokenizer) -> dict[str, Frozen]:
@@ -78,9 +89,10 @@ def build_frozen(
 def _build(config: Config, topology: Topology, inputs: Inputs, frozen: Frozen) -> Strategy:
     strategy = strategy_for(config, topology, inputs, frozen=True)
     theirs = frozen.config.model_copy(update={"precision": config.precision})
-    factory = model_factory(theirs, frozen.tokenizer, inputs.stream.share.example, frozen.fill)
-    build = factory.build
-    strategy.setup(replace(factory, build=lambda: build().requires_grad_(False)), None)
+    base = base_of(frozen.config, frozen.tokenizer, frozen.found)
+    factory = model_factory(theirs, frozen.tokenizer, inputs.stream.share.example, base)
+    build, first = factory.build, [frozen.initialise, *factory.first]
+    strategy.setup(replace(factory, build=lambda: build().requires_grad_(False), first=first), None)
     buffers = persistent(strategy.model)
     read(frozen.found, {f"model/{name}": buffer for name, buffer in buffers.items()})
     return strategy

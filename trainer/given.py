@@ -16,18 +16,20 @@ from safetensors import safe_open
 from torch import Tensor
 
 from trainer.checkpoint.format import read_manifest
+from trainer.checkpoint.load import Found
 from trainer.checkpoint.retention import candidates
 from trainer.config import Config
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError
 from trainer.folder import CHECKPOINTS, restarted
-from trainer.models.factory import model_factory
+from trainer.models import Fill
+from trainer.models.factory import model_factory, not_saved, without_transforms
 from trainer.models.family import Family, NoFamily, family_of
 from trainer.models.pretrained import CONFIG, Files, files_beside, position_matters
 from trainer.models.weight_files import Held, Unusable, files, find, fingerprint
 from trainer.patches import without_values
 from trainer.registry import plugin
-from trainer.topology import Topology
+from trainer.topology import ALONE, Topology
 
 HEAD, POSITIONS = "lm_head.weight", "max_position_embeddings"
 ROWS = 1024  # of a matrix, read at a time
@@ -61,14 +63,14 @@ class Given:
 def open_given(config: Config, topology: Topology, tokenizer: Tokenizer) -> Given | None:
     """What `model.weights` names, None if it is not set. All ranks call it; each has to find the same.
 
-    Raises ConfigError on all of them if any cannot use it. Where the weights are gone, but the run has a checkpoint,
-    the word of that is taken for what they were: they are not needed any more.
+    Raises ConfigError on all of them if any cannot use it. Where the weights are gone, but the run has a checkpoint
+    with all parameters, the word of that is taken for what they were: they are not needed any more.
     """
     weights = getattr(config.model, "weights", None)  # which the Config of a user's may not have, or mean otherwise
     if weights is None or not hasattr(plugin(config, "model"), "family"):
         return None
     key, path = f"model.weights={weights}", Path(weights).expanduser()
-    known = None if path.exists() else _known(config)
+    known = None if path.exists() or not_saved(config, tokenizer) else _known(config)
     if known := topology.broadcast(known):
         return Given(known, Family(None), {})
     given, problem = None, None
@@ -82,6 +84,22 @@ def open_given(config: Config, topology: Topology, tokenizer: Tokenizer) -> Give
     if len(set(topology.gather(given.fingerprint))) > 1:
         raise ConfigError(f"{key}: not the same on all machines")
     return given
+
+
+def base_of(config: Config, tokenizer: Tokenizer, found: Found) -> Fill | None:
+    """What gives a run's parameters that its checkpoint leaves out the values of `model.weights`; None where they are
+    drawn, or it leaves out none. Raises ConfigError where the weights are gone, or are others than the run began with.
+    """
+    given = open_given(config, ALONE, tokenizer) if not_saved(config, tokenizer) else None
+    if given is None:
+        return None
+    known = found.manifest.get("identity", {}).get("model", {}).get("weights", given.fingerprint)
+    if known != given.fingerprint:
+        raise ConfigError(
+            f"model.weights={config.model.weights}: not the weights that the run of {found.path} began with, whose "
+            "frozen parameters its checkpoint does not hold; restore them"
+        )
+    return given.fill
 
 
 def _known(config: Config) -> str | None:
@@ -100,7 +118,7 @@ def _look_through(path: Path, config: Config, tokenizer: Tokenizer, topology: To
     beside = files_beside(path) if topology.is_main else files_beside(path, [CONFIG])  # that one keeps them
     base = _config_of(beside, family.config)
     with without_values():
-        model = model_factory(config, tokenizer).build()
+        model = model_factory(without_transforms(config), tokenizer).build()
     embedding = f"{model.embedding_parts[0]}.weight"  # type: ignore[index]
     sources = {name: _source(family.name(name), family.name(embedding), held) for name, _ in model.named_parameters()}
     places = {name: (held[source].file, source) for name, source in sources.items() if source}

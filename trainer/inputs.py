@@ -70,7 +70,7 @@ class Found:
         ramp = sorted(config.train.batch_ramp.items())
         starts = [0, *(end for end, _ in ramp)]
         begun = {str(end): size for start, (end, size) in zip(starts, ramp, strict=False) if start < until}
-        model = masked(config.model.model_dump(mode="json", exclude=MEANS))
+        model = _identity_of(config.model)
         return {
             "model": model | ({"weights": given} if given else {}),
             "objective": masked(config.objective.model_dump(mode="json")),
@@ -108,11 +108,15 @@ def _example(made: Sequence[Share]) -> Batch:
 
 def _others(config: Config, frozen: Mapping[str, str]) -> dict[str, Any]:
     """What a run is by its other models; nothing where there are none."""
-    trained = {
-        name: masked(other.model.model_dump(mode="json", exclude=MEANS))
-        for name, other in config.models.trained.items()
-    }
+    trained = {name: _identity_of(other.model) for name, other in config.models.trained.items()}
     return {"models": {"trained": trained, "frozen": dict(frozen)}} if trained or frozen else {}
+
+
+def _identity_of(model: Any) -> dict[str, Any]:
+    """What a run is by the section of a model; of its transforms the order counts, too."""
+    values = masked(model.model_dump(mode="json", exclude=MEANS))
+    order = list(values["transforms"])
+    return values | ({"transforms_order": order} if len(order) > 1 else {})
 
 
 def weights(config: Config) -> dict[int, list[float]]:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from trainer.config.section import Plugin
 from trainer.config.strategy import Strategy
+from trainer.config.transforms import transformed
 from trainer.config.words import did_you_mean
 from trainer.errors import ConfigError
 
@@ -73,6 +74,11 @@ OPTIONS: dict[str, dict[str, Option]] = {
 BASES: dict[str, type[Plugin]] = {
     "model": Plugin, "objective": Plugin, "strategy": Strategy, "optimizer": Plugin, "schedule": Plugin,
 }  # fmt: skip
+# What `model.transforms` names, in any number; a user's own is named there, too.
+TRANSFORMS: dict[str, Option] = {
+    "freeze": Option("trainer.config.transforms:Freeze", "trainer.transforms.freeze:Freeze"),
+    "lora": Option("trainer.config.transforms:LoRA", "trainer.transforms.lora:LoRA"),
+}
 INSTEAD = {"data": "; functions of yours change its samples by data.maps"}
 
 
@@ -92,8 +98,22 @@ def config_class(group: str, name: str, plugins: Sequence[str], section: str = "
         raise ConfigError(f"{key}={name}: no such option{did_you_mean(name, options)}")
     if group not in BASES:
         raise ConfigError(f"{key}={name}: should be one of {', '.join(options)}{INSTEAD.get(group, '')}")
+    config = _config_of_users(key, name, plugins, BASES[group])
+    return transformed(name, config) if group == "model" else config
+
+
+def transform_class(key: str, name: str, plugins: Sequence[str]) -> type[Plugin]:
+    """The class of the section `key` of a transform: of a built-in one, or the `Config` of a user's class."""
+    if ":" in name:
+        return _config_of_users(f"{key}.name", name, plugins, Plugin)
+    if name not in TRANSFORMS:
+        own = "; one of yours has a key name=package.module:Class"
+        raise ConfigError(f"{key}: no such transform{did_you_mean(name, TRANSFORMS)}{own}")
+    return TRANSFORMS[name].config
+
+
+def _config_of_users(key: str, name: str, plugins: Sequence[str], base: type[Plugin]) -> type[Plugin]:
     config = getattr(import_named(key, name, plugins), "Config", None)
-    base = BASES[group]
     if not (isinstance(config, type) and issubclass(config, base)):
         what = f"a subclass of trainer.config.{base.__name__}"
         raise ConfigError(f"{key}={name}: needs a class attribute `Config`, {what}")
@@ -136,7 +156,7 @@ def missing(sections: Mapping[str, Any]) -> list[str]:
 
 def import_all() -> None:
     """Imports all that is built in, as far as what it needs is installed: for a process that forks others."""
-    for options in OPTIONS.values():
+    for options in [*OPTIONS.values(), TRANSFORMS]:
         for option in options.values():
             with suppress(ImportError):
                 import_module((option.target or option.section).partition(":")[0])

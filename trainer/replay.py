@@ -28,7 +28,7 @@ from trainer.errors import ConfigError
 from trainer.files import read_file, with_file
 from trainer.folder import CATALOGUE, CHECKPOINTS
 from trainer.frozen_models import build_frozen, open_frozen
-from trainer.given import open_given
+from trainer.given import base_of, open_given
 from trainer.inputs import DATASETS, Inputs, open_inputs, open_shards
 from trainer.machine import check_machine
 from trainer.objectives import Objective, Sums
@@ -222,7 +222,8 @@ def _strategy(config: Config, topology: Topology, inputs: Inputs, found: Found |
     given = open_given(config, topology, inputs.tokenizer) if found is None else None
     if given and not given.places:
         raise ConfigError(f"model.weights={config.model.weights}: gone, and no checkpoint lies before the step")
-    strategy = build_strategy(config, topology, inputs, given.fill if given else None, loaded=found is not None)
+    fill = base_of(config, inputs.tokenizer, found) if found else given.fill if given else None
+    strategy = build_strategy(config, topology, inputs, fill, loaded=found is not None)
     if found:
         take_up(strategy, found, same_optimizer=found.manifest["config"]["optimizer"]["name"] == config.optimizer.name)
     return strategy

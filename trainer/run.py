@@ -30,6 +30,7 @@ from trainer.inputs import open_inputs, open_shards
 from trainer.job import Job
 from trainer.machine import check_machine
 from trainer.models import pretrained
+from trainer.models.factory import check_transforms
 from trainer.processes import tell_attempt
 from trainer.protocol import check_plugins, rehearse
 from trainer.resilience import interruption
@@ -58,6 +59,7 @@ def run(config: Config, born: float) -> None:
     check_machine(config, topology.device)
     check_plugins(config)
     found = open_shards(config, topology)
+    check_transforms(config, found.tokenizer)
     given = open_given(config, topology, found.tokenizer)
     frozen = open_frozen(config, topology, found.tokenizer)
     prints = {name: model.fingerprint for name, model in frozen.items()}

@@ -20,6 +20,8 @@ from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError
 from trainer.files import read_file
 from trainer.folder import CHECKPOINTS
+from trainer.given import base_of
+from trainer.models import is_saved
 from trainer.models.factory import model_factory
 from trainer.patches import without_values
 from trainer.randomness import key
@@ -55,10 +57,9 @@ def load_run(folder: Path, plugins: Sequence[str] = ()) -> tuple[Config, nn.Modu
     found, _ = newest(folder / CHECKPOINTS, set_aside=False)
     if found is None:
         raise ConfigError(f"{folder}: has no checkpoint yet")
-    model = _without_values(config, tokenizer)
-    state = {name: torch.empty_like(tensor, device="cpu") for name, tensor in model.state_dict().items()}
-    read(found, {f"model/{name}": tensor for name, tensor in state.items()})
-    _assign(model, state.items())
+    model = model_factory(config, tokenizer, given=base_of(config, tokenizer, found), loaded=True)()
+    saved = is_saved(model)
+    read(found, {f"model/{name}": tensor for name, tensor in model.state_dict().items() if saved(name)})
     return config, model, tokenizer
 
 

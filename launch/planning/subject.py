@@ -25,7 +25,7 @@ from trainer.config import Config
 from trainer.errors import ConfigError
 from trainer.facts import TOO_EARLY, Facts
 from trainer.inputs import tokenizer_of
-from trainer.models import of_type
+from trainer.models import is_saved, of_type
 from trainer.models.factory import model_factory
 from trainer.objectives import Batch, overrides, prepares
 from trainer.optim.build import build_optimizer
@@ -157,8 +157,9 @@ class Subject:
 
     @property
     def checkpoint(self) -> int:
-        """Bytes of a checkpoint: weights, buffers that are saved, optimizer state."""
-        saved = sum(tensor.nbytes for tensor in self.whole.model.state_dict().values())
+        """Bytes of a checkpoint: weights and buffers that are saved, optimizer state."""
+        model, tensors = self.whole.model, self.whole.model.state_dict()
+        saved = sum(tensor.nbytes for name, tensor in tensors.items() if is_saved(model)(name))
         return saved + sum(self.state[0].values())
 
 

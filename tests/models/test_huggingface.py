@@ -14,7 +14,7 @@ from trainer.config.compose import load
 from trainer.errors import ConfigError
 from trainer.facts import Facts
 from trainer.models import ModelFactory, huggingface
-from trainer.models.gpt import document_mask
+from trainer.models.attention import Spec
 from trainer.optim.groups import kind, names
 from trainer.patches import without_values
 from trainer.strategies.fsdp import materialise
@@ -59,7 +59,9 @@ def test_it_computes_what_transformers_does(architecture: str, tied: bool) -> No
     torch.testing.assert_close(model({"inputs": inputs}), theirs(inputs).logits, rtol=1e-6, atol=1e-6)
     documents, positions = torch.tensor([[0] * 6 + [1] * 10] * 2), torch.tensor([[*range(6), *range(10)]] * 2)
     packed = model({"inputs": inputs, "documents": documents, "positions": positions})
-    expected = theirs(inputs, attention_mask=document_mask(documents), position_ids=positions).logits
+    expected = theirs(
+        inputs, attention_mask=Spec(documents=documents).allowed(LENGTH, documents.device), position_ids=positions
+    ).logits
     torch.testing.assert_close(packed, expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(packed[:, 6:], model({"inputs": inputs[:, 6:]}), rtol=1e-4, atol=1e-5)
 

@@ -13,15 +13,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.strategies import ragged
 from trainer import topology
-from trainer.config import schema
+from trainer.config import schema, transforms
 from trainer.models import ModelFactory, materialise
 from trainer.models.gpt import GPT
 from trainer.optim.adamw import adamw
 from trainer.precision import Precision
 from trainer.strategies.arithmetic import StepOptions
-from trainer.strategies.layers import in_fp8
 from trainer.strategies.single import Single
 from trainer.topology import ALONE
+from trainer.transforms.fp8 import FP8
 
 OPTIONS = StepOptions(clip_norm=1.0, activation_checkpointing="none", compile=False)
 
@@ -182,12 +182,17 @@ def test_compiled_layers_give_the_same_curve() -> None:
     assert losses(compiled, 5) == pytest.approx(losses(strategy(), 5), rel=1e-5)
 
 
+def in_fp8(model: nn.Module) -> nn.Module:
+    FP8(transforms.FP8(name="fp8", emulate=True)).apply(model)
+    return model
+
+
 def test_fp8_learns_in_the_linear_layers_of_blocks() -> None:
     """On a CPU the rounding is the same, the products are not those of fp8 units."""
     shape = ragged.SHAPE.model_copy(update={"width": 32})
     plain = ModelFactory(lambda: GPT(shape, ragged.FACTS), seed=5)
     made = strategy()
-    made.setup(ModelFactory(lambda: in_fp8(plain.build(), emulate=True), seed=5), ragged.optimizer)
+    made.setup(ModelFactory(lambda: in_fp8(plain.build()), seed=5), ragged.optimizer)
     assert list(made.model.state_dict()) == list(plain().state_dict())
     converted = {name for name, module in made.model.named_modules() if type(module).__name__ == "Float8Linear"}
     assert converted == {

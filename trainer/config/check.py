@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from trainer.config.schema import SECTIONS, Config, Models, Section, Trained
+from trainer.config.transforms import Transformed
 from trainer.config.words import did_you_mean
 from trainer.errors import ConfigError
-from trainer.registry import OPTIONS, config_class
+from trainer.registry import OPTIONS, config_class, transform_class
 from trainer.secrets import masked
 
+OF_ONE_MODEL = ("weights", "transforms")  # keys of the run's own model that others do not take over
 TAKEN = ("model", "optimizer", "scaler")  # how names of what a checkpoint holds begin
 # Where a key of one of the sections that such a model has of its own begins in a message.
 ITS_KEY = re.compile(rf"(?<![\w.])(?=(?:{'|'.join(Trained.model_fields)})[.=]\w)")
@@ -35,7 +37,7 @@ def check(raw: dict[str, Any], world_size: int = 1) -> Config:
                 raise ConfigError(f"{name}={value}: should be a section with keys of its own")
             plugins = sections["run"].plugins if "run" in sections else []
             schema = SECTIONS[name] if name in SECTIONS else config_class(name, str(value.get("name")), plugins)
-            section = checked(name, schema, value)
+            section = with_transforms(name, checked(name, schema, value), plugins)
             sections[name] = _with_trained(section, raw, plugins) if name == "models" else section
         except ConfigError as error:
             problems.extend(error.problems)
@@ -87,10 +89,10 @@ def _with_trained(models: Models, raw: dict[str, Any], plugins: list[str]) -> Mo
             if not isinstance(base, dict):
                 continue  # which is told of the run's own section
             same = own.get("name", base.get("name")) == base.get("name")
-            values = {**base, **({"weights": None} if "weights" in base else {}), **own} if same else own
+            values = {**base, **{key: None for key in OF_ONE_MODEL if key in base}, **own} if same else own
             try:
                 schema = config_class(group, str(values.get("name")), plugins, f"{key}.{group}")
-                made[group] = checked(f"{key}.{group}", schema, values)
+                made[group] = with_transforms(f"{key}.{group}", checked(f"{key}.{group}", schema, values), plugins)
             except ConfigError as error:
                 problems.extend(error.problems)
         if getattr(made.get("model"), "weights", None) is not None:
@@ -100,6 +102,26 @@ def _with_trained(models: Models, raw: dict[str, Any], plugins: list[str]) -> Mo
     if problems:
         raise ConfigError(problems)
     return models.model_copy(update={"trained": trained})
+
+
+def with_transforms(name: str, section: Any, plugins: Sequence[str]) -> Any:
+    """The section, each of its transforms (if it is a model's) as an object of the schema of its own. Raises
+    ConfigError with all of their problems."""
+    if not isinstance(section, Transformed):
+        return section
+    made, problems = {}, []
+    for label, given in section.transforms.items():
+        key = f"{name}.transforms.{label}"
+        try:
+            if not isinstance(given, dict):
+                raise ConfigError(f"{key}={masked(given)}: should be a section, such as {{{label}: {{...}}}}")
+            values = {"name": str(label), **given}
+            made[str(label)] = checked(key, transform_class(key, str(values["name"]), plugins), values)
+        except ConfigError as error:
+            problems.extend(error.problems)
+    if problems:
+        raise ConfigError(problems)
+    return section.model_copy(update={"transforms": made})
 
 
 def checked(name: str, schema: type[Section], value: dict[str, Any]) -> Any:

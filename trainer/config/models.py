@@ -7,12 +7,13 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from trainer.config.section import Count, Plugin, Share
+from trainer.config.section import Count, Share
 from trainer.config.strategy import strategy_of
+from trainer.config.transforms import Transformed
 from trainer.config.words import divisor, multiples
 
 
-class Pretrained(Plugin):
+class Pretrained(Transformed):
     """A model that may start with weights of Hugging Face's."""
 
     # With a default, unlike all others: sections of users' own models, and of earlier runs, do not have it.

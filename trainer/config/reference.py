@@ -11,7 +11,8 @@ from typing import Any
 from trainer.config.check import keys
 from trainer.config.compose import compose, options
 from trainer.config.schema import SECTIONS, Section
-from trainer.registry import OPTIONS
+from trainer.config.section import MISSING
+from trainer.registry import OPTIONS, TRANSFORMS
 
 USAGE = """\
 onecurve: kill it anywhere, resume it anywhere, the same curve.
@@ -77,6 +78,14 @@ def sections() -> Iterator[tuple[str, list[Key]]]:
                 shards = ["data.shards=''"] if shown == "webdataset" else []
                 values, _ = compose(["experiment=none", f"{group}={shown}", *shards])
             yield f"{group}={'|'.join(alike)}", list(_rows(group, schema, values[group]))
+        if group == "model":
+            for name, option in TRANSFORMS.items():
+                schema = option.config
+                values = {key: MISSING if field.is_required() else field.default for key, field in keys(schema)}
+                yield (
+                    f"model.transforms.{name}",
+                    list(_rows(f"model.transforms.{name}", schema, values | {"name": name})),
+                )
 
 
 def _rows(section: str, schema: type[Section], defaults: dict[str, Any]) -> Iterator[Key]:

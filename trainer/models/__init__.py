@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 CPU = torch.device("cpu")
 Fill = Callable[[str, Tensor], None]  # fills the value of the parameter of that name
+Initialise = Callable[[str, Tensor, torch.Generator], bool]  # likewise, if it is one of its own, which it returns
 
 
 class Model(Protocol):
@@ -97,11 +98,16 @@ class Exportable(Model, Protocol):
 
 @torch.no_grad()
 def initialise(
-    model: nn.Module, seed: int, given: Fill | None = None, holders: dist.ProcessGroup | None = None
+    model: nn.Module,
+    seed: int,
+    given: Fill | None = None,
+    holders: dist.ProcessGroup | None = None,
+    first: Sequence[Initialise] = (),
+    wanted: Callable[[str], bool] = lambda name: True,
 ) -> None:
     """Every parameter by (seed, its name): the same weights in any order, on any rank, under any sharding. Or by what
-    is `given`. `holders`: as for `initial_values`."""
-    for parameter, value in initial_values(model, seed, given, holders):
+    is `given`. The other arguments are those of `initial_values`."""
+    for parameter, value in initial_values(model, seed, given, holders, first=first, wanted=wanted):
         if isinstance(parameter, DTensor):  # every rank takes its shard of what it was sent
             shards = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
             parameter.to_local().copy_(shards.to_local())
@@ -116,17 +122,20 @@ def initial_values(
     given: Fill | None = None,
     holders: dist.ProcessGroup | None = None,
     device: torch.device | None = None,
+    first: Sequence[Initialise] = (),
+    wanted: Callable[[str], bool] = lambda name: True,
 ) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    """Each parameter with its whole initial value in fp32, on `device` or where the parameter is.
+    """Each parameter with its whole initial value in fp32, on `device` or where the parameter is. Those of `first` are
+    asked for a value before `given`, or the model. A parameter that is not `wanted` is left out.
 
     `holders` are the processes that hold the parameters, or shards of them. The parameters are dealt out to them, so
     that each value is drawn or read by one process, which sends it to the others; as many as there are processes are
     drawn at the same time, and one is in memory besides. None: this process draws all.
     """
     rank, size = (dist.get_rank(holders), dist.get_world_size(holders)) if holders else (0, 1)
-    named = iter(model.named_parameters())
+    named = (item for item in model.named_parameters() if wanted(item[0]))
     while dealt := list(islice(named, size)):
-        drawn = _drawn(model, *dealt[rank], seed, given) if rank < len(dealt) else None
+        drawn = _drawn(model, *dealt[rank], seed, given, first) if rank < len(dealt) else None
         for owner, (_, parameter) in enumerate(dealt):
             where = device or _sent_from(parameter)
             if owner == rank and drawn is not None:
@@ -143,13 +152,25 @@ def _sent_from(parameter: Tensor) -> torch.device:
     return torch.device(parameter.device_mesh.device_type) if isinstance(parameter, DTensor) else parameter.device
 
 
-def _drawn(model: nn.Module, name: str, parameter: Tensor, seed: int, given: Fill | None) -> Tensor:
+def _drawn(
+    model: nn.Module, name: str, parameter: Tensor, seed: int, given: Fill | None, first: Sequence[Initialise]
+) -> Tensor:
     value = torch.empty(parameter.shape, dtype=torch.float32)
-    if given is None:
-        model.initialise(name, value, torch.Generator().manual_seed(key(seed, "init", name)))  # type: ignore[operator]
+    generator = torch.Generator().manual_seed(key(seed, "init", name))
+    if any(fills(name, value, generator) for fills in first):
+        pass
+    elif given is None:
+        model.initialise(name, value, generator)  # type: ignore[operator]
     else:
         given(name, value)
     return value
+
+
+def is_saved(model: nn.Module) -> Callable[[str], bool]:
+    """Whether checkpoints hold the parameter or buffer of a name. They leave out the parameters in `model.not_saved`:
+    frozen ones, which always have their initial value."""
+    left_out: Any = getattr(model, "not_saved", frozenset())
+    return lambda name: name not in left_out
 
 
 def no_value(tensor: Tensor) -> Tensor:
@@ -193,33 +214,43 @@ def of_type(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 class ModelFactory:
     """A model in two steps, for those who shard it in between: `build` makes it, `fill` gives it its initial values.
     Called, it does both: the whole model. `example`: a batch [1, ...] of the run, on the CPU, of which only shapes and
-    types matter. `given` takes the place of the model's own initial values. `loaded`: a checkpoint gives all values, so
-    none are drawn or read."""
+    types matter. `given` takes the place of the model's own initial values, and those of `first` are asked before it.
+    `loaded`: a checkpoint gives all values that it holds (`is_saved`), so only the others are drawn or read."""
 
     build: Callable[[], nn.Module]
     seed: int
     example: Callable[[], dict[str, Tensor]] | None = None
     given: Fill | None = None
     loaded: bool = False
+    first: Sequence[Initialise] = ()
 
     def fill(self, model: nn.Module, holders: dist.ProcessGroup | None = None) -> None:
         """`holders`: the processes that hold this model's parameters, and all fill it at the same time."""
-        if not self.loaded:
-            initialise(model, self.seed, self.given, holders)
-            return
+        wanted = self._wanted(model)
+        initialise(model, self.seed, self.given, holders, self.first, wanted)
         with torch.no_grad():
-            for parameter in model.parameters():
-                no_value(parameter.to_local() if isinstance(parameter, DTensor) else parameter)
+            for name, parameter in model.named_parameters():
+                if not wanted(name):
+                    no_value(parameter.to_local() if isinstance(parameter, DTensor) else parameter)
 
     def values(
         self, model: nn.Module, holders: dist.ProcessGroup | None, device: torch.device
     ) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """What `fill` gives each parameter, whole, for who places it himself."""
-        if not self.loaded:
-            yield from initial_values(model, self.seed, self.given, holders, device)
-            return
-        for parameter in model.parameters():
-            yield parameter, no_value(torch.empty(parameter.shape, dtype=torch.float32, device=device))
+        wanted = self._wanted(model)
+        yield from initial_values(model, self.seed, self.given, holders, device, self.first, wanted)
+        for name, parameter in model.named_parameters():
+            if not wanted(name):
+                yield parameter, no_value(torch.empty(parameter.shape, dtype=torch.float32, device=device))
+
+    def value(self, model: nn.Module, name: str) -> Tensor:
+        """What `fill` gives the parameter of that name, whole, on the CPU."""
+        parameter = model.get_parameter(name)
+        return _drawn(model, name, parameter, self.seed, self.given, self.first).to(parameter.dtype)
+
+    def _wanted(self, model: nn.Module) -> Callable[[str], bool]:
+        saved = is_saved(model)
+        return (lambda name: not saved(name)) if self.loaded else lambda name: True
 
     def __call__(self, device: torch.device = CPU, holders: dist.ProcessGroup | None = None) -> nn.Module:
         try:

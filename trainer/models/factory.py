@@ -1,8 +1,10 @@
-"""From the config to what makes the run's model."""
+"""From the config to what makes the run's model: its class, then its transforms."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,8 +14,11 @@ from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError
 from trainer.facts import Facts
 from trainer.models import Fill, ModelFactory, of_type
+from trainer.patches import without_values
 from trainer.precision import DTYPES
 from trainer.registry import plugin
+from trainer.transforms import Transform, apply
+from trainer.transforms.build import build_transforms
 
 
 def model_factory(
@@ -22,16 +27,39 @@ def model_factory(
     example: Callable[[], dict[str, torch.Tensor]] | None = None,
     given: Fill | None = None,
     loaded: bool = False,
+    before: Sequence[Transform] = (),
 ) -> ModelFactory:
-    """What makes the model and gives it its initial weights: drawn ones, unless others are given, or all of them are
-    loaded from a checkpoint."""
+    """What makes the model and gives it its initial weights: drawn ones, unless others are given, or loaded from a
+    checkpoint. `before`: transforms that are applied before those of the config."""
 
-    facts = Facts.of(config, tokenizer, example)
+    facts, changes = Facts.of(config, tokenizer, example), [*before, *build_transforms(config)]
 
     def make() -> nn.Module:
         model = plugin(config, "model")(config.model, facts)
+        apply(changes, model)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ConfigError(f"model={config.model.name}: all of its parameters are frozen, nothing would be trained")
         return model if config.precision.param == "fp32" else of_type(model, DTYPES[config.precision.param])
 
-    return ModelFactory(make, config.run.seed, example, given, loaded)
+    return ModelFactory(make, config.run.seed, example, given, loaded, [change.initialise for change in changes])
+
+
+def without_transforms(config: Config) -> Config:
+    """The config of the same run, whose model is as its class makes it."""
+    return config.model_copy(update={"model": config.model.model_copy(update={"transforms": {}})})
+
+
+def not_saved(config: Config, tokenizer: Tokenizer) -> frozenset[str]:
+    """The parameters that checkpoints of the run leave out: each life reads or draws their values again."""
+    if not config.model.transforms:
+        return frozenset()
+    with without_values():
+        model: Any = model_factory(config, tokenizer).build()
+    return getattr(model, "not_saved", frozenset())
+
+
+def check_transforms(config: Config, tokenizer: Tokenizer) -> None:
+    """Raises ConfigError where a transform does not fit the run's model. A model that looks at the data while it is
+    made is not made here."""
+    with suppress(ValueError):
+        not_saved(config, tokenizer)

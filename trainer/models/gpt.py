@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 from trainer.config import schema
 from trainer.extras import without_apex
 from trainer.facts import Facts
+from trainer.models.attention import Attend, Spec
 from trainer.models.dropout import dropout
 from trainer.models.family import of_gpt
 from trainer.models.tensor_parallel import Whole
@@ -41,7 +43,8 @@ class GPT(nn.Module):
         self.token_embedding = nn.Embedding(facts.vocab_size, config.width)
         if config.positions == "learned":
             self.position_embedding = nn.Embedding(facts.sequence_length, config.width)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        self.attend = Attend()
+        self.blocks = nn.ModuleList(Block(config, layer, self.attend) for layer in range(config.layers))
         self.norm = layer_norm(config)
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
@@ -63,11 +66,11 @@ class GPT(nn.Module):
 
     def run(self, blocks: Iterable[nn.Module], x: Tensor, batch: dict[str, Tensor]) -> Tensor:
         """`x` [B, T, width] behind these of the blocks."""
-        inputs, documents, rotation = batch["inputs"], batch.get("documents"), None
+        inputs, rotation = batch["inputs"], None
         if self.config.positions == "rotary":
             head_size = self.config.width // self.config.heads
             rotation = rotary(inputs.shape[1], head_size, inputs.device, batch.get("positions"))
-        mask = None if documents is None else document_mask(documents)
+        mask = self.attend.mask(Spec(documents=batch.get("documents")), inputs.shape[1], inputs.device)
         for block in blocks:
             x = block(x, rotation, self._draws(batch), mask)
         return x
@@ -110,15 +113,15 @@ class GPT(nn.Module):
 class Block(nn.Module):
     """Attention and MLP, each behind a norm and on a residual branch."""
 
-    def __init__(self, config: schema.GPT, layer: int):
+    def __init__(self, config: schema.GPT, layer: int, attend: Attend):
         super().__init__()
         self.p, self.layer = config.dropout, layer
         self.attention_norm = layer_norm(config)
-        self.attention = Attention(config)
+        self.attention = Attention(config, attend)
         self.mlp_norm = layer_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rotation: Tensor | None, draws: Tensor | None, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, rotation: Tensor | None, draws: Tensor | None, mask: Any) -> Tensor:
         x = x + dropout(self.attention(self.attention_norm(x), rotation, mask), self.p, draws, site=2 * self.layer + 1)
         return x + dropout(self.mlp(self.mlp_norm(x)), self.p, draws, site=2 * self.layer + 2)
 
@@ -132,22 +135,23 @@ def layer_norm(config: schema.GPT) -> nn.Module:
 
 
 class Attention(nn.Module):
-    """Causal multi-head self-attention. `mask`, bool [B, 1, T, T]: whom each token may see, if not all before it."""
+    """Multi-head self-attention. `mask`: which tokens see which, as `attend` made it."""
 
-    def __init__(self, config: schema.GPT):
+    def __init__(self, config: schema.GPT, attend: Attend):
         super().__init__()
+        self.attend = attend
         self.head_size = config.width // config.heads
         # Its rows are head by head query, key and value, so that a part of them is a part of the heads.
         self.query_key_value = nn.Linear(config.width, 3 * config.width, bias=config.bias)
         self.output = nn.Linear(config.width, config.width, bias=config.bias)
 
-    def forward(self, x: Tensor, rotation: Tensor | None, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, rotation: Tensor | None, mask: Any) -> Tensor:
         qkv = self.query_key_value(x)
         qkv = qkv.unflatten(-1, (-1, 3, self.head_size))
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(dim=3))
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        y = self.attend(q, k, v, mask)
         return self.output(y.transpose(1, 2).flatten(2))
 
 
@@ -168,11 +172,6 @@ class MLP(nn.Module):
 def _squared(x: Tensor) -> Tensor:
     """A power, which is what torch makes of `x.square()`, is computed by CUDA's autocast in fp32, and kept in it."""
     return x * x
-
-
-def document_mask(documents: Tensor) -> Tensor:
-    """Whom each token may see: itself and what lies before it in its own document; bool [B, 1, T, T]."""
-    return (documents[:, None, :, None] == documents[:, None, None, :]).tril()
 
 
 def rotary(

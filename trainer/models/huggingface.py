@@ -5,6 +5,7 @@ Parameters keep the names that transformers gives them, so that exported weights
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -20,9 +21,11 @@ from trainer.config import schema
 from trainer.config.huggingface import architecture, transformers_config
 from trainer.errors import ConfigError
 from trainer.facts import Facts
+from trainer.models.attention import Attend, Spec
 from trainer.models.family import of_transformers
-from trainer.models.gpt import document_mask
 from trainer.models.tensor_parallel import Whole
+
+IMPLEMENTATION = "onecurve"  # of attention, as transformers' configs name it
 
 
 class HuggingFace(nn.Module, ABC):
@@ -46,6 +49,8 @@ class HuggingFace(nn.Module, ABC):
             raise ConfigError(f"model.config.vocab_size={self.config.vocab_size}: {fewer}")
         for name, module in architecture(config)(self.config).named_children():
             self.add_module(name, module)
+        self.attend = Attend()
+        route_attention(self, self.attend)
         self.tied = self.config.tie_word_embeddings
         if self.tied:  # the embedding's matrix is the head's: one parameter, one name, as transformers saves it
             del self.lm_head
@@ -70,6 +75,11 @@ class HuggingFace(nn.Module, ABC):
     @abstractmethod
     def run(self, blocks: Iterable[nn.Module], x: Tensor, batch: dict[str, Tensor]) -> Tensor:
         """`x` [B, T, width] behind these of the blocks."""
+
+    def mask(self, batch: dict[str, Tensor]) -> Any:
+        """Which tokens see which, as `attend` takes it."""
+        inputs = batch["inputs"]
+        return self.attend.mask(Spec(documents=batch.get("documents")), inputs.shape[1], inputs.device)
 
     def project(self, x: Tensor, batch: dict[str, Tensor]) -> Tensor:
         """Logits of what comes out of the last block."""
@@ -100,7 +110,7 @@ class Llama(HuggingFace):
         return self.model.embed_tokens(batch["inputs"])
 
     def run(self, blocks: Iterable[nn.Module], x: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        rotation, mask = self.model.rotary_emb(x, places(batch)), mask_of(batch)
+        rotation, mask = self.model.rotary_emb(x, places(batch)), self.mask(batch)
         for block in blocks:
             x = block(x, attention_mask=mask, position_embeddings=rotation)
         return x
@@ -140,7 +150,7 @@ class GPT2(HuggingFace):
         return self.transformer.drop(self.transformer.wte(batch["inputs"]) + self.transformer.wpe(places(batch)))
 
     def run(self, blocks: Iterable[nn.Module], x: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        mask = mask_of(batch)
+        mask = self.mask(batch)
         for block in blocks:
             x = block(x, attention_mask=mask)
         return x
@@ -153,7 +163,29 @@ def places(batch: dict[str, Tensor]) -> Tensor:
     return torch.arange(inputs.shape[1], device=inputs.device)[None] if positions is None else positions
 
 
-def mask_of(batch: dict[str, Tensor]) -> Tensor | None:
-    """Whom each token may see, bool [B, 1, T, T]; None: all before it."""
-    documents = batch.get("documents")
-    return None if documents is None else document_mask(documents)
+def route_attention(model: nn.Module, attend: Attend) -> None:
+    """Makes the layers of transformers call `attend` where they would call torch's attention."""
+    from transformers import AttentionInterface  # an extra
+
+    AttentionInterface.register(IMPLEMENTATION, _attention)
+    module: Any
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if hasattr(module, "is_causal") and getattr(config, "_attn_implementation", None) == "sdpa":
+            module.config = copy.copy(config)  # else the config that is exported would say it, too
+            module.config._attn_implementation = IMPLEMENTATION
+            module.attend = attend
+
+
+def _attention(
+    module: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Any,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """As transformers calls it: [B, heads, T, head size] in, [B, T, heads, head size] out."""
+    return module.attend(q, k, v, mask, dropout=dropout, scale=scaling).transpose(1, 2).contiguous(), None

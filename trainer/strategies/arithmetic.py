@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map
 from trainer import fault_points
 from trainer.checkpoint.pieces import Fragment
 from trainer.config import strategy as schema
-from trainer.models import ModelFactory
+from trainer.models import ModelFactory, is_saved
 from trainer.objectives import NUM_TARGETS, Batch, Objective, Outputs, Rows, Sums, Totals
 from trainer.optim.conditional import step_unless
 from trainer.precision import Precision
@@ -297,7 +297,8 @@ class StepArithmetic:
     def _tensors(self) -> dict[str, Tensor]:
         """Those of `state`, as they are held."""
         self._materialise()
-        state = {f"model/{name}": tensor.detach() for name, tensor in self.model.state_dict().items()}
+        tensors, saved = self.model.state_dict(), is_saved(self.model)
+        state = {f"model/{name}": tensor.detach() for name, tensor in tensors.items() if saved(name)}
         for name, parameter in self.model.named_parameters():
             for kind, value in self.optimizer.state.get(parameter, {}).items():
                 state[f"optimizer/{kind}/{name}"] = value

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 
 from trainer.config import Config
+from trainer.config import transforms as schema
 from trainer.inputs import Inputs
 from trainer.models import Fill
 from trainer.models.factory import model_factory
@@ -13,21 +13,19 @@ from trainer.optim.build import build_optimizer
 from trainer.precision import Precision
 from trainer.registry import plugin
 from trainer.strategies.arithmetic import StepArithmetic, StepOptions
-from trainer.strategies.layers import in_fp8
 from trainer.strategies.single import Single
 from trainer.topology import Topology
+from trainer.transforms.fp8 import FP8
 
 
 def build_strategy(
     config: Config, topology: Topology, inputs: Inputs, given: Fill | None = None, loaded: bool = False
 ) -> StepArithmetic:
     """The strategy, set up: model on its device, with its own initial values or those given, optimizer made. `loaded`:
-    a checkpoint's values follow, so the model has none."""
+    a checkpoint's values follow, so the model has none but those that are not saved."""
     strategy = strategy_for(config, topology, inputs)
-    factory = model_factory(config, inputs.tokenizer, inputs.stream.share.example, given, loaded)
-    if strategy.precision.compute == "fp8":
-        build = factory.build
-        factory = replace(factory, build=lambda: in_fp8(build()))
+    fp8 = [FP8(schema.FP8(name="fp8"))] if strategy.precision.compute == "fp8" else []
+    factory = model_factory(config, inputs.tokenizer, inputs.stream.share.example, given, loaded, fp8)
     strategy.setup(factory, partial(build_optimizer, config))
     return strategy
 

@@ -1,13 +1,12 @@
-"""What is done to a model's layers before a strategy wraps it: fp8, then activation checkpointing, then compilation.
+"""What is done to a model's layers before a strategy wraps it: activation checkpointing, then compilation.
 
-In this order, so that the compiler sees the recomputation. All act in place: parameter names never change.
+In this order, so that the compiler sees the recomputation. Both act in place: parameter names never change.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -50,25 +49,6 @@ def raise_if_scalars(model: nn.Module, what: str) -> None:
             f"strategy: the parameter {scalars[0]} of the model is a scalar, which {what}: make it a tensor of one "
             "element, torch.ones(1); nearest: strategy=ddp"
         )
-
-
-def in_fp8(model: nn.Module, emulate: bool = False) -> nn.Module:
-    """`model`, whose linear layers now compute in fp8, by torchao: those in `model.blocks` (or anywhere, where it names
-    no blocks) with sizes that are multiples of 16. Emulated, the products are those of the rounded numbers in fp32.
-
-    Each token is scaled by its own largest number, and weights' gradients are products in bf16 ("rowwise_with_gw_hp"):
-    then no number depends on who its neighbours in a micro-batch are. It is also torchao's most exact recipe.
-    """
-    from torchao.float8 import Float8LinearConfig, convert_to_float8_training  # late: most runs have no use for it
-
-    config = replace(Float8LinearConfig.from_recipe_name("rowwise_with_gw_hp"), emulate=emulate)
-    for layer in getattr(model, "blocks", [model]):
-        convert_to_float8_training(layer, config=config, module_filter_fn=_fits)
-    return model
-
-
-def _fits(linear: nn.Linear, _name: str) -> bool:
-    return all(size % 16 == 0 for size in (linear.in_features, linear.out_features))
 
 
 def _recompute(layer: nn.Module, selective: bool) -> Callable[..., Any]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from trainer.checkpoint.pieces import Fragment, values
 from trainer.config import strategy as schema
-from trainer.models import ModelFactory
+from trainer.models import ModelFactory, is_saved
 from trainer.objectives import Batch, Outputs
 from trainer.optim.groups import names
 from trainer.patches import forget_groups, judge_norm, released_saved, without_values
@@ -160,9 +160,9 @@ class Zero(StepArithmetic):
     def state(self) -> dict[str, Tensor | Fragment]:
         """What lies here, as it lies here: nothing is sent, nothing copied but counts of steps."""
         self._settle()
-        tensors = self.model.state_dict(keep_vars=True)
+        tensors, saved = self.model.state_dict(keep_vars=True), is_saved(self.model)
         state: dict[str, Tensor | Fragment] = {
-            f"model/{name}": self._weight(tensor) for name, tensor in tensors.items()
+            f"model/{name}": self._weight(tensor) for name, tensor in tensors.items() if saved(name)
         }
         for name, parameter in self.model.named_parameters():
             for kind, value in self._optimizer_state(parameter).items():

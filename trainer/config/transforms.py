@@ -1,0 +1,78 @@
+"""Keys of the built-in transforms (`model.transforms`). Unlike all other keys they have their defaults here: no file of
+conf/ says which of them a run has."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from pydantic import Field, create_model, field_validator
+
+from trainer.config.section import Count, Plugin, Positive
+from trainer.errors import ConfigError
+
+Patterns = list[str]
+
+
+class Freeze(Plugin):
+    modules: Patterns = Field(
+        min_length=1,
+        description="What is not trained: names of modules or parameters, of which the end is enough "
+        "(`attention.output`), with `*` and `?`, such as `[token_embedding, 'blocks.[01]']`.",
+    )
+    but: Patterns = Field(
+        default=[], description="Names likewise, of what in them is trained all the same: `modules=['*'] but=[norm]`."
+    )
+
+
+class LoRA(Plugin):
+    rank: Count = Field(default=8, description="Rank of what is added to each matrix.")
+    alpha: Positive | None = Field(
+        default=None, description="What is added is multiplied by `alpha / rank`. null: as much as the rank, so by 1."
+    )
+    modules: Patterns = Field(
+        default=["*"],
+        min_length=1,
+        description="Which linear layers are adapted: names as in `freeze`. All other parameters, and the matrices "
+        "themselves, are frozen.",
+    )
+
+
+class FP8(Plugin):
+    """What `precision.compute=fp8` adds."""
+
+    emulate: bool = False
+
+
+class Transformed(Plugin):
+    """A section of a model, whose class may be a user's."""
+
+    # With a default, unlike all others: sections of users' own models, and of earlier runs, do not have it.
+    transforms: dict[str, Any] = Field(
+        default={},
+        description="Changes of the model before it is sharded, one after the other: by name the keys of each, such as "
+        "`model.transforms.lora.rank=8` or `'model.transforms={freeze: {modules: [token_embedding]}, lora: {}}'` "
+        "(a list of them, each with its `name`, does as well). A transform of yours has any name, and says where its "
+        "class is: `model.transforms.mine.name=my_package.mine:Mine`. What they freeze is not saved.",
+    )
+
+    @field_validator("transforms", mode="before")
+    @classmethod
+    def _by_name(cls, given: Any) -> Any:
+        """A list of sections as a mapping of them."""
+        if not isinstance(given, list):
+            return {} if given is None else given
+        names = [section.get("name") if isinstance(section, dict) else None for section in given]
+        if None in names or len(set(names)) < len(names):
+            raise ValueError("in a list each transform should have a `name` of its own; or write {NAME: {KEY: VALUE}}")
+        return dict(zip(names, given, strict=True))
+
+
+@cache
+def transformed(name: str, section: type[Plugin]) -> type[Plugin]:
+    """The keys of a user's model, and `transforms`."""
+    if issubclass(section, Transformed):
+        return section
+    if "transforms" in section.model_fields:
+        raise ConfigError(f"model.name={name}: its key `transforms` is one that every model has; rename it")
+    return create_model(section.__name__, __base__=(section, Transformed), __module__=section.__module__)
