@@ -85,8 +85,8 @@ def candidates(config: Config, procs: int, subject: Subject) -> Iterator[tuple[t
     """(overrides, config) of each way to use that many processes that the check takes."""
     ways: list[Way] = []
     for option in OPTIONS["strategy"].values():
-        section: type[Strategy] = load(option.section)
-        ways += load(section.accountant).ways(subject, procs)
+        strategy: type[Strategy] = load(option.section)
+        ways += load(strategy.accountant).ways(subject, procs)
     defaults = {name: compose([f"strategy={name}"])[0]["strategy"] for name in OPTIONS["strategy"]}
     for way in ways:
         section = dict(defaults[way[0].removeprefix("strategy=")])
