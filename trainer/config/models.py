@@ -20,8 +20,8 @@ class Pretrained(Transformed):
     weights: str | None = Field(
         default=None,
         description="Start with these weights: a folder as `save_pretrained` of transformers writes it, or a "
-        "`.safetensors` file, on every machine. A run that goes on has its own, and no longer needs them. null: draw "
-        "them.",
+        "`.safetensors` file, on every machine. A run that goes on has its own, and no longer needs them, "
+        "unless `model.transforms` have frozen some. null: draw them.",
     )
 
 
