@@ -33,7 +33,7 @@ import torch.distributed.checkpoint as dcp
 
 from trainer import topology
 from trainer.checkpoint.format import verify
-from trainer.checkpoint.load import Found, read
+from trainer.checkpoint.load import FoundCheckpoint, read_state
 from trainer.checkpoint.retention import Retention
 from trainer.checkpoint.save import Saver
 
@@ -136,7 +136,7 @@ def load(name: str, state: State, path: Path) -> None:
     elif name.startswith("dcp"):
         dcp.load(target, checkpoint_id=path)
     else:
-        read(Found(path, verify(path)), target)
+        read_state(FoundCheckpoint(path, verify(path)), target)
     assert all(torch.isfinite(value).all() for value in list(target.values())[:3])
 
 

@@ -124,7 +124,7 @@ def _scratch() -> tempfile.TemporaryDirectory[str]:
 def planned(procs: int, overrides: tuple[str, ...]) -> list[int]:
     """Bytes of each place, for the device that is here."""
     from launch.planning.memory import accountant
-    from launch.planning.subject import Subject
+    from launch.planning.planned_model import PlannedModel
     from trainer.config.compose import load
     from trainer.precision import Precision
 
@@ -133,7 +133,7 @@ def planned(procs: int, overrides: tuple[str, ...]) -> list[int]:
 
     here = Precision.resolve(config.precision, torch.device("cuda" if on_gpu() else "cpu"))
     precision = Precision(torch.device("cpu"), here.compute, here.param, here.reduce)
-    return [parts.total for parts in accountant(Subject(config, precision), config, procs).peaks()]
+    return [parts.total for parts in accountant(PlannedModel(config, precision), config, procs).peaks()]
 
 
 def measured(procs: int, overrides: tuple[str, ...]) -> list[float]:
@@ -152,10 +152,10 @@ def rank(folder: str, *overrides: str) -> None:
     """One rank: two steps of its strategy, without a loop and without data."""
     import torch
 
-    from launch.planning.subject import example
+    from launch.planning.planned_model import example
     from trainer import topology
     from trainer.config.compose import load
-    from trainer.inputs import tokenizer_of
+    from trainer.run_data import tokenizer_of
     from trainer.strategies.build import build_strategy
 
     torch.set_num_threads(1)

@@ -4,7 +4,7 @@
 
 Everybody fills batches: uint8 tensors [batch, bytes of a sample], shuffled but for `raw`, which copies the files into a
 buffer from end to end. Rounds alternate between the readers; medians are kept. mosaicml-streaming takes part where it
-is installed (`pip install --no-deps mosaicml-streaming catalogue brotli python-snappy cramjam zstd`).
+is installed (`pip install --no-deps mosaicml-streaming catalog brotli python-snappy cramjam zstd`).
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ import torch
 import webdataset
 from torch.utils.data import DataLoader, IterableDataset
 
-from trainer.data.batches import Batches
-from trainer.data.faults import Fault
+from trainer.data.bad_data import BadData
+from trainer.data.batch_sizes import Batches
 from trainer.data.mixture import Mixture
+from trainer.data.ordered_samples import OrderedSamples
 from trainer.data.shards import Shards
-from trainer.data.stage import OrderedSamples
 from trainer.data.storage import Storage
-from trainer.data.stream import Part, Share, Stream
+from trainer.data.stream import OrderedSource, RankStream, Stream
 from trainer.data.tools.write import pack
 
 WORKERS = (0, 1, 2)
@@ -101,7 +101,7 @@ class Raw:
 class Payloads:
     """Our samples as they lie in the shard: a `trainer.data.stream.Source`."""
 
-    faults: Sequence[Fault] = ()
+    faults: Sequence[BadData] = ()
 
     def __init__(self, shards: Shards):
         self.shards, self.n, self.bytes = shards, shards.n, shards.bytes
@@ -132,8 +132,8 @@ def ours(folder: Path, batch: int, workers: int, *, mmap: bool, processes: bool 
     """The stream of the trainer."""
     storage = Storage(folder / "cache", mmap=mmap)
     shards = Shards.open(str(folder / "tar" / "*.tar"), "bin", storage)
-    part = Part(Payloads(shards), lanes=4, window=8, seed=0)
-    share = Share([part], Mixture([(0, [1.0])]), Batches(batch, {}), None, seed=0)
+    part = OrderedSource(Payloads(shards), lanes=4, window=8, seed=0)
+    share = RankStream([part], Mixture([(0, [1.0])]), Batches(batch, {}), None, seed=0)
     stream = Stream(share, workers=workers, processes=processes)
     try:
         for data in stream:

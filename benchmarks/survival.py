@@ -1,7 +1,7 @@
 """What looking after a run costs a step: `python benchmarks/survival.py` writes survival.json, in 3 minutes.
 
 One process trains the main job's model in one run. Every 20 steps watchdog and guards (spikes of norms and losses by a
-window of 128 steps) are switched off or on, and the times of neighbouring blocks compared: a bound as wide as the
+window of 128 steps) are switched off or on, and the times of neighboring blocks compared: a bound as wide as the
 machine is noisy. Each part is timed by itself, too: the guards' work, the processor time of the watchdog's thread, and
 a call of a fault point times the calls of a step.
 """
@@ -40,7 +40,7 @@ class Switching:
 
     def __init__(self, stream: Any, job: Job, watchdog: Any):
         self.stream, self.job, self.watchdog = stream, job, watchdog
-        self.activities, self.born, self.watchdog_share = list(watchdog.activities), time.perf_counter(), 0.0
+        self.activities, self.started_at, self.watchdog_share = list(watchdog.activities), time.perf_counter(), 0.0
         self.loss_s, mean_loss = 0.0, loop.mean_loss
 
         def timed(*arguments: Any) -> float:
@@ -65,7 +65,7 @@ class Switching:
             self.job.resilience.guard.rolling = self.guards if guarded else {}
             self.watchdog.activities[:] = self.activities if guarded else []
             self.begun = time.perf_counter(), time.process_time()
-            self.watchdog_share = thread_seconds("watchdog") / (time.perf_counter() - self.born)
+            self.watchdog_share = thread_seconds("watchdog") / (time.perf_counter() - self.started_at)
         self.steps += 1
         return next(self.stream)
 
@@ -126,7 +126,7 @@ def guard_s() -> float:
     begin = time.perf_counter()
     for _ in range(2000):
         guard.limit(2.0)
-        guard.took(norm, 2.0, no)
+        guard.record(norm, 2.0, no)
     return (time.perf_counter() - begin) / 2000
 
 

@@ -15,7 +15,7 @@ from launch.sizes import size
 from trainer.errors import TrainingError
 
 if TYPE_CHECKING:
-    from trainer.checkpoint.tools import Comparison, Look
+    from trainer.checkpoint.inspection import CheckpointInfo, Comparison
 
 WORST = 10  # differing tensors that are named
 
@@ -48,11 +48,11 @@ def add_commands(subparsers: Any) -> None:
 
 def ls(arguments: argparse.Namespace) -> int:
     """Prints a table of all, also of those set aside, in rising order of steps."""
-    from trainer.checkpoint import tools
+    from trainer.checkpoint import inspection
     from trainer.tracking.jsonl import dumps
 
     with readable("RUN_DIR", arguments.run_dir):
-        found = [it for path in saved(arguments.run_dir, aside=True) if (it := tools.look(path))]
+        found = [it for path in saved(arguments.run_dir, aside=True) if (it := inspection.inspect_checkpoint(path))]
     if arguments.json:
         for it in found:
             print(dumps(_row(it)))
@@ -66,13 +66,13 @@ def ls(arguments: argparse.Namespace) -> int:
 
 def verify(arguments: argparse.Namespace) -> int:
     """Prints one line a checkpoint. Exit code 4 if one does not count."""
-    from trainer.checkpoint import tools
+    from trainer.checkpoint import inspection
 
     damaged = False
     with readable("RUN_DIR", arguments.run_dir):
         paths = saved(arguments.run_dir)
         for path in paths if arguments.step is None else [of_step(paths, arguments.step, "--step ")]:
-            if it := tools.look(path, contents=not arguments.fast):
+            if it := inspection.inspect_checkpoint(path, contents=not arguments.fast):
                 how = "sizes only" if arguments.fast else "every byte checked"
                 whole = f"whole ({how}, {size(it.bytes)})"
                 print(f"{path.name}: {f'damaged: {shown(it.problem)}' if it.problem else whole}", flush=True)
@@ -82,34 +82,34 @@ def verify(arguments: argparse.Namespace) -> int:
 
 def diff(arguments: argparse.Namespace) -> int:
     """Prints what differs. Exit code 1 if a tensor does."""
-    from trainer.checkpoint import tools
+    from trainer.checkpoint import inspection
     from trainer.tracking.jsonl import read as read_rows
 
     a, b = named("A", arguments.A), named("B", arguments.B)
     print(f"A  {a.path}\nB  {b.path}")
-    for name, *sides in tools.changes(a.manifest, b.manifest):
+    for name, *sides in inspection.changes(a.manifest, b.manifest):
         before, after = (json.dumps(side[0]) if side else "(none)" for side in sides)
         print(f"{shown(name)}: {before} -> {after}")
     metrics = [found.path.parents[1] / "metrics.jsonl" for found in (a, b)]
-    if metrics[0] != metrics[1] and (apart := tools.parted(*map(read_rows, metrics))):
+    if metrics[0] != metrics[1] and (apart := inspection.split_step(*map(read_rows, metrics))):
         print(f"the runs part at step {apart[0]}: the first difference is in {apart[1]}")
     with readable("A or B", f"{a.path}, {b.path}"):
-        compared = tools.compare(a, b)
+        compared = inspection.compare(a, b)
     for line in _told(compared):
         print(line)
     return 0 if compared.same else 1
 
 
-def _row(it: Look) -> dict[str, Any]:
+def _row(it: CheckpointInfo) -> dict[str, Any]:
     """What `ls` tells of a checkpoint. The state is `whole`, `damaged` or `set aside`, `problem` the reason."""
-    aside, strategy = it.path.name.startswith("."), it.told("config.strategy.name")
+    aside, strategy = it.path.name.startswith("."), it.value_of("config.strategy.name")
     return {
         "checkpoint": it.path.name,
         "step": step_in(it.path),
         "bytes": it.bytes,
         "tensors": it.tensors,
         "written": it.written and datetime.fromtimestamp(it.written).astimezone().isoformat(timespec="seconds"),
-        "topology": it.told("topology"),
+        "topology": it.value_of("topology"),
         "strategy": strategy,
         "evaluation": it.evaluation or None,
         "state": "set aside" if aside else "damaged" if it.problem else "whole",

@@ -15,17 +15,17 @@ from trainer import locks
 from trainer.errors import ConfigError, TrainingError
 
 if TYPE_CHECKING:
-    from trainer.checkpoint.load import Found
+    from trainer.checkpoint.load import FoundCheckpoint
 
 
 def checkpoints(run_dir: Path) -> Path:
-    from trainer.folder import CHECKPOINTS
+    from trainer.run_directory import CHECKPOINTS
 
     return run_dir / CHECKPOINTS
 
 
 def step_in(path: Path) -> int:
-    """Also of one that was set aside, `.damaged-step-00000100-1`."""
+    """Returns the step of a checkpoint's folder, also of one that was set aside (`.damaged-step-00000100-1`)."""
     found = re.search(r"step-(\d+)", path.name)
     return int(found[1]) if found else -1
 
@@ -35,14 +35,14 @@ def saved(run_dir: Path, argument: str = "RUN_DIR", aside: bool = False) -> list
 
     Raises ConfigError; OSError.
     """
-    from trainer.checkpoint.retention import candidates, damaged_in
+    from trainer.checkpoint.retention import complete_checkpoints, damaged_in
 
     folder = checkpoints(run_dir)
     if not folder.is_dir():
         why = "has no checkpoints/ in it: name the folder of a run" if run_dir.is_dir() else "no such folder"
         raise ConfigError(f"{argument} {run_dir}: {why}")
     damaged = damaged_in(folder)
-    if paths := [*candidates(folder), *damaged] if aside else candidates(folder):
+    if paths := [*complete_checkpoints(folder), *damaged] if aside else complete_checkpoints(folder):
         return sorted(paths, key=step_in)
     why = " but damaged ones that were set aside: see `ls`, `restore`" if damaged else " yet: train until one is saved"
     raise ConfigError(f"{argument} {run_dir}: has no checkpoint{why}")
@@ -55,23 +55,23 @@ def of_step(paths: Sequence[Path], step: int, argument: str) -> Path:
     raise ConfigError(f"{argument}{step}: no checkpoint of this step; there are {there}")
 
 
-def named(argument: str, given: str) -> Found:
+def named(argument: str, given: str) -> FoundCheckpoint:
     """The checkpoint that `given` names, verified. Raises ConfigError."""
     from trainer.checkpoint import format
-    from trainer.checkpoint.load import Found, newest
+    from trainer.checkpoint.load import FoundCheckpoint, find_newest
 
     path, (run_dir, _, step) = Path(given), given.rpartition(":")
     with readable(argument, given):
         try:
             if checkpoints(path).is_dir() and saved(path, argument):
-                found, _ = newest(checkpoints(path), set_aside=False)
+                found, _ = find_newest(checkpoints(path), set_aside=False)
                 assert found  # there are some, and where none is whole it raises
                 return found
             if run_dir and step.isdecimal() and not path.exists():
                 path = of_step(saved(Path(run_dir), argument), int(step), f"{argument} {run_dir}:")
             if path.is_dir():
-                return Found(path, format.verify(path))
-        except (format.Damaged, TrainingError) as error:
+                return FoundCheckpoint(path, format.verify(path))
+        except (format.DamagedCheckpoint, TrainingError) as error:
             raise ConfigError(f"{argument} {given}: {error}; name another one, which is whole") from None
     raise ConfigError(f"{argument} {given}: no such folder; name a checkpoint's, RUN_DIR or RUN_DIR:STEP")
 
@@ -94,7 +94,7 @@ def nobody_trains(run_dir: Path) -> Iterator[None]:
     try:
         lock = locks.acquire_run(run_dir)
     except Timeout:
-        raise ConfigError(f"RUN_DIR {run_dir}: {locks.taken(run_dir)}; stop it first") from None
+        raise ConfigError(f"RUN_DIR {run_dir}: {locks.is_run_locked(run_dir)}; stop it first") from None
     try:
         yield
     finally:

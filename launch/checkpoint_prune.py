@@ -34,8 +34,8 @@ def add_command(commands: Any) -> None:
 def prune(arguments: argparse.Namespace) -> int:
     """Deletes what is superfluous, or only says so."""
     from trainer.checkpoint import format
+    from trainer.checkpoint.inspection import disk_usage
     from trainer.checkpoint.retention import clear_leftovers, remove
-    from trainer.checkpoint.tools import used
 
     run_dir, dry = arguments.run_dir, arguments.dry_run
     folder = checkpoints(run_dir)
@@ -44,18 +44,18 @@ def prune(arguments: argparse.Namespace) -> int:
         try:
             retention = _retention(arguments, format.read_manifest(paths[-1]))
             format.verify(paths[-1])  # its sizes are not enough: what goes is needed if this one is not whole
-        except format.Damaged as damage:
+        except format.DamagedCheckpoint as damage:
             raise TrainingError(f"{paths[-1]}: {damage}; the older ones are needed, nothing is deleted") from None
-        before, freed = used(folder), 0
-        superfluous = retention.superfluous(folder)
+        before, freed = disk_usage(folder), 0
+        superfluous = retention.removable(folder)
         for path in superfluous:
-            freed += (its := used(path))
+            freed += (its := disk_usage(path))
             if not dry:
                 remove(path, f"prune-{uuid.uuid4().hex[:8]}")
             print(f"{'would delete' if dry else 'deleted'} {path.name}  {size(its)}", flush=True)
         if not dry:
             clear_leftovers(folder)
-            freed = before - used(folder)
+            freed = before - disk_usage(folder)
     stay = len(paths) - len(superfluous)
     print(f"{stay} of {len(paths)} stay ({_rules(retention)}); {'would free' if dry else 'freed'} {size(freed)}")
     return 0
@@ -63,10 +63,10 @@ def prune(arguments: argparse.Namespace) -> int:
 
 def _retention(arguments: argparse.Namespace, manifest: dict[str, Any]) -> Retention:
     """What stays: as given, else as the run had it. Raises ConfigError."""
+    from trainer.checkpoint.inspection import flatten, inspect_checkpoint
     from trainer.checkpoint.retention import Retention
-    from trainer.checkpoint.tools import flat, look
 
-    config = flat(manifest.get("config"))
+    config = flatten(manifest.get("config"))
     keep, every, best = (
         config.get(f"checkpoint.{key}") if given is None else given
         for key, given in (("keep", arguments.keep), ("keep_every", arguments.every), ("keep_best", arguments.best))
@@ -76,7 +76,9 @@ def _retention(arguments: argparse.Namespace, manifest: dict[str, Any]) -> Reten
     if every is not None and (type(every) is not int or every < 0):
         raise ConfigError(f"--every: must be a number of steps, or 0 for none, not {every}")
     if arguments.best:  # under a wrong name the best one would go
-        known = {name for path in saved(arguments.run_dir) if (it := look(path)) for name in it.evaluation}
+        known = {
+            name for path in saved(arguments.run_dir) if (it := inspect_checkpoint(path)) for name in it.evaluation
+        }
         if best not in known:
             names = ", ".join(sorted(known)) or "nothing"
             raise ConfigError(f"--best {best}: no checkpoint was evaluated by it; choose among: {names}")

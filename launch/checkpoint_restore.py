@@ -56,8 +56,8 @@ def _restored(path: Path) -> tuple[str, bool]:
     try:
         manifest = format.verify(path)
         if manifest.get("step") != step_in(path):
-            raise format.Damaged(f"it is of step {manifest.get('step')}")
-    except (format.Damaged, TrainingError) as damage:
+            raise format.DamagedCheckpoint(f"it is of step {manifest.get('step')}")
+    except (format.DamagedCheckpoint, TrainingError) as damage:
         return f"damaged, stays set aside: {shown(damage)}", True
     if final.exists():
         return f"whole, but {final.name} is there already: stays set aside", False

@@ -13,13 +13,13 @@ from launch.doctor import command as doctor
 from onecurve.paths import put_working_folder_last
 from trainer.__main__ import tell
 from trainer.errors import OnecurveError
-from trainer.processes import print_anywhere
+from trainer.processes import make_printing_safe
 from trainer.secrets import hide_arguments
 
 
 def main() -> None:
     """Parses the command line, runs the command, exits with the code of the contract."""
-    print_anywhere()
+    make_printing_safe()
     arguments = parse(sys.argv[1:])
     hide_arguments()
     put_working_folder_last()  # where packages of the user's are

@@ -28,10 +28,10 @@ def order(arguments: argparse.Namespace) -> int:
     from trainer.config.compose import load
 
     config = load(arguments.overrides, config_dir=arguments.config_dir)
-    from trainer.inputs import open_inputs, open_shards  # late: it imports torch
+    from trainer.run_data import open_run_data, open_shards  # late: it imports torch
     from trainer.topology import ALONE
 
-    share = open_inputs(config, ALONE, open_shards(config, ALONE)).stream.share
+    share = open_run_data(config, ALONE, open_shards(config, ALONE)).stream.share
     for step in range(int(steps[1]), int(steps[2]) + 1):
         entries = [share.parts[part].source.entry(unit) for _, part, unit in share.units(step - 1)]
         print(json.dumps({"step": step, "samples": entries}))

@@ -73,7 +73,7 @@ def pack(arguments: argparse.Namespace) -> int:
     try:
         with progress() as told:
             left_out = pack_inputs(
-                arguments.inputs, arguments.out, options, workers=workers, restart=arguments.restart, told=told
+                arguments.inputs, arguments.out, options, workers=workers, restart=arguments.restart, report=told
             )
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from what is finished", file=sys.stderr)

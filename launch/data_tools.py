@@ -97,14 +97,14 @@ def check(arguments: argparse.Namespace) -> int:
 def stats(arguments: argparse.Namespace) -> int:
     """Prints the numbers of all shards together."""
     from trainer.data.tokenizer import load
-    from trainer.data.tools.measure import measure, together
+    from trainer.data.tools.measure import measure, sum_measured
 
     if arguments.tokenizer:
         load(arguments.tokenizer)  # what is wrong with it is told once
     parts = []
     with _each(arguments, measure, "measuring", arguments.field, arguments.tokenizer) as made:
         parts = [part for _, part in made]
-    sums = together(parts)
+    sums = sum_measured(parts)
     if arguments.json:
         print(json.dumps(sums))
         return 0
@@ -130,7 +130,7 @@ def _each(
 ) -> Iterator[Iterator[tuple[str, T]]]:
     """What a function makes of every shard, in their order, made in parallel: its URL as messages may show it, and the
     result."""
-    from trainer.data.spec import expand
+    from trainer.data.shard_spec import expand
     from trainer.data.storage import Storage, default_cache, shown, unpack
     from trainer.data.storage.urls import PIPE
     from trainer.data.tools.parallel import Workers, cores

@@ -40,15 +40,15 @@ def size(text: str) -> int:
     """`500MB`, `2GB`: a number of bytes."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]B)", text.strip(), re.IGNORECASE)
     if match is None or not (count := int(float(match[1]) * UNITS[match[2].upper()])):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 500MB or 2GB")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write 500MB or 2GB")
     return count
 
 
 def export(arguments: argparse.Namespace) -> int:
     from trainer.errors import ConfigError
     from trainer.export import Plain, Weights, checkpoint, numbers, to_transformers
-    from trainer.models.family import NoFamily, family_of
-    from trainer.models.pretrained import kept
+    from trainer.models.family import UnknownFamily, family_of
+    from trainer.models.pretrained_files import read_kept
     from trainer.models.weight_files import write_file
     from trainer.precision import DTYPES
     from trainer.sampling import open_run
@@ -59,7 +59,7 @@ def export(arguments: argparse.Namespace) -> int:
     if arguments.out is None or arguments.out.suffix != ".safetensors":
         try:
             family = family_of(config, tokenizer)
-        except NoFamily as reason:
+        except UnknownFamily as reason:
             why = str(reason)
     plain = Plain(config, tokenizer, found) if config.model.transforms else None
     tensors = Weights(found, arguments.ema, DTYPES.get(arguments.dtype), plain).tensors(family)
@@ -67,7 +67,7 @@ def export(arguments: argparse.Namespace) -> int:
     try:
         if family:
             out.mkdir(parents=True, exist_ok=True)
-            base = kept(folder, getattr(config.model, "weights", None))
+            base = read_kept(folder, getattr(config.model, "weights", None))
             to_transformers(out, tensors, family, arguments.shard_size or size(LARGEST), folder, base)
         elif arguments.shard_size:
             raise ConfigError(f"--shard-size: this export is one file: {why}")

@@ -9,22 +9,24 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from trainer import causes
+from trainer import diagnosis
 
 LINES = 12
 
 
-def block(folder: Path, told: Mapping[str, Any] | None, ended: Sequence[tuple[int, int]], no_restart: str) -> str:
-    """`told`: what the first rank that failed wrote (`folder.read_failure`); `ended`: (rank, exit code) of those that
-    ended without a word, first ones first; `no_restart`: why, where there might have been one."""
-    rank = told["rank"] if told else ended[0][0] if ended else 0
+def failure_block(
+    folder: Path, failure: Mapping[str, Any] | None, ended: Sequence[tuple[int, int]], no_restart: str
+) -> str:
+    """`failure`: what the first rank that failed wrote (`folder.read_failure`); `ended`: (rank, exit code) of those
+    that ended without a word, first ones first; `no_restart`: why, where there might have been one."""
+    rank = failure["rank"] if failure else ended[0][0] if ended else 0
     log = folder / "logs" / f"rank-{rank}.log"
-    if told:
-        first, *more = str(told["reason"]).splitlines()
-        lines = [f"rank {rank} failed at step {told['step']}: {first}", *(f"  {line}" for line in more)]
+    if failure:
+        first, *more = str(failure["reason"]).splitlines()
+        lines = [f"rank {rank} failed at step {failure['step']}: {first}", *(f"  {line}" for line in more)]
     else:
-        by = causes.of_signal(-ended[0][1]) if ended and ended[0][1] < 0 else ""
-        lines = [f"{what_ended(ended)}{by and f', probably {by}'}"]
+        by = diagnosis.signal_cause(-ended[0][1]) if ended and ended[0][1] < 0 else ""
+        lines = [f"{describe_end(ended)}{by and f', probably {by}'}"]
     if no_restart:
         lines.append(f"  no restart: {no_restart}")
     if last := _last_lines(log):
@@ -32,8 +34,8 @@ def block(folder: Path, told: Mapping[str, Any] | None, ended: Sequence[tuple[in
     return "\n".join(["", f"onecurve: {lines[0]}", *lines[1:]])
 
 
-def what_ended(ended: Sequence[tuple[int, int]]) -> str:
-    """Of ranks that told nobody why, in a few words."""
+def describe_end(ended: Sequence[tuple[int, int]]) -> str:
+    """Describes in a few words how ranks ended that gave no reason."""
     for rank, code in ended:
         if code < 0:
             return f"rank {rank} was killed (signal {-code})"

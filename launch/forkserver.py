@@ -22,7 +22,7 @@ from importlib import import_module
 from typing import Any
 
 from onecurve.paths import put_working_folder_last
-from trainer.processes import die_with_parent, print_anywhere
+from trainer.processes import die_with_parent, make_printing_safe
 
 OURS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)  # the supervisor's to understand
 LEFTOVERS_S = 3.0  # what children of a dead rank get to end by themselves: W&B's service writes what it has
@@ -31,7 +31,7 @@ _PR_SET_NAME = 15
 
 def main() -> None:
     """`python -m launch.forkserver SOCKET_FD`. Returns in the ranks, too, and ends each as its own process."""
-    print_anywhere()
+    make_printing_safe()
     signal.pthread_sigmask(signal.SIG_BLOCK, OURS)  # what is sent to a rank before it is one waits for it
     import_module("torch._dynamo")  # which optimizers import
     import_module("trainer.run")
@@ -39,7 +39,7 @@ def main() -> None:
     server = Server(socket.socket(fileno=int(sys.argv[1])))
     try:
         server.serve()
-    except Forked as rank:
+    except BecomeRank as rank:
         rank.become()
         from trainer.__main__ import guarded
 
@@ -57,7 +57,7 @@ def end(code: int) -> None:
     os._exit(code)
 
 
-class Forked(Exception):  # no error: leaves the server's loop in the child
+class BecomeRank(Exception):  # no error: leaves the server's loop in the child
     """This process is a rank from now on."""
 
     def __init__(self, arguments: list[str], environment: dict[str, str], parent: int):
@@ -120,7 +120,7 @@ class Server:
                 for descriptor in self.watched:
                     os.close(descriptor)
                 environment["ONECURVE_STORE"] = f"/proc/self/fd/{store}"
-                raise Forked(order["arguments"], environment, server)
+                raise BecomeRank(order["arguments"], environment, server)
             self.ranks[process] = int(environment["RANK"])
             self.watched[os.pidfd_open(process)] = process
         os.close(store)

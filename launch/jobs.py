@@ -11,13 +11,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-from launch import alive, slurm_queue
+from launch import liveness, slurm_queue
 from launch.slurm_queue import jobs_of
 from launch.submit import CANCELLED
 from launch.sweep import is_sweep
 from trainer.errors import ConfigError
 from trainer.resilience.interruption import STOP
-from trainer.tracking.jsonl import plain, read, read_status
+from trainer.tracking.jsonl import read, read_status, to_jsonable
 
 POLL_S = 0.5
 
@@ -58,8 +58,8 @@ def summary(run: Path) -> str:
     status = read_status(run)
     if not status:
         return "has not begun"
-    if (since := alive.dead_since(run)) is not None:
-        status |= {"state": "dead", "reason": alive.obituary(since)}
+    if (since := liveness.dead_since(run)) is not None:
+        status |= {"state": "dead", "reason": liveness.describe_death(since)}
     told = f"{status['state']}, step {status['step']}/{status['steps']}"
     with suppress(ConfigError, OSError, KeyError, IndexError, TypeError):
         rows = read(run / "metrics.jsonl")[-20:]
@@ -69,7 +69,7 @@ def summary(run: Path) -> str:
             pace = sum(row["step_s"] for row in rows) / len(rows)
             told += f", {row['tokens_per_s']:,.0f} tok/s, about {_duration(left * pace)} left"
     reason = status.get("reason")
-    return f"{told}{f' ({plain(reason)})' if reason else ''}"
+    return f"{told}{f' ({to_jsonable(reason)})' if reason else ''}"
 
 
 def tell_logs(arguments: argparse.Namespace) -> int:
@@ -90,8 +90,8 @@ def cancel(arguments: argparse.Namespace) -> int:
         if jobs := jobs_of(run):  # they are not queued again
             with (run / CANCELLED).open("a") as file:
                 file.writelines(f"{job}\n" for job in jobs)
-        if (since := alive.dead_since(run)) is not None:
-            print(f"{run}: nothing to stop, it is dead {alive.obituary(since)}")
+        if (since := liveness.dead_since(run)) is not None:
+            print(f"{run}: nothing to stop, it is dead {liveness.describe_death(since)}")
         elif read_status(run).get("state") == "running" and not arguments.now:
             (run / STOP).touch()
             print(f"{run}: is asked to save and stop")
@@ -116,7 +116,7 @@ def runs_in(folder: Path) -> list[Path]:
 def _run_folder(folder: Path) -> Path:
     folder = folder.expanduser().absolute()
     if not read_status(folder) and not (folder / "slurm").is_dir() and not is_sweep(folder):
-        raise ConfigError(f"{folder}: is no run's folder: it has neither status.json nor a job")
+        raise ConfigError(f"{folder}: is not a run's folder: it has neither status.json nor a job")
     return folder
 
 
@@ -146,8 +146,8 @@ def _grows(file: IO[str], folder: Path) -> Iterator[str]:
                 queued = bool(slurm_queue.active(jobs_of(folder)))
             if not queued and read_status(folder).get("state") != "running":
                 return
-            if (since := alive.dead_since(folder)) is not None:
-                yield f"==> dead {alive.obituary(since)} <==\n"
+            if (since := liveness.dead_since(folder)) is not None:
+                yield f"==> dead {liveness.describe_death(since)} <==\n"
                 return
         else:
             time.sleep(POLL_S)

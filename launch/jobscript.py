@@ -38,7 +38,7 @@ def render(launch: Slurm, name: str, tasks: Sequence[Task], log: Path, folder: P
 
 def options(launch: Slurm, name: str, log: Path, folder: Path, tasks: int) -> Iterator[str]:
     """sbatch's. `tasks`: of a job array; 0: it is none."""
-    if launch.chain > 1:  # which goes by the name: another run of this name is no part of it
+    if launch.chain > 1:  # which goes by the name: another run of this name is not a part of it
         yield f"--job-name={name}-{hashlib.sha256(os.fspath(log).encode()).hexdigest()[:8]}"
         yield "--dependency=singleton"
     else:

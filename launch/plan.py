@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from launch.sizes import size
 from trainer.config import Config
-from trainer.config.compose import load_sized, recipe_told
+from trainer.config.compose import load_sized, recipe_message
 from trainer.errors import ConfigError
 
 if TYPE_CHECKING:
     from launch.planning.gpus import Gpu
-    from launch.planning.subject import Subject
+    from launch.planning.planned_model import PlannedModel
 
 Line = tuple[str, str]
 
@@ -39,7 +39,7 @@ def plan(arguments: argparse.Namespace) -> int:
     if arguments.procs is not None and arguments.procs < 1:
         raise ConfigError(f"-n {arguments.procs}: should be 1 or more")
     config, procs = load_sized(arguments.overrides, arguments.procs, folder)
-    for title, text in chain([("recipe", recipe_told())], lines(config, procs, gpu, arguments.overrides, folder)):
+    for title, text in chain([("recipe", recipe_message())], lines(config, procs, gpu, arguments.overrides, folder)):
         print(f"{title:12}{text}", flush=True)
     return 0
 
@@ -50,10 +50,10 @@ def lines(
     """(title, text) of each line. Without a `gpu` nothing is proposed."""
     yield from batch(config, procs)
     from launch.planning.gpus import target as default  # late: torch takes seconds, and problems should show at once
-    from launch.planning.subject import planned
+    from launch.planning.planned_model import planned_precision
 
     given = gpu or default(None, None)
-    subject = planned(config, given.bf16)
+    subject = planned_precision(config, given.bf16)
     yield from _model(config, subject)
     yield from _schedule(config)
     traced = yield from _memory_and_more(config, procs, subject, given)
@@ -74,7 +74,7 @@ def batch(config: Config, procs: int) -> Iterator[Line]:
     yield "steps", f"{train.steps:,}: {train.steps * tokens:,} tokens, if no batch is smaller"
 
 
-def _model(config: Config, subject: Subject) -> Iterator[Line]:
+def _model(config: Config, subject: PlannedModel) -> Iterator[Line]:
     precision, parameters = subject.precision, subject.whole.parameters
     types = f"held in {precision.param}, computed with in {precision.compute}, gradients added up in {precision.reduce}"
     yield "model", f"{sum(parameter.numel for parameter in parameters):,} parameters, {types}"
@@ -96,7 +96,7 @@ def _schedule(config: Config) -> Iterator[Line]:
         yield "", row
 
 
-def _memory_and_more(config: Config, procs: int, subject: Subject, gpu: Gpu) -> Generator[Line, None, bool]:
+def _memory_and_more(config: Config, procs: int, subject: PlannedModel, gpu: Gpu) -> Generator[Line, None, bool]:
     """Gives at the end whether the model can be traced."""
     from launch.planning.memory import accountant
 
@@ -109,7 +109,7 @@ def _memory_and_more(config: Config, procs: int, subject: Subject, gpu: Gpu) -> 
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         yield "memory", f"not known: the model or the objective cannot be traced without values ({reason[:160]})"
         return False
-    flops = sum(of.flops(place) for place in range(of.layout.stages)) * (procs // of.layout.stages)
+    flops = sum(of.flops(position) for position in range(of.layout.stages)) * (procs // of.layout.stages)
     tokens = config.train.global_batch * config.data.sequence_length
     yield (
         "arithmetic",
@@ -147,7 +147,7 @@ def _runs(values: list[int]) -> Iterator[tuple[int, int]]:
 
 
 def _proposed(
-    config: Config, procs: int, subject: Subject, gpu: Gpu, overrides: Sequence[str], config_dir: str | None
+    config: Config, procs: int, subject: PlannedModel, gpu: Gpu, overrides: Sequence[str], config_dir: str | None
 ) -> Iterator[Line]:
     from launch.planning.propose import command, proposals
 

@@ -6,11 +6,11 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-Told = Callable[[str, int, int], None]
+ReportProgress = Callable[[str, int, int], None]
 
 
 @contextmanager
-def progress() -> Iterator[Told]:
+def progress() -> Iterator[ReportProgress]:
     """What to tell: a name, how much of it is done, and how much there is. A bar for each name."""
     if not sys.stderr.isatty():
         yield lambda what, done, total: None

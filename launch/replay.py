@@ -11,13 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.progress import Told, progress
+from launch.progress import ReportProgress, progress
 
 if TYPE_CHECKING:
-    from trainer.culprit import Culprit
-    from trainer.replayed_step import Part, Replay, Sample
+    from trainer.replayed_step import Replay, Sample, SampleMetrics
+    from trainer.spike_driver import SpikeDriver
 
-PATIENCE_S = 10.0  # between two lines on how far it is, where stderr is no terminal
+PATIENCE_S = 10.0  # between two lines on how far it is, where stderr is not a terminal
 STANDS_OUT = 3  # times the median: the gradient of a sample that is said to drive the step
 
 
@@ -53,24 +53,24 @@ def add_commands(commands: Any) -> None:
 
 
 def replay(arguments: argparse.Namespace) -> int:
-    from trainer import culprit
+    from trainer import spike_driver
     from trainer.errors import ConfigError
-    from trainer.replay import rebuild
+    from trainer.replay import replay_step
     from trainer.tracking.jsonl import dumps
 
-    with _progress() as told:
-        found = rebuild(
+    with _progress() as report:
+        found = replay_step(
             arguments.run_dir,
             arguments.step,
-            told,
+            report,
             plugins=arguments.plugins,
             checkpoint=arguments.checkpoint,
             overrides=arguments.set,
         )
         if arguments.bisect and not found.samples:
             raise ConfigError(f"--bisect: no sample of step {arguments.step} could be read in the run")
-        parts = culprit.parts(found, told, gradients=arguments.bisect)
-        driver = culprit.culprit(found, parts) if arguments.bisect else None
+        parts = spike_driver.measure_samples(found, report, gradients=arguments.bisect)
+        driver = spike_driver.find_driver(found, parts) if arguments.bisect else None
     if arguments.json:
         print(dumps(_object(found, parts, driver)))
         return 0
@@ -83,11 +83,11 @@ def replay(arguments: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _progress() -> Iterator[Told]:
-    """On stderr; where that is no terminal a line at the start and then now and again."""
+def _progress() -> Iterator[ReportProgress]:
+    """On stderr; where that is not a terminal a line at the start and then now and again."""
     if sys.stderr.isatty():
-        with progress() as told:
-            yield told
+        with progress() as report:
+            yield report
         return
     said = 0.0
 
@@ -126,9 +126,9 @@ def _verdict(replay: Replay) -> Iterator[str]:
         yield ledger[replay.in_ledger]
 
 
-def _table(replay: Replay, parts: Sequence[Part], count: int) -> Iterator[str]:
+def _table(replay: Replay, parts: Sequence[SampleMetrics], count: int) -> Iterator[str]:
     """The samples of the largest gradient, where it was measured, else of the highest loss."""
-    from trainer.culprit import size
+    from trainer.spike_driver import size
 
     width = shutil.get_terminal_size((120, 24)).columns
     pairs = sorted(zip(replay.samples, parts, strict=True), key=lambda pair: (-size(pair[1]), -pair[1].loss))
@@ -143,12 +143,12 @@ def _table(replay: Replay, parts: Sequence[Part], count: int) -> Iterator[str]:
         yield f"{'':10}  and {len(pairs) - count} more; --show {len(pairs)} lists all"
 
 
-def _figures(part: Part) -> str:
+def _figures(part: SampleMetrics) -> str:
     return f"{part.loss:>10.4f}" + ("" if part.grad_norm is None else f"{part.grad_norm:>10.4g}")
 
 
-def _driver(replay: Replay, culprit: Culprit) -> Iterator[str]:
-    from trainer.culprit import size
+def _driver(replay: Replay, culprit: SpikeDriver) -> Iterator[str]:
+    from trainer.spike_driver import size
 
     own, usual, norm = size(culprit.part), culprit.median, replay.numbers.grad_norm
     stands_out, without = own >= STANDS_OUT * usual, culprit.without
@@ -166,7 +166,7 @@ def _driver(replay: Replay, culprit: Culprit) -> Iterator[str]:
         yield f"without it the step has norm {without.grad_norm:.4g}, loss {without.loss:.4g} instead of {loss:.4g}"
 
 
-def _object(replay: Replay, parts: Sequence[Part], culprit: Culprit | None) -> dict[str, Any]:
+def _object(replay: Replay, parts: Sequence[SampleMetrics], culprit: SpikeDriver | None) -> dict[str, Any]:
     """What `--json` prints."""
 
     found = culprit and {

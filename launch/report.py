@@ -27,9 +27,9 @@ def report(arguments: argparse.Namespace) -> int:
     """Prints the summary and the report's path.
 
     Raises:
-        ConfigError: RUN_DIR is no run's folder, or a file in it is damaged.
+        ConfigError: RUN_DIR is not a run's folder, or a file in it is damaged.
     """
-    from launch.alive import dead_since, obituary
+    from launch.liveness import dead_since, describe_death
     from launch.sweep import is_sweep
 
     if is_sweep(arguments.run_dir):
@@ -41,7 +41,7 @@ def report(arguments: argparse.Namespace) -> int:
 
     run = load(arguments.run_dir)
     if (since := dead_since(arguments.run_dir)) is not None:
-        run = replace(run, status={**run.status, "state": "dead", "reason": obituary(since)})
+        run = replace(run, status={**run.status, "state": "dead", "reason": describe_death(since)})
     path = write_report(arguments.run_dir, run)
     table = Table(show_header=False, box=None)
     table.add_column(style="dim")

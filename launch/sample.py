@@ -21,12 +21,12 @@ def add_commands(commands: Any) -> None:
 
 def sample(arguments: argparse.Namespace) -> int:
     from trainer import sampling
-    from trainer.config.check import checked
     from trainer.config.schema import Sample
+    from trainer.config.validate import validate_section
 
     config, model, tokenizer = sampling.load_run(arguments.run_dir, arguments.plugins)
     asked = {name: value for name in Sample.model_fields if (value := getattr(arguments, name, None)) is not None}
-    section = checked("sample", Sample, {**config.sample.model_dump(), **asked})
+    section = validate_section("sample", Sample, {**config.sample.model_dump(), **asked})
     config = config.model_copy(update={"sample": section})
     print("\n\n---\n\n".join(sampling.sample(config, model, tokenizer)))
     return 0

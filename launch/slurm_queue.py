@@ -42,7 +42,7 @@ def states(jobs: Sequence[str]) -> dict[str, tuple[str, str]]:
 
 
 def active(jobs: Sequence[str]) -> dict[str, str]:
-    """Those of them that wait or run, and which of it."""
+    """Returns the state of each job that is pending or running."""
     return {name: state for name, (state, _) in states(jobs).items() if state in ACTIVE}
 
 

@@ -63,7 +63,7 @@ def add_commands(commands: Any) -> None:
 
 
 def submit(arguments: argparse.Namespace) -> int:
-    job = composed(arguments.overrides, arguments.config_dir)
+    job = compose_config(arguments.overrides, arguments.config_dir)
     if arguments.print_only:
         print(_script(job, 1), end="")
         return 0
@@ -92,7 +92,7 @@ def submit(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def composed(overrides: list[str], config_dir: str | None) -> Job:
+def compose_config(overrides: list[str], config_dir: str | None) -> Job:
     """The checked configs. Raises ConfigError with all problems."""
     if not any(text.lstrip("+").startswith("launch=") for text in overrides):
         overrides = ["launch=slurm", *overrides]
@@ -126,7 +126,7 @@ def write(job: Job) -> Path:
         for config in job.configs:
             folder = folder_of(config)
             if config.run.fresh and folder.exists():
-                from trainer.folder import set_aside  # late: torch
+                from trainer.run_directory import set_aside  # late: torch
 
                 set_aside(folder)
             (folder / "logs").mkdir(parents=True, exist_ok=True)
@@ -152,7 +152,7 @@ def write(job: Job) -> Path:
             replace_file(files / "changes.diff", prose(diff).encode())
         replace_file(files / "job.sbatch", _script(job, number).encode())
     except Timeout:
-        raise ConfigError(f"run.dir={job.folder}: {locks.taken(job.folder)}; stop it first") from None
+        raise ConfigError(f"run.dir={job.folder}: {locks.is_run_locked(job.folder)}; stop it first") from None
     except OSError as error:
         raise ConfigError(f"run.dir={job.folder}: {locks.refused(error)}; choose another run.dir") from None
     return files / "job.sbatch"
@@ -177,18 +177,18 @@ def _refuse_twice(job: Job) -> None:
 
 def _look_at_data(config: Config) -> None:
     """Raises ConfigError or DataError for what the ranks would end with, hours later."""
-    from trainer.given import open_given  # late: torch
-    from trainer.inputs import open_shards
-    from trainer.protocol import check_plugins
+    from trainer.plugin_checks import check_plugins
+    from trainer.pretrained import open_pretrained  # late: torch
+    from trainer.run_data import open_shards
     from trainer.topology import ALONE
 
     check_plugins(config)
-    open_given(config, ALONE, open_shards(_glanced_at(config), ALONE).tokenizer)
+    open_pretrained(config, ALONE, open_shards(_glanced_at(config), ALONE).tokenizer)
 
 
 def _glanced_at(config: Config) -> Config:
     """The config with one shard of those that come over the network: all of them are for the nodes to look through."""
-    from trainer.data.spec import expand
+    from trainer.data.shard_spec import expand
     from trainer.data.storage import is_url
 
     def one(spec: Any, key: str) -> Any:

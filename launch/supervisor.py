@@ -28,8 +28,8 @@ import yaml
 from launch import failure
 from onecurve.paths import python
 from trainer.config import Config
-from trainer.config.check import check
 from trainer.config.launch import Local
+from trainer.config.validate import validate
 from trainer.errors import ConfigError
 from trainer.tracking.jsonl import STATUS, read_status
 
@@ -162,8 +162,8 @@ class Supervisor:
         self.folder, self.min_procs = Path(config.run.dir).expanduser(), min(procs, self.launch.min_procs or procs)
         self.budget, self.requests = Budget(self.launch.restarts), Requests()
         self.strikes = dict.fromkeys(range(procs), 0)
-        self.restart, self.life, self.told = 0, "", False
-        self.born, self.began = time.monotonic(), time.time()
+        self.restart, self.life, self.has_reported = 0, "", False
+        self.started_at, self.began = time.monotonic(), time.time()
         self.ranks = Ranks(procs)
         # Composed once: each life has the same config, whatever becomes of its files. Nothing of it is left behind.
         self._composed = os.memfd_create("onecurve-config")
@@ -208,7 +208,7 @@ class Supervisor:
         ranks, life, alive = self.ranks, Life(), set(range(len(slots)))
         self.life, self.began = uuid.uuid4().hex, time.time()
         arguments = ["--config", f"/proc/{os.getpid()}/fd/{self._composed}"]
-        ranks.start(arguments, slots, self.restart, {"ONECURVE_LIFE": self.life, "ONECURVE_BORN": str(self.born)})
+        ranks.start(arguments, slots, self.restart, {"ONECURVE_LIFE": self.life, "ONECURVE_BORN": str(self.started_at)})
         began, deadline, killed = time.monotonic(), float("inf"), False
         while alive:
             try:
@@ -292,23 +292,23 @@ class Supervisor:
 
     def _fits(self, procs: int) -> bool:
         with suppress(ConfigError):
-            return bool(check(self.config.with_secrets(), procs))
+            return bool(validate(self.config.with_secrets(), procs))
         return False
 
     def _what_failed(self, life: Life) -> str:
         if told := self._failure():
             return f"rank {told['rank']} failed at step {told['step']} ({str(told['reason']).splitlines()[0]})"
-        return failure.what_ended([(rank, life.codes[rank]) for rank in life.first])
+        return failure.describe_end([(rank, life.codes[rank]) for rank in life.first])
 
     def _tell(self, life: Life, no_restart: str) -> None:
         """The one block of a failed run."""
-        self.told = True
+        self.has_reported = True
         ended = [(rank, life.codes[rank]) for rank in life.first]
-        print(failure.block(self.folder, self._failure(), ended, no_restart), file=sys.stderr, flush=True)
+        print(failure.failure_block(self.folder, self._failure(), ended, no_restart), file=sys.stderr, flush=True)
 
     def _failure(self) -> dict[str, Any] | None:
         """What a rank of this life told."""
-        from trainer.folder import read_failure  # late: it imports torch, as the ranks do meanwhile
+        from trainer.run_directory import read_failure  # late: it imports torch, as the ranks do meanwhile
 
         told = read_failure(self.folder)
         return told if told and told.get("life") == self.life else None

@@ -75,7 +75,7 @@ def sweep(arguments: argparse.Namespace) -> int:
 
 
 def processes_of(overrides: list[str], config_dir: str | None) -> int:
-    """Of each trial, by what is not swept: as `onecurve train` and `submit` have it."""
+    """Returns the processes of each trial, from the keys that are not swept, as `onecurve train` and `submit` do."""
     try:
         return load_sized(grammar.plain_of(overrides), None, config_dir, otherwise=gpus)[1]
     except ConfigError:  # what is wrong is told with all other problems

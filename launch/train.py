@@ -15,7 +15,7 @@ from filelock import Timeout
 from launch.plan import batch
 from trainer import locks
 from trainer.config import Config
-from trainer.config.compose import load_sized, recipe_told
+from trainer.config.compose import load_sized, recipe_message
 from trainer.errors import ConfigError
 from trainer.secrets import MASK, shown_command
 from trainer.tracking.jsonl import read_status
@@ -34,32 +34,32 @@ def train(arguments: argparse.Namespace) -> int:
     if arguments.procs is not None and arguments.procs < 1:
         raise ConfigError(f"-n {arguments.procs}: at least one process is needed")
     config, procs = load_sized(arguments.overrides, arguments.procs, arguments.config_dir, otherwise=gpus)
-    folder, launch, recipe = Path(config.run.dir).expanduser(), config.launch, recipe_told()
+    folder, launch, recipe = Path(config.run.dir).expanduser(), config.launch, recipe_message()
     if launch.command != "train":
         raise ConfigError(f"launch={launch.name}: `onecurve train` starts processes here; for Slurm: `onecurve submit`")
     from launch.supervisor import Supervisor  # late: torch, and the config's problems should show at once
 
     with Supervisor(config, procs) as supervisor:
-        from trainer.folder import settle
-        from trainer.given import open_given
-        from trainer.inputs import open_shards
-        from trainer.protocol import check_plugins
+        from trainer.plugin_checks import check_plugins
+        from trainer.pretrained import open_pretrained
+        from trainer.run_data import open_shards
+        from trainer.run_directory import write_final_status
         from trainer.topology import ALONE
 
         check_plugins(config)
-        open_given(config, ALONE, open_shards(config, ALONE).tokenizer)
+        open_pretrained(config, ALONE, open_shards(config, ALONE).tokenizer)
         if config.track.console:
             for title, text in [("recipe", recipe), *batch(config, procs), ("folder", str(folder))]:
                 print(f"{title:12}{text}", flush=True)
         code, reason = supervisor.run()
     if code == 0:
         _what_next(config, procs, arguments)
-    elif reason and not supervisor.told and read_status(folder).get("state") in (None, "running"):
+    elif reason and not supervisor.has_reported and read_status(folder).get("state") in (None, "running"):
         print(f"\nonecurve: {reason}", file=sys.stderr)
     if code and folder.is_dir():
         with suppress(Timeout, OSError):  # somebody trains there
             lock = locks.acquire_run(folder)
-            settle(folder, reason or f"a process ended with code {code}", code)
+            write_final_status(folder, reason or f"a process ended with code {code}", code)
             lock.release()
     return code
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from trainer.config import Config, Plugin, Strategy
     from trainer.config.compose import load
     from trainer.config.optim import Optimizer, Schedule
-    from trainer.data.stage import OrderedSamples
+    from trainer.data.ordered_samples import OrderedSamples
     from trainer.errors import ConfigError, DataError, OnecurveError, TrainingError
     from trainer.facts import Facts
     from trainer.models import Model
@@ -34,7 +34,7 @@ _HOMES = {
     "Objective": "trainer.objectives",
     "OnecurveError": "trainer.errors",
     "Optimizer": "trainer.config.optim",
-    "OrderedSamples": "trainer.data.stage",
+    "OrderedSamples": "trainer.data.ordered_samples",
     "Plugin": "trainer.config",
     "Result": "onecurve.running",
     "Schedule": "trainer.config.optim",

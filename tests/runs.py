@@ -17,8 +17,8 @@ import torch
 
 from tests import forks
 from trainer.checkpoint.format import verify
-from trainer.checkpoint.load import Found, read_all
-from trainer.checkpoint.retention import candidates
+from trainer.checkpoint.load import FoundCheckpoint, read_all
+from trainer.checkpoint.retention import complete_checkpoints
 
 # Small enough for seconds, with everything in it: two layers, accumulation possible, all topologies up to 4 divide.
 # The learning rate is one at which the model's gradient is a tame function of its weights: at 0.01 a relative change of
@@ -137,8 +137,8 @@ class Run:
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Every tensor of the newest checkpoint: model, optimizer."""
-        path = candidates(self.folder / "checkpoints")[-1]
-        return read_all(Found(path, verify(path)))
+        path = complete_checkpoints(self.folder / "checkpoints")[-1]
+        return read_all(FoundCheckpoint(path, verify(path)))
 
 
 def descendants(pid: int) -> list[int]:

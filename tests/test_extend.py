@@ -19,7 +19,7 @@ from tests.docs.pages import blocks, write_files
 from trainer.config import Config
 from trainer.config.compose import load
 from trainer.models.factory import without_transforms
-from trainer.protocol import Watched, check_plugins
+from trainer.plugin_checks import CheckedObjective, check_plugins
 from trainer.sampling import with_weights
 
 QUICK = [
@@ -130,7 +130,7 @@ def test_the_recipes_of_the_page_train(folder: Path) -> None:
             "models.frozen={}",
             "models.frozen.teacher: objective=.* needs it: the directory of a run",
         ),
-        ("models.frozen={teacher: runs/none}", "models.frozen.teacher=runs/none: runs/none: is no run's folder"),
+        ("models.frozen={teacher: runs/none}", "models.frozen.teacher=runs/none: runs/none: is not a run's folder"),
         (
             f"models.frozen={{teacher: {result.folder}, other: a}}",
             "models.frozen.other: .* uses no such model",
@@ -145,15 +145,15 @@ def test_the_recipes_of_the_page_train(folder: Path) -> None:
 
 
 WRONG = {
-    "model": ("model", "def initialise(", "def initialize(", "has no method `initialise(name, parameter, generator)`"),
+    "model": ("model", "def initialize(", "def initialize(", "has no method `initialize(name, parameter, generator)`"),
     "forward": ("model", "def forward(", "def call(", "has no method `forward(batch)` of its own"),
     "made": ("model", "config: Config, facts: onecurve.Facts", "config: Config", "should be made of (config, facts)"),
-    "loss": ("objective", "def loss(", "def losses(", "has no method `loss(outputs, batch, totals)` of its own"),
-    "totals": (
+    "loss": ("objective", "def loss(", "def losses(", "has no method `loss(outputs, batch, normalizers)` of its own"),
+    "normalizers": (
         "objective",
-        ", totals: dict[str, Tensor]",
+        ", normalizers: dict[str, Tensor]",
         "",
-        "method `loss` should take (outputs, batch, totals)",
+        "method `loss` should take (outputs, batch, normalizers)",
     ),
     "base": ("objective", "(onecurve.Objective)", "", "should be a subclass of onecurve.Objective"),
     "optimizer": ("optimizer", "(onecurve.Optimizer)", "(onecurve.Plugin)", "its Config has no `lr`"),
@@ -185,13 +185,13 @@ def test_what_a_class_lacks_is_told_before_the_start(what: str, folder: Path) ->
 def test_classes_of_a_second_model_are_looked_at_too(folder: Path) -> None:
     write_files("docs/EXTEND.md", folder)
     (folder / "my_package" / "net.py").write_text(
-        (folder / "my_package" / "net.py").read_text().replace("def initialise(", "def initialize(")
+        (folder / "my_package" / "net.py").read_text().replace("def initialize(", "def initialize(")
     )
     critic = "models.trained.critic.model={name: my_package.net:Net, depth: 2, width: 32}"
     with pytest.raises(onecurve.ConfigError) as caught:
         check_plugins(onecurve.load([*QUICK, critic]))
     start = (
-        "models.trained.critic.model.name=my_package.net:Net: has no method `initialise(name, parameter, generator)`"
+        "models.trained.critic.model.name=my_package.net:Net: has no method `initialize(name, parameter, generator)`"
     )
     assert [problem.partition(" (docs")[0] for problem in caught.value.problems] == [start]
 
@@ -203,7 +203,7 @@ def test_classes_of_a_second_model_are_looked_at_too(folder: Path) -> None:
         ('"accuracy": right', '"lr": right', "`evaluate` names lr, which every row has; rename it"),
         ('"accuracy": right', '"accuracy": outputs', "`evaluate` should return a dict of scalar tensors, .*accuracy"),
         ('{"loss": loss, "accuracy": right}', "loss", "`evaluate` should return .* not a tensor of shape"),
-        ('totals["num_targets"]', 'totals["num_targets"]["x"]', "IndexError"),
+        ('normalizers["num_targets"]', 'normalizers["num_targets"]["x"]', "IndexError"),
         (
             '"num_targets": int(',
             '"targets": int(',
@@ -228,7 +228,7 @@ def test_the_first_results_of_an_objective_are_looked_at() -> None:
     class Goal:
         given: object = None
 
-        def loss(self, outputs, batch, totals):
+        def loss(self, outputs, batch, normalizers):
             return self.given
 
     goal, zero = Goal(), torch.zeros(())
@@ -241,8 +241,8 @@ def test_the_first_results_of_an_objective_are_looked_at() -> None:
     ):
         goal.given = wrong
         with pytest.raises(onecurve.ConfigError, match=told):
-            Watched(goal, "mine:Goal").loss(None, {}, {})  # type: ignore[arg-type]
-    goal.given, watched = (zero, {"loss": zero}), Watched(goal, "mine:Goal")  # type: ignore[arg-type]
+            CheckedObjective(goal, "mine:Goal").loss(None, {}, {})  # type: ignore[arg-type]
+    goal.given, watched = (zero, {"loss": zero}), CheckedObjective(goal, "mine:Goal")  # type: ignore[arg-type]
     assert watched.loss(None, {}, {}) is goal.given
     assert watched.loss == goal.loss  # nothing is between them from then on
 

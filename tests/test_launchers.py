@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from trainer.errors import ConfigError
-from trainer.launchers import MEETING, STANDARD, recognise
+from trainer.launchers import RENDEZVOUS, STANDARD, recognize
 from trainer.nodelist import expand
 
 ROOT = str(Path(__file__).parents[1])
@@ -35,8 +35,8 @@ def variables(text: str) -> dict[str, str]:
     return dict(pair.split("=", 1) for pair in text.split())
 
 
-def recognised(**given: str) -> list[str]:
-    recognise(given)
+def recognized(**given: str) -> list[str]:
+    recognize(given)
     return [given.get(name, "-") for name in STANDARD]
 
 
@@ -53,10 +53,10 @@ def test_names_of_nodes() -> None:
 @pytest.mark.parametrize("name", ON_ONE_NODE)
 def test_one_node(name: str) -> None:
     given = variables(ON_ONE_NODE[name].replace("%d", "29500").format(1))
-    recognise(given)
+    recognize(given)
     local = ["0", "1"] if name == "Kubernetes" else ["1", "2"]  # one process a pod
     assert [given[key] for key in STANDARD] == ["1", "2", *local]
-    assert (MEETING in given) == (name != "Kubernetes")
+    assert (RENDEZVOUS in given) == (name != "Kubernetes")
 
 
 def test_a_step_of_slurm_on_several_nodes() -> None:
@@ -64,29 +64,29 @@ def test_a_step_of_slurm_on_several_nodes() -> None:
         "SLURM_JOB_ID": "4711", "SLURM_STEP_ID": "0", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NODEID": "1",
         "SLURM_STEP_NUM_TASKS": "5", "SLURM_STEP_TASKS_PER_NODE": "2(x2),1", "SLURM_STEP_NODELIST": "n[07-08],m1",
     }  # fmt: skip
-    assert recognised(**step) == ["3", "5", "1", "2"]
+    assert recognized(**step) == ["3", "5", "1", "2"]
     own, other = dict(step), {**step, "SLURM_JOB_ID": "4712"}
     for one in (own, other):
-        recognise(one)
+        recognize(one)
         assert one["MASTER_ADDR"] == "n07"
     assert other["MASTER_PORT"] != own["MASTER_PORT"]
     own = {**step, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "7"}
-    recognise(own)
+    recognize(own)
     assert (own["MASTER_ADDR"], own["MASTER_PORT"]) == ("10.0.0.1", "7")
 
 
 def test_who_is_left_alone() -> None:
     nothing = ["-"] * 4
-    assert recognised() == nothing
-    assert recognised(SLURM_JOB_ID="1", SLURM_PROCID="0", SLURM_NTASKS="16", SLURM_LOCALID="0") == nothing  # batch
-    assert recognised(SLURM_PROCID="0", SLURM_STEP_NUM_TASKS="1") == nothing  # a shell of salloc
-    assert recognised(**{OPEN_MPI["RANK"]: "0", OPEN_MPI["SIZE"]: "1"}) == nothing
+    assert recognized() == nothing
+    assert recognized(SLURM_JOB_ID="1", SLURM_PROCID="0", SLURM_NTASKS="16", SLURM_LOCALID="0") == nothing  # batch
+    assert recognized(SLURM_PROCID="0", SLURM_STEP_NUM_TASKS="1") == nothing  # a shell of salloc
+    assert recognized(**{OPEN_MPI["RANK"]: "0", OPEN_MPI["SIZE"]: "1"}) == nothing
     torchrun = {"TORCHELASTIC_RUN_ID": "x", "RANK": "3", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"}
-    assert recognised(**torchrun) == ["3", "-", "-", "-"]
+    assert recognized(**torchrun) == ["3", "-", "-", "-"]
     by_hand = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    assert recognised(**by_hand) == ["1", "2", "1", "2"]
+    assert recognized(**by_hand) == ["1", "2", "1", "2"]
     trainer_v2 = {"PET_NNODES": "2", "PET_NODE_RANK": "1", "PET_MASTER_ADDR": "a", "PET_MASTER_PORT": "1"}
-    assert recognised(**trainer_v2, PET_NPROC_PER_NODE="auto") == ["1", "2", "0", "1"]
+    assert recognized(**trainer_v2, PET_NPROC_PER_NODE="auto") == ["1", "2", "0", "1"]
 
 
 @pytest.mark.parametrize(
@@ -109,14 +109,14 @@ def test_who_is_left_alone() -> None:
 )
 def test_too_little_or_contradictory(given: dict[str, str], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
-        recognise(dict(given))
+        recognize(dict(given))
 
 
 # `train` is a whole run; the others only meet and add up their ranks.
 MEET = """
 import torch, torch.distributed as dist
-from trainer.launchers import recognise
-recognise()
+from trainer.launchers import recognize
+recognize()
 from trainer.topology import join
 topology = join(60)
 rank = torch.tensor([1 + topology.rank])

@@ -26,7 +26,7 @@ from trainer.config.compose import load
 from trainer.data.storage import cache
 from trainer.data.tools.pack import Options, pack_inputs
 from trainer.errors import ConfigError
-from trainer.folder import RunFolder, set_aside
+from trainer.run_directory import RunDirectory, set_aside
 from trainer.topology import ALONE
 
 ELSEWHERE = {"host": "node-that-broke", "boot": "another", "pid": 4711, "started": "1", "since": 0.0, "id": "x"}
@@ -113,7 +113,7 @@ def test_who_lives_on_another_machine_keeps_it(renewed: Path, run_dir: Path) -> 
     config = load(["experiment=none", "model.layers=1", f"run.dir={run_dir}"])
     expected = rf"process trains in this folder \({renewed}: process 4711 on node-that-broke .*; stop it, or choose"
     with pytest.raises(ConfigError, match=expected):
-        RunFolder(config, lambda _: {}, ALONE, 0.0)
+        RunDirectory(config, lambda _: {}, ALONE, 0.0)
     with pytest.raises(ConfigError, match=f"{renewed}: process 4711"), nobody_trains(run_dir):
         pass
     with pytest.raises(Timeout):
@@ -241,7 +241,7 @@ def test_a_file_system_that_refuses_locks_is_told_as_that(
     (tmp_path / "in.txt").write_text("a\nb\n")
     refuse(monkeypatch, number)
     with pytest.raises(ConfigError, match=rf"run\.dir={tmp_path}/run: {problem}.*; choose another run\.dir"):
-        RunFolder(config, lambda _: {}, ALONE, 0.0)
+        RunDirectory(config, lambda _: {}, ALONE, 0.0)
     with pytest.raises(ConfigError, match=f"out: {problem}"):
         pack_inputs([tmp_path / "in.txt"], tmp_path / "out", Options())
 

@@ -69,7 +69,7 @@ def test_it_is_waited_for_and_told_once(
         "onecurve: waiting for a",
         "onecurve: a is back",
     ]
-    assert not outage.is_on()
+    assert not outage.is_ongoing()
 
 
 def test_what_was_asked_for_before_does_not_say_that_it_is_back(capfd: pytest.CaptureFixture[str]) -> None:
@@ -77,9 +77,9 @@ def test_what_was_asked_for_before_does_not_say_that_it_is_back(capfd: pytest.Ca
     before, failed = (outage.Patience("a", "a", 60, first_s=0.001) for _ in range(2))
     failed.wait("the connection broke")
     before.answered()
-    assert outage.is_on()
+    assert outage.is_ongoing()
     outage.Patience("a", "a", 60).answered()
-    assert not outage.is_on()
+    assert not outage.is_ongoing()
     assert capfd.readouterr().err.count("is back") == 1
 
 
@@ -101,7 +101,7 @@ def test_it_ends_with_a_refusal_that_names_the_file(tmp_path: Path, monkeypatch:
         broken.setattr(os, "stat", failing(os.stat, errno.EIO, 99))
         with pytest.raises(Outage, match="attempts"):
             files.stat_file(tmp_path / "b")
-    assert not outage.is_on()  # or the watchdog would wait with it for ever
+    assert not outage.is_ongoing()  # or the watchdog would wait with it for ever
 
 
 @pytest.mark.parametrize("number", [errno.ENOENT, errno.EIO])
@@ -166,4 +166,4 @@ def test_whatever_comes_after_an_outage_ends_it(ends_with: Exception, monkeypatc
     with pytest.raises(type(ends_with)):
         outage.patiently(lambda: (_ for _ in ()).throw(errors.pop(0)), outage.Patience("a", "a", 60))
     assert not errors
-    assert not outage.is_on()
+    assert not outage.is_ongoing()

@@ -13,8 +13,8 @@ import torch
 from launch.plan import lines
 from launch.planning.gpus import target
 from launch.planning.memory import accountant
+from launch.planning.planned_model import PlannedModel, example, planned_precision, recomputing
 from launch.planning.propose import proposals
-from launch.planning.subject import Subject, example, planned, recomputing
 from tests.runs import TINY
 from trainer.config.compose import load
 from trainer.objectives import NUM_TARGETS
@@ -40,16 +40,16 @@ class Net(torch.nn.Module):
             x = torch.tanh(x) * x + layer.weight_ih_l0.sum() * x
         return self.out(x)
 
-    def initialise(self, name, parameter, generator):
+    def initialize(self, name, parameter, generator):
         parameter.normal_(0.0, 0.02, generator=generator)
 """
 
 
-def subject_of(*overrides: str, procs: int = 1, config_dir: str | None = None) -> Subject:
-    return planned(load([*TINY, *overrides], procs, config_dir), bf16=False)
+def subject_of(*overrides: str, procs: int = 1, config_dir: str | None = None) -> PlannedModel:
+    return planned_precision(load([*TINY, *overrides], procs, config_dir), bf16=False)
 
 
-def kept(subject: Subject, rows: int, recomputed: str) -> int:
+def kept(subject: PlannedModel, rows: int, recomputed: str) -> int:
     """Bytes that a real forward pass keeps for its backward pass, as autograd's hooks see them."""
     model, batch = subject.factory(), {n: v.repeat_interleave(rows, 0) for n, v in example(subject.config).items()}
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers(), *batch.values())}
@@ -84,7 +84,7 @@ def test_a_users_own_model_gets_a_plan(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.syspath_prepend(str(tmp_path))
     own = [text for text in TINY if not text.startswith("model.")]
     config = load(["model=net", "run.plugins=[planned_net]", *own], 2, str(tmp_path))
-    subject = planned(config, bf16=False)
+    subject = planned_precision(config, bf16=False)
     assert not subject.whole.cuttable
     assert subject.whole.whole(3, "none").retained == pytest.approx(kept(subject, 3, "none"), rel=0.001)
     fit, _ = proposals(subject, config, 2, target("h100", None))
@@ -125,7 +125,7 @@ def test_shares_of_fsdp_and_parts_of_the_sum() -> None:
 def test_proposals_are_taken_by_the_check() -> None:
     own = [text for text in TINY if not text.startswith("strategy")]
     config = load([*own, "strategy=pipeline", "strategy.stages=2", "train.micro_batch=12"], 4)  # not one for ddp on 4
-    fit, too_large = proposals(planned(config, bf16=True), config, 4, target("h100", 0.01))
+    fit, too_large = proposals(planned_precision(config, bf16=True), config, 4, target("h100", 0.01))
     assert {"strategy=ddp", "strategy=fsdp"} <= {one.overrides[0] for one in (*fit, *too_large)}
     assert fit
     assert too_large

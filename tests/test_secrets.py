@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import yaml
 
-from launch.submit import composed
+from launch.submit import compose_config
 from launch.sweeps.trials import Sweep, expand
 from tests.tracking.demo_run import demo_run, info
 from trainer.config.compose import load, with_overrides
 from trainer.errors import ConfigError, DataError
-from trainer.folder import _continues
+from trainer.run_directory import _refuse_other_run
 from trainer.secrets import holds_secret, masked, prose, shown, shown_override
-from trainer.tracking import JsonLines, Trackers
+from trainer.tracking import JsonlTracker, Trackers
 from trainer.tracking.jsonl import read
 from trainer.tracking.report import write_report
 
@@ -92,9 +92,9 @@ def test_a_renewed_signature_is_the_same_run(tmp_path: Path) -> None:
     assert before.data.shards != after.data.shards
     for written in (before.resolved(), before.with_secrets()):  # as earlier versions wrote it
         then = {"identity": identity(before), "config": written, "step": 0}
-        assert _continues(then, identity(after), after, tmp_path) == []
+        assert _refuse_other_run(then, identity(after), after, tmp_path) == []
     other = load([*DATA, *SECRET, "data.shards=http://joe:hush@127.0.0.1:8765/other.tar"])
-    (event,) = _continues(then, identity(other), other, tmp_path)
+    (event,) = _refuse_other_run(then, identity(other), other, tmp_path)
     assert list(event["changes"]) == ["data.shards"]
     assert "hush" not in json.dumps(event)
 
@@ -108,7 +108,7 @@ def test_errors_and_events_have_none(tmp_path: Path) -> None:
         )
     assert "hush" not in str(error.value)
     assert len(error.value.problems) >= 3
-    trackers = Trackers(JsonLines(tmp_path))
+    trackers = Trackers(JsonlTracker(tmp_path))
     trackers.start(info(tmp_path))
     trackers.event({"kind": "checkpoint_not_mirrored", "step": 1, "reason": f"cannot reach {ADDRESS}", "key": "a"})
     (event,) = read(tmp_path / "events.jsonl")
@@ -159,7 +159,9 @@ def test_a_job_of_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     from launch.submit import write
 
     monkeypatch.chdir(tmp_path)
-    script = write(composed([*DATA, *SECRET, "launch=slurm", f"run.dir={tmp_path}/run", "train.global_batch=64"], None))
+    script = write(
+        compose_config([*DATA, *SECRET, "launch=slurm", f"run.dir={tmp_path}/run", "train.global_batch=64"], None)
+    )
     with_them = [path for path in (tmp_path / "run").rglob("*") if path.is_file() and b"hush" in path.read_bytes()]
     assert with_them == [script.parent / "config.yaml"]
     assert with_them[0].stat().st_mode & 0o777 == 0o600
@@ -170,7 +172,7 @@ def test_a_job_of_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         "options=['--comment=http://h/a?X-Amz-Signature=hush']",
     ):
         with pytest.raises(ConfigError) as error:
-            composed([*DATA, "launch=slurm", f"launch.{override}"], None)
+            compose_config([*DATA, "launch=slurm", f"launch.{override}"], None)
         assert "export" in str(error.value)
         assert "hush" not in str(error.value)
     assert not holds_secret("curl http://$NAME:$PASSWORD@h/x?version=3")

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 
 from launch import jobs
-from launch.alive import PATIENCE_S, dead_since
+from launch.liveness import PATIENCE_S, dead_since
 from launch.report import report
 from launch.sweeps.summary import outcome
 from launch.sweeps.trials import Trial
 from trainer import locks
-from trainer.processes import ATTEMPT, tell_attempt
+from trainer.processes import ATTEMPT, record_attempt
 
 HOLDER = """
 import sys, time
@@ -106,7 +106,7 @@ def test_a_run_that_gave_a_sign_or_has_its_lock_lives(run: Path, capsys: pytest.
 
 def test_an_attempt_that_has_no_lock_yet_lives(run: Path) -> None:
     (run / "config.yaml").touch()
-    tell_attempt(run)
+    record_attempt(run)
     silent(run)
     assert dead_since(run) is None
     told = json.loads((run / ATTEMPT).read_text())

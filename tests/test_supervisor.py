@@ -1,4 +1,4 @@
-"""The supervisor's judgement: who pays for a restart, and when there is none."""
+"""The supervisor's judgment: who pays for a restart, and when there is none."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from tests.exported import LLAMA, config_of, shaken
 from tests.tracking.demo_run import demo_run
 from trainer import run, sampling
 from trainer.data.tokenizer import ByteTokenizer
-from trainer.processes import print_anywhere
+from trainer.processes import make_printing_safe
 
 
 @pytest.fixture
@@ -64,12 +64,12 @@ def test_the_report_is_written_before_anything_is_printed(run_dir: Path, monkeyp
         run._show(config, run_dir, ByteTokenizer(), shaken(config))
     assert "caf" in (run_dir / "samples.txt").read_text()
     assert (run_dir / "report.html").exists()
-    print_anywhere()
+    make_printing_safe()
     run._show(config, run_dir, ByteTokenizer(), shaken(config))
 
 
 def test_a_prompt_of_another_encoding() -> None:
-    """As Python reads a command line under LC_ALL=C: bytes that are no ASCII are half of surrogates."""
+    """As Python reads a command line under LC_ALL=C: bytes that are not ASCII are half of surrogates."""
     config = config_of(*LLAMA, "sample.tokens=1", "sample.count=1")
     prompt = "caf\u00e9".encode().decode("ascii", "surrogateescape")
     config = config.model_copy(update={"sample": config.sample.model_copy(update={"prompt": prompt})})

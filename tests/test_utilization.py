@@ -12,7 +12,7 @@ import torch.multiprocessing
 
 from trainer import hardware
 from trainer.config.compose import load
-from trainer.data.batches import Batches
+from trainer.data.batch_sizes import Batches
 from trainer.data.tokenizer import ByteTokenizer
 from trainer.models import ModelFactory
 from trainer.models.factory import model_factory

@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Sequence
 
 from onecurve.paths import put_working_folder_last
-from trainer.processes import die_with_parent, print_anywhere
+from trainer.processes import die_with_parent, make_printing_safe
 from trainer.secrets import hide_arguments, prose, shown_override
 
 BORN = time.monotonic()
@@ -23,7 +23,7 @@ BORN = time.monotonic()
 def main() -> None:
     """The entry of every rank. Exits with the code of the contract."""
     put_working_folder_last()
-    print_anywhere()
+    make_printing_safe()
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun, killed, would leave us behind
         die_with_parent()
     arguments = sys.argv[1:]
@@ -31,14 +31,15 @@ def main() -> None:
     sys.exit(guarded(arguments, BORN))
 
 
-def guarded(arguments: Sequence[str], born: float) -> int:
-    """Runs a command line; an expected end becomes one block of text and an exit code. `born`: `time.monotonic()`."""
+def guarded(arguments: Sequence[str], started_at: float) -> int:
+    """Runs a command line; an expected end becomes one block of text and an exit code. `started_at`:
+    `time.monotonic()`."""
     from trainer.errors import OnecurveError
-    from trainer.launchers import recognise
+    from trainer.launchers import recognize
 
     try:
-        recognise()
-        command(arguments, born)
+        recognize()
+        command(arguments, started_at)
     except OnecurveError as error:
         tell(error)
         if not error.recorded and (file := os.environ.get("ONECURVE_REFUSED")) and error.exit_code in (2, 3):
@@ -51,7 +52,7 @@ def guarded(arguments: Sequence[str], born: float) -> int:
     return 0
 
 
-def command(arguments: Sequence[str], born: float) -> None:
+def command(arguments: Sequence[str], started_at: float) -> None:
     """Plain overrides (and `--config-dir`) train, as does `--config` with a config that a launcher has composed; any
     other option is Hydra's command line."""
     from trainer.config.compose import load, load_composed
@@ -67,7 +68,7 @@ def command(arguments: Sequence[str], born: float) -> None:
             raise ConfigError(
                 f"--config {composed}: is a whole config; leave out {' '.join(map(shown_override, more))}"
             )
-        run(load_composed(composed, world_size()), born)
+        run(load_composed(composed, world_size()), started_at)
     elif any(argument in ("--help", "-h") for argument in rest):
         from trainer.config.reference import help_text
 
@@ -75,11 +76,11 @@ def command(arguments: Sequence[str], born: float) -> None:
     elif any(argument.startswith("-") for argument in rest):
         from trainer.config.hydra_cli import hydra_command
 
-        hydra_command(arguments, born, tell)
+        hydra_command(arguments, started_at, tell)
     else:
         from trainer.run import run
 
-        run(load(rest, world_size(), config_dir), born)
+        run(load(rest, world_size(), config_dir), started_at)
 
 
 def tell(error: Exception) -> None:

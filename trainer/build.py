@@ -12,42 +12,42 @@ from trainer.checkpoint.save import Saver
 from trainer.config import Config
 from trainer.config.interval import Interval
 from trainer.files import replace_file
-from trainer.folder import CHECKPOINTS, Identity, RunFolder
-from trainer.inputs import Inputs
 from trainer.job import Job
 from trainer.models import Fill
 from trainer.models.factory import model_factory
 from trainer.optim.build import build_schedule
 from trainer.randomness import key
 from trainer.resilience.build import agreed, build_resilience
-from trainer.resilience.timeledger import TimeLedger
+from trainer.resilience.time_ledger import TimeLedger
 from trainer.resilience.watchdog import Activity, Watchdog
+from trainer.run_data import RunData
+from trainer.run_directory import CHECKPOINTS, Identity, RunDirectory
 from trainer.run_models import RunModels
 from trainer.step import MAIN
 from trainer.strategies.base import Strategy
 from trainer.strategies.build import build_strategy
 from trainer.topology import Topology
-from trainer.tracking.build import build_journal
-from trainer.tracking.disk import Disk
+from trainer.tracking.build import build_logger
+from trainer.tracking.run_files import RunFiles
 from trainer.utilization import Meter
 
 
 def build(
     config: Config,
     topology: Topology,
-    inputs: Inputs,
-    folder: RunFolder,
+    run_data: RunData,
+    folder: RunDirectory,
     identity: Identity,
-    disk: Disk,
+    run_files: RunFiles,
     clock: TimeLedger,
     watchdog: Watchdog,
-    given: Fill | None = None,
+    pretrained: Fill | None = None,
     frozen: Mapping[str, Strategy] | None = None,
 ) -> Job:
-    """Everything the loop talks to. `given`: weights that a run which has no checkpoint yet starts with; `frozen`:
+    """Everything the loop talks to. `pretrained`: weights that a run which has no checkpoint yet starts with; `frozen`:
     models that are only asked."""
     checkpoint = config.checkpoint
-    strategy = build_strategy(config, topology, inputs, given, loaded=folder.found is not None)
+    strategy = build_strategy(config, topology, run_data, pretrained, loaded=folder.found is not None)
     if topology.is_main:
         for name, content in getattr(strategy, "files", {}).items():  # what it made of the config, to be looked at
             replace_file(folder.path / name, json.dumps(content, indent=2).encode())
@@ -59,39 +59,42 @@ def build(
         overrun=checkpoint.overrun,
         mirror=folder.mirror,
     )
-    watchdog.activities.append(Activity(saver.saving, lambda _: list(saver.took), "checkpoint"))
+    watchdog.activities.append(Activity(saver.saving, lambda _: list(saver.durations), "checkpoint"))
     return Job(
         config=config,
         topology=topology,
-        models=RunModels(strategy, build_trained(config, topology, inputs, folder.found is not None), frozen),
-        schedules={name: build_schedule(of_model) for name, of_model in {MAIN: config, **trained(config)}.items()},
-        stream=agreed(inputs.stream, topology),
-        validation=inputs.validation,
+        models=RunModels(strategy, build_trained(config, topology, run_data, folder.found is not None), frozen),
+        schedules={
+            name: build_schedule(of_model) for name, of_model in {MAIN: config, **trained_configs(config)}.items()
+        },
+        stream=agreed(run_data.stream, topology),
+        validation=run_data.validation,
         saver=saver,
-        journal=build_journal(config, topology, disk),
-        resilience=build_resilience(config, topology, folder, disk),
+        logger=build_logger(config, topology, run_files),
+        resilience=build_resilience(config, topology, folder, run_files),
         meter=Meter(
             topology,
-            inputs.stream.share.batches,
-            model_factory(config, inputs.tokenizer, inputs.stream.share.example),
+            run_data.stream.share.batches,
+            model_factory(config, run_data.tokenizer, run_data.stream.share.example),
         ),
         clock=clock,
         folder=folder,
         identity=identity,
-        born=float(os.environ.get("ONECURVE_BORN", clock.born)),
+        started_at=float(os.environ.get("ONECURVE_BORN", clock.started_at)),
         time_limit=Interval.parse(config.launch.time_limit or 0).amount or math.inf,
     )
 
 
-def build_trained(config: Config, topology: Topology, inputs: Inputs, loaded: bool) -> dict[str, Strategy]:
+def build_trained(config: Config, topology: Topology, run_data: RunData, loaded: bool) -> dict[str, Strategy]:
     """The models that are trained beside the run's own, each under a strategy of its own of the same kind."""
     return {
-        name: build_strategy(of_model, topology, inputs, loaded=loaded) for name, of_model in trained(config).items()
+        name: build_strategy(of_model, topology, run_data, loaded=loaded)
+        for name, of_model in trained_configs(config).items()
     }
 
 
-def trained(config: Config) -> dict[str, Config]:
-    """Of each model that is trained beside the run's own the config, as if it were the run's."""
+def trained_configs(config: Config) -> dict[str, Config]:
+    """Returns the config of each further trained model, as if it were the run's own."""
     return {
         name: config.model_copy(
             update={

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
-from trainer.checkpoint.load import read
+from trainer.checkpoint.load import read_state
 from trainer.errors import ConfigError
 from trainer.evaluation import Evaluation
 from trainer.export import checkpoint
-from trainer.given import base_of
-from trainer.inputs import DATASETS, open_inputs, open_shards
 from trainer.machine import check_machine
+from trainer.pretrained import base_of
+from trainer.run_data import DATASETS, open_run_data, open_shards
 from trainer.sampling import open_run
 from trainer.strategies.build import build_strategy
 from trainer.topology import ALONE
@@ -42,11 +42,11 @@ def evaluate_run(
     device = torch.device("cuda", 0) if torch.cuda.is_available() else ALONE.device
     topology = replace(ALONE, device=device)
     check_machine(config, device)
-    inputs = open_inputs(config, topology, open_shards(config, topology))
+    inputs = open_run_data(config, topology, open_shards(config, topology))
     if inputs.validation is None:
         raise ConfigError(f"{folder}: the run has no held-out data; add data.validation=...")
     strategy = build_strategy(config, topology, inputs, base_of(config, inputs.tokenizer, found), loaded=True)
-    read(found, {name: tensor for name, tensor in strategy.state().items() if name.startswith("model/")})
+    read_state(found, {name: tensor for name, tensor in strategy.state().items() if name.startswith("model/")})
     evaluation = Evaluation(strategy)
     with closing(inputs.validation.batches()) as batches:
         for number, batch in enumerate(batches, 1):

@@ -10,54 +10,54 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trainer.checkpoint.format import Damaged, Stored, folder_name, read_index, verify
-from trainer.checkpoint.load import Found, newest, read
-from trainer.checkpoint.pieces import DTYPES
-from trainer.checkpoint.retention import candidates, step_of
+from trainer.checkpoint.format import DamagedCheckpoint, StoredTensor, folder_name, read_index, verify
+from trainer.checkpoint.load import FoundCheckpoint, find_newest, read_state
+from trainer.checkpoint.retention import complete_checkpoints, step_of
+from trainer.checkpoint.state import DTYPES
 from trainer.config import Config
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError
 from trainer.files import replace_file
-from trainer.folder import CHECKPOINTS
-from trainer.given import base_of
 from trainer.models.factory import model_factory, without_transforms
 from trainer.models.family import Family
-from trainer.models.pretrained import CONFIG, TOKENIZER, TOKENIZER_CONFIG, Files, for_export
-from trainer.models.weight_files import Later, write_folder
+from trainer.models.pretrained_files import CONFIG, TOKENIZER, TOKENIZER_CONFIG, Files, export_files
+from trainer.models.weight_files import LazyTensor, write_folder
 from trainer.patches import without_values
+from trainer.pretrained import base_of
+from trainer.run_directory import CHECKPOINTS
 from trainer.transforms import apply, undone
 from trainer.transforms.build import build_transforms
 
 EMA, EMA_WEIGHT = "optimizer/ema/", "optimizer/ema_weight/"
 
 
-def checkpoint(folder: Path, step: int | None) -> Found:
+def checkpoint(folder: Path, step: int | None) -> FoundCheckpoint:
     """The newest one of a run's folder, or that of `step`. Raises ConfigError if it is not there, or not whole."""
     if step is None:
-        found, _ = newest(folder / CHECKPOINTS, set_aside=False)
+        found, _ = find_newest(folder / CHECKPOINTS, set_aside=False)
         if found is None:
             raise ConfigError(f"{folder}: has no checkpoint yet")
         return found
     path = folder / CHECKPOINTS / folder_name(step)
     if not path.is_dir():
-        there = ", ".join(str(step_of(path)) for path in candidates(folder / CHECKPOINTS))
+        there = ", ".join(str(step_of(path)) for path in complete_checkpoints(folder / CHECKPOINTS))
         raise ConfigError(f"--step {step}: {folder} has no checkpoint of it; there are: {there or 'none'}")
     try:
-        return Found(path, verify(path))
-    except (Damaged, OSError) as error:
+        return FoundCheckpoint(path, verify(path))
+    except (DamagedCheckpoint, OSError) as error:
         raise ConfigError(f"--step {step}: {path} is not whole: {error}") from None
 
 
 class Plain:
     """The run's model without its transforms, of which no parameter has a value yet."""
 
-    def __init__(self, config: Config, tokenizer: Tokenizer, found: Found):
+    def __init__(self, config: Config, tokenizer: Tokenizer, found: FoundCheckpoint):
         self.transforms = build_transforms(config)
         with without_values():
             self.model = model_factory(without_transforms(config), tokenizer).build()
             apply(self.transforms, self.model)
         self.not_saved: frozenset[str] = getattr(self.model, "not_saved", frozenset())
-        self.factory = model_factory(config, tokenizer, given=base_of(config, tokenizer, found))
+        self.factory = model_factory(config, tokenizer, pretrained=base_of(config, tokenizer, found))
 
     def held(self, name: str) -> Tensor:
         """A parameter that the checkpoint leaves out, on the meta device."""
@@ -72,13 +72,13 @@ class Weights:
     """The parameters in a checkpoint, or their averages (`ema`), converted to `dtype` if one is given. `plain`: where
     the run has transforms, which are merged into them."""
 
-    found: Found
+    found: FoundCheckpoint
     ema: bool = False
     dtype: torch.dtype | None = None
     plain: Plain | None = None
 
-    def tensors(self, family: Family | None = None) -> dict[str, Later]:
-        """By name, none of them read yet; as transformers has them if a family is given."""
+    def tensors(self, family: Family | None = None) -> dict[str, LazyTensor]:
+        """Returns the tensors by name, none of them read yet; in transformers' form if `family` is passed."""
         stored = read_index(self.found.path, self.found.manifest)
         names = [name.removeprefix("model/") for name in stored if name.startswith("model/")]
         if self.ema and not any(f"{EMA}{name}" in stored for name in names):
@@ -89,7 +89,7 @@ class Weights:
         made = (self._tensor(name, stored, family or Family(None)) for name in names)
         return dict(tensor for tensor in made if tensor is not None)
 
-    def _tensor(self, name: str, stored: dict[str, Stored], family: Family) -> tuple[str, Later] | None:
+    def _tensor(self, name: str, stored: dict[str, StoredTensor], family: Family) -> tuple[str, LazyTensor] | None:
         changes = self.plain.transforms if self.plain else []
         held = undone(changes, name, lambda other: self._held(other, stored))
         if held is None:
@@ -101,34 +101,34 @@ class Weights:
             assert value is not None
             return family.theirs(name, value).to(dtype).contiguous()
 
-        return family.name(name), Later(dtype, tuple(family.theirs(name, held).shape), make)
+        return family.name(name), LazyTensor(dtype, tuple(family.theirs(name, held).shape), make)
 
-    def _held(self, name: str, stored: dict[str, Stored]) -> Tensor:
+    def _held(self, name: str, stored: dict[str, StoredTensor]) -> Tensor:
         """What `_value` returns, on the meta device."""
         if self.plain and name in self.plain.not_saved:
             return self.plain.held(name)
         source = self._source(name, stored)
         return torch.empty(stored[source].shape, dtype=DTYPES[stored[source].dtype], device="meta")
 
-    def _value(self, name: str, stored: dict[str, Stored]) -> Tensor:
+    def _value(self, name: str, stored: dict[str, StoredTensor]) -> Tensor:
         if self.plain and name in self.plain.not_saved:
             return self.plain.value(name)
         source = self._source(name, stored)
         value = self._read(source, stored)
         return self._averaged(name, value, stored) if source.startswith(EMA) else value
 
-    def _source(self, name: str, stored: dict[str, Stored]) -> str:
+    def _source(self, name: str, stored: dict[str, StoredTensor]) -> str:
         averaged = self.ema and f"{EMA}{name}" in stored  # a buffer has none
         return f"{EMA}{name}" if averaged else f"model/{name}"
 
-    def _averaged(self, name: str, average: Tensor, stored: dict[str, Stored]) -> Tensor:
+    def _averaged(self, name: str, average: Tensor, stored: dict[str, StoredTensor]) -> Tensor:
         """The average of a parameter; of one that no step has updated, what it is."""
         source = f"{EMA_WEIGHT}{name}"
         if not average.any() and source in stored and not self._read(source, stored):
             return self._read(f"model/{name}", stored)
         return average / self._ema_weight(name, stored)
 
-    def _ema_weight(self, name: str, stored: dict[str, Stored]) -> Tensor:
+    def _ema_weight(self, name: str, stored: dict[str, StoredTensor]) -> Tensor:
         """What an average has of the weights so far: it began as 0."""
         source = f"{EMA_WEIGHT}{name}"
         weight = self._read(source, stored) if source in stored else torch.zeros(())
@@ -136,14 +136,14 @@ class Weights:
             raise ConfigError(f"--ema: {self.found.path} does not tell how far the average of {name} has come")
         return weight
 
-    def _read(self, name: str, stored: dict[str, Stored]) -> Tensor:
+    def _read(self, name: str, stored: dict[str, StoredTensor]) -> Tensor:
         value = torch.empty(stored[name].shape, dtype=DTYPES[stored[name].dtype])
-        read(self.found, {name: value})
+        read_state(self.found, {name: value})
         return value
 
 
 def to_transformers(
-    folder: Path, tensors: dict[str, Later], family: Family, largest: int, run: Path, base: Files
+    folder: Path, tensors: dict[str, LazyTensor], family: Family, largest: int, run: Path, base: Files
 ) -> None:
     """A folder that `from_pretrained` of transformers loads, with the tokenizer of the run's folder. `base`: what lies
     beside the weights that the run started with."""
@@ -160,7 +160,7 @@ def _beside(family: Family, run: Path, base: Files) -> dict[str, bytes]:
         # As it is: by the kind of the model transformers would take one of its own making for it.
         found[TOKENIZER_CONFIG] = json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}).encode()
     end = family.config.eos_token_id
-    found |= for_export(base, family.config, found.get(TOKENIZER))
+    found |= export_files(base, family.config, found.get(TOKENIZER))
     if (told := run / TOKENIZER_CONFIG).exists():  # documents ended with a token that is not the usual one
         found[TOKENIZER_CONFIG] = json.dumps(
             json.loads(found[TOKENIZER_CONFIG]) | json.loads(told.read_bytes())
@@ -171,5 +171,5 @@ def _beside(family: Family, run: Path, base: Files) -> dict[str, bytes]:
     return found | {CONFIG: family.config.to_json_string().encode()}
 
 
-def numbers(tensors: dict[str, Later]) -> int:
+def numbers(tensors: dict[str, LazyTensor]) -> int:
     return sum(prod(tensor.shape) for tensor in tensors.values())

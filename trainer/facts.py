@@ -28,7 +28,7 @@ class Facts:
     steps: int
     """`train.steps`."""
     tokenizer: Tokenizer | None = None
-    """That of the data; `token_bytes` and `token_chars` say how much text each token stands for."""
+    """The data's tokenizer; `token_bytes` and `token_chars` say how much text each token stands for."""
     read_example: Callable[[], dict[str, Tensor]] | None = None
 
     @classmethod

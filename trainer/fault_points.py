@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from trainer.checkpoint.pieces import Fragment, State, values
+from trainer.checkpoint.state import FlatShard, State, local_values
 from trainer.config.faults import Fault
 
 DONE = "logs/faults"  # of a run's folder: what was done already, a file each
@@ -35,7 +35,7 @@ class Provoked(RuntimeError):
 
 
 def arm(faults: Sequence[str], folder: Path, rank: int) -> None:
-    """From now on these happen in this process, but for those that this run has seen already."""
+    """Arms these faults in this process, except those that already happened in this run."""
     global _context
     _armed.clear()
     _passed.clear()
@@ -109,6 +109,6 @@ def _flipped(value: Tensor) -> Tensor:
     return value[0]
 
 
-def _local(tensor: Tensor | Fragment) -> Tensor:
-    held = values(tensor)
+def _local(tensor: Tensor | FlatShard) -> Tensor:
+    held = local_values(tensor)
     return held.to_local() if isinstance(held, DTensor) else held

@@ -34,7 +34,7 @@ def with_file(path: Path | str, use: Callable[[BinaryIO], T]) -> T:
 
 
 def stat_file(path: Path | str) -> os.stat_result:
-    """As `with_file`, without opening it."""
+    """Returns the status of a file, waiting for its storage as `with_file` does."""
     return patiently(lambda: os.stat(path), Patience(str(path), str(path)))
 
 

@@ -13,32 +13,33 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trainer.checkpoint.load import Found, newest, read
+from trainer.checkpoint.load import FoundCheckpoint, find_newest, read_state
 from trainer.config import Config
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError
-from trainer.folder import CHECKPOINTS
-from trainer.given import base_of
-from trainer.inputs import Inputs
 from trainer.models.factory import model_factory, not_saved
+from trainer.pretrained import base_of
+from trainer.run_data import RunData
+from trainer.run_directory import CHECKPOINTS
 from trainer.sampling import open_run
 from trainer.strategies.base import Strategy
-from trainer.strategies.buffers import persistent
+from trainer.strategies.buffers import persistent_buffers
 from trainer.strategies.build import strategy_for
 from trainer.topology import Topology
 
 
 @dataclass(frozen=True)
-class Frozen:
+class FrozenModel:
     """A model of another run, as its newest checkpoint has it."""
 
     config: Config
     tokenizer: Tokenizer
-    found: Found
+    found: FoundCheckpoint
 
     @property
     def fingerprint(self) -> str:
-        """Of the checksums of the checkpoint's files: what its manifest says besides may be added to later."""
+        """Returns a fingerprint of the checksums of the checkpoint's files; other manifest fields may be amended
+        later."""
         files = json.dumps(self.found.manifest["files"], sort_keys=True)
         return blake2b(files.encode(), digest_size=16).hexdigest()
 
@@ -46,15 +47,15 @@ class Frozen:
     def not_saved(self) -> frozenset[str]:
         return not_saved(self.config, self.tokenizer)
 
-    def initialise(self, name: str, value: Tensor, _generator: torch.Generator) -> bool:
+    def initialize(self, name: str, value: Tensor, _generator: torch.Generator) -> bool:
         """Reads the value of a parameter, if it is one that checkpoints hold."""
         if name in self.not_saved:
             return False
-        read(self.found, {f"model/{name}": value})
+        read_state(self.found, {f"model/{name}": value})
         return True
 
 
-def open_frozen(config: Config, topology: Topology, tokenizer: Tokenizer) -> dict[str, Frozen]:
+def open_frozen(config: Config, topology: Topology, tokenizer: Tokenizer) -> dict[str, FrozenModel]:
     """Finds the models that the objective asks for, in the runs that `models.frozen` names. All ranks call it.
 
     Raises ConfigError for one that has no checkpoint, or whose tokens are others.
@@ -63,7 +64,7 @@ def open_frozen(config: Config, topology: Topology, tokenizer: Tokenizer) -> dic
     return {name: _open(name, Path(given[name]).expanduser(), config, topology, tokenizer) for name in sorted(given)}
 
 
-def _open(name: str, run_dir: Path, config: Config, topology: Topology, tokenizer: Tokenizer) -> Frozen:
+def _open(name: str, run_dir: Path, config: Config, topology: Topology, tokenizer: Tokenizer) -> FrozenModel:
     key = f"models.frozen.{name}={run_dir}"
     if not config.models.frozen[name]:
         raise ConfigError(f"models.frozen.{name}: should be the directory of a run")
@@ -73,26 +74,26 @@ def _open(name: str, run_dir: Path, config: Config, topology: Topology, tokenize
         raise ConfigError([f"{key}: {problem}" for problem in error.problems]) from None
     if theirs.fingerprint != tokenizer.fingerprint:
         raise ConfigError(f"{key}: has another tokenizer than this run, so its tokens mean something else")
-    found, _ = newest(run_dir / CHECKPOINTS, topology, set_aside=False)
+    found, _ = find_newest(run_dir / CHECKPOINTS, topology, set_aside=False)
     if found is None:
         raise ConfigError(f"{key}: has no checkpoint yet")
-    return Frozen(of_run, theirs, found)
+    return FrozenModel(of_run, theirs, found)
 
 
 def build_frozen(
-    config: Config, topology: Topology, inputs: Inputs, models: Mapping[str, Frozen]
+    config: Config, topology: Topology, run_data: RunData, models: Mapping[str, FrozenModel]
 ) -> dict[str, Strategy]:
     """Returns the models on their devices, in evaluation mode, without gradients."""
-    return {name: _build(config, topology, inputs, frozen) for name, frozen in models.items()}
+    return {name: _build(config, topology, run_data, frozen) for name, frozen in models.items()}
 
 
-def _build(config: Config, topology: Topology, inputs: Inputs, frozen: Frozen) -> Strategy:
-    strategy = strategy_for(config, topology, inputs, frozen=True)
+def _build(config: Config, topology: Topology, run_data: RunData, frozen: FrozenModel) -> Strategy:
+    strategy = strategy_for(config, topology, run_data, frozen=True)
     theirs = frozen.config.model_copy(update={"precision": config.precision})
     base = base_of(frozen.config, frozen.tokenizer, frozen.found)
-    factory = model_factory(theirs, frozen.tokenizer, inputs.stream.share.example, base)
-    build, first = factory.build, [frozen.initialise, *factory.first]
+    factory = model_factory(theirs, frozen.tokenizer, run_data.stream.share.example, base)
+    build, first = factory.build, [frozen.initialize, *factory.first]
     strategy.setup(replace(factory, build=lambda: build().requires_grad_(False), first=first), None)
-    buffers = persistent(strategy.model)
-    read(frozen.found, {f"model/{name}": buffer for name, buffer in buffers.items()})
+    buffers = persistent_buffers(strategy.model)
+    read_state(frozen.found, {f"model/{name}": buffer for name, buffer in buffers.items()})
     return strategy

@@ -9,15 +9,15 @@ from trainer.checkpoint.save import Saver
 from trainer.config import Config
 from trainer.data.stream import Stream
 from trainer.data.validation import Validation
-from trainer.folder import Identity, RunFolder
 from trainer.optim.schedule import Schedule
-from trainer.resilience.agreement import AgreedStream
+from trainer.resilience.agreed_stream import AgreedStream
 from trainer.resilience.build import Resilience
-from trainer.resilience.timeledger import TimeLedger
+from trainer.resilience.time_ledger import TimeLedger
+from trainer.run_directory import Identity, RunDirectory
 from trainer.run_models import RunModels
 from trainer.strategies.base import Strategy
 from trainer.topology import Topology
-from trainer.tracking.journal import Journal
+from trainer.tracking.run_logger import RunLogger
 from trainer.utilization import Meter
 
 
@@ -41,23 +41,23 @@ class Job:
     stream: Stream | AgreedStream
     validation: Validation | None
     saver: Saver
-    journal: Journal
+    logger: RunLogger
     resilience: Resilience
     meter: Meter
     clock: TimeLedger
-    folder: RunFolder
+    folder: RunDirectory
     identity: Identity  # goes into each checkpoint's manifest
-    born: float  # `time.monotonic()` of the start; of the launcher, where it restarts the run
+    started_at: float  # `time.monotonic()` of the start; of the launcher, where it restarts the run
     time_limit: float  # seconds since then; then the run stops as if it was asked to
     closed: bool = False
 
     @property
     def strategy(self) -> Strategy:
-        """That of the run's own model."""
+        """Returns the strategy of the run's own model."""
         return self.models.main
 
     def close(self) -> None:
-        """Ends threads and lets go of the process group; once."""
+        """Ends threads and leaves the process group; only once."""
         if self.closed:
             return
         self.closed = True

@@ -17,7 +17,7 @@ from trainer.nodelist import expand
 
 Environment = MutableMapping[str, str]
 STANDARD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-MEETING = "ONECURVE_MEETING"  # the key of a file in which the processes of one node meet: nothing listens
+RENDEZVOUS = "ONECURVE_MEETING"  # the key of a file in which the processes of one node meet: nothing listens
 FIRST_PORT, PORTS = 15_000, 15_000  # below those that systems give away
 
 
@@ -56,13 +56,13 @@ LAUNCHERS = (
 )  # fmt: skip
 
 
-def recognise(environment: Environment = os.environ) -> None:
+def recognize(environment: Environment = os.environ) -> None:
     """Sets the standard variables where the launcher has others. Nothing is changed under torchrun or `onecurve train`,
     nor in a process that is alone.
 
     Raises ConfigError: they contradict each other, or do not say enough.
     """
-    if any(name in environment for name in ("TORCHELASTIC_RUN_ID", "ONECURVE_STORE", MEETING)):
+    if any(name in environment for name in ("TORCHELASTIC_RUN_ID", "ONECURVE_STORE", RENDEZVOUS)):
         return
     told = dict(environment) | _of_slurm(environment) | _of_kubernetes(environment)
     found = next((one for one in LAUNCHERS if one.by in environment and _several(one, told)), None)
@@ -78,10 +78,10 @@ def recognise(environment: Environment = os.environ) -> None:
 
 def are_by_hand(environment: Environment = os.environ) -> bool:
     """Returns whether RANK is set, but by no launcher that is known: it may be left over, and no other process come."""
-    return "RANK" in environment and to_unset(environment) == list(STANDARD[:2])
+    return "RANK" in environment and variables_to_unset(environment) == list(STANDARD[:2])
 
 
-def to_unset(environment: Environment = os.environ) -> list[str]:
+def variables_to_unset(environment: Environment = os.environ) -> list[str]:
     """Returns the variables without which a process is alone; none under torchrun and `onecurve train`, which start
     all that they speak of."""
     if any(name in environment for name in ("TORCHELASTIC_RUN_ID", "ONECURVE_STORE")):
@@ -108,7 +108,7 @@ def _given(environment: Environment, found: Launcher | None) -> None:
     environment.setdefault("LOCAL_WORLD_SIZE", str(size if here else 1))
     _checked("RANK", environment)
     if size > 1:
-        _meet(environment, "the launcher", "set {0}", "RANK")
+        _set_rendezvous(environment, "the launcher", "set {0}", "RANK")
 
 
 def _translated(launcher: Launcher, told: Environment, environment: Environment) -> None:
@@ -130,15 +130,15 @@ def _translated(launcher: Launcher, told: Environment, environment: Environment)
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if name in told:
             environment.setdefault(name, told[name])
-    _meet(environment, launcher.name, launcher.give, launcher.variables[0])
+    _set_rendezvous(environment, launcher.name, launcher.give, launcher.variables[0])
 
 
-def _meet(environment: Environment, name: str, give: str, variable: str) -> None:
+def _set_rendezvous(environment: Environment, name: str, give: str, variable: str) -> None:
     there = [key in environment for key in ("MASTER_ADDR", "MASTER_PORT")]
     if all(there):
         return
     if not any(there) and environment["LOCAL_WORLD_SIZE"] == environment["WORLD_SIZE"]:
-        environment[MEETING] = _key(environment, variable)
+        environment[RENDEZVOUS] = _key(environment, variable)
         return
     missing = [
         variable for variable, is_there in zip(("MASTER_ADDR", "MASTER_PORT"), there, strict=True) if not is_there
@@ -159,7 +159,7 @@ def _checked(name: str, environment: Environment) -> None:
 
 def _of_slurm(environment: Environment) -> dict[str, str]:
     """What srun says in other words: how many tasks this node has, and who is the first of them. Only of a step with
-    several tasks: the shell of a batch job or of salloc is no rank."""
+    several tasks: the shell of a batch job or of salloc is not a rank."""
     size = environment.get("SLURM_STEP_NUM_TASKS", "")
     if not size.isdecimal() or int(size) < 2:
         return {}
@@ -229,5 +229,5 @@ def _stat(process: int) -> list[str]:
 
 def _number(name: str, text: str) -> int:
     if not re.fullmatch(r"\d{1,9}", text):
-        raise ConfigError(f"{name}={text}: is no count of processes")
+        raise ConfigError(f"{name}={text}: is not a count of processes")
     return int(text)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from filelock import Timeout
 
-from trainer.processes import boot, is_there, started
+from trainer.processes import boot_id, process_exists, start_time
 
 LEASE_S = 60.0  # without being renewed: then a lease is taken over
 RENEW_S = 10.0
@@ -27,7 +27,7 @@ TELL_S = 1.0  # how long it may be unclear whether the holder lives, before that
 
 
 class Owner(NamedTuple):
-    """Who holds a lease. `boot`: of which machine the process number is, `started`: of which process."""
+    """Who holds a lease. `boot_id`: of which machine the process number is, `start_time`: of which process."""
 
     host: str
     boot: str
@@ -39,15 +39,15 @@ class Owner(NamedTuple):
     @property
     def lives_here(self) -> bool:
         """Whether it is a process of this machine that is still there."""
-        return self.boot == boot() and is_there(self.pid, self.started)
+        return self.boot == boot_id() and process_exists(self.pid, self.started)
 
     @property
     def has_ended(self) -> bool:
         """Whether it was a process of this machine, and is there no more."""
-        return self.boot == boot() and not is_there(self.pid, self.started)
+        return self.boot == boot_id() and not process_exists(self.pid, self.started)
 
 
-class Seen(NamedTuple):
+class ObservedLease(NamedTuple):
     """A lease as it was found. `owner`: None while it is being written."""
 
     owner: Owner | None
@@ -55,7 +55,7 @@ class Seen(NamedTuple):
     renewed_ns: int
 
 
-def look(path: Path) -> Seen | None:
+def observe(path: Path) -> ObservedLease | None:
     """The lease as it is now; None where there is none. Raises OSError."""
     try:
         with open(path, "rb") as file:
@@ -65,7 +65,7 @@ def look(path: Path) -> Seen | None:
     owner = None
     with suppress(ValueError, TypeError):
         owner = Owner(**json.loads(found))
-    return Seen(owner, now.st_ino, now.st_mtime_ns)
+    return ObservedLease(owner, now.st_ino, now.st_mtime_ns)
 
 
 class Lease:
@@ -75,7 +75,7 @@ class Lease:
         """Takes it. Raises Timeout where another process holds it, once `timeout` (negative: none) is over and it is
         known that the other one lives; OSError."""
         self._path, pid = path, os.getpid()
-        self._owner = Owner(os.uname().nodename, boot(), pid, started(pid), time.time(), uuid.uuid4().hex)
+        self._owner = Owner(os.uname().nodename, boot_id(), pid, start_time(pid), time.time(), uuid.uuid4().hex)
         self._lock, self._is_released = threading.Lock(), threading.Event()
         try:
             self._take(timeout, poll_s)
@@ -94,7 +94,7 @@ class Lease:
         began, is_told = time.monotonic(), False
         seen, since, looked, is_renewed = None, began, began, False
         while not self._create():
-            if (found := look(self._path)) is None:
+            if (found := observe(self._path)) is None:
                 continue  # released at this moment
             now = time.monotonic()
             if found != seen:
@@ -112,7 +112,7 @@ class Lease:
             if not is_alive and not is_told and now - began > TELL_S:
                 is_told = True
                 text = f"waiting up to {LEASE_S:g} s to see whether that process lives"
-                print(f"onecurve: {self._path}: held by {described(found)}; {text}", file=sys.stderr, flush=True)
+                print(f"onecurve: {self._path}: held by {describe(found)}; {text}", file=sys.stderr, flush=True)
             time.sleep(poll_s)
 
     def _create(self) -> bool:
@@ -129,16 +129,16 @@ class Lease:
             raise
         return True
 
-    def _take_over(self, found: Seen) -> bool:
+    def _take_over(self, found: ObservedLease) -> bool:
         """Puts ours in the place of a lease whose holder is gone; returns whether it is ours then."""
         aside = self._path.with_name(f"{self._path.name}.{self._owner.id}")
-        if look(self._path) != found:
+        if observe(self._path) != found:
             return False
         try:
             os.rename(self._path, aside)
         except FileNotFoundError:
             return False
-        is_another = look(aside) != found  # renewed or taken meanwhile: not ours to take
+        is_another = observe(aside) != found  # renewed or taken meanwhile: not ours to take
         if is_another:
             with suppress(OSError):  # there is one again; or no hard links: its holder makes it anew
                 os.link(aside, self._path)
@@ -149,7 +149,7 @@ class Lease:
         return self._is_ours()
 
     def _is_ours(self) -> bool:
-        found = look(self._path)
+        found = observe(self._path)
         return found is not None and found.owner == self._owner
 
     def _renew(self) -> None:
@@ -165,7 +165,7 @@ class Lease:
                     return
 
 
-def described(found: Seen) -> str:
+def describe(found: ObservedLease) -> str:
     """Who holds a lease, for messages."""
     age = max(0, round(time.time() - found.renewed_ns / 1e9))
     if found.owner is None:

@@ -76,7 +76,7 @@ def acquire_run(run_dir: Path) -> Lock:
     return acquire(run_dir / RUN)
 
 
-def taken(run_dir: Path) -> str:
+def is_run_locked(run_dir: Path) -> str:
     """Says that a run's folder is locked, and by whom where a file tells."""
     return f"another process trains in this folder{holder(run_dir / RUN)}"
 
@@ -87,7 +87,7 @@ def refused(error: OSError) -> str:
 
 
 @contextmanager
-def held(path: Path, timeout: float, poll_s: float) -> Iterator[None]:
+def hold(path: Path, timeout: float, poll_s: float) -> Iterator[None]:
     """Holds the lock. Raises as `acquire`."""
     lock = acquire(path, timeout, poll_s)
     try:
@@ -113,10 +113,10 @@ def waited_for(path: Path) -> Iterator[None]:
 def holder(path: Path) -> str:
     """Says who holds a lock that is a lease, and when that ends should it be gone; empty for the kernel's."""
     try:
-        found = leases.look(lease_of(path))
+        found = leases.observe(lease_of(path))
     except OSError:
         found = None
     if found is None:
         return ""
     gone = f"if that process is gone, {leases.LEASE_S:g} s later the same command goes on"
-    return f" ({lease_of(path)}: {leases.described(found)}; {gone})"
+    return f" ({lease_of(path)}: {leases.describe(found)}; {gone})"

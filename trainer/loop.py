@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.checkpoint.load import newest
+from trainer.checkpoint.load import find_newest
 from trainer.checkpoint.plan import fingerprint_of
 from trainer.config.interval import Interval
 from trainer.data.stream import StepData
@@ -25,8 +25,8 @@ from trainer.objectives import NUM_TARGETS, Objective, Sums
 from trainer.resilience import interruption
 from trainer.resilience.guard import Rollback
 from trainer.resilience.interruption import SAVE, STOP
-from trainer.resilience.recovery import compare_replicas, judge, part_ways, restore, wait_for_save
-from trainer.step import MAIN, do_step
+from trainer.resilience.recovery import compare_replicas, handle_bad_steps, raise_ranks_disagree, restore, wait_for_save
+from trainer.step import MAIN, run_step
 from trainer.strategies.base import Strategy, UpdateResult
 from trainer.tracking import Row
 
@@ -34,7 +34,7 @@ VOTE_SECONDS = 5.0  # a request from outside waits no longer than this (or one s
 
 
 @dataclass
-class Unread:
+class PendingSteps:
     """Steps whose numbers still lie on the device."""
 
     steps: list[StepData] = field(default_factory=list)
@@ -54,84 +54,86 @@ class Unread:
 
 def train(job: Job) -> Progress:
     """Trains to the last step. Raises Interrupted (saved), TrainingError or DataError."""
-    progress = start(job)
+    progress = start_run(job)
     while True:
         try:
-            return go_on(job, progress)
+            return train_steps(job, progress)
         except Rollback:
-            progress = go_back(job)
+            progress = roll_back(job)
 
 
-def go_on(job: Job, progress: Progress) -> Progress:
+def train_steps(job: Job, progress: Progress) -> Progress:
     """Trains from here to the last step. Raises Rollback where the last checkpoint is to be gone on from instead."""
     config, clock, strategy = job.config, job.clock, job.strategy
     saving, saved_at = Interval.parse(config.checkpoint.every), None
-    unread, read_every = Unread(), 1
+    unread, read_every = PendingSteps(), 1
     while progress.step < config.train.steps:
         clock.switch("data_wait")
         point("data.next")
-        data = job.stream.take(partial(gives_up, job))
+        data = job.stream.take(partial(should_give_up, job))
         unread.data_wait += clock.switch("productive")
         finish = partial(finish_update, job, unread, data.step)
-        sums, update = do_step(job.models, strategy.objective, data.micro_batches, finish, abandoned=data.abandoned)
+        sums, update = run_step(job.models, strategy.objective, data.micro_batches, finish, abandoned=data.abandoned)
         unread.take(data, sums, update)
         if config.track.fingerprint:
             unread.fingerprints.append(fingerprint_of(job.models.state()))
         progress.step = clock.step = data.step
-        job.journal.events(job.saver.poll())
-        if _every(config.guard.replicas_every, progress.step):
+        job.logger.events(job.saver.poll())
+        if _is_multiple(config.guard.replicas_every, progress.step):
             compare_replicas(job, progress.step)
 
-        save_now = saving.unit == "steps" and _every(saving.amount, progress.step)
+        save_now = saving.unit == "steps" and _is_multiple(saving.amount, progress.step)
         due = save_now or evaluation_is_due(job, progress.step) or progress.step == config.train.steps
         if not due and len(unread.steps) < read_every:
             continue
 
         votes, rows, bad = read_numbers(job, unread, progress)
         interruption.may_leave_at_once(False)  # from here on all ranks have done a step
-        judge(job, rows, bad, unread.steps)
-        job.resilience.stragglers.took(unread.data_wait, strategy.timer.read())
-        job.journal.events(job.resilience.stragglers.look(progress.step, votes["elapsed"]))
+        handle_bad_steps(job, rows, bad, unread.steps)
+        job.resilience.stragglers.record(unread.data_wait, strategy.timer.read())
+        job.logger.events(job.resilience.stragglers.look(progress.step, votes["elapsed"]))
         read_every = min(config.train.log_every, max(1, int(VOTE_SECONDS / votes["pace"])))
-        now, last = readings(progress, votes["elapsed"]), progress.step == config.train.steps
+        now, last = interval_readings(progress, votes["elapsed"]), progress.step == config.train.steps
         stop = votes["stop"] + votes["abandoned"] > 0 and not last
         evaluate_now = evaluation_is_due(job, progress.step) and not stop
         for event in job.resilience.quarantine.steps(unread.steps):
-            job.journal.event("quarantined", **event)
+            job.logger.event("quarantined", **event)
         point("track.rows")
-        job.journal.ledger(unread.steps)
-        job.journal.rows(rows[:-1] if evaluate_now else rows)
+        job.logger.ledger(unread.steps)
+        job.logger.rows(rows[:-1] if evaluate_now else rows)
         if last or save_now or votes["save"] > 0 or saving.due(saved_at or now, now):
             save(job, progress, rows[-1] if rows else None, must=last)
         if evaluate_now:
             stop = not evaluate_step(job, progress, rows[-1])
-        saved_at, unread = now, Unread(pace=rows[-1]["step_s"] if rows else VOTE_SECONDS)
+        saved_at, unread = now, PendingSteps(pace=rows[-1]["step_s"] if rows else VOTE_SECONDS)
         if stop:
-            end_as_asked(job, progress, rows[-1] if rows else None)
+            stop_as_requested(job, progress, rows[-1] if rows else None)
         clock.write(progress.step)
     finish_saving(job)
     clock.write(progress.step)
     return progress
 
 
-def finish_update(job: Job, unread: Unread, step: int, name: str, objective: Objective, sums: Sums) -> UpdateResult:
+def finish_update(
+    job: Job, unread: PendingSteps, step: int, name: str, objective: Objective, sums: Sums
+) -> UpdateResult:
     """Ends an update, unless it is a bad one. Of the run's own model loss and norm are watched, too."""
     unread.objectives[name] = objective
     model, rate = job.models[name], job.schedules[name](step)
     if name != MAIN:
         return model.update(rate)
-    loss = mean_loss(model, objective, sums) if job.resilience.guard.watches_loss else None
+    loss = mean_loss(model, objective, sums) if job.resilience.guard.needs_loss else None
     result = model.update(rate, job.resilience.guard.limit(loss))
-    job.resilience.guard.took(result.grad_norm, loss, result.skipped)
+    job.resilience.guard.record(result.grad_norm, loss, result.skipped)
     return result
 
 
-def gives_up(job: Job) -> bool:
+def should_give_up(job: Job) -> bool:
     """Whether this rank, which keeps all others waiting, should give up what it waits for."""
-    return job.resilience.requests.gives_up(over=time.monotonic() - job.born > job.time_limit)
+    return job.resilience.requests.should_give_up(over=time.monotonic() - job.started_at > job.time_limit)
 
 
-def end_as_asked(job: Job, progress: Progress, row: Row | None) -> None:
+def stop_as_requested(job: Job, progress: Progress, row: Row | None) -> None:
     """Saves, unless this step is saved already, and raises Interrupted."""
     asked = f"as asked{' by SIGUSR1' if vote(job)['give_way'] > 0 else ''}"
     save(job, progress, row, must=True)
@@ -141,17 +143,17 @@ def end_as_asked(job: Job, progress: Progress, row: Row | None) -> None:
     raise Interrupted(f"stopped at step {progress.step} {asked}, saved: run the same command to continue")
 
 
-def start(job: Job) -> Progress:
-    """Takes up the checkpoint that was found, or starts at step 0."""
+def start_run(job: Job) -> Progress:
+    """Restores the checkpoint that was found, or starts at step 0."""
     found = job.folder.found
     progress = Progress(**found.manifest["progress"]) if found else Progress()
     job.clock.restored(progress.step)
-    job.journal.start(progress.step, resumed=found is not None)
-    job.journal.events(job.folder.events)
+    job.logger.start(progress.step, resumed=found is not None)
+    job.logger.events(job.folder.events)
     if found:
         restore(job, found)
     for event in job.resilience.quarantine.opened(job.stream.faults):
-        job.journal.event("quarantined", **event)
+        job.logger.event("quarantined", **event)
     job.stream.seek(progress.step, job.resilience.quarantine.left_out)
     point("start.restored")
     if found:
@@ -164,37 +166,37 @@ def start(job: Job) -> Progress:
 def finish_step(job: Job, progress: Progress, manifest: dict[str, Any]) -> None:
     """Does what an earlier attempt left undone of the step that it saved: the evaluation, and the step's row, which
     waits for it. Raises Interrupted where a stop is asked for meanwhile."""
-    row, recorded = manifest.get("row"), job.journal.recorded(progress.step)
+    row, recorded = manifest.get("row"), job.logger.recorded(progress.step)
     due = evaluation_is_due(job, progress.step)
     if recorded and "eval" in recorded:
-        job.saver.evaluated(progress.step, recorded["eval"])
+        job.saver.record_evaluation(progress.step, recorded["eval"])
     elif row and due:
-        job.journal.take_back(progress.step)
+        job.logger.remove_row(progress.step)
         if not evaluate_step(job, progress, row):
-            end_as_asked(job, progress, row)
+            stop_as_requested(job, progress, row)
         if job.config.train.compile:  # else its sizes would count as those of training, which come first elsewhere
             torch._dynamo.reset()
     elif row and not recorded:
-        job.journal.rows([row])
+        job.logger.rows([row])
 
 
-def go_back(job: Job) -> Progress:
+def roll_back(job: Job) -> Progress:
     """Takes up the newest checkpoint, in the middle of the run: what came after it is done again."""
     interruption.may_leave_at_once(True)
-    found, events = newest(job.saver.folder, job.topology)
+    found, events = find_newest(job.saver.folder, job.topology)
     if found is None:
         raise TrainingError(f"{job.saver.folder}: there is no checkpoint to go back to any more")
     progress = Progress(**found.manifest["progress"])
     job.clock.restored(progress.step)
-    job.journal.rewind(progress.step)
-    job.journal.events([*events, {"kind": "rollback"}])
+    job.logger.rewind(progress.step)
+    job.logger.events([*events, {"kind": "rollback"}])
     restore(job, found)
     job.stream.seek(progress.step, job.resilience.quarantine.left_out)
     finish_step(job, progress, found.manifest)
     return progress
 
 
-def read_numbers(job: Job, unread: Unread, progress: Progress) -> tuple[dict[str, float], list[Row], list[bool]]:
+def read_numbers(job: Job, unread: PendingSteps, progress: Progress) -> tuple[dict[str, float], list[Row], list[bool]]:
     """Reads the device's numbers since the last reading: the ranks' votes, one row a step, and whether that was bad.
     Steps that a rank abandoned, and those behind them, were not done by any: they are taken out of `unread` and
     `progress`. One collective."""
@@ -203,16 +205,16 @@ def read_numbers(job: Job, unread: Unread, progress: Progress) -> tuple[dict[str
     zero = torch.zeros_like(unread.sums[0][NUM_TARGETS])
     names = list(dict.fromkeys(name for part in unread.sums for name in part))  # not every step updates every model
     sums = {f"sum/{name}": torch.stack([part.get(name, zero) for part in unread.sums]) for name in names}
-    own = {name: [value] * n for name, value in own_votes(job, unread.pace).items()}
-    own["abandoned"] = [float(data.abandoned) for data in unread.steps]
-    votes = {f"vote/{name}": torch.tensor(values, dtype=torch.float64) for name, values in own.items()}
+    local = {name: [value] * n for name, value in local_votes(job, unread.pace).items()}
+    local["abandoned"] = [float(data.abandoned) for data in unread.steps]
+    votes = {f"vote/{name}": torch.tensor(values, dtype=torch.float64) for name, values in local.items()}
     prints = {"fingerprint": torch.stack(unread.fingerprints)} if unread.fingerprints else {}
     judged = {name: torch.stack([getattr(update, name) for update in unread.updates]) for name in ("bad", "skipped")}
     numbers = job.strategy.reduce({**sums, **votes, **prints, **judged})
     norms = torch.stack([update.grad_norm for update in unread.updates]).tolist()
     skipped, bad = ([count > 0 for count in numbers[name]] for name in ("skipped", "bad"))
     if parted := [count for count in numbers["skipped"] if 0 < count < job.topology.world_size]:
-        part_ways(job, progress.step, int(parted[0]))
+        raise_ranks_disagree(job, progress.step, int(parted[0]))
 
     step_s, memory = (time.monotonic() - unread.since) / n, job.meter.memory()
     done = next((i for i, count in enumerate(numbers["vote/abandoned"]) if count > 0), n)
@@ -221,7 +223,7 @@ def read_numbers(job: Job, unread: Unread, progress: Progress) -> tuple[dict[str
     rows = []
     for i, data in enumerate(unread.steps):
         of_step = {name: numbers[f"sum/{name}"][i] for name in names}
-        measured = means(unread.objectives, of_step)
+        measured = mean_metrics(unread.objectives, of_step)
         count, loss = int(of_step[NUM_TARGETS]), measured.pop("loss")
         progress.tokens += count
         progress.samples = data.taken
@@ -233,13 +235,13 @@ def read_numbers(job: Job, unread: Unread, progress: Progress) -> tuple[dict[str
             **{name: f"{int(values[i]):x}" for name, values in numbers.items() if name in prints},
         })  # fmt: skip
         bad[i] |= not math.isfinite(loss)
-    return {name: numbers[f"vote/{name}"][-1] for name in own}, rows, bad[:done]
+    return {name: numbers[f"vote/{name}"][-1] for name in local}, rows, bad[:done]
 
 
-def own_votes(job: Job, pace: float) -> dict[str, float]:
+def local_votes(job: Job, pace: float) -> dict[str, float]:
     """Returns what this rank brings to a vote, to be added up over all: `pace` becomes the mean of the seconds that
     a step, or batch, took; `elapsed` the main rank's seconds since the start."""
-    main, elapsed = job.topology.is_main, time.monotonic() - job.born
+    main, elapsed = job.topology.is_main, time.monotonic() - job.started_at
     return {
         "stop": float(job.resilience.requests.stop() or (main and elapsed > job.time_limit)),
         "give_way": float(job.resilience.requests.give_way()),
@@ -250,13 +252,13 @@ def own_votes(job: Job, pace: float) -> dict[str, float]:
 
 
 def vote(job: Job, pace: float = 0.0) -> dict[str, float]:
-    """Returns the sums of `own_votes` over all ranks. One collective."""
-    own = own_votes(job, pace)
-    votes = job.strategy.reduce({name: torch.tensor([value], dtype=torch.float64) for name, value in own.items()})
+    """Returns the sums of `local_votes` over all ranks. One collective."""
+    local = local_votes(job, pace)
+    votes = job.strategy.reduce({name: torch.tensor([value], dtype=torch.float64) for name, value in local.items()})
     return {name: values[0] for name, values in votes.items()}
 
 
-def means(objectives: Mapping[str, Objective], sums: Mapping[str, float]) -> dict[str, float]:
+def mean_metrics(objectives: Mapping[str, Objective], sums: Mapping[str, float]) -> dict[str, float]:
     """Returns what the sums of a step mean to the objectives of its models."""
     by_model: dict[str, dict[str, float]] = {}
     for name, value in sums.items():
@@ -273,14 +275,14 @@ def means(objectives: Mapping[str, Objective], sums: Mapping[str, float]) -> dic
 
 
 def mean_loss(model: Strategy, objective: Objective, sums: Sums) -> float:
-    """Of an update, over all processes, before it is done."""
+    """Returns the mean loss of an update over all ranks, before the update is done."""
     totals = model.reduce({name: value.reshape(1) for name, value in sums.items()})
     return objective.means({name: value[0] for name, value in totals.items()})["loss"]
 
 
 def evaluation_is_due(job: Job, step: int) -> bool:
     last = step == job.config.train.steps
-    return job.validation is not None and (last or _every(job.config.eval.every, step))
+    return job.validation is not None and (last or _is_multiple(job.config.eval.every, step))
 
 
 def evaluate_step(job: Job, progress: Progress, row: Row) -> bool:
@@ -289,8 +291,8 @@ def evaluate_step(job: Job, progress: Progress, row: Row) -> bool:
     job.clock.switch("evaluation")
     evaluation = evaluate(job)
     job.clock.switch("productive")
-    job.journal.rows([row if evaluation is None else {**row, "eval": evaluation}])
-    job.saver.evaluated(progress.step, evaluation)
+    job.logger.rows([row if evaluation is None else {**row, "eval": evaluation}])
+    job.saver.record_evaluation(progress.step, evaluation)
     return evaluation is not None
 
 
@@ -299,7 +301,7 @@ def evaluate(job: Job) -> dict[str, float] | None:
     because a stop is asked for."""
     assert job.validation is not None
     evaluation, pace, voted, next_vote = Evaluation(job.strategy), VOTE_SECONDS, None, 1
-    with closing(job.validation.batches(partial(gives_up, job))) as batches:
+    with closing(job.validation.batches(partial(should_give_up, job))) as batches:
         for number, batch in enumerate(batches, 1):
             job.clock.progressed()
             point("eval.batch")
@@ -312,14 +314,14 @@ def evaluate(job: Job) -> dict[str, float] | None:
                     pace = (time.monotonic() - voted[1]) / (number - voted[0])
                 voted = number, time.monotonic()
                 next_vote += max(1, int(VOTE_SECONDS / votes["pace"]))
-    return evaluation.end(gave_up=job.resilience.requests.gave_up)
+    return evaluation.end(gave_up=job.resilience.requests.has_given_up)
 
 
 def save(job: Job, progress: Progress, row: Row | None, must: bool) -> None:
     """Saves as of now. A save that fails is reported and does not end the run. `row`: of this step, which may not be
     recorded yet; `must`: the run ends here."""
     job.clock.switch("checkpoint")
-    job.journal.step = progress.step
+    job.logger.step = progress.step
     about = {
         "progress": asdict(progress),
         "identity": job.identity(progress.step),
@@ -332,7 +334,7 @@ def save(job: Job, progress: Progress, row: Row | None, must: bool) -> None:
     state = job.models.state()
     with job.clock.watched_elsewhere():  # it may wait for the save before
         events = job.saver.save(progress.step, state, about, must)
-    job.journal.events(events)
+    job.logger.events(events)
     job.resilience.requests.done(SAVE)
     job.clock.switch("productive")
 
@@ -346,9 +348,9 @@ def finish_saving(job: Job) -> None:
         raise TrainingError(f"the last checkpoint could not be saved: {job.saver.problem}")
 
 
-def readings(progress: Progress, elapsed: float) -> dict[str, float]:
+def interval_readings(progress: Progress, elapsed: float) -> dict[str, float]:
     return {"steps": progress.step, "tokens": progress.tokens, "seconds": elapsed}
 
 
-def _every(amount: int, step: int) -> bool:
+def _is_multiple(amount: int, step: int) -> bool:
     return bool(amount) and step % amount == 0

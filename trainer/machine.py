@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from trainer.config import Config
-from trainer.config.check import in_trained
+from trainer.config.validate import in_trained
 from trainer.errors import ConfigError
-from trainer.extras import without_torchao
+from trainer.optional_packages import without_torchao
 from trainer.precision import Precision
 from trainer.registry import missing
 

@@ -13,14 +13,14 @@ MOST = 100_000  # names; more is a mistake
 
 
 def expand(text: str) -> list[str]:
-    """The names in their order. Raises ConfigError where `text` is no list of nodes.
+    """The names in their order. Raises ConfigError where `text` is not a list of nodes.
 
     >>> expand("n[08-10,x],gpu-[1-2]-[a,b]")
     ['n08', 'n09', 'n10', 'nx', 'gpu-1-a', 'gpu-1-b', 'gpu-2-a', 'gpu-2-b']
     """
     parts = _PARTS.findall(text)
     if ",".join(parts) != text:
-        raise ConfigError(f"{text!r}: is no list of nodes; write it as Slurm does: n[1-3,7],m1")
+        raise ConfigError(f"{text!r}: is not a list of nodes; write it as Slurm does: n[1-3,7],m1")
     names = [name for part in parts for name in _of(part)]
     if len(names) > MOST:
         raise ConfigError(f"{text!r}: names {len(names)} nodes")
@@ -45,5 +45,5 @@ def _numbers(inside: str) -> Iterator[str]:
             continue
         first, last = int(bounds[1]), int(bounds[2])
         if not first <= last <= first + MOST:
-            raise ConfigError(f"[{inside}]: {item} is no range of nodes")
+            raise ConfigError(f"[{inside}]: {item} is not a range of nodes")
         yield from (str(number).zfill(len(bounds[1])) for number in range(first, last + 1))

@@ -2,7 +2,7 @@
 
 What a file system says of a file (it is not there, it may not be read, too many are open) is an answer. Any other
 error of the operating system while something is read means that there is none for now: a server restarts, a mount was
-evicted, a disk is reset. That is no damage: only what was read, and is wrong, is damaged. So it is waited for, and at
+evicted, a disk is reset. That is not damage: only what was read, and is wrong, is damaged. So it is waited for, and at
 the end of all patience it is an `Outage`, which nothing takes for a bad sample or a bad checkpoint.
 """
 
@@ -38,7 +38,7 @@ ANSWERS = frozenset(
 )
 """Errors that say how it is with a file, with this process or with the file system."""
 LIMITS = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM))
-"""Of these: those that say nothing about the file."""
+"""Errors among these that say nothing about the file."""
 CANNOT_MAP = frozenset((errno.ENODEV, errno.ENOSYS, errno.EOPNOTSUPP))
 """What `mmap` says of a file system that maps no files."""
 
@@ -100,7 +100,7 @@ class Patience:
     def answered(self) -> None:
         """Something came from the storage. What was asked for before it went away does not say that it is back."""
         if _waited_for.get(self._storage, 0.0) <= self._asked:
-            answered(self._storage)
+            note_answer(self._storage)
 
     def _tell(self, reason: str) -> None:
         with _lock:
@@ -135,12 +135,12 @@ def cause(error: OSError) -> str:
     return f"cannot be read: {error.strerror or error}"
 
 
-def is_on() -> bool:
+def is_ongoing() -> bool:
     """Whether something is waited for."""
     return bool(_waited_for)
 
 
-def answered(storage: str) -> None:
+def note_answer(storage: str) -> None:
     """Says that something came from the storage of this name, should it be waited for."""
     if not _waited_for:
         return

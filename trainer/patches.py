@@ -137,7 +137,7 @@ class _OfParameter(NamedTuple):
 def released_saved() -> AbstractContextManager[object]:
     """For forward passes of stage 3: what autograd saves for backward keeps no gathered parameter alive.
 
-    DeepSpeed lets go of a parameter behind its layer and gathers it again for backward. But what a layer saves is a
+    DeepSpeed releases a parameter after its layer and gathers it again for backward. But what a layer saves is a
     view of it (a linear layer's transposed weight) or of autocast's copy of it: all of them would be there at once.
     The copy is told by its node in torch's graph, `ToCopyBackward0`, whose next one is the parameter's.
     """
@@ -175,7 +175,7 @@ def judge_norm(engine: Any, stage: int, accepts: Callable[[Tensor], bool]) -> No
     def judged() -> Any:
         found = measure()
         parts = torch.stack([torch.as_tensor(part) for part in (found if stage == 3 else [found])])
-        # It writes -1 where a part is no number.
+        # It writes -1 where a part is not a number.
         norm = torch.linalg.vector_norm(torch.where(parts < 0, torch.inf, parts))
         if accepts(norm):
             return found

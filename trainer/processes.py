@@ -31,7 +31,7 @@ def die_with_parent(parent: int | None = None) -> None:
         os._exit(4)
 
 
-def print_anywhere() -> None:
+def make_printing_safe() -> None:
     """Lets stdout and stderr take any text: `?` stands for what their encoding lacks, and nothing is written where they
     are closed. Their numbers are taken then, so that no file gets one, which other processes would write into."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
@@ -54,14 +54,14 @@ def remove_afterwards(path: Path) -> None:
     subprocess.Popen(waiting, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
 
 
-def started(pid: int) -> str | None:
+def start_time(pid: int) -> str | None:
     """When a process began: with its number this is its name."""
     with suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     return None
 
 
-def is_there(pid: int, start: str | None) -> bool:
+def process_exists(pid: int, start: str | None) -> bool:
     """Whether a process of this machine that began then is still there. Others' may be hidden from us, but for that."""
     try:
         os.kill(pid, 0)
@@ -69,21 +69,21 @@ def is_there(pid: int, start: str | None) -> bool:
         return False
     except PermissionError:
         pass
-    return start is None or started(pid) in (None, start)
+    return start is None or start_time(pid) in (None, start)
 
 
 @cache
-def boot() -> str:
-    """Of which machine the process numbers are."""
+def boot_id() -> str:
+    """Returns the id of the boot that process ids belong to."""
     with suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
     return platform.node()
 
 
-def tell_attempt(run: Path) -> None:
+def record_attempt(run: Path) -> None:
     """Leaves word in a run's folder, if it is one, which process is at the run: it may read for long before it says
     anything else."""
-    me = {"host": platform.node(), "boot": boot(), "pid": os.getpid(), "started": started(os.getpid())}
+    me = {"host": platform.node(), "boot": boot_id(), "pid": os.getpid(), "started": start_time(os.getpid())}
     with suppress(OSError):
         if (run / "config.yaml").exists():
             replace_file(run / ATTEMPT, json.dumps(me).encode())

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from trainer.config.section import Plugin
 from trainer.config.strategy import Strategy
 from trainer.config.transforms import transformed
-from trainer.config.words import did_you_mean
+from trainer.config.words import nearest_hint
 from trainer.errors import ConfigError
 
 
@@ -95,7 +95,7 @@ def config_class(group: str, name: str, plugins: Sequence[str], section: str = "
     if name in options:
         return options[name].config
     if ":" not in name:
-        raise ConfigError(f"{key}={name}: no such option{did_you_mean(name, options)}")
+        raise ConfigError(f"{key}={name}: no such option{nearest_hint(name, options)}")
     if group not in BASES:
         raise ConfigError(f"{key}={name}: should be one of {', '.join(options)}{INSTEAD.get(group, '')}")
     config = _config_of_users(key, name, plugins, BASES[group])
@@ -108,7 +108,7 @@ def transform_class(key: str, name: str, plugins: Sequence[str]) -> type[Plugin]
         return _config_of_users(f"{key}.name", name, plugins, Plugin)
     if name not in TRANSFORMS:
         own = "; one of yours has a key name=package.module:Class"
-        raise ConfigError(f"{key}: no such transform{did_you_mean(name, TRANSFORMS)}{own}")
+        raise ConfigError(f"{key}: no such transform{nearest_hint(name, TRANSFORMS)}{own}")
     return TRANSFORMS[name].config
 
 

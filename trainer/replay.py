@@ -18,40 +18,40 @@ from typing import Any
 
 import torch
 
-from trainer.checkpoint.format import Damaged, verify
-from trainer.checkpoint.load import Found
-from trainer.checkpoint.retention import candidates, step_of
+from trainer.checkpoint.format import DamagedCheckpoint, verify
+from trainer.checkpoint.load import FoundCheckpoint
+from trainer.checkpoint.retention import complete_checkpoints, step_of
 from trainer.config import Config
-from trainer.config.check import check
-from trainer.data.stream import Share, Slot, StepData
+from trainer.config.validate import validate
+from trainer.data.stream import ExampleId, RankStream, StepData
 from trainer.errors import ConfigError
 from trainer.files import read_file, with_file
-from trainer.folder import CATALOGUE, CHECKPOINTS
 from trainer.frozen_models import build_frozen, open_frozen
-from trainer.given import base_of, open_given
-from trainer.inputs import DATASETS, Inputs, open_inputs, open_shards
 from trainer.machine import check_machine
 from trainer.objectives import Objective, Sums
-from trainer.replayed_step import Numbers, Replay, Sample, loss_of
+from trainer.pretrained import base_of, open_pretrained
+from trainer.replayed_step import Replay, Sample, StepMetrics, loss_of
 from trainer.resilience import quarantine
-from trainer.resilience.recovery import take_up
+from trainer.resilience.recovery import load_models
+from trainer.run_data import DATASETS, RunData, open_run_data, open_shards
+from trainer.run_directory import CATALOG, CHECKPOINTS
 from trainer.sampling import open_run
 from trainer.secrets import MASK, shown_override
-from trainer.step import MAIN, do_step
+from trainer.step import MAIN, run_step
 from trainer.strategies.arithmetic import StepArithmetic
 from trainer.strategies.base import UpdateResult
 from trainer.strategies.build import build_strategy
 from trainer.topology import ALONE, Topology
 from trainer.tracking import jsonl
 
-Told = Callable[[str, int, int], None]  # a name, how much of it is done, and how much there is
+ReportProgress = Callable[[str, int, int], None]  # a name, how much of it is done, and how much there is
 MAY_CHANGE = ("train.clip_norm", "optimizer.", "precision.")  # between lives, and decide about a step's numbers
 
 
-def rebuild(
+def replay_step(
     folder: Path,
     step: int,
-    told: Told,
+    report: ReportProgress,
     *,
     plugins: Sequence[str] = (),
     checkpoint: int | None = None,
@@ -63,19 +63,19 @@ def rebuild(
     Code is imported from no package but those in `plugins`. Raises ConfigError where there is no such run, step or
     checkpoint, or where its data is not what it was; DataError where a sample cannot be read.
     """
-    config, tokenizer = open_run(folder, plugins, _whereabouts(overrides))
+    config, tokenizer = open_run(folder, plugins, _reading_overrides(overrides))
     rows = {row["step"]: row for row in jsonl.read(folder / "metrics.jsonl")}
     if step not in rows:
         there = f"has recorded steps {min(rows)} to {max(rows)}" if rows else "has recorded no step yet"
         raise ConfigError(f"--step {step}: {folder} {there}")
-    config = _as_at(step, config, folder)
+    config = _config_at(step, config, folder)
     topology = replace(ALONE, device=torch.device("cuda", 0) if torch.cuda.is_available() else ALONE.device)
     check_machine(config, topology.device)
     inputs = _opened(config, topology, folder)
     found = _nearest(folder, step, checkpoint)
     strategy = _strategy(config, topology, inputs, found)
     if config.models.trained:
-        raise _cannot(config, "a run that trains a second model (models.trained)")
+        raise _refusal(config, "a run that trains a second model (models.trained)")
     frozen = build_frozen(config, topology, inputs, open_frozen(config, topology, tokenizer))
     models = {MAIN: strategy, **frozen}
 
@@ -85,13 +85,13 @@ def rebuild(
     processes, device = _environment(folder)
     size = config.train.micro_batch or max(1, config.train.global_batch // processes)
     share = replace(inputs.stream.share, micro_batch=size, ledger=True, tolerant=False, left_out=_left_out(folder))
-    apart_since = _on_the_way(models, share, rows, start, step, told)
+    apart_since = _on_the_way(models, share, rows, start, step, report)
     data = share.step(step - 1)
     update = next(strategy.objective.updates(data.micro_batches, models))
     if update.model != MAIN or update.objective is not strategy.objective:
-        raise _cannot(config, "a step that begins with an update of another kind than its own")
+        raise _refusal(config, "a step that begins with an update of another kind than its own")
     data = replace(data, micro_batches=list(update.batches))
-    samples = list(_samples(share, data, list(inputs.catalogue)))
+    samples = list(_samples(share, data, list(inputs.catalog)))
     return Replay(
         config=config,
         tokenizer=tokenizer,
@@ -107,45 +107,50 @@ def rebuild(
     )
 
 
-def _cannot(config: Config, what: str) -> ConfigError:
+def _refusal(config: Config, what: str) -> ConfigError:
     return ConfigError(f"objective.name={config.objective.name}: replay does not know {what}")
 
 
 def _on_the_way(
-    models: Mapping[str, Any], share: Share, rows: dict[int, dict[str, Any]], start: int, step: int, told: Told
+    models: Mapping[str, Any],
+    share: RankStream,
+    rows: dict[int, dict[str, Any]],
+    start: int,
+    step: int,
+    report: ReportProgress,
 ) -> int | None:
     """Does the steps behind `start` and before `step`; gives the first of them that is not as recorded."""
     origin = f"the checkpoint of step {start}" if start else "the initial weights"
     what, count, apart_since = f"replaying steps {start + 1} to {step}, from {origin}", step - start, None
-    told(what, 0, count)
+    report(what, 0, count)
     for done in range(start, step - 1):
         row, strategy = rows[done + 1], models[MAIN]
         finish = partial(_as_recorded, row, models)
-        sums, result = do_step(models, strategy.objective, share.step(done).micro_batches, finish)
+        sums, result = run_step(models, strategy.objective, share.step(done).micro_batches, finish)
         strategy.timer.read()
-        numbers = Numbers(loss_of(strategy.objective, sums), float(result.grad_norm))
+        numbers = StepMetrics(loss_of(strategy.objective, sums), float(result.grad_norm))
         if apart_since is None and not numbers.same(_recorded(row)):
             apart_since = done + 1
-        told(what, done + 1 - start, count)
-    told(what, count, count)
+        report(what, done + 1 - start, count)
+    report(what, count, count)
     return apart_since
 
 
-def _samples(share: Share, data: StepData, names: Sequence[str]) -> Iterator[Sample]:
-    """Those of the step, in global order. `names`: of the sources."""
+def _samples(share: RankStream, data: StepData, names: Sequence[str]) -> Iterator[Sample]:
+    """Yields the step's samples in global order. `names` are those of the sources."""
     sources = {slot.number: names[slot.source] for slot in share.units(data.step - 1)}
     batch = {name: torch.cat([part[name] for part in data.micro_batches]) for name in data.micro_batches[0]}
     for i, (number, entry) in enumerate(data.entries):
         yield Sample(number, sources[number], entry, {name: tensor[i : i + 1] for name, tensor in batch.items()})
 
 
-def _left_out(folder: Path) -> frozenset[Slot]:
+def _left_out(folder: Path) -> frozenset[ExampleId]:
     """What the run could not read."""
     rows = jsonl.read(folder / quarantine.NAME)
-    return frozenset(Slot(row["number"], row["source"], row["unit"]) for row in rows if row["number"] is not None)
+    return frozenset(ExampleId(row["number"], row["source"], row["unit"]) for row in rows if row["number"] is not None)
 
 
-def _whereabouts(overrides: Sequence[str]) -> Sequence[str]:
+def _reading_overrides(overrides: Sequence[str]) -> Sequence[str]:
     """Raises ConfigError for one that would make it another run."""
     allowed = re.compile(r"data\.(shards|sources\.[^.=]+\.shards|cache|allow_pipe|patience_s)=")
     if other := [shown_override(text) for text in overrides if not allowed.match(text)]:
@@ -153,7 +158,7 @@ def _whereabouts(overrides: Sequence[str]) -> Sequence[str]:
     return overrides
 
 
-def _as_at(step: int, config: Config, folder: Path) -> Config:
+def _config_at(step: int, config: Config, folder: Path) -> Config:
     """The config under which the step was done, as far as numbers follow from it, for this process. The learning rate
     is recorded with each step."""
     raw = config.with_secrets()
@@ -174,42 +179,42 @@ def _as_at(step: int, config: Config, folder: Path) -> Config:
             section, _, name = key.partition(".")
             if key.startswith(MAY_CHANGE) and name in raw[section] and before is not None:
                 raw[section][name] = before
-    return check(raw)
+    return validate(raw)
 
 
-def _opened(config: Config, topology: Topology, folder: Path) -> Inputs:
+def _opened(config: Config, topology: Topology, folder: Path) -> RunData:
     """The run's data. Raises ConfigError where it is gone, or not what it was at the run's birth."""
     if MASK in str(config.data.shards) + str(config.data.sources):
         key = "data.shards" if config.data.shards else "data.sources.NAME.shards"
         raise ConfigError(f"{key}: {folder / 'config.yaml'} has it without its secrets; add --set {key}=...")
     try:
-        inputs = open_inputs(config, topology, open_shards(config, topology))
+        inputs = open_run_data(config, topology, open_shards(config, topology))
     except ConfigError as error:
         where = f"{folder}: its data is looked for where its config.yaml says, relative paths from the current folder"
         raise ConfigError([*error.problems, where], error.exit_code) from None
     kept: dict[str, Any] = {}
     with suppress(OSError, ValueError, KeyError, TypeError):  # lost: then it cannot be compared
-        before = json.loads(read_file(folder / CATALOGUE))
-        kept = {name: before[name]["fingerprint"] for name in inputs.catalogue}
+        before = json.loads(read_file(folder / CATALOG))
+        kept = {name: before[name]["fingerprint"] for name in inputs.catalog}
     problems = [
         f"{'data.shards' if name == 'all' else f'data.sources.{name}.shards'}: not the texts or samples that the run "
-        f"began with; restore them ({folder / CATALOGUE} lists the shards)"
+        f"began with; restore them ({folder / CATALOG} lists the shards)"
         for name, fingerprint in kept.items()
-        if fingerprint != inputs.catalogue[name]["fingerprint"]
+        if fingerprint != inputs.catalog[name]["fingerprint"]
     ]
     if problems:
         raise ConfigError(problems)
     return inputs
 
 
-def _nearest(folder: Path, step: int, wanted: int | None) -> Found | None:
+def _nearest(folder: Path, step: int, wanted: int | None) -> FoundCheckpoint | None:
     """The newest whole checkpoint before the step, or the one that is wanted; None for the initial weights."""
     with suppress(FileNotFoundError):
-        paths = candidates(folder / CHECKPOINTS)
+        paths = complete_checkpoints(folder / CHECKPOINTS)
         for path in [path for path in reversed(paths) if step_of(path) < step and wanted in (None, step_of(path))]:
             try:
-                return Found(path, verify(path))
-            except (Damaged, OSError) as error:
+                return FoundCheckpoint(path, verify(path))
+            except (DamagedCheckpoint, OSError) as error:
                 if wanted is not None:
                     raise ConfigError(f"--checkpoint {wanted}: {path} is not whole: {error}") from None
     if wanted:
@@ -217,15 +222,17 @@ def _nearest(folder: Path, step: int, wanted: int | None) -> Found | None:
     return None
 
 
-def _strategy(config: Config, topology: Topology, inputs: Inputs, found: Found | None) -> StepArithmetic:
+def _strategy(config: Config, topology: Topology, inputs: RunData, found: FoundCheckpoint | None) -> StepArithmetic:
     """One process with the weights and the optimizer's state of the checkpoint, or as the run was born."""
-    given = open_given(config, topology, inputs.tokenizer) if found is None else None
+    given = open_pretrained(config, topology, inputs.tokenizer) if found is None else None
     if given and not given.places:
         raise ConfigError(f"model.weights={config.model.weights}: gone, and no checkpoint lies before the step")
     fill = base_of(config, inputs.tokenizer, found) if found else given.fill if given else None
     strategy = build_strategy(config, topology, inputs, fill, loaded=found is not None)
     if found:
-        take_up(strategy, found, same_optimizer=found.manifest["config"]["optimizer"]["name"] == config.optimizer.name)
+        load_models(
+            strategy, found, same_optimizer=found.manifest["config"]["optimizer"]["name"] == config.optimizer.name
+        )
     return strategy
 
 
@@ -242,15 +249,15 @@ def _as_recorded(
     return UpdateResult(norm, torch.tensor(True), torch.tensor(False))
 
 
-def _recorded(row: dict[str, Any]) -> Numbers:
-    return Numbers(*(math.nan if row[name] is None else row[name] for name in Numbers._fields))
+def _recorded(row: dict[str, Any]) -> StepMetrics:
+    return StepMetrics(*(math.nan if row[name] is None else row[name] for name in StepMetrics._fields))
 
 
 def _environment(folder: Path) -> tuple[int, str]:
     """On how many processes and which device the run is, as far as its folder tells."""
     with suppress(OSError, ValueError, KeyError, TypeError):
-        told = json.loads(read_file(folder / "environment.json"))
-        return max(1, int(told["processes"])), str(told["device"])
+        report = json.loads(read_file(folder / "environment.json"))
+        return max(1, int(report["processes"])), str(report["device"])
     return 1, "an unknown device"
 
 

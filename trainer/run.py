@@ -17,29 +17,29 @@ from torch import nn
 
 from trainer import fault_points, loop, sampling
 from trainer.build import build
-from trainer.causes import advice
 from trainer.config import Config
-from trainer.config.compose import recipe_told
+from trainer.config.compose import recipe_message
 from trainer.data.tokenizer import Tokenizer
+from trainer.diagnosis import advice_for
 from trainer.errors import ConfigError, Crashed, Interrupted, OnecurveError, PeerLost, TrainingError
 from trainer.files import replace_file
-from trainer.folder import RunFolder, settle, will_restart
 from trainer.frozen_models import build_frozen, open_frozen
-from trainer.given import open_given
-from trainer.inputs import open_inputs, open_shards
 from trainer.job import Job
 from trainer.machine import check_machine
-from trainer.models import pretrained
+from trainer.models import pretrained_files
 from trainer.models.factory import check_transforms
-from trainer.processes import tell_attempt
-from trainer.protocol import check_plugins, rehearse
+from trainer.plugin_checks import check_plugins, rehearse
+from trainer.pretrained import open_pretrained
+from trainer.processes import record_attempt
 from trainer.resilience import interruption
-from trainer.resilience.timeledger import GOODPUT, TimeLedger
+from trainer.resilience.time_ledger import GOODPUT, TimeLedger
 from trainer.resilience.watchdog import Watchdog
+from trainer.run_data import open_run_data, open_shards
+from trainer.run_directory import RunDirectory, will_restart, write_final_status
 from trainer.secrets import prose
 from trainer.topology import Topology, join, world_size
-from trainer.tracking.disk import Disk
 from trainer.tracking.report import write_report
+from trainer.tracking.run_files import RunFiles
 
 log = logging.getLogger("onecurve")
 
@@ -47,54 +47,54 @@ log = logging.getLogger("onecurve")
 MISTAKES = (TypeError, AttributeError, NameError, ImportError, NotImplementedError, KeyError, IndexError)
 
 
-def run(config: Config, born: float) -> None:
-    """Trains as `config` says. `born` is the `time.monotonic()` of the process's start.
+def run(config: Config, started_at: float) -> None:
+    """Trains as `config` says. `started_at` is the `time.monotonic()` of the process's start.
 
     Raises OnecurveError: Interrupted (saved), ConfigError (nothing was started), DataError, TrainingError, PeerLost.
     """
     topology = join(config.launch.timeout_s, config.layout(world_size()))
     interruption.listen()
     if topology.is_main:
-        tell_attempt(Path(config.run.dir).expanduser())  # of one that goes on; a new one says so with its status
+        record_attempt(Path(config.run.dir).expanduser())  # of one that goes on; a new one says so with its status
     check_machine(config, topology.device)
     check_plugins(config)
     found = open_shards(config, topology)
     check_transforms(config, found.tokenizer)
-    given = open_given(config, topology, found.tokenizer)
+    pretrained = open_pretrained(config, topology, found.tokenizer)
     frozen = open_frozen(config, topology, found.tokenizer)
     prints = {name: model.fingerprint for name, model in frozen.items()}
-    identity = partial(found.identity, config, given.fingerprint if given else None, prints)
-    folder = RunFolder(config, identity, topology, born)
+    identity = partial(found.identity, config, pretrained.fingerprint if pretrained else None, prints)
+    folder = RunDirectory(config, identity, topology, started_at)
     with folder, _log(folder.path, topology.rank):
         job, stopped = None, None
         if topology.is_main:
-            interruption.before_leaving_at_once(partial(settle, folder.path))
+            interruption.before_leaving_at_once(partial(write_final_status, folder.path))
             _tell_recipe(config)
         fault_points.arm(config.debug.faults, folder.path, topology.rank)
-        disk = Disk(folder.path)
-        clock = TimeLedger(disk.appended(GOODPUT) if topology.is_main else None, born)
+        run_files = RunFiles(folder.path)
+        clock = TimeLedger(run_files.open_appender(GOODPUT) if topology.is_main else None, started_at)
         watchdog = Watchdog(config.watchdog, topology, folder, clock, config.train.compile)
         try:
-            inputs = open_inputs(config, topology, found)
-            folder.keep(inputs.tokenizer, inputs.catalogue)
-            if given and topology.is_main:
-                pretrained.keep(folder.path, given.beside)
+            run_data = open_run_data(config, topology, found)
+            folder.keep(run_data.tokenizer, run_data.catalog)
+            if pretrained and topology.is_main:
+                pretrained_files.keep(folder.path, pretrained.beside)
             job = build(
-                config, topology, inputs, folder, identity, disk, clock, watchdog, given.fill if given else None,
-                build_frozen(config, topology, inputs, frozen),
+                config, topology, run_data, folder, identity, run_files, clock, watchdog,
+                pretrained.fill if pretrained else None, build_frozen(config, topology, run_data, frozen),
             )  # fmt: skip
             fault_points.point("start.built")
             rehearse(job)
             try:
                 loop.train(job)
-                job.journal.close("finished")
+                job.logger.close("finished")
             except Interrupted as stop:
                 stopped = stop
-                job.journal.close("interrupted", str(stop), stop.exit_code)
+                job.logger.close("interrupted", str(stop), stop.exit_code)
         except BaseException as failure:
             log.error("%s", "".join(traceback.format_exception(failure)))
             try:
-                raise _told(failure, config, topology, folder, job) from failure
+                raise _report_failure(failure, config, topology, folder, job) from failure
             finally:
                 if job is not None:
                     with clock.watched_elsewhere():  # a save in flight, which waits for ranks that may be gone
@@ -104,7 +104,7 @@ def run(config: Config, born: float) -> None:
         # The status is the last word: nothing that follows can change it, nor the exit code.
         exit_code = stopped.exit_code if stopped else 0
         interruption.before_leaving_at_once(lambda *_: os._exit(exit_code))
-        with _harmless(folder.path, "samples or report"):
+        with _ignore_failure(folder.path, "samples or report"):
             try:
                 if not stopped:
                     fault_points.point("end.finished")
@@ -120,17 +120,17 @@ def run(config: Config, born: float) -> None:
 
 def _tell_recipe(config: Config) -> None:
     """Says which recipe the config was composed with, as nobody may have named it; a launcher has told of its own."""
-    if config.track.console and (told := recipe_told()):
+    if config.track.console and (told := recipe_message()):
         with suppress(BrokenPipeError):  # the console looks after that
             print(f"{'recipe':12}{told}", flush=True)
 
 
-def _told(
-    failure: BaseException, config: Config, topology: Topology, folder: RunFolder, job: Job | None
+def _report_failure(
+    failure: BaseException, config: Config, topology: Topology, folder: RunDirectory, job: Job | None
 ) -> OnecurveError:
     """Tells of a failure once for all ranks; gives the error that this rank ends with."""
     begun = job is not None and job.clock.step > 0
-    error, lost_peer = _explained(failure, config, folder.path, topology, begun)
+    error, lost_peer = _explain(failure, config, folder.path, topology, begun)
     first = folder.fail(topology.rank, error, lost_peer, job.clock.step if job else 0)
     error.recorded = True
     if topology.is_main:
@@ -138,13 +138,13 @@ def _told(
             if first["retry"] and will_restart():
                 pass  # the next life tells of it
             elif job is not None:
-                job.journal.close("failed", first["reason"], first["exit_code"])
+                job.logger.close("failed", first["reason"], first["exit_code"])
             else:
-                settle(folder.path, first["reason"], first["exit_code"])
+                write_final_status(folder.path, first["reason"], first["exit_code"])
     return error if first["rank"] == topology.rank else PeerLost(first["reason"], first["exit_code"])
 
 
-def _explained(
+def _explain(
     failure: BaseException, config: Config, folder: Path, topology: Topology, begun: bool
 ) -> tuple[OnecurveError, bool]:
     """The cause and what to change, where we know it; and whether it is only that another rank is gone. `begun`: the
@@ -164,7 +164,7 @@ def _explained(
         return TrainingError(f"out of memory: try {' or '.join(ways or ['a smaller model'])}. {failure}"), False
     first_line = f"{type(failure).__name__}: {failure}".partition("\n")[0]
     trace = f"(traceback: {folder}/logs/rank-{topology.rank}.log)"
-    if known := advice(str(failure)):
+    if known := advice_for(str(failure)):
         first_line += f": {known}"
     lost_peer = isinstance(failure, dist.DistError) or "gloo" in str(failure) or "Connection closed" in str(failure)
     if topology.world_size > 1 and lost_peer:
@@ -175,8 +175,8 @@ def _explained(
 
 def _show(config: Config, folder: Path, tokenizer: Tokenizer, model: nn.Module | None) -> None:
     """Samples (where there is a model to draw them from) and report of a finished run, until somebody asks to end."""
-    texts = sampling.sample(config, model, tokenizer, interruption.is_asked) if model is not None else []
-    if interruption.is_asked():
+    texts = sampling.sample(config, model, tokenizer, interruption.is_stop_requested) if model is not None else []
+    if interruption.is_stop_requested():
         return
     if texts:
         replace_file(folder / "samples.txt", ("\n\n---\n\n".join(texts) + "\n").encode())
@@ -187,7 +187,7 @@ def _show(config: Config, folder: Path, tokenizer: Tokenizer, model: nn.Module |
 
 
 @contextmanager
-def _harmless(folder: Path, what: str) -> Iterator[None]:
+def _ignore_failure(folder: Path, what: str) -> Iterator[None]:
     """Trouble behind the end of a run is reported, and changes nothing about it."""
     try:
         yield

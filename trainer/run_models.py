@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from trainer.checkpoint.pieces import Fragment, model_of
+from trainer.checkpoint.state import FlatShard, model_of
 from trainer.errors import ConfigError
 from trainer.step import MAIN
 from trainer.strategies.base import Strategy
@@ -38,7 +38,7 @@ class RunModels(Mapping[str, Strategy]):
     def __len__(self) -> int:
         return len(self._all)
 
-    def state(self) -> dict[str, Tensor | Fragment]:
+    def state(self) -> dict[str, Tensor | FlatShard]:
         """Returns the state of all that is trained, as `Strategy.state` has it."""
         state = dict(self.main.state())
         for name, model in self.trained.items():

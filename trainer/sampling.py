@@ -11,21 +11,21 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from trainer.checkpoint.load import newest, read
+from trainer.checkpoint.load import find_newest, read_state
 from trainer.config import Config
-from trainer.config.check import check
-from trainer.config.compose import completed, with_overrides
+from trainer.config.compose import complete, with_overrides
+from trainer.config.validate import validate
 from trainer.data import tokenizer as tokenizers
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError
 from trainer.files import read_file
-from trainer.folder import CHECKPOINTS
-from trainer.given import base_of
 from trainer.models import is_saved
 from trainer.models.factory import model_factory
 from trainer.patches import without_values
+from trainer.pretrained import base_of
 from trainer.randomness import key
 from trainer.registry import plugin
+from trainer.run_directory import CHECKPOINTS
 from trainer.strategies.base import Strategy
 from trainer.topology import Topology
 
@@ -41,25 +41,25 @@ def open_run(folder: Path, plugins: Sequence[str] = (), overrides: Sequence[str]
     try:
         raw = yaml.safe_load(read_file(folder / "config.yaml"))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"{folder}: is no run's folder (config.yaml: {str(error).splitlines()[0]})") from None
+        raise ConfigError(f"{folder}: is not a run's folder (config.yaml: {str(error).splitlines()[0]})") from None
     if isinstance(raw, dict) and isinstance(raw.get("run"), dict):
         raw = with_overrides(raw, overrides)
         raw["run"]["plugins"] = list(plugins)
-    config = check(completed(raw | {"strategy": {"name": "single"}}) if isinstance(raw, dict) else raw)
+    config = validate(complete(raw | {"strategy": {"name": "single"}}) if isinstance(raw, dict) else raw)
     own = folder / "tokenizer.json"
     data = config.data
     return config, tokenizers.load(str(own) if own.exists() else "bytes", data.separator, data.special_tokens)
 
 
 def load_run(folder: Path, plugins: Sequence[str] = ()) -> tuple[Config, nn.Module, Tokenizer]:
-    """As `open_run`, with the newest model (on the CPU). Raises ConfigError if there is none yet, too."""
+    """Opens a run as `open_run` does, with its newest model on the CPU. Raises ConfigError if it has none yet, too."""
     config, tokenizer = open_run(folder, plugins)
-    found, _ = newest(folder / CHECKPOINTS, set_aside=False)
+    found, _ = find_newest(folder / CHECKPOINTS, set_aside=False)
     if found is None:
         raise ConfigError(f"{folder}: has no checkpoint yet")
-    model = model_factory(config, tokenizer, given=base_of(config, tokenizer, found), loaded=True)()
+    model = model_factory(config, tokenizer, pretrained=base_of(config, tokenizer, found), loaded=True)()
     saved = is_saved(model)
-    read(found, {f"model/{name}": tensor for name, tensor in model.state_dict().items() if saved(name)})
+    read_state(found, {f"model/{name}": tensor for name, tensor in model.state_dict().items() if saved(name)})
     return config, model, tokenizer
 
 
@@ -86,7 +86,7 @@ def trained_model(config: Config, strategy: Strategy, tokenizer: Tokenizer, topo
             print(f"\nno samples of {size:,} parameters ({limit}): onecurve sample {config.run.dir}")
         return None
     trained = getattr(strategy, "model", None)
-    if trained is not None and _outline(trained) == _outline(model):
+    if trained is not None and _meta_tensors(trained) == _meta_tensors(model):
         return trained if topology.is_main else None
     if not topology.is_main:
         for _ in strategy.full_weights():  # the main rank gathers from all
@@ -108,7 +108,7 @@ def _without_values(config: Config, tokenizer: Tokenizer) -> nn.Module:
         return model_factory(config, tokenizer).build()
 
 
-def _outline(model: nn.Module) -> list[tuple[Any, ...]]:
+def _meta_tensors(model: nn.Module) -> list[tuple[Any, ...]]:
     """Returns what modules and parameters a model has: other ones where a strategy shards, cuts or converts it."""
     modules = [(name, type(module)) for name, module in model.named_modules()]
     return modules + [(name, type(tensor), tensor.shape) for name, tensor in model.named_parameters()]
@@ -133,7 +133,7 @@ def sample(
     None once `ended`, which is asked before each token. Raises ConfigError if the run is not one that learns text.
     """
     if not continues_text(config):
-        raise ConfigError(f"{config.run.name}: is no run that learns text: there is nothing to sample")
+        raise ConfigError(f"{config.run.name}: is not a run that learns text: there is nothing to sample")
     wanted = config.sample
     generator = torch.Generator().manual_seed(key(config.run.seed, "sample"))
     # Each token makes another length, which a compiled model would be compiled anew for.

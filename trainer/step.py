@@ -14,7 +14,7 @@ MAIN = "model"  # the run's own model
 Finish = Callable[[str, Objective, Sums], UpdateResult]
 
 
-def do_step(
+def run_step(
     models: Mapping[str, Strategy],
     objective: Objective,
     batches: Sequence[Batch],

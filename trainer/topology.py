@@ -27,10 +27,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from trainer import meeting
-from trainer.config.strategy import WHOLE, Layout
+from trainer import rendezvous
+from trainer.config.strategy import ONE_STAGE, Layout
 from trainer.errors import ConfigError, Crashed, first_line
-from trainer.launchers import MEETING, STANDARD, are_by_hand, to_unset
+from trainer.launchers import RENDEZVOUS, STANDARD, are_by_hand, variables_to_unset
 from trainer.patches import timeout_of
 from trainer.processes import remove_afterwards
 
@@ -57,7 +57,7 @@ class Topology:
     dp_size: int
     control: dist.ProcessGroup | None  # CPU collectives of the loop
     saving: dist.ProcessGroup | None  # CPU collectives of the checkpoint thread, never shared with the loop
-    layout: Layout = WHOLE
+    layout: Layout = ONE_STAGE
 
     @property
     def is_main(self) -> bool:
@@ -69,17 +69,17 @@ class Topology:
         return [rank // self.layout.tensor % self.dp_size for rank in range(self.world_size)]
 
     @property
-    def speaks(self) -> bool:
-        """Whether this process tells of its data, for all that take the same: the first of them."""
+    def is_data_rank(self) -> bool:
+        """Whether this rank reports its data, for all ranks that take the same: the first of them does."""
         return self.rank == self.dp_rank * self.layout.tensor
 
-    def used_as(self, layout: Layout) -> Topology:
-        """The same processes in another layout."""
-        there = replace(self, dp_size=self.world_size // layout.processes, layout=layout)
-        return replace(there, dp_rank=there.dp_ranks[self.rank])
+    def with_layout(self, layout: Layout) -> Topology:
+        """Returns the same processes in another layout."""
+        other = replace(self, dp_size=self.world_size // layout.processes, layout=layout)
+        return replace(other, dp_rank=other.dp_ranks[self.rank])
 
     def mesh(self) -> DeviceMesh:
-        """All processes as stages x copies x tensor: neighbours share the matrices of a layer, stages lie farthest
+        """All processes as stages x copies x tensor: neighbors share the matrices of a layer, stages lie farthest
         apart."""
         return self.mesh_of(stage=self.layout.stages, data=self.dp_size, tensor=self.layout.tensor)
 
@@ -126,24 +126,24 @@ class Topology:
         raw, edges = everything.numpy().tobytes(), [0, *ends.tolist()]
         return [json.loads(raw[start:end]) for start, end in pairwise(edges)]
 
-    def work_of_all(self, work: Callable[[], Any], group: dist.ProcessGroup | None) -> list[Any]:
+    def run_on_all(self, work: Callable[[], Any], group: dist.ProcessGroup | None) -> list[Any]:
         """What the `work` of each rank gives, JSON-able, however long one of them takes: it is done in a thread, while
         the ranks let each other know that they are there. It must not raise: the others would wait for its word."""
         if self.world_size == 1:
             return [work()]
-        begun, beat_s = _begun(work), _heartbeat_s(group)
-        while not all(told := self.gather_all(_done(begun, beat_s), group)):
+        begun, beat_s = _start_in_thread(work), _heartbeat_s(group)
+        while not all(answers := self.gather_all(_result_within(begun, beat_s), group)):
             pass
-        return [value for (value,) in told]
+        return [value for (value,) in answers]
 
-    def work_of_main(self, work: Callable[[], Any]) -> Any:
-        """What the main rank's `work` gives, as `work_of_all`."""
+    def run_on_main(self, work: Callable[[], Any]) -> Any:
+        """What the main rank's `work` gives, as `run_on_all`."""
         if self.world_size == 1:
             return work()
-        begun, beat_s = _begun(work if self.is_main else _nothing), _heartbeat_s(self.control)
-        while not (told := self.broadcast(_done(begun, beat_s))):
+        begun, beat_s = _start_in_thread(work if self.is_main else _nothing), _heartbeat_s(self.control)
+        while not (answers := self.broadcast(_result_within(begun, beat_s))):
             pass
-        return told[0]
+        return answers[0]
 
     def replica_group(self) -> dist.ProcessGroup | None:
         """Of the processes that one copy of the model is spread over, for collectives of the main thread on the CPU.
@@ -161,7 +161,7 @@ class Topology:
             dist.destroy_process_group()
 
 
-def _begun(work: Callable[[], Any]) -> Future[Any]:
+def _start_in_thread(work: Callable[[], Any]) -> Future[Any]:
     """The work, in a thread that does not keep a process which has lost its peers."""
     future: Future[Any] = Future()
 
@@ -180,7 +180,7 @@ def _heartbeat_s(group: dist.ProcessGroup | None) -> float:
     return HEARTBEAT_S if group is None else min(HEARTBEAT_S, timeout_of(group).total_seconds() / 4)
 
 
-def _done(begun: Future[Any], seconds: float) -> list[Any]:
+def _result_within(begun: Future[Any], seconds: float) -> list[Any]:
     """What it gave, after it was waited for no longer than that; empty where that is not known yet."""
     wait([begun], seconds)
     return [begun.result()] if begun.done() else []
@@ -190,7 +190,7 @@ def _nothing() -> None:
     pass
 
 
-ALONE = Topology(0, 1, 0, 1, torch.device("cpu"), 0, 1, None, None)  # a process that is no rank of a run
+ALONE = Topology(0, 1, 0, 1, torch.device("cpu"), 0, 1, None, None)  # a process that is not a rank of a run
 
 
 @functools.cache
@@ -208,7 +208,7 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def join(timeout_s: int, layout: Layout = WHOLE, store: dist.Store | None = None) -> Topology:
+def join(timeout_s: int, layout: Layout = ONE_STAGE, store: dist.Store | None = None) -> Topology:
     """Joins the process group that the launcher's environment describes; alone, none is made. `store`: where the
     processes meet, if not where the launcher says."""
     rank, size = int(os.environ.get("RANK", "0")), world_size()
@@ -227,20 +227,20 @@ def join(timeout_s: int, layout: Layout = WHOLE, store: dist.Store | None = None
         os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
         raise_open_files()
         check_interfaces(device.type == "cuda")
-        with _waiting(rank, size):
+        with _report_waiting(rank, size):
             store = store or store_of(size, local_size, timeout)
             dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout, store=store)
         control = dist.group.WORLD  # the main thread's, as the strategy's collectives are; its CPU part is gloo
         saving = dist.new_group(backend="gloo", timeout=max(timeout, SAVING))
-    return Topology(rank, size, local_rank, local_size, device, rank, size, control, saving).used_as(layout)
+    return Topology(rank, size, local_rank, local_size, device, rank, size, control, saving).with_layout(layout)
 
 
 @contextmanager
-def _waiting(rank: int, size: int) -> Iterator[None]:
+def _report_waiting(rank: int, size: int) -> Iterator[None]:
     """Says what is waited for when the other processes do not come. Raises OnecurveError where they never do."""
     names = [name for name in (*STANDARD, "MASTER_ADDR", "MASTER_PORT") if name in os.environ]
     variables, by_hand = " ".join(f"{name}={os.environ[name]}" for name in names), are_by_hand()
-    left_over = f"; to train alone: unset {' '.join(to_unset())}" if to_unset() else ""
+    left_over = f"; to train alone: unset {' '.join(variables_to_unset())}" if variables_to_unset() else ""
 
     def tell() -> None:
         print(f"onecurve: rank {rank} waits for {size} processes to come: {variables}{left_over}", file=sys.stderr)
@@ -252,10 +252,10 @@ def _waiting(rank: int, size: int) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # all of torch's are
-        told = f"the {size} processes did not find each other: {first_line(error)} ({variables}){left_over}"
+        answers = f"the {size} processes did not find each other: {first_line(error)} ({variables}){left_over}"
         if by_hand:
-            raise _of_this_machine(told) from error
-        raise Crashed(told) from error
+            raise _of_this_machine(answers) from error
+        raise Crashed(answers) from error
     finally:
         teller.cancel()
 
@@ -289,7 +289,7 @@ def _of_this_machine(text: str) -> ConfigError:
 
 
 def raise_open_files() -> None:
-    """As many as this process may open: the soft limit is there for programs that cannot bear more."""
+    """Raises the soft limit of open files to the hard one, which this process can handle."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         with suppress(ValueError, OSError):  # macOS: a hard limit that is larger than what can be set
@@ -304,13 +304,13 @@ def store_of(size: int, local_size: int, timeout: datetime.timedelta) -> dist.St
     Elsewhere None: torch's own store at MASTER_ADDR.
     """
     given, run_id = os.environ.get("ONECURVE_STORE"), os.environ.get("TORCHELASTIC_RUN_ID")
-    if given is None and MEETING not in os.environ and run_id is None:
+    if given is None and RENDEZVOUS not in os.environ and run_id is None:
         return None
     if run_id is not None and local_size != size:
-        return meeting.of_several_nodes(f"onecurve/{next(_JOINED)}", timeout)
+        return rendezvous.find_rendezvous(f"onecurve/{next(_JOINED)}", timeout)
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         os.environ.setdefault(name, "lo")
-    file = dist.FileStore(given or str(_file_of(os.environ.get(MEETING) or _start_of_torchrun())), size)
+    file = dist.FileStore(given or str(_file_of(os.environ.get(RENDEZVOUS) or _start_of_torchrun())), size)
     file.set_timeout(timeout)
     return dist.PrefixStore(str(next(_JOINED)), file)
 

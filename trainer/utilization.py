@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from trainer import hardware
-from trainer.data.batches import Batches
+from trainer.data.batch_sizes import Batches
 from trainer.models import ModelFactory
 from trainer.topology import Topology
 

@@ -10,9 +10,9 @@ if __name__ == "__main__":  # before anything else is imported
 import sys
 
 from launch.doctor.command import main
-from trainer.processes import die_with_parent, print_anywhere
+from trainer.processes import die_with_parent, make_printing_safe
 
 if __name__ == "__main__":
-    print_anywhere()
+    make_printing_safe()
     die_with_parent()
     sys.exit(main())

@@ -10,7 +10,7 @@ from typing import Any
 
 from launch.doctor.examination import Options, tell_all
 from trainer.errors import ConfigError
-from trainer.launchers import recognise
+from trainer.launchers import recognize
 
 LIMIT_S, QUICK_LIMIT_S = 90.0, 45.0
 ABOUT = """Checks versions, devices, limits, clocks, bandwidth, the folder of runs and what else is installed. Plainly
@@ -44,21 +44,21 @@ def doctor(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"-n {arguments.procs}: at least one process is needed")
     options = Options(arguments.dir.expanduser().absolute(), arguments.quick, limit, arguments.json)
     if arguments.member:
-        from launch.doctor.member import member
+        from launch.doctor.worker import run_worker
 
         number, ranks, processes, alone = map(int, arguments.member.split(","))
-        return member(options, ranks, processes, bool(alone), number)
-    recognise()
+        return run_worker(options, ranks, processes, bool(alone), number)
+    recognize()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from launch.doctor.ranks import rank
 
         return rank(options)
-    from launch.doctor import gpus, machine, slurm, team
+    from launch.doctor import gpus, machine, slurm, workers
 
     if nodes := slurm.nodes() if arguments.procs is None else []:
-        return tell_all(team.on_all_nodes(options, nodes), options)
+        return tell_all(workers.on_all_nodes(options, nodes), options)
     procs = arguments.procs or len(gpus.visible()) or 2
-    return tell_all(team.on_this_machine(options, procs, machine.node_name()), options)
+    return tell_all(workers.on_this_machine(options, procs, machine.node_name()), options)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -23,11 +23,11 @@ class Options:
 
 
 @dataclass
-class Heard:
+class NodeReport:
     """What one process told: of its node; how far it came (order, text, for whom it waits); what went wrong."""
 
     node: str
-    told: dict[str, Any] | None = None
+    answer: dict[str, Any] | None = None
     stage: tuple[int, str, list[int]] = (0, "meeting the others", [])
     failure: str = ""
 
@@ -36,15 +36,17 @@ class Heard:
 class Examination:
     """What rank 0, or who started the members, knows. `heard` is by rank."""
 
-    heard: list[Heard] = field(default_factory=list)
+    heard: list[NodeReport] = field(default_factory=list)
     absent: list[Finding] = field(default_factory=list)
     common: list[Finding] | None = None  # None: the common checks did not come to their end
     began: float = field(default_factory=time.monotonic)
 
     def report(self) -> Report:
         nodes = list(dict.fromkeys(heard.node for heard in self.heard))
-        told = [(heard.node, from_json(heard.told.get("findings", ()))) for heard in self.heard if heard.told]
-        facts = {heard.node: heard.told["facts"] for heard in self.heard if heard.told and heard.told.get("facts")}
+        told = [(heard.node, from_json(heard.answer.get("findings", ()))) for heard in self.heard if heard.answer]
+        facts = {
+            heard.node: heard.answer["facts"] for heard in self.heard if heard.answer and heard.answer.get("facts")
+        }
         findings = [*merged(told), *unequal(facts), *self.absent]
         if self.common is not None:
             findings += self.common

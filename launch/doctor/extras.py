@@ -27,7 +27,7 @@ def examine(quick: bool) -> Iterator[Finding]:
 
 def apex() -> Finding:
     """NVIDIA's, PyPI's namesake, or none."""
-    from trainer.extras import NAMESAKE, NOT_THERE, without_apex
+    from trainer.optional_packages import NAMESAKE, NOT_THERE, without_apex
 
     reasons = {part: without_apex(part) for part in ("FusedAdam", "FusedLayerNorm")}
     works = [part for part, reason in reasons.items() if not reason]

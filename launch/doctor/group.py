@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from launch.doctor import folder, network
+from launch.doctor import filesystem, network
 from launch.doctor.machine import node_name
 from launch.doctor.verdict import Finding
 from trainer.topology import Topology
@@ -37,6 +37,6 @@ def examine(topology: Topology, place: Path, quick: bool, tell: network.Tell) ->
     findings.append(Finding("compute", "good", f"matrix product: {min(speeds):.3g} to {max(speeds):.3g} TFLOP/s"))
     findings += network.slower({str(rank): speed for rank, speed in enumerate(speeds)}, "compute", "TFLOP/s", names)
     tell(5, f"the folder {place}", [])
-    measured = topology.gather(folder.measure(topology, place, quick, topology.rank in leaders))
+    measured = topology.gather(filesystem.measure(topology, place, quick, topology.rank in leaders))
     tell(6, "the end", [])
-    return [*findings, *folder.judge(measured, names)] if topology.is_main else []
+    return [*findings, *filesystem.judge(measured, names)] if topology.is_main else []

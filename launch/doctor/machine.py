@@ -20,7 +20,7 @@ SLOW_IMPORT_S = 30.0
 
 
 def node_name() -> str:
-    """As Slurm calls this node, else as it calls itself."""
+    """Returns this node's name: Slurm's, else its own host name."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname().partition(".")[0]
 
 

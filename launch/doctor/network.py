@@ -1,4 +1,4 @@
-"""Clocks, bandwidth and speed of the processes of a group, measured over it; and the judgement of the numbers."""
+"""Clocks, bandwidth and speed of the processes of a group, measured over it; and the judgment of the numbers."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def judge_clocks(measured: Sequence[tuple[int, float, float]], names: Sequence[s
 
 
 def ring(ranks: Sequence[int]) -> list[list[Pair]]:
-    """Each rank with both of its neighbours, in rounds of pairs that do not touch."""
+    """Each rank with both of its neighbors, in rounds of pairs that do not touch."""
     count = len(ranks)
     if count < 3:
         return [[(ranks[0], ranks[1])]] if count == 2 else []

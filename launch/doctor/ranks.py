@@ -11,7 +11,7 @@ import sys
 from datetime import timedelta
 from typing import Any
 
-from launch.doctor.examination import Examination, Heard, Options, give_up_after, local, tell_all
+from launch.doctor.examination import Examination, NodeReport, Options, give_up_after, local, tell_all
 from launch.doctor.machine import node_name
 from launch.doctor.verdict import Finding
 from trainer.errors import ConfigError
@@ -37,7 +37,7 @@ def rank(options: Options) -> int:
         if mine:
             return 1 if failure else 0
         examination.common = common
-        examination.heard = [Heard(node_name(), told, failure=failure)]
+        examination.heard = [NodeReport(node_name(), told, failure=failure)]
         for number in range(1, size):
             if heard := _of_rank(store, number):
                 examination.heard.append(heard)
@@ -83,12 +83,12 @@ def _store(mine: int, size: int, local_size: int, limit_s: float) -> Any:
     return dist.PrefixStore(f"doctor-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
-def _of_rank(store: Any, number: int) -> Heard | None:
+def _of_rank(store: Any, number: int) -> NodeReport | None:
     """What rank `number` left in the store; None if it never came."""
     if not store.check([f"told-{number}"]):
         return None
     values = json.loads(store.get(f"told-{number}"))
-    heard = Heard(str(values["node"]), values["told"])
+    heard = NodeReport(str(values["node"]), values["told"])
     if store.check([f"stage-{number}"]):
         order, text, awaited = json.loads(store.get(f"stage-{number}"))
         heard.stage = (int(order), str(text), list(awaited))

@@ -13,7 +13,7 @@ PATIENCE_S = 10
 
 
 def nodes() -> list[str]:
-    """Of this job, where it has several and this process is not one of a step on all of them."""
+    """Returns this job's nodes if there are several and this process is not part of a step on all of them."""
     several = int(os.environ.get("SLURM_JOB_NUM_NODES") or os.environ.get("SLURM_NNODES") or 1) > 1
     names = expand(os.environ.get("SLURM_JOB_NODELIST", "")) if several else []
     return names if "SLURM_JOB_ID" in os.environ and shutil.which("srun") else []

@@ -46,7 +46,7 @@ class Report:
 
     @property
     def bad_nodes(self) -> list[str]:
-        """Those that a job should leave out."""
+        """Returns the nodes that a job should exclude."""
         bad = {node for finding in self.findings if finding.verdict == "bad" for node in finding.nodes}
         return sorted(bad, key=lambda node: self.nodes.index(node) if node in self.nodes else -1)
 

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
-from launch.planning.parts import Parts, Sent, Share, shared
-from launch.planning.subject import Built, Subject
+from launch.planning.memory_parts import MemoryParts, ParameterShare, Sent, shared
+from launch.planning.planned_model import BuiltModel, PlannedModel
 from launch.planning.trace import Trace
 from trainer.config import Config
 from trainer.precision import DTYPES
@@ -20,7 +20,7 @@ from trainer.registry import load
 Way = Sequence[str]  # overrides of a strategy
 
 
-def accountant(subject: Subject, config: Config, procs: int) -> Accountant:
+def accountant(subject: PlannedModel, config: Config, procs: int) -> Accountant:
     """Who counts for the config's strategy."""
     kind: type[Accountant] = load(config.strategy.accountant)
     return (kind if procs > 1 or kind.alone else Accountant)(subject, config, procs)
@@ -36,7 +36,7 @@ class Accountant:
     alone: ClassVar[bool] = False
     """Whether the strategy does on one process, too, what the accountant knows of."""
 
-    def __init__(self, subject: Subject, config: Config, procs: int):
+    def __init__(self, subject: PlannedModel, config: Config, procs: int):
         self.subject, self.config, self.procs = subject, config, procs
         self.strategy: Any = config.strategy
         self.layout = config.layout(procs)
@@ -47,29 +47,29 @@ class Accountant:
         self.checkpointing = config.train.activation_checkpointing
 
     @classmethod
-    def ways(cls, subject: Subject, procs: int) -> Iterator[Way]:
+    def ways(cls, subject: PlannedModel, procs: int) -> Iterator[Way]:
         """Yields the strategy's keys that are worth a try with that many processes, the most usual first."""
         return iter(())
 
     # What a strategy overrides
 
-    def moments(self, place: int) -> Iterator[Parts]:
+    def moments(self, position: int) -> Iterator[MemoryParts]:
         """What the process at this place of a pipeline (any process, where there is none) holds in the course of a
         step."""
-        share = Share(self.built.parameters)
+        share = ParameterShare(self.built.parameters)
         yield from alone(self.trace(), share, self.passes)
         yield self.updated(share)
 
-    def sent(self, place: int) -> Iterator[Sent]:
+    def sent(self, position: int) -> Iterator[Sent]:
         """What that process sends in a step to others than those that share its layers' matrices."""
-        summed = round(2 * shared(self.copies) * Share(self.built.parameters).trained * self.reduced)
+        summed = round(2 * shared(self.copies) * ParameterShare(self.built.parameters).trained * self.reduced)
         yield Sent("all-reduce of gradients", summed, self.copies, False)
 
-    def within(self, place: int) -> int:
+    def within(self, position: int) -> int:
         """Bytes that it sends in a step to those that share its layers' matrices."""
         return self.trace().sent * self.passes if self.layout.tensor > 1 else 0
 
-    def flops(self, place: int = 0) -> int:
+    def flops(self, position: int = 0) -> int:
         """Operations of a process in a step, recomputation among them. Of layers that several share: its part."""
         return self.trace().flops * self.passes
 
@@ -88,28 +88,28 @@ class Accountant:
     # What is the same for all
 
     @cached_property
-    def built(self) -> Built:
+    def built(self) -> BuiltModel:
         return self.subject.split(self.strategy, self.layout.tensor)
 
     @property
-    def traced(self) -> Built:
+    def traced(self) -> BuiltModel:
         """What computes."""
         return self.built
 
-    def peak(self, place: int = 0) -> Parts:
+    def peak(self, position: int = 0) -> MemoryParts:
         """The fullest moment of the process at this place."""
-        return max(self.moments(place), key=lambda parts: parts.total)
+        return max(self.moments(position), key=lambda parts: parts.total)
 
-    def peaks(self) -> list[Parts]:
-        """Of every place."""
-        return [self.peak(place) for place in range(self.layout.stages)]
+    def peaks(self) -> list[MemoryParts]:
+        """Returns the peak of each position in the pipeline."""
+        return [self.peak(position) for position in range(self.layout.stages)]
 
-    def traffic(self, place: int = 0) -> list[Sent]:
+    def traffic(self, position: int = 0) -> list[Sent]:
         """What a process sends in a step, at the least that each collective can do with (rings)."""
         if self.procs == 1:
             return []
-        sent = list(self.sent(place))
-        if within := self.within(place):
+        sent = list(self.sent(position))
+        if within := self.within(position):
             tensor = self.layout.tensor
             sent.append(Sent("within layers", round(within * shared(tensor)), tensor, True))
         return sent
@@ -117,11 +117,11 @@ class Accountant:
     def trace(self, released: bool = False, casts_kept: bool = True) -> Trace:
         return self.traced.whole(self.rows, self.checkpointing, released, casts_kept)
 
-    def updated(self, share: Share, offloaded: bool = False) -> Parts:
+    def updated(self, share: ParameterShare, offloaded: bool = False) -> MemoryParts:
         """While the optimizer steps."""
         whole = sum(parameter.nbytes for parameter in self.subject.whole.parameters)
-        besides = 0 if offloaded else round(self.subject.state[1] * share.held / max(1, whole))
-        return Parts(share.held, share.trained, share.state, 0, besides)
+        besides = 0 if offloaded else round(self.subject.state[1] * share.parameter_bytes / max(1, whole))
+        return MemoryParts(share.parameter_bytes, share.trained, share.state, 0, besides)
 
     @property
     def compute(self) -> str:
@@ -136,16 +136,16 @@ class Accountant:
 
 class Single(Accountant):
     @classmethod
-    def ways(cls, subject: Subject, procs: int) -> Iterator[Way]:
+    def ways(cls, subject: PlannedModel, procs: int) -> Iterator[Way]:
         if procs == 1:
             yield ("strategy=single",)
 
 
-def alone(trace: Trace, share: Share, passes: int) -> Iterator[Parts]:
+def alone(trace: Trace, share: ParameterShare, passes: int) -> Iterator[MemoryParts]:
     """A model on one process, without the update."""
     before = 0
     for segment in trace.segments:
-        yield Parts(share.held, before, share.state, segment.peak_with_gradients, 0)
+        yield MemoryParts(share.parameter_bytes, before, share.state, segment.peak_with_gradients, 0)
         before += segment.gradients
     for segment in trace.segments if passes > 1 else ():
-        yield Parts(share.held, share.trained, share.state, segment.peak, 0)
+        yield MemoryParts(share.parameter_bytes, share.trained, share.state, segment.peak, 0)

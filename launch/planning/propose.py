@@ -14,11 +14,11 @@ from typing import Any
 
 from launch.planning.gpus import NETWORK, NODE, Gpu
 from launch.planning.memory import Accountant, Way, accountant
-from launch.planning.parts import Parts
-from launch.planning.subject import Subject
+from launch.planning.memory_parts import MemoryParts
+from launch.planning.planned_model import PlannedModel
 from trainer.config import Config, Strategy
-from trainer.config.check import check
 from trainer.config.compose import compose
+from trainer.config.validate import validate
 from trainer.errors import ConfigError
 from trainer.registry import OPTIONS, load
 from trainer.secrets import shown_override
@@ -34,14 +34,14 @@ HOST_S = 5e-4  # what Python and the driver need for a layer, forward and backwa
 class Proposal:
     overrides: tuple[str, ...]
     """In place of REPLACED."""
-    parts: Parts
-    """Of the fullest process."""
+    parts: MemoryParts
+    """Memory of the fullest process."""
     seconds: float
     """A step's bound."""
 
 
 def proposals(
-    subject: Subject, config: Config, procs: int, gpu: Gpu, within: float = 6.0
+    subject: PlannedModel, config: Config, procs: int, gpu: Gpu, within: float = 6.0
 ) -> tuple[list[Proposal], list[Proposal]]:
     """(those that fit, those that do not), each the fastest or the smallest first. After `within`
     seconds of computing it looks no further: the most usual are tried first."""
@@ -69,19 +69,19 @@ def proposals(
 
 
 def _tried(
-    subject: Subject, config: Config, changes: tuple[str, ...], recomputed: str, rows: int, procs: int, gpu: Gpu
+    subject: PlannedModel, config: Config, changes: tuple[str, ...], recomputed: str, rows: int, procs: int, gpu: Gpu
 ) -> Proposal | None:
     train = {"activation_checkpointing": recomputed, "micro_batch": rows}
     try:
-        counted = accountant(subject, check(_replaced(config, {"train": train}), procs), procs)
+        counted = accountant(subject, validate(_replaced(config, {"train": train}), procs), procs)
         parts = max(counted.peaks(), key=lambda parts: parts.total)
-        seconds = bound(counted, gpu)
+        seconds = time_bound(counted, gpu)
     except ConfigError:  # a model that cannot be cut so
         return None
     return Proposal((*changes, *(f"train.{key}={value}" for key, value in train.items())), parts, seconds)
 
 
-def candidates(config: Config, procs: int, subject: Subject) -> Iterator[tuple[tuple[str, ...], Config]]:
+def candidates(config: Config, procs: int, subject: PlannedModel) -> Iterator[tuple[tuple[str, ...], Config]]:
     """(overrides, config) of each way to use that many processes that the check takes."""
     ways: list[Way] = []
     for option in OPTIONS["strategy"].values():
@@ -93,13 +93,13 @@ def candidates(config: Config, procs: int, subject: Subject) -> Iterator[tuple[t
         for key, _, value in (override.removeprefix("strategy.").partition("=") for override in way[1:]):
             section[key] = {"true": True, "compute": value}.get(value) or int(value)
         try:
-            yield tuple(way), check(_replaced(config, {"train": {"micro_batch": None}}, strategy=section), procs)
+            yield tuple(way), validate(_replaced(config, {"train": {"micro_batch": None}}, strategy=section), procs)
         except ConfigError:
             continue
 
 
 def sizes(config: Config, procs: int) -> list[int]:
-    """Of a micro-batch, the largest first: those that divide a process's share."""
+    """Returns the micro-batch sizes that divide a process's share of the global batch, the largest first."""
     layout = config.layout(procs)
     share = max(1, config.train.global_batch // (procs // layout.processes))
     wanted = {share, ROWS, 4, 2, 1, config.train.micro_batch or share}
@@ -112,10 +112,10 @@ def _replaced(config: Config, changed: dict[str, Any], **sections: Any) -> dict[
     return raw | {name: raw[name] | values for name, values in changed.items()}
 
 
-def bound(of: Accountant, gpu: Gpu) -> float:
+def time_bound(of: Accountant, gpu: Gpu) -> float:
     """Seconds of a step, at the least."""
     stages = of.layout.stages
-    flops = sum(of.flops(place) for place in range(stages)) / stages
+    flops = sum(of.flops(position) for position in range(stages)) / stages
     launching = HOST_S * max(1, len(of.subject.whole.blocks)) / stages * of.passes * of.micro_batches()[0]
     computing = max(flops / (gpu.tflops * 1e12 * BUSY), launching) * of.waiting()
     waiting = besides = 0.0

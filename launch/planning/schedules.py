@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from trainer.config.pipelines import SCHEDULES
+from trainer.config.pipeline_schedules import SCHEDULES
 from trainer.config.strategy import Pipeline
-from trainer.strategies.stages import hosts
+from trainer.strategies.stages import stage_rank
 
 
 class Work(NamedTuple):
@@ -16,20 +16,20 @@ class Work(NamedTuple):
     """F: forward; B: backward; I, W: the backward pass of inputs, of weights alone."""
     part: int
     number: int
-    """Of the micro-batch."""
+    """Number of the micro-batch."""
 
 
-def order(config: Pipeline, processes: int, place: int, count: int) -> Iterator[Work]:
+def order(config: Pipeline, processes: int, position: int, count: int) -> Iterator[Work]:
     """What the process at that place does with `count` micro-batches, in order."""
     if config.schedule in ("gpipe", "1f1b"):
-        first = count if config.schedule == "gpipe" else min(count, processes - place)
-        yield from (Work("F", place, number) for number in range(first))
+        first = count if config.schedule == "gpipe" else min(count, processes - position)
+        yield from (Work("F", position, number) for number in range(first))
         for number in range(count):
-            yield Work("B", place, number)
+            yield Work("B", position, number)
             if first + number < count:
-                yield Work("F", place, first + number)
+                yield Work("F", position, first + number)
         return
-    yield from (work for action in _actions(config, processes, place, count) for work in _works(action))
+    yield from (work for action in _actions(config, processes, position, count) for work in _works(action))
 
 
 def _works(action: Any) -> Iterator[Work]:
@@ -44,24 +44,24 @@ def _works(action: Any) -> Iterator[Work]:
         yield Work(kinds[action.computation_type.name], action.stage_index, action.microbatch_index)
 
 
-def _actions(config: Pipeline, processes: int, place: int, count: int) -> list[Any]:
-    """From torch's own class, told of stages that are not there."""
+def _actions(config: Pipeline, processes: int, position: int, count: int) -> list[Any]:
+    """Returns the actions of torch's own schedule class, which is given stages without modules."""
     from torch.distributed.pipelining.schedules import get_schedule_class
 
-    parts = processes * config.parts_a_process
+    parts = processes * config.stages_per_rank
     stages = [
         SimpleNamespace(
             stage_index=part,
             num_stages=parts,
             group_size=processes,
-            group_rank=place,
+            group_rank=position,
             is_first=part == 0,
             is_last=part == parts - 1,
             submod=None,
             has_backward=True,
         )
         for part in range(parts)
-        if hosts(config, processes, part) == place
+        if stage_rank(config, processes, part) == position
     ]
     make: Any = get_schedule_class(SCHEDULES[config.schedule].torch_name)
-    return make(stages, count, loss_fn=lambda *_: None, scale_grads=False).pipeline_order[place]
+    return make(stages, count, loss_fn=lambda *_: None, scale_grads=False).pipeline_order[position]

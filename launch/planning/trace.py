@@ -82,7 +82,7 @@ class Trace:
         return sum(segment.weighted for segment in self.of(backward=False))
 
 
-class Live(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):
     """Counts what is alive of all that is made while it is entered."""
 
     def __init__(self, not_counted: Sequence[Tensor] = (), weights: Iterable[Tensor] = ()) -> None:
@@ -111,7 +111,7 @@ class Live(TorchDispatchMode):
         return result
 
     def restart(self) -> None:
-        """From now on peaks are of what comes."""
+        """Resets the peaks."""
         self.done, self.flops, self.sent, self.weighted = 0, 0, 0, 0
         self.peak = self.peak_with_gradients = self.alive
 
@@ -150,7 +150,7 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _number(tensor: Tensor) -> int:
-    """Of its storage, while that lives."""
+    """Returns the number of the tensor's storage, which is unique while the storage lives."""
     return id(_local(tensor).untyped_storage())
 
 
@@ -186,7 +186,7 @@ def trace(
     Parameters of `module`, what it is `given` and `gradient` are not counted. All within a FakeTensorMode.
     """
     kept = [*module.parameters(), *module.buffers(), *given, *([] if gradient is None else [gradient])]
-    live = Live(kept, module.parameters())
+    live = LiveBytes(kept, module.parameters())
     segments: list[Segment] = []
     block_now, backward_now, cast_now = OUTSIDE, False, True
 
@@ -215,7 +215,9 @@ def trace(
 
 
 @contextmanager
-def _marked(module: nn.Module, blocks: Sequence[nn.Module], live: Live, mark: Callable[..., None]) -> Iterator[None]:
+def _marked(
+    module: nn.Module, blocks: Sequence[nn.Module], live: LiveBytes, mark: Callable[..., None]
+) -> Iterator[None]:
     """Tells `live` of gradients that are done, and `mark` of each block that begins or ends."""
     hooks = []
     for number, block in enumerate(blocks):
@@ -252,7 +254,7 @@ def _differentiable(values: Any) -> list[Tensor]:
     ]
 
 
-def stretched(trace: Trace, count: int) -> Trace:
+def repeat_trace(trace: Trace, count: int) -> Trace:
     """The trace of `count` blocks that are alike, of one of REPRESENTATIVES: the middle one stands for all that are
     neither first nor last, each of which leaves as much behind for the backward pass."""
     more = count - REPRESENTATIVES

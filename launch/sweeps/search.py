@@ -95,7 +95,8 @@ class Search:
 
 
 def value_of(trial: Trial, metric: str) -> float | None:
-    """Of the last step that has it; None if none has. `eval.` is what evaluations measured."""
+    """Returns the metric's value at the last step that has it, None if no step has. `eval.` names an evaluation's
+    metric."""
     group, _, name = metric.rpartition(".")
     rows = read(Path(trial.folder) / "metrics.jsonl")
     values = [(row.get("eval") or {}).get(name) if group == "eval" else row.get(metric) for row in rows]
@@ -112,7 +113,7 @@ def saving(sweep: Sweep, trials: Iterator[Trial]) -> Iterator[Trial]:
 
 
 def _space(override: Override) -> optuna.distributions.BaseDistribution:
-    """As Hydra's own plugin for Optuna reads the grammar."""
+    """Returns the search space of an override, read as Hydra's own Optuna plugin reads it."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     value = override.value()
@@ -129,11 +130,12 @@ def _space(override: Override) -> optuna.distributions.BaseDistribution:
     if isinstance(value, (ChoiceSweep, RangeSweep)) or override.is_discrete_sweep():
         choices = list(override.sweep_string_iterator())
         return CategoricalDistribution(choices) if choices else _none(override)
-    raise ConfigError(f"{shown_override(str(override.input_line))}: is no sweep that can be searched")
+    raise ConfigError(f"{shown_override(str(override.input_line))}: is not a sweep that can be searched")
 
 
 def _shown_space(key: str, space: Any) -> Any:
-    """As the study may write it: without secrets. Raises ConfigError where choices are then the same."""
+    """Returns the space as the study may record it, without secrets. Raises ConfigError if choices then become
+    equal."""
     choices = [shown_override(f"{key}={choice}").removeprefix(f"{key}=") for choice in getattr(space, "choices", ())]
     if len(set(choices)) < len(choices):
         raise ConfigError(f"{key}: has choices that are the same but for their secrets; a sweep cannot tell them apart")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from launch.alive import dead_since
+from launch.liveness import dead_since
 from launch.sweeps.trials import Sweep, Trial, read
 from trainer.errors import ConfigError
 
@@ -24,7 +24,8 @@ DRAWN = 8  # curves, of the best trials; more cannot be told apart
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one trial; None: not known (yet). `loss` is of its last step, `best` its lowest evaluation, nats a target."""
+    """The outcome of one trial; None is not known (yet). `loss` is the last step's, `best` its lowest evaluation
+    (nats)."""
 
     trial: Trial
     state: str
@@ -41,7 +42,7 @@ class Outcome:
 
 
 def outcome(trial: Trial) -> Outcome:
-    """By the files of its folder, whatever is there."""
+    """Returns a trial's outcome from the files in its run directory."""
     from trainer.tracking.summary import load
 
     folder = Path(trial.folder)
@@ -62,7 +63,7 @@ def outcome(trial: Trial) -> Outcome:
 
 
 def show(folder: Path) -> int:
-    """Prints the table, writes the page. Raises ConfigError: it is no sweep's folder."""
+    """Prints the table, writes the page. Raises ConfigError: it is not a sweep's folder."""
     from trainer.tracking.console import duration
 
     sweep = read(folder)

@@ -112,7 +112,7 @@ def folder_of(overrides: Sequence[str], config_dir: str | None) -> Path:
 
 
 def read(folder: Path) -> Sweep:
-    """Of a sweep's folder. Raises ConfigError."""
+    """Reads the sweep of a folder. Raises ConfigError."""
     try:
         values = json.loads((folder / FILE).read_bytes())
         trials = [Trial(**trial) for trial in values.pop("trials")]

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from trainer.checkpoint.load import newest, read_all
+from trainer.checkpoint.load import find_newest, read_all
 from trainer.checkpoint.retention import Retention
 from trainer.checkpoint.save import Saver
 from trainer.errors import TrainingError
@@ -49,7 +49,7 @@ def saving(folder: Path, topology: Topology) -> Iterator[int]:
 def recovered(folder: Path) -> int:
     """The step that a run would go on from; 0 where it begins, -1 where it refuses to."""
     try:
-        found, _ = newest(folder)
+        found, _ = find_newest(folder)
     except TrainingError:
         return -1
     if found is None:

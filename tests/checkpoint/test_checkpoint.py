@@ -14,9 +14,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from trainer.checkpoint.format import Damaged, folder_name, verify
-from trainer.checkpoint.load import newest, read
-from trainer.checkpoint.retention import Retention, candidates
+from trainer.checkpoint.format import DamagedCheckpoint, folder_name, verify
+from trainer.checkpoint.load import find_newest, read_state
+from trainer.checkpoint.retention import Retention, complete_checkpoints
 from trainer.checkpoint.save import Saver
 from trainer.errors import TrainingError
 from trainer.topology import ALONE
@@ -36,10 +36,10 @@ def save(saver: Saver, *steps: int) -> list[str]:
 
 
 def restored(folder: Path) -> float:
-    found, _ = newest(folder)
+    found, _ = find_newest(folder)
     assert found
     target = tensors(-1)
-    read(found, target)
+    read_state(found, target)
     assert target["model/a"].unique().numel() == 1
     return target["optimizer/step/a"].item()
 
@@ -106,7 +106,7 @@ def damage_cases() -> dict:
 def test_damage_is_seen_and_the_older_one_taken(saver: Saver, damage: str) -> None:
     save(saver, 1, 2)
     damage_cases()[damage](saver.folder / folder_name(2))
-    found, events = newest(saver.folder)
+    found, events = find_newest(saver.folder)
     assert found
     assert found.path.name == folder_name(1)
     assert events[0]["kind"] == "checkpoint_damaged"
@@ -124,7 +124,7 @@ def test_every_flipped_bit_is_seen(saver: Saver) -> None:
         data = bytearray(original)
         data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
         path.write_bytes(data)
-        with pytest.raises(Damaged):
+        with pytest.raises(DamagedCheckpoint):
             verify(folder)
         path.write_bytes(original)
     verify(folder)
@@ -134,9 +134,9 @@ def test_never_silently_from_scratch(saver: Saver) -> None:
     save(saver, 1)
     (saver.folder / folder_name(1) / "manifest.json").unlink()
     with pytest.raises(TrainingError, match=r"run\.fresh=true"):
-        newest(saver.folder)
+        find_newest(saver.folder)
     with pytest.raises(TrainingError):  # and not at the second try either
-        newest(saver.folder)
+        find_newest(saver.folder)
 
 
 def test_a_failed_save_leaves_the_good_one(saver: Saver, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,31 +158,31 @@ def test_a_failed_save_leaves_the_good_one(saver: Saver, monkeypatch: pytest.Mon
 
 def test_names_and_shapes_are_checked(saver: Saver) -> None:
     save(saver, 1)
-    found, _ = newest(saver.folder)
+    found, _ = find_newest(saver.folder)
     assert found
     with pytest.raises(TrainingError, match="model/b"):
-        read(found, {"model/b": torch.zeros(1)})
+        read_state(found, {"model/b": torch.zeros(1)})
     with pytest.raises(TrainingError, match="model/a"):
-        read(found, {"model/a": torch.zeros(3, 3)})
+        read_state(found, {"model/a": torch.zeros(3, 3)})
 
 
 def test_manifest_is_plain_json(saver: Saver) -> None:
     save(saver, 1)
     manifest = json.loads((saver.folder / folder_name(1) / "manifest.json").read_text())
     assert set(manifest["files"]) == {"rank-00000.safetensors", "index.json"}
-    assert candidates(saver.folder) == [saver.folder / folder_name(1)]
+    assert complete_checkpoints(saver.folder) == [saver.folder / folder_name(1)]
 
 
 def test_what_is_kept(tmp_path: Path) -> None:
-    """The newest, every so-manieth, and the best; a score that is no number is none."""
+    """The newest, every so-manieth, and the best; a score that is not a number is none."""
     saver = Saver(tmp_path, ALONE, Retention(keep=2, every=4, best="loss"), asynchronous=False, pauses=())
     scores = {1: 3.0, 2: 1.0, 3: 2.0, 4: None, 5: float("nan"), 6: "x", 7: 1.5, 8: 4.0, 9: float("nan"), 10: 9.0}
     for step, score in scores.items():
         saver.save(step, tensors(step), {"evaluation": score and {"loss": score}})
-    assert [path.name for path in candidates(tmp_path)] == [folder_name(step) for step in (2, 4, 8, 9, 10)]
+    assert [path.name for path in complete_checkpoints(tmp_path)] == [folder_name(step) for step in (2, 4, 8, 9, 10)]
     newer = tmp_path / folder_name(10) / "rank-00000.safetensors"
     newer.unlink()  # then the older ones are needed
-    assert Retention(keep=1).superfluous(tmp_path) == []
+    assert Retention(keep=1).removable(tmp_path) == []
 
 
 def test_an_evaluation_comes_after_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,20 +192,20 @@ def test_an_evaluation_comes_after_its_checkpoint(tmp_path: Path, monkeypatch: p
     saver = Saver(tmp_path, ALONE, Retention(keep=1, best="loss"), pauses=())
     for step, loss in ((1, 2.0), (2, 1.0), (3, 3.0), (4, 4.0)):
         saver.save(step, tensors(step), {"evaluation": None})
-        saver.evaluated(step, {"loss": loss})  # the save is still under way
-    saver.evaluated(7, {"loss": 0.0})  # of no checkpoint
+        saver.record_evaluation(step, {"loss": loss})  # the save is still under way
+    saver.record_evaluation(7, {"loss": 0.0})  # of no checkpoint
     saver.wait()
-    assert [path.name for path in candidates(tmp_path)] == [folder_name(step) for step in (2, 4)]
-    assert [verify(path)["evaluation"] for path in candidates(tmp_path)] == [{"loss": 1.0}, {"loss": 4.0}]
+    assert [path.name for path in complete_checkpoints(tmp_path)] == [folder_name(step) for step in (2, 4)]
+    assert [verify(path)["evaluation"] for path in complete_checkpoints(tmp_path)] == [{"loss": 1.0}, {"loss": 4.0}]
 
     amend = module.amend_manifest
     monkeypatch.setattr(module, "amend_manifest", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "full")))
     saver.save(5, tensors(5), {"evaluation": None})
-    saver.evaluated(5, {"loss": 0.5})
+    saver.record_evaluation(5, {"loss": 0.5})
     saver.wait()
     assert verify(tmp_path / folder_name(5))["evaluation"] is None
     monkeypatch.setattr(module, "amend_manifest", amend)
-    saver.evaluated(7, {"loss": 0.0})
+    saver.record_evaluation(7, {"loss": 0.0})
     saver.wait()
     assert verify(tmp_path / folder_name(5))["evaluation"] == {"loss": 0.5}
 
@@ -271,7 +271,7 @@ def test_two_thousand_flipped_bits_and_a_control(tmp_path: Path) -> None:
         if data == originals[path]:  # indices of two steps are the same
             continue
         path.write_bytes(data)
-        with pytest.raises(Damaged):
+        with pytest.raises(DamagedCheckpoint):
             verify(folder)
         path.write_bytes(originals[path])
     verify(folder)

@@ -20,16 +20,16 @@ from trainer.checkpoint.format import (
     INDEX,
     MANIFEST,
     VERSION,
-    Damaged,
+    DamagedCheckpoint,
     folder_name,
     parse_index,
     read_manifest,
     tensor_file,
     verify,
 )
-from trainer.checkpoint.pieces import Fragment
 from trainer.checkpoint.retention import Retention
 from trainer.checkpoint.save import Saver
+from trainer.checkpoint.state import FlatShard
 from trainer.errors import TrainingError
 from trainer.topology import ALONE
 
@@ -45,7 +45,7 @@ class Evil:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Tensors that lie whole, and an even share."""
-    stretch = Fragment(torch.arange(7.0), torch.Size((7,)), 0)
+    stretch = FlatShard(torch.arange(7.0), torch.Size((7,)), 0)
     state = {"model/a": torch.arange(12.0).view(3, 4), "model/b": torch.tensor(7), "optimizer/c": stretch}
     Saver(tmp_path, ALONE, Retention(), asynchronous=False).save(1, state, {})
     return tmp_path / folder_name(1)
@@ -72,7 +72,7 @@ def types_and_sizes(tensor: Callable[[int, Any], Callable[[Any], Any]]) -> dict[
         "an absurd size": tensor(1, [10**15, 4]),
         "an absurd number of dimensions": tensor(1, [1] * 100_000),
         "a negative size": tensor(1, [-3, -4]),
-        "a size that is no number": tensor(1, ["3", 4]),
+        "a size that is not a number": tensor(1, ["3", 4]),
     }
 
 
@@ -172,7 +172,7 @@ def refused(message: str, megabytes: int) -> Iterator[None]:
     """Before so much memory is allocated."""
     tracemalloc.start()
     try:
-        with pytest.raises(Damaged, match=message):
+        with pytest.raises(DamagedCheckpoint, match=message):
             yield
         assert tracemalloc.get_traced_memory()[1] < megabytes * 2**20
     finally:
@@ -205,7 +205,7 @@ def test_an_index_that_says_other_cuts_than_its_file(folder: Path) -> None:
     (folder / INDEX).write_text(json.dumps(index))
     signed(folder)
     assert parse_index((folder / INDEX).read_text(), read_manifest(folder))
-    with pytest.raises(Damaged, match=r"rank-00000\.safetensors: not what index\.json says"):
+    with pytest.raises(DamagedCheckpoint, match=r"rank-00000\.safetensors: not what index\.json says"):
         verify(folder)
 
 
@@ -251,7 +251,7 @@ def test_json_that_memory_does_not_hold(folder: Path, read: Any, monkeypatch: py
     manifest = read_manifest(folder)
     monkeypatch.setattr(format, "read_manifest", lambda folder: manifest)
     monkeypatch.setattr(json, "loads", loads)
-    with pytest.raises(Damaged, match="MemoryError"):
+    with pytest.raises(DamagedCheckpoint, match="MemoryError"):
         read(folder)
 
 
@@ -277,7 +277,7 @@ def test_a_header_is_not_believed(folder: Path, case: str) -> None:
     text = json.dumps(told).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
     signed(folder)
-    with pytest.raises(Damaged, match=r"rank-00000\.safetensors"):
+    with pytest.raises(DamagedCheckpoint, match=r"rank-00000\.safetensors"):
         verify(folder)
 
 
@@ -287,7 +287,7 @@ def test_paths_stay_inside(folder: Path, name: str) -> None:
     (folder / MANIFEST).unlink()
     manifest["files"][name] = {"bytes": 1, "xxh3": "0"}
     format.write_manifest(folder, manifest)
-    with pytest.raises(Damaged, match="no file of a checkpoint"):
+    with pytest.raises(DamagedCheckpoint, match="no file of a checkpoint"):
         verify(folder)
 
 
@@ -295,11 +295,11 @@ def test_paths_stay_inside(folder: Path, name: str) -> None:
 def test_links_and_pipes_are_not_followed(folder: Path, name: str) -> None:
     (folder / name).rename(folder.parent / "elsewhere")
     (folder / name).symlink_to(folder.parent / "elsewhere")
-    with pytest.raises(Damaged):
+    with pytest.raises(DamagedCheckpoint):
         verify(folder)
     (folder / name).unlink()
     os.mkfifo(folder / name)
-    with pytest.raises(Damaged):
+    with pytest.raises(DamagedCheckpoint):
         verify(folder)
 
 
@@ -309,7 +309,7 @@ def test_json_that_is_none_of_ours(folder: Path, name: str, content: bytes) -> N
     (folder / name).write_bytes(content)
     if name == INDEX:
         signed(folder)
-    with pytest.raises(Damaged):
+    with pytest.raises(DamagedCheckpoint):
         verify(folder)
 
 
@@ -319,6 +319,6 @@ def test_pickles_are_not_run(folder: Path, tmp_path: Path, name: str) -> None:
     (folder / name).write_bytes(pickle.dumps(Evil(canary)))
     if name != MANIFEST:
         signed(folder)
-    with pytest.raises(Damaged):
+    with pytest.raises(DamagedCheckpoint):
         verify(folder)
     assert not canary.exists()

@@ -17,13 +17,13 @@ import torch
 import torch.distributed as dist
 
 from tests.checkpoint.test_outage import Beats
-from tests.checkpoint.test_pieces import Ranks
+from tests.checkpoint.test_state import Ranks
 from tests.data.servers import s3_server
 from tests.runs import Run
 from trainer import topology
 from trainer.checkpoint import mirror as module
 from trainer.checkpoint.format import folder_name, verify
-from trainer.checkpoint.load import newest_for, read_all
+from trainer.checkpoint.load import find_newest_or_fetch, read_all
 from trainer.checkpoint.mirror import Mirror, part_size
 from trainer.checkpoint.retention import Retention
 from trainer.checkpoint.save import Saver
@@ -58,13 +58,13 @@ def test_a_new_disk_goes_on_from_it(s3: Any, tmp_path: Path) -> None:
     assert Mirror(URL, ALONE).steps() == [3, 4]  # the same are kept there
     assert not [name for name in names(s3) if "step-00000001" in name]
     (tmp_path / "new").mkdir()
-    found, events = newest_for(tmp_path / "new", ALONE, True, Mirror(URL, ALONE))
+    found, events = find_newest_or_fetch(tmp_path / "new", ALONE, True, Mirror(URL, ALONE))
     assert [event["kind"] for event in events] == ["checkpoint_fetched"]
     assert found
     assert read_all(found)["model/a"].tolist() == [4.0] * 9
-    assert newest_for(tmp_path / "new", ALONE, True, Mirror(URL, ALONE))[1] == []  # it has it now
+    assert find_newest_or_fetch(tmp_path / "new", ALONE, True, Mirror(URL, ALONE))[1] == []  # it has it now
     (tmp_path / "new" / folder_name(4) / "index.json").write_text("{}")  # also where nothing on the disk is whole
-    assert [event["kind"] for event in newest_for(tmp_path / "new", ALONE, True, Mirror(URL, ALONE))[1]] == [
+    assert [event["kind"] for event in find_newest_or_fetch(tmp_path / "new", ALONE, True, Mirror(URL, ALONE))[1]] == [
         "checkpoint_damaged",
         "checkpoint_fetched",
     ]
@@ -76,7 +76,7 @@ def test_only_what_is_whole_counts(s3: Any, tmp_path: Path) -> None:
     content = s3.get_object(Bucket="shards", Key=file)["Body"].read()
     s3.put_object(Bucket="shards", Key=file, Body=content[:-1] + bytes([content[-1] ^ 1]))
     (tmp_path / "new").mkdir()
-    found, events = newest_for(tmp_path / "new", ALONE, True, Mirror(URL, ALONE))
+    found, events = find_newest_or_fetch(tmp_path / "new", ALONE, True, Mirror(URL, ALONE))
     assert found
     assert found.manifest["step"] == 1
     assert [event["kind"] for event in events] == ["checkpoint_damaged", "checkpoint_fetched"]
@@ -104,7 +104,7 @@ def test_without_the_bucket_training_goes_on_but_nothing_begins(
     assert verify(tmp_path / folder_name(1))
     shutil.rmtree(tmp_path / folder_name(1))
     with pytest.raises(Outage, match=r"checkpoint\.mirror=s3://shards/runs/one: cannot be read"):
-        newest_for(tmp_path, ALONE, True, quick(Mirror(URL, ALONE)))
+        find_newest_or_fetch(tmp_path, ALONE, True, quick(Mirror(URL, ALONE)))
 
 
 def quick(mirror: Mirror) -> Mirror:
@@ -129,7 +129,7 @@ def test_ranks_share_the_work(s3: Any, tmp_path: Path) -> None:
     assert len([name for name in names(s3) if "rank-" in name]) == 3
 
     def fetch(rank: int) -> Any:
-        return newest_for(tmp_path / "new", ranks.topology(rank), True, Mirror(URL, ranks.topology(rank)))
+        return find_newest_or_fetch(tmp_path / "new", ranks.topology(rank), True, Mirror(URL, ranks.topology(rank)))
 
     for found, events in ranks.each(fetch):
         assert events[0]["kind"] == "checkpoint_fetched"
@@ -158,7 +158,7 @@ def test_a_slow_upload_or_check_holds_nobody_up(s3: Any, tmp_path: Path, monkeyp
     assert ranks.each(save_one) == [["checkpoint", "checkpoint_mirrored"]] * 2
 
     def fetch(rank: int) -> Any:
-        return newest_for(tmp_path / "new", ranks.topology(rank), True, Mirror(URL, ranks.topology(rank)))[1]
+        return find_newest_or_fetch(tmp_path / "new", ranks.topology(rank), True, Mirror(URL, ranks.topology(rank)))[1]
 
     assert [[event["kind"] for event in events] for events in ranks.each(fetch)] == [["checkpoint_fetched"]] * 2
     assert sorted(slow) == ["check", "check", "upload", "upload"]  # each rank checks what it fetched
@@ -174,9 +174,9 @@ def test_a_large_file_has_few_parts(s3: Any, tmp_path: Path, monkeypatch: pytest
     saver.save(1, {"model/a": torch.zeros(3 << 20)}, {})  # 12 MiB: three parts of 5 MiB, as a rule
     (file,) = [name for name in names(s3) if name.endswith("rank-00000.safetensors")]
     assert s3.head_object(Bucket="shards", Key=file)["ETag"].endswith('-2"')
-    monkeypatch.setattr(module, "STRETCH", 5 << 20)
+    monkeypatch.setattr(module, "RANGE_BYTES", 5 << 20)
     (tmp_path / "new").mkdir()
-    found, _ = newest_for(tmp_path / "new", ALONE, True, Mirror(URL, ALONE))
+    found, _ = find_newest_or_fetch(tmp_path / "new", ALONE, True, Mirror(URL, ALONE))
     assert found
     assert not read_all(found)["model/a"].any()
 
@@ -193,11 +193,11 @@ def test_a_bucket_that_goes_away_is_no_damage(s3: Any, tmp_path: Path, monkeypat
     with monkeypatch.context() as away:
         away.setattr(mirror, "_download", download)
         with pytest.raises(Outage, match=rf"{URL}: step 2 cannot be fetched: .*connection closed") as caught:
-            newest_for(tmp_path / "new", ALONE, True, mirror)
+            find_newest_or_fetch(tmp_path / "new", ALONE, True, mirror)
     assert (caught.value.exit_code, caught.value.retry) == (4, True)
     (file,) = [name for name in names(s3) if "step-00000002" in name and name.endswith("rank-00000.safetensors")]
     s3.put_object(Bucket="shards", Key=file, Body=s3.get_object(Bucket="shards", Key=file)["Body"].read()[:-1])
-    found, events = newest_for(tmp_path / "new", ALONE, True, mirror)
+    found, events = find_newest_or_fetch(tmp_path / "new", ALONE, True, mirror)
     assert found
     assert found.manifest["step"] == 1
     assert "rank-00000.safetensors has" in events[0]["reason"]
@@ -262,19 +262,19 @@ def test_an_evaluation_reaches_the_copy(s3: Any, tmp_path: Path, monkeypatch: py
 
     def saved(step: int, loss: float) -> None:
         saver.save(step, {"model/a": torch.zeros(3)}, {"evaluation": None})
-        saver.evaluated(step, {"loss": loss})
+        saver.record_evaluation(step, {"loss": loss})
         saver.wait()
 
     saved(1, 5.0)
     assert mirror._manifest(1)["evaluation"] == {"loss": 5.0}
     with monkeypatch.context() as broken:
         broken.setattr(mirror, "_get", lambda _: (_ for _ in ()).throw(OSError("no way to it")))
-        saver.evaluated(1, {"loss": 1.0})
+        saver.record_evaluation(1, {"loss": 1.0})
         saver.wait()
     assert mirror._manifest(1)["evaluation"] == {"loss": 5.0}
     saved(2, 3.0)
     saved(3, 4.0)
     assert mirror.steps() == [1, 3]
-    saver.evaluated(1, {"loss": 1.0})  # as a later attempt says it again
+    saver.record_evaluation(1, {"loss": 1.0})  # as a later attempt says it again
     saver.wait()
     assert mirror._manifest(1)["evaluation"] == {"loss": 1.0}

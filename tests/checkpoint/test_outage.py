@@ -1,4 +1,4 @@
-"""A hiccup of the storage is no damage: no checkpoint is set aside, deleted or passed over because of one."""
+"""A hiccup of the storage is not damage: no checkpoint is set aside, deleted or passed over because of one."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ import pytest
 import torch
 
 from tests.checkpoint.test_checkpoint import restored, tensors
-from tests.checkpoint.test_pieces import Ranks
+from tests.checkpoint.test_state import Ranks
 from tests.test_outage import failing
 from trainer import outage, topology
-from trainer.checkpoint import reading, retention
+from trainer.checkpoint import reader, retention
 from trainer.checkpoint import save as saving
 from trainer.checkpoint.format import folder_name, verify
-from trainer.checkpoint.load import newest, read_all
-from trainer.checkpoint.retention import Retention, candidates
+from trainer.checkpoint.load import find_newest, read_all
+from trainer.checkpoint.retention import Retention, complete_checkpoints
 from trainer.checkpoint.save import Saver
 from trainer.config.compose import load
 from trainer.errors import Outage
-from trainer.folder import RunFolder
+from trainer.run_directory import RunDirectory
 from trainer.topology import ALONE
 
 WAYS = ["read", "EAGAIN", "open", "lstat", "list"]
@@ -53,9 +53,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def broken(monkeypatch: pytest.MonkeyPatch, way: str, times: int) -> Any:
     """The storage fails so often in this way; gives what counts."""
     place, name = {
-        "read": (reading, "_read_into"),
-        "EAGAIN": (reading, "_read_into"),
-        "open": (reading, "_opened"),
+        "read": (reader, "_read_into"),
+        "EAGAIN": (reader, "_read_into"),
+        "open": (reader, "_opened"),
         "lstat": (Path, "lstat"),
         "list": (Path, "iterdir"),
     }[way]
@@ -71,7 +71,7 @@ def test_it_is_waited_for(folder: Path, monkeypatch: pytest.MonkeyPatch, way: st
         call = broken(storage, way, 3)
         assert restored(folder) == 20
         assert call.left[0] == 0
-    assert [path.name for path in candidates(folder)] == [folder_name(10), folder_name(20)]
+    assert [path.name for path in complete_checkpoints(folder)] == [folder_name(10), folder_name(20)]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -85,7 +85,7 @@ def test_at_the_end_of_patience_it_is_refused_and_nothing_is_changed(
         with pytest.raises(
             Outage, match=r"cannot be read: (Input/output|Resource).*run the same command again"
         ) as caught:
-            newest(folder)
+            find_newest(folder)
     assert (caught.value.exit_code, caught.value.retry) == (4, True)
     assert sorted(os.listdir(folder)) == before
     assert restored(folder) == 20
@@ -100,7 +100,7 @@ def test_a_run_ends_with_the_files_name_and_may_be_restarted(tmp_path: Path, mon
     monkeypatch.setattr(outage, "PATIENCE_S", 0.05)
     broken(monkeypatch, "read", 10**6)
     with pytest.raises(Outage):
-        RunFolder(load(["experiment=none", "model.layers=1", f"run.dir={run}"]), lambda _: {}, ALONE, 0.0)
+        RunDirectory(load(["experiment=none", "model.layers=1", f"run.dir={run}"]), lambda _: {}, ALONE, 0.0)
     told = json.loads((run / "logs" / "failure.json").read_text())
     assert (told["exit_code"], told["retry"]) == (4, True)
     assert f"{run}/checkpoints/step-00000010/manifest.json: cannot be read: Input/output error" in told["reason"]
@@ -110,7 +110,7 @@ def test_what_was_read_and_is_wrong_is_damage_all_the_same(folder: Path, monkeyp
     path = folder / folder_name(20) / "rank-00000.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\xff")
     call = broken(monkeypatch, "read", 3)
-    found, events = newest(folder)
+    found, events = find_newest(folder)
     assert found
     assert found.manifest["step"] == 10
     assert [event["kind"] for event in events] == ["checkpoint_damaged"]
@@ -121,7 +121,7 @@ def test_a_read_goes_on_from_the_same_byte_of_a_file_opened_anew(tmp_path: Path)
     """A stale handle stays stale: without a new one this would never end."""
     content = bytes(range(256)) * 64
     (tmp_path / "a").write_bytes(content)
-    with reading.open_file(tmp_path / "a") as file:
+    with reader.open_file(tmp_path / "a") as file:
         first = file.read(1000)
         assert file._file is not None
         os.dup2(os.open("/proc/self/mem", os.O_RDONLY), file._file.fileno())  # reads of byte 1000 of it give EIO
@@ -132,7 +132,7 @@ def test_the_best_one_is_not_deleted_because_it_cannot_be_read_for_now(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rule = Retention(keep=1, best="loss")
-    assert rule.superfluous(folder) == []  # 10 has the lowest
+    assert rule.removable(folder) == []  # 10 has the lowest
     real = retention.read_manifest
 
     def read(path: Path, **named: Any) -> Any:
@@ -141,8 +141,8 @@ def test_the_best_one_is_not_deleted_because_it_cannot_be_read_for_now(
         return real(path, **named)
 
     monkeypatch.setattr(retention, "read_manifest", read)
-    assert rule.superfluous(folder) == []
-    assert Retention(keep=1).superfluous(folder) == [folder / folder_name(10)]  # where it plays no part
+    assert rule.removable(folder) == []
+    assert Retention(keep=1).removable(folder) == [folder / folder_name(10)]  # where it plays no part
 
 
 class Beats(Barrier):
@@ -172,7 +172,7 @@ def test_all_ranks_wait_for_the_one_whose_storage_is_away(folder: Path, monkeypa
     monkeypatch.setattr(topology, "HEARTBEAT_S", 0.05)
     ranks, times = Ranks(2), list[int]()
     ranks.barrier = beats = Beats(2, timeout=30)
-    real = reading._read_into
+    real = reader._read_into
 
     def away(*given: Any) -> int:
         times.append(beats.count)
@@ -180,8 +180,8 @@ def test_all_ranks_wait_for_the_one_whose_storage_is_away(folder: Path, monkeypa
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return real(*given)
 
-    monkeypatch.setattr(reading, "_read_into", away)
-    found = ranks.each(lambda rank: newest(folder, ranks.topology(rank))[0])
+    monkeypatch.setattr(reader, "_read_into", away)
+    found = ranks.each(lambda rank: find_newest(folder, ranks.topology(rank))[0])
     assert times[0] < 40 <= times[-1]
     assert [it.manifest["step"] for it in found] == [20, 20]
 
@@ -213,16 +213,16 @@ def test_files_of_many_ranks_are_not_open_at_once(tmp_path: Path) -> None:
         saver = Saver(tmp_path, ranks.topology(rank), Retention(), asynchronous=False, pauses=())
         return saver.save(1, {"model/a": dealt[rank]}, {}), saver.close()
 
-    from trainer.checkpoint.pieces import Fragment
+    from trainer.checkpoint.state import FlatShard
 
     whole = torch.arange(400.0)
-    dealt = [Fragment(whole[10 * rank : 10 * rank + 10].clone(), whole.shape, 10 * rank) for rank in range(40)]
+    dealt = [FlatShard(whole[10 * rank : 10 * rank + 10].clone(), whole.shape, 10 * rank) for rank in range(40)]
     ranks.each(save)
     assert len(list((tmp_path / folder_name(1)).glob("rank-*"))) == 40
     used = len(os.listdir("/proc/self/fd"))
     resource.setrlimit(resource.RLIMIT_NOFILE, (used + 20, before[1]))
     try:
-        found, _ = newest(tmp_path)
+        found, _ = find_newest(tmp_path)
         assert found
         assert torch.equal(read_all(found)["model/a"], whole)
         verify(found.path)
@@ -238,7 +238,7 @@ from pathlib import Path
 from trainer import outage
 from trainer.checkpoint.load import newest_for, read_all
 from trainer.errors import Outage
-from trainer.folder import RunFolder
+from trainer.run_directory import RunFolder
 from trainer.topology import ALONE
 outage.PATIENCE_S = float(sys.argv[2])
 try:

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from tests.checkpoint.test_command import at, flip, made, onecurve, run, steps
+from tests.checkpoint.test_checkpoint_command import at, flip, made, onecurve, run, steps
 from trainer.checkpoint.format import folder_name
-from trainer.checkpoint.load import newest
+from trainer.checkpoint.load import find_newest
 from trainer.errors import ConfigError
 
 __all__ = ["made", "run"]  # fixtures
@@ -32,7 +32,7 @@ def test_restore_brings_back_what_is_whole(run: Path, capsys: pytest.CaptureFixt
         ".damaged-step-00000050-1: whole (every byte checked), counts again as step-00000050",
     ]
     assert steps(run) == [10, 20, 30, 50]
-    found, _ = newest(run / "checkpoints")
+    found, _ = find_newest(run / "checkpoints")
     assert found
     assert found.manifest["step"] == 50
 

@@ -10,10 +10,10 @@ import pytest
 import yaml
 
 from trainer.config import reference
-from trainer.config.check import check, keys
-from trainer.config.compose import completed, load, options
+from trainer.config.compose import complete, load, options
 from trainer.config.interval import Interval
 from trainer.config.schema import SECTIONS
+from trainer.config.validate import keys, validate
 from trainer.errors import ConfigError
 from trainer.registry import OPTIONS
 
@@ -56,19 +56,19 @@ def test_every_experiment_is_valid(name: str) -> None:
         ("strategy=ddb", "strategy=ddb: no such option; did you mean 'ddp'?"),
         ("experiment=shakespear", "experiment=shakespear: no such option; did you mean 'shakespeare'?"),
         ("model.heads=5", "does not divide by model.heads=5"),
-        ("checkpoint.every=3weeks", "'3weeks' is no interval"),
+        ("checkpoint.every=3weeks", "'3weeks' is not an interval"),
         ("track.wandb.mod=x", "track.wandb.mod: no such key; did you mean 'track.wandb.mode'?"),
         ("run.name=../x", "run.name=../x: "),
         ("data=webdataset", "data.shards: missing"),
         ("model.name=evil:Net", "package 'evil' is not allowed; if you trust it, add run.plugins=[evil]"),
-        ("debug.faults=[step.los:nan:1]", "'step.los' is no point; there are: start.built"),
-        ("debug.faults=[step.loss:die:1]", "'die' is no action; there are: kill"),
+        ("debug.faults=[step.los:nan:1]", "'step.los' is not a point; there are: start.built"),
+        ("debug.faults=[step.loss:die:1]", "'die' is not an action; there are: kill"),
         ("debug.faults=[data.next:nan:1]", "nan needs numbers to change; there are some at step.weights and step.loss"),
-        ("debug.faults=[data.next:errno@ENOTHING:1]", "'ENOTHING' is no error number"),
+        ("debug.faults=[data.next:errno@ENOTHING:1]", "'ENOTHING' is not an error number"),
         ("debug.faults=[data.next:kill:0]", "passes are counted from 1"),
         ("launch.time_limit=100", "launch.time_limit=100: should be a time, such as 3h"),
         ("--steps", "options are written key=value"),
-        ("steps 5", "is no override"),
+        ("steps 5", "is not an override"),
         ("model=null", "Config group override must be a string"),
         ("~train.clip_norm", "train.clip_norm: missing"),
     ],
@@ -144,7 +144,7 @@ def test_a_second_model_is_as_the_runs_own_but_for_what_it_says() -> None:
     critic = config.models.trained["critic"]
     assert critic.model == config.model.model_copy(update={"width": 64})
     assert (critic.optimizer.lr, critic.schedule) == (0.1, config.schedule)
-    assert check(config.resolved()) == config
+    assert validate(config.resolved()) == config
     whole = "{name: lion, lr: 0.1, betas: [0.9, 0.99], weight_decay: 0, no_decay: [], ema: null}"
     lion = load([f"models.trained.critic.optimizer={whole}"])
     assert lion.models.trained["critic"].optimizer.name == "lion"
@@ -203,8 +203,8 @@ def test_a_config_of_an_earlier_version_is_completed() -> None:
     old = config.resolved()
     del old["strategy"]["cpu_offload"], old["precision"]["reduce"], old["model"]["fused_norm"]
     del old["models"]  # a section that is new since
-    assert check(completed(old)) == config
-    wrong = completed({"model": {"name": "gone"}, "run": None})
+    assert validate(complete(old)) == config
+    wrong = complete({"model": {"name": "gone"}, "run": None})
     assert (wrong["model"], wrong["run"]) == ({"name": "gone"}, None)  # which the check refuses
 
 

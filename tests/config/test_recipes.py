@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from trainer.__main__ import guarded
-from trainer.config.compose import compose, load, recipe_told
+from trainer.config.compose import compose, load, recipe_message
 from trainer.errors import ConfigError
 
 RECIPE = """# @package _global_
@@ -59,7 +59,7 @@ def test_a_chosen_optimizer_has_its_own_rate(folder: str) -> None:
     for experiment in ([], ["experiment=shakespeare"]):
         config = load([*experiment, "optimizer=lion"])
         assert (config.optimizer.lr, config.optimizer.betas, config.train.steps) == (0.0006, (0.9, 0.99), 1200)
-        assert "without its optimizer.lr" in recipe_told()
+        assert "without its optimizer.lr" in recipe_message()
     config = load(["optimizer=sgd", *OWN], config_dir=folder)
     assert (config.optimizer.lr, config.optimizer.warm) == (0.01, 1200)  # its interpolation sees the run's values
     assert compose(["optimizer=adam"], folder)[0]["optimizer"]["lr"] == 0.02
@@ -83,7 +83,7 @@ def test_the_default_recipe_is_for_its_own_model_data_and_objective(other: str) 
     chosen = [other, "strategy=fsdp", "data.shards=x.tar"]
     assert compose(chosen) == compose([*chosen, "experiment=none"])
     compose(chosen)
-    assert recipe_told().startswith(f"none: the default one, shakespeare, is not for {other};")
+    assert recipe_message().startswith(f"none: the default one, shakespeare, is not for {other};")
     assert compose(chosen)[0]["run"]["name"] == "run"
 
 
@@ -92,7 +92,7 @@ def test_what_is_no_choice_of_a_group_leaves_the_default_recipe() -> None:
         config = load(other)
         assert (config.train.global_batch, config.optimizer.lr, config.run.name) == (12, 0.004, "shakespeare")
         assert config.sample.prompt == "ROMEO:\n"
-        assert recipe_told().startswith("shakespeare, the default;")
+        assert recipe_message().startswith("shakespeare, the default;")
     assert load(["experiment=none"]).sample.prompt == ""
 
 
@@ -143,4 +143,4 @@ def test_a_recipe_chosen_in_conf_local_keeps_its_options(folder: str) -> None:
     (Path(folder) / "local" / "default.yaml").write_text(chosen)
     config = load(OWN, config_dir=folder)
     assert (config.optimizer.name, config.optimizer.lr) == ("recipe_sgd:SGD", 0.5)
-    assert recipe_told() == "mine"
+    assert recipe_message() == "mine"

@@ -11,7 +11,7 @@ from pathlib import Path
 import webdataset
 
 from trainer.data.index import SIDECAR
-from trainer.data.spec import expand
+from trainer.data.shard_spec import expand
 from trainer.data.tools.pack import Options, pack_inputs
 
 POEM = "\n\n".join(f"Stanza {i}, line one\r\nand its line two: ü {i * i}" for i in range(60)) + "\n"

@@ -7,12 +7,12 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from trainer.data.team import ALONE, Team
+from trainer.data.shared_work import ALONE, WorkSharing
 
 
 def on_ranks(
     size: int,
-    make: Callable[[Team], Any],
+    make: Callable[[WorkSharing], Any],
     told: Callable[[str, int, int], None] | None = None,
     heartbeat_s: float = 10.0,
 ) -> list[Any]:
@@ -28,7 +28,9 @@ def on_ranks(
             return everything
 
         try:
-            team = Team(number, size, gather, lambda value: gather(value)[0], told or ALONE.told, heartbeat_s)
+            team = WorkSharing(
+                number, size, gather, lambda value: gather(value)[0], told or ALONE.report_progress, heartbeat_s
+            )
             results[number] = make(team)
         except Exception as error:
             results[number] = error

@@ -18,14 +18,14 @@ from tests.data.ranks import on_ranks
 from tests.data.tars import make, write
 from tests.test_outage import failing
 from trainer import outage
-from trainer.data import foreign, index, tokens
-from trainer.data.batches import Batches
+from trainer.data import external_indexes, index, tokens
+from trainer.data.batch_sizes import Batches
 from trainer.data.mixture import Mixture
+from trainer.data.shard_spec import expand
 from trainer.data.shards import Shards
-from trainer.data.spec import expand
+from trainer.data.shared_work import WorkSharing
 from trainer.data.storage import Storage, local, unpack
-from trainer.data.stream import Part, Share
-from trainer.data.team import Team
+from trainer.data.stream import OrderedSource, RankStream
 from trainer.data.tokenizer import ByteTokenizer
 from trainer.data.tokens import TokenLine
 from trainer.errors import ConfigError, DataError, Outage
@@ -84,7 +84,7 @@ def test_an_answer_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(DataError, match="Is a directory"):
         its.open(str(tmp_path)).read(0, 1)
     monkeypatch.setattr(os, "open", failing(os.open, errno.EMFILE, 1))
-    with pytest.raises(OSError, match="Too many open files"):  # that is no fault of the shard's
+    with pytest.raises(OSError, match="Too many open files"):  # that is not a fault of the shard's
         its.open(str(tmp_path / "a.tar"))
 
 
@@ -110,8 +110,8 @@ def test_no_sample_is_quarantined_for_it(tmp_path: Path, monkeypatch: pytest.Mon
         def foresee(self, units: Any) -> None:
             pass
 
-    part = Part(Source(), 2, 2, 1, 2)  # type: ignore[arg-type]
-    share = Share([part], Mixture([(0, [1])]), Batches(12), None, 1, tolerant=True)
+    part = OrderedSource(Source(), 2, 2, 1, 2)  # type: ignore[arg-type]
+    share = RankStream([part], Mixture([(0, [1])]), Batches(12), None, 1, tolerant=True)
     expected = share.step(0).micro_batches[0]["size"].tolist()
     broken = failing(os.pread, errno.ESTALE, 4)
     with monkeypatch.context() as away:
@@ -133,7 +133,7 @@ def test_what_is_kept_beside_a_shard_is_not_passed_over(
     (path,) = make(tmp_path / "in", shards=1)
     its = storage(tmp_path)
     built = index.ShardIndex.open(path, its)
-    (tmp_path / "in" / foreign.SIZES).write_text(json.dumps({"s-00.tar": 7}))
+    (tmp_path / "in" / external_indexes.SIZES).write_text(json.dumps({"s-00.tar": 7}))
     real, broken = open, failing(open, errno.EIO, 2)
     monkeypatch.setattr(
         "builtins.open",
@@ -147,7 +147,9 @@ def test_what_is_kept_beside_a_shard_is_not_passed_over(
     elif where == "summary":
         assert index.summary(path, its) == built.summary
     else:
-        assert foreign.Counts(its).count(its.open(path)) == foreign.Count(7, str(tmp_path / "in" / foreign.SIZES))
+        assert external_indexes.ExternalCounts(its).count(its.open(path)) == external_indexes.SampleCount(
+            7, str(tmp_path / "in" / external_indexes.SIZES)
+        )
     assert broken.left[0] == 0  # type: ignore[attr-defined]
 
 
@@ -164,7 +166,7 @@ def test_a_folder_that_cannot_be_listed_for_now_has_no_fewer_shards(
 
 
 def test_what_this_process_may_not_have_is_told_on_all_ranks(tmp_path: Path) -> None:
-    def make(team: Team) -> Any:
+    def make(team: WorkSharing) -> Any:
         return team.share("files", [0, 1], failing(str, errno.EMFILE, team.rank))
 
     for error in on_ranks(2, make):

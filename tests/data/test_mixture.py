@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.data.batches import Batches
+from trainer.data.batch_sizes import Batches
 from trainer.data.mixture import LONGEST_CYCLE, Mixture, cycle, deal
 
 WEIGHTS = st.lists(

@@ -20,12 +20,12 @@ from hypothesis import strategies as st
 
 from tests.data.packs import POEM, contents, pack, read
 from trainer.data.index import SIDECAR, ShardIndex
+from trainer.data.shard_spec import expand
 from trainer.data.shards import Shards
-from trainer.data.spec import expand
 from trainer.data.storage import Storage
 from trainer.data.tokenizer import load
 from trainer.data.tools import documents
-from trainer.data.tools.documents import Cut, sources
+from trainer.data.tools.documents import SplitOptions, sources
 from trainer.data.tools.pack import Options, pack_inputs
 from trainer.errors import ConfigError
 from trainer.randomness import key as random_key
@@ -113,7 +113,11 @@ def test_a_file_gives_the_same_documents_in_pieces(
     path.write_bytes(text.encode("utf-8-sig" if bom else "utf-8"))
     found = sources([(path, path.parent)], set())
     whole, parted = (
-        [document for piece in documents.pieces(found, Cut(split), n) for document, _ in piece.documents(Cut(split))]
+        [
+            document
+            for piece in documents.pieces(found, SplitOptions(split), n)
+            for document, _ in piece.documents(SplitOptions(split))
+        ]
         for n in (1 << 30, size)
     )
     assert parted == whole

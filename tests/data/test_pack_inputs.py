@@ -122,7 +122,7 @@ def test_what_was_left_out_is_known_after_a_kill(tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        pack_inputs([tmp_path / "in"], tmp_path / "out", options, piece_bytes=5000, told=stop)
+        pack_inputs([tmp_path / "in"], tmp_path / "out", options, piece_bytes=5000, report=stop)
     pack_inputs([tmp_path / "in"], tmp_path / "out", options, piece_bytes=5000)
     assert json.loads((tmp_path / "out" / "dataset.json").read_text())["skipped"]["documents"] == count
 

@@ -90,7 +90,7 @@ def test_what_other_commands_left_is_not_used(tmp_path: Path) -> None:
     path.write_text("a\nb\nc\n" * 9)
     given = {"split": "lines", "tokenizer": "bytes", "validation": 0}
     with pytest.raises(KeyboardInterrupt):
-        pack_inputs([path], out, Options(**given), told=lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        pack_inputs([path], out, Options(**given), report=lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     assert not out.exists()
     partial = tmp_path / ".out.partial"
     before = sorted(partial.rglob("*"))
@@ -136,7 +136,7 @@ def test_an_input_that_changes_meanwhile(tmp_path: Path) -> None:
         path.write_text("b\n" * 1001)
 
     with pytest.raises(ConfigError, match=r"in\.txt: was changed while it was being packed"):
-        pack_inputs([path], tmp_path / "out", Options(split="lines", tokenizer="bytes"), told=told, piece_bytes=100)
+        pack_inputs([path], tmp_path / "out", Options(split="lines", tokenizer="bytes"), report=told, piece_bytes=100)
     assert os.listdir(tmp_path) == ["in.txt"]
 
 
@@ -191,7 +191,7 @@ def test_a_given_tokenizer_that_changes_is_another_input(tmp_path: Path, monkeyp
     for size, expected in ((260, RuntimeError), (260, RuntimeError), (261, ConfigError)):
         made.write_text(train_bpe(["hello " * 9], size).to_str())
         with pytest.raises(expected):
-            pack_inputs([Path("in.txt")], Path("out"), given, told=stop)
+            pack_inputs([Path("in.txt")], Path("out"), given, report=stop)
 
 
 def test_a_damaged_table_of_a_piece_is_made_anew(tmp_path: Path) -> None:
@@ -200,12 +200,12 @@ def test_a_damaged_table_of_a_piece_is_made_anew(tmp_path: Path) -> None:
     stop = lambda what, *_: (_ for _ in ()).throw(RuntimeError) if what == "packing" else None  # noqa: E731
     given = Options(split="lines", tokenizer="bytes", validation=0)
     with pytest.raises(RuntimeError):
-        pack_inputs([path], tmp_path / "out", given, told=stop)
+        pack_inputs([path], tmp_path / "out", given, report=stop)
     (table,) = tmp_path.glob(".out.partial/*/pieces/*.npz")
     for damage in (b"", b"rubbish", table.read_bytes()[:-50]):
         table.write_bytes(damage)
         with pytest.raises(RuntimeError):
-            pack_inputs([path], tmp_path / "out", given, told=stop)
+            pack_inputs([path], tmp_path / "out", given, report=stop)
     pack_inputs([path], tmp_path / "out", given)
     assert len(read(tmp_path / "out")) == 99
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from tests.data.texts import SEPARATOR, read_tokens, write_shards
 from trainer.data import packing as module
-from trainer.data import recent
+from trainer.data import recent_cache
 from trainer.data.packing import NO_TARGET, Packed, best_fit
 from trainer.data.shards import Shards
 from trainer.data.storage import Storage
@@ -141,7 +141,7 @@ def test_best_fit_is_worked_out_once_and_kept(
     packed_anew: list[int] = []
     original = module.best_fit
     monkeypatch.setattr(module, "best_fit", lambda sizes, room: packed_anew.append(room) or original(sizes, room))
-    monkeypatch.setattr(recent, "open_room", lambda: 1)
+    monkeypatch.setattr(recent_cache, "open_room", lambda: 1)
 
     def packed(length: int) -> list[Any]:
         made = Packed(

@@ -15,13 +15,13 @@ import torch
 from webdataset import TarWriter
 
 from tests.data.servers import Fault, Request, Server, http_server, s3_server
-from trainer.data.batches import Batches
-from trainer.data.faults import Fault as Damage
+from trainer.data.bad_data import BadData as Damage
+from trainer.data.batch_sizes import Batches
 from trainer.data.mixture import Mixture
 from trainer.data.packing import Packed
 from trainer.data.shards import Shards
 from trainer.data.storage import Storage
-from trainer.data.stream import Part, Share, Source, Stream
+from trainer.data.stream import OrderedSource, RankStream, Source, Stream
 from trainer.data.tokenizer import ByteTokenizer
 from trainer.data.tokens import TokenLine
 
@@ -123,8 +123,8 @@ def run(
         streams = []
         for rank in range(ranks):
             shards = pickle.loads(pickle.dumps(opened))
-            part = Part(make(shards, cache), 6, 3, 5, 4)
-            share = Share([part], Mixture([(0, [1])]), Batches(BATCH), None, 5, rank, ranks, ledger=True)
+            part = OrderedSource(make(shards, cache), 6, 3, 5, 4)
+            share = RankStream([part], Mixture([(0, [1])]), Batches(BATCH), None, 5, rank, ranks, ledger=True)
             streams.append(Stream(share, workers=workers))
             streams[-1].seek(life * STEPS // lives)
         for _ in range(STEPS // lives):

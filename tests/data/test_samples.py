@@ -19,13 +19,13 @@ import webdataset
 from PIL import Image
 
 from trainer.config.compose import load
-from trainer.data.batches import Batches
+from trainer.data.batch_sizes import Batches
 from trainer.data.images import ImageTensor, random_box
 from trainer.data.mixture import Mixture
 from trainer.data.samples import Recipe, Samples
 from trainer.data.shards import Shards
 from trainer.data.storage import Storage
-from trainer.data.stream import Part, Share, Stream
+from trainer.data.stream import OrderedSource, RankStream, Stream
 from trainer.data.tokenizer import ByteTokenizer
 from trainer.errors import ConfigError, DataError
 from trainer.sampling import continues_text
@@ -211,7 +211,7 @@ def test_arrays_of_objects_are_not_unpickled(extension: str, tmp_path: Path) -> 
 def test_what_is_no_image_is_named_the_same_way_each_time(content: bytes, tmp_path: Path) -> None:
     """Pillow goes by content: PostScript would run another program."""
     shard = write(tmp_path / "a.tar", {"a": {"cls": b"1"}, "b": {"cls": b"1", "jpg": content}})
-    text = "sample 'b': 'jpg' cannot be decoded: ValueError: is no image of a known format (JPEG, "
+    text = "sample 'b': 'jpg' cannot be decoded: ValueError: is not an image of a known format (JPEG, "
     with pytest.raises(DataError) as caught:
         opened(shard, recipe({"image": "jpg"})).read(1, 0)
     assert text in str(caught.value)
@@ -241,7 +241,7 @@ def test_a_broken_image_is_named_with_its_place(kind: str, tmp_path: Path) -> No
 )
 def test_what_is_no_tensor_is_named(member: str, content: bytes, kind: str, tmp_path: Path) -> None:
     shard = write(tmp_path / "a.tar", {"a": {member: content}})
-    with pytest.raises(DataError, match=rf"sample 'a': field 'what' is no tensor but of type {kind}: .*data\.maps"):
+    with pytest.raises(DataError, match=rf"sample 'a': field 'what' is not a tensor but of type {kind}: .*data\.maps"):
         opened(shard, recipe({"what": member})).read(0, 0)
 
 
@@ -329,7 +329,7 @@ def test_functions_see_images_before_they_are_tensors(shard: Path, package: str)
     [
         ("note", False, "package '{}' is not allowed; if you trust it, add run.plugins=[{}]"),
         ("nothing", True, "data.maps={}:nothing: cannot be imported: AttributeError"),
-        ("no_function", True, "data.maps={}:no_function: is no function"),
+        ("no_function", True, "data.maps={}:no_function: is not a function"),
     ],
 )
 def test_functions_that_cannot_be_had(name: str, plugins: bool, message: str, package: str) -> None:
@@ -352,8 +352,10 @@ def test_functions_that_fail(shard: Path, package: str) -> None:
         samples("needs").read(0, 1)
 
 
-def shared(source: Samples, batch: int, **options: Any) -> Share:
-    return Share([Part(source, 4, 2, 7)], Mixture([(0, [1])]), Batches(batch), None, 7, ledger=True, **options)
+def shared(source: Samples, batch: int, **options: Any) -> RankStream:
+    return RankStream(
+        [OrderedSource(source, 4, 2, 7)], Mixture([(0, [1])]), Batches(batch), None, 7, ledger=True, **options
+    )
 
 
 @pytest.mark.parametrize("processes", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["threads", "processes"])

@@ -19,7 +19,7 @@ from trainer.data.shards import Shards
 from trainer.data.storage import Storage
 from trainer.data.tokenizer import load
 from trainer.errors import ConfigError
-from trainer.inputs import open_shards
+from trainer.run_data import open_shards
 from trainer.topology import ALONE
 
 PACKED = resources.files("trainer.data").joinpath("shakespeare.txt.xz").read_bytes()

@@ -20,9 +20,9 @@ from tests.data.ranks import on_ranks
 from tests.data.tars import by_webdataset, make, open_below, storage, write
 from trainer.data import shards as module
 from trainer.data.index import SIDECAR, ShardIndex, Summary
+from trainer.data.shard_spec import expand, file_name
 from trainer.data.shards import Shards
-from trainer.data.spec import expand, file_name
-from trainer.data.team import Team
+from trainer.data.shared_work import WorkSharing
 from trainer.errors import ConfigError, DataError
 
 
@@ -215,7 +215,7 @@ def test_ranks_share_the_work_and_hear_of_each_others_damage(tmp_path: Path) -> 
         if case == "damaged":
             damage(paths[1], 3)
 
-        def rank(team: Team, paths: list[str] = paths) -> Any:
+        def rank(team: WorkSharing, paths: list[str] = paths) -> Any:
             try:
                 return load(paths, team=team).fingerprint
             except ConfigError as error:
@@ -293,7 +293,7 @@ def test_indexes_of_others_that_lie(tmp_path: Path) -> None:
 
 
 def test_a_hundred_thousand_shards(tmp_path: Path) -> None:
-    """The catalogue holds no more than a summary a shard; a rank opens the shards that it reads."""
+    """The catalog holds no more than a summary a shard; a rank opens the shards that it reads."""
     path = make(tmp_path, 1, 40)[0]
     summary = ShardIndex.open(path, storage(tmp_path)).summary
     urls = [f"{tmp_path}/no/{i}.tar" for i in range(100_000)]
@@ -363,7 +363,7 @@ def test_the_first_rank_says_which_shards_there_are(tmp_path: Path, monkeypatch:
     """What another rank sees differently cannot part them; a shard that it does not have is told on all."""
     paths = make(tmp_path, 4)
 
-    def seen(team: Team) -> Shards:
+    def seen(team: WorkSharing) -> Shards:
         return Shards.open(paths[: 4 - team.rank], "txt", storage(tmp_path), team=team)
 
     assert len({shards.fingerprint for shards in on_ranks(2, seen)}) == 1
@@ -371,7 +371,7 @@ def test_the_first_rank_says_which_shards_there_are(tmp_path: Path, monkeypatch:
         assert isinstance(error, ConfigError)
         assert error.problems == [f"data.shards: missing file gone-{i}.tar" for i in range(2)]
 
-    def blind(team: Team) -> Shards:
+    def blind(team: WorkSharing) -> Shards:
         monkeypatch.setattr(module, "expand", lambda *_, **__: [*paths, str(tmp_path / "elsewhere.tar")])
         return Shards.open(paths, "txt", storage(tmp_path), team=team)
 

@@ -13,22 +13,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.data.units import Units
+from tests.data.numbered_examples import Units
 from trainer.data import ledger
-from trainer.data.batches import Batches
+from trainer.data.batch_sizes import Batches
 from trainer.data.mixture import Mixture
 from trainer.data.order import Order, default_block
-from trainer.data.stream import Part, Share, Slot, StepData, Stream
+from trainer.data.stream import ExampleId, OrderedSource, RankStream, StepData, Stream
 from trainer.errors import DataError
 from trainer.randomness import key
 
 SEED = 9
 
 
-def shares(sources: list[Units], dp_size: int, **options: Any) -> list[Share]:
+def shares(sources: list[Units], dp_size: int, **options: Any) -> list[RankStream]:
     lanes, window, block = (options.pop(name, default) for name, default in (("lanes", 7), ("window", 3), ("block", 2)))
     made: dict[str, Any] = {
-        "parts": [Part(source, lanes, window, SEED, block) for source in sources],
+        "parts": [OrderedSource(source, lanes, window, SEED, block) for source in sources],
         "mixture": Mixture([(0, [1] * len(sources))]),
         "batches": Batches(12),
         "micro_batch": None,
@@ -36,7 +36,7 @@ def shares(sources: list[Units], dp_size: int, **options: Any) -> list[Share]:
         "ledger": True,
         **options,
     }
-    return [Share(**made, dp_rank=rank, dp_size=dp_size) for rank in range(dp_size)]
+    return [RankStream(**made, dp_rank=rank, dp_size=dp_size) for rank in range(dp_size)]
 
 
 def merged(parts: list[StepData]) -> tuple[int, list[Any], list[list[int]]]:
@@ -54,7 +54,7 @@ def merged(parts: list[StepData]) -> tuple[int, list[Any], list[list[int]]]:
     return parts[0].taken, row["samples"], [sequence for _, sequence in sorted(zip(numbers, sequences, strict=True))]
 
 
-def expected(sources: list[Units], share: Share, positions: int) -> list[list[Any]]:
+def expected(sources: list[Units], share: RankStream, positions: int) -> list[list[Any]]:
     """The ledger's entries of the first `positions`, by the definitions alone, one at a time."""
     counters, orders = [0] * len(sources), [part.walk.order for part in share.parts]
     which = share.mixture.at(np.arange(positions))[0].tolist()
@@ -181,14 +181,14 @@ def test_what_cannot_be_read_is_left_out_and_named(dp_size: int) -> None:
     whole = expected(sources, shares(sources, 1)[0], 36)
     ranks = [Stream(share, workers=0) for share in shares(sources, dp_size, tolerant=True, micro_batch=2)]
     seen: list[Any] = []
-    faults: list[tuple[Slot, str | None]] = []
+    faults: list[tuple[ExampleId, str | None]] = []
     for _ in range(3):
         parts = [next(rank) for rank in ranks]
         seen += merged(parts)[1]
         faults += sorted((slot, found.key) for part in parts for slot, found in part.faults)
         assert all(len(part.micro_batches) == 12 // dp_size // 2 for part in parts)
     assert seen == [entry for entry in whole if entry[1] not in (3, 17)]
-    places = [Slot(number, 0, entry[1]) for number, entry in enumerate(whole) if entry[1] in (3, 17)]
+    places = [ExampleId(number, 0, entry[1]) for number, entry in enumerate(whole) if entry[1] in (3, 17)]
     assert faults == [(slot, str(slot.unit)) for slot in places]
     # A later life, to which the same data is whole again, leaves out what was left out.
     share = shares([Units(30)], 1, tolerant=True)[0]
@@ -237,10 +237,10 @@ def test_a_rank_reads_only_its_lanes() -> None:
     """1,024 ranks over 100,000 shards, each one block: no shard is another rank's within an epoch."""
     shards, per_shard, ranks = 100_000, 1_000, 1_024
     source = Units(shards * per_shard)
-    parts = [Part(source, ranks, 4, SEED, block=per_shard)]
+    parts = [OrderedSource(source, ranks, 4, SEED, block=per_shard)]
     seen: dict[int, set[int]] = {}
     for rank in (0, 1, 511, 1023):
-        share = Share(parts, Mixture([(0, [1])]), Batches(ranks * 64), None, SEED, dp_rank=rank, dp_size=ranks)
+        share = RankStream(parts, Mixture([(0, [1])]), Batches(ranks * 64), None, SEED, dp_rank=rank, dp_size=ranks)
         far = 10**9 // (ranks * 64)  # somewhere in a run of 10^9 samples
         units = [unit for done in range(far, far + 40) for _, _, unit in share.units(done)]
         seen[rank] = {unit // per_shard for unit in units}
@@ -248,7 +248,7 @@ def test_a_rank_reads_only_its_lanes() -> None:
         assert order.lane_size(rank) in (97_656, 97_657)
         assert len(seen[rank]) <= 12  # 2,560 samples out of windows of 4 shards
     own = list(seen.values())
-    assert sum(map(len, own)) <= len(set.union(*own)) + 2 * len(own)  # neighbours may share the shard at their border
+    assert sum(map(len, own)) <= len(set.union(*own)) + 2 * len(own)  # neighbors may share the shard at their border
 
 
 def test_the_share_fits_a_process_and_the_position_is_a_number() -> None:

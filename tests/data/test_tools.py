@@ -229,7 +229,7 @@ def test_members_that_do_not_decode(tmp_path: Path, onecurve: Run) -> None:
 
 
 def test_members_that_training_decodes_are_decoded(tmp_path: Path, onecurve: Run) -> None:
-    """By the same decoders: compressed ones, webdataset's own formats, and images that are not known to be colours."""
+    """By the same decoders: compressed ones, webdataset's own formats, and images that are not known to be colors."""
     image, msgpack = pytest.importorskip("PIL.Image"), pytest.importorskip("msgpack")
     grey, numbers = io.BytesIO(), io.BytesIO()
     image.fromarray(np.full((4, 4), 24000, np.uint16)).save(grey, "png")

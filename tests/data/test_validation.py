@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from tests.data.units import Units
+from tests.data.numbered_examples import Units
 from trainer.data.validation import Validation
 from trainer.errors import DataError
 

@@ -16,8 +16,8 @@ import webdataset
 from braceexpand import braceexpand
 
 from trainer.data.index import SIDECAR, ShardIndex
+from trainer.data.shard_spec import expand
 from trainer.data.shards import Shards
-from trainer.data.spec import expand
 from trainer.data.storage import Storage
 from trainer.data.tools import write
 from trainer.data.tools.documents import Document

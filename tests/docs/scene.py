@@ -56,8 +56,8 @@ def pictures(folder: Path, random: Random) -> None:
     for kind in ("robin", "wren"):
         (folder / kind).mkdir(parents=True)
         for number in range(1, 41):
-            colour = (random.randrange(256), random.randrange(256), random.randrange(256))
-            Image.new("RGB", (40, 30), colour).save(folder / kind / f"{number:04}.jpg")
+            color = (random.randrange(256), random.randrange(256), random.randrange(256))
+            Image.new("RGB", (40, 30), color).save(folder / kind / f"{number:04}.jpg")
 
 
 def forget_package() -> None:

@@ -28,7 +28,7 @@ from trainer.__main__ import guarded
 from trainer.checkpoint.format import folder_name
 from trainer.checkpoint.retention import DAMAGED
 from trainer.config.compose import load, load_sized
-from trainer.protocol import check_plugins
+from trainer.plugin_checks import check_plugins
 from trainer.resilience.interruption import SAVE, STOP
 
 # Runs of the pages' commands last seconds by these, each where the command does not say otherwise.

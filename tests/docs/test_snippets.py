@@ -32,18 +32,18 @@ from tests.docs.pages import PAGES, Block, all_blocks, blocks, write_files
 from tests.docs.scene import forget_package
 from tests.docs.test_commands import is_commands, is_script
 from trainer.checkpoint.format import folder_name
-from trainer.checkpoint.pieces import DTYPES
 from trainer.checkpoint.shardings import sharding_of
-from trainer.config.compose import load, recipe_told
-from trainer.inputs import open_inputs, open_shards
-from trainer.protocol import check_plugins
-from trainer.resilience.verdict import verdict
+from trainer.checkpoint.state import DTYPES
+from trainer.config.compose import load, recipe_message
+from trainer.plugin_checks import check_plugins
+from trainer.resilience.hang_verdict import verdict
 from trainer.resilience.watchdog import STATES
+from trainer.run_data import open_run_data, open_shards
 from trainer.topology import ALONE
 from trainer.tracking.base import RunInfo
 from trainer.tracking.console import Console
 
-# A model and an objective of the reader's, which what is no text needs.
+# A model and an objective of the reader's, which what is not text needs.
 LOOK = """
 import onecurve
 import torch
@@ -59,7 +59,7 @@ class Look(torch.nn.Module):
     def forward(self, batch):
         return batch["image"].mean((2, 3)) @ self.weight
 
-    def initialise(self, name, parameter, generator):
+    def initialize(self, name, parameter, generator):
         parameter.normal_(generator=generator)
 
 class Guess(onecurve.Objective):
@@ -119,7 +119,7 @@ def test_the_files_of_a_page_are_a_package_that_the_config_takes(page: str, fold
 
 
 def test_the_stream_in_another_trainer(folder: Path) -> None:
-    block = block_of("README.md", "from trainer.data.stage import OrderedSamples")
+    block = block_of("README.md", "from trainer.data.ordered_samples import OrderedSamples")
     (folder / "shards").mkdir()
     for shard in range(3):
         with TarWriter(str(folder / "shards" / f"train-{shard}.tar")) as tar:
@@ -142,7 +142,7 @@ def test_keys_are_taken(folder: Path) -> None:
 
 
 def own(folder: Path, keys: list[str]) -> list[str]:
-    """Model and objective of the reader's beside these keys, where they are no text's."""
+    """Model and objective of the reader's beside these keys, where they are not text's."""
     (folder / "my_conf").mkdir(exist_ok=True)
     if "data=samples" not in keys:
         return keys
@@ -168,7 +168,7 @@ def test_images_are_read_and_cropped_as_the_page_says(folder: Path) -> None:
         with TarWriter(str(folder / f"birds-{number:03}.tar")) as tar:
             tar.write({"__key__": f"{number:03}", extension: file.getvalue(), "cls": str(number % 4)})
     config = load([*own(folder, keys), asked, f"data.cache={folder}/cache", "eval.every=0"], config_dir="my_conf")
-    share = open_inputs(config, ALONE, open_shards(config, ALONE)).stream.share
+    share = open_run_data(config, ALONE, open_shards(config, ALONE)).stream.share
     source = share.parts[0].source
     assert source.n == 100
     rows = [source.read(unit, draw=7) for unit in range(100)]
@@ -183,7 +183,7 @@ def test_images_are_read_and_cropped_as_the_page_says(folder: Path) -> None:
 def test_what_make_train_prints(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """The lines of the README's run, printed by what prints them, from the numbers in them."""
     config = load(["experiment=shakespeare"], 2)
-    for title, text in [("recipe", recipe_told()), *batch(config, 2), ("folder", config.run.dir)]:
+    for title, text in [("recipe", recipe_message()), *batch(config, 2), ("folder", config.run.dir)]:
         print(f"{title:12}{text}")
     console = Console()
     console.start(RunInfo("shakespeare", folder, config.train.steps, 0, {}, {}))
@@ -274,7 +274,7 @@ def by(path: str, name: str) -> Callable[[], None]:
 # Blocks of no kind that is tested by a rule: page and first words, and the test that is theirs.
 OTHERS: dict[tuple[str, str], Callable] = {
     ("README.md", "recipe "): test_what_make_train_prints,
-    ("README.md", "from trainer.data.stage import OrderedSamples"): test_the_stream_in_another_trainer,
+    ("README.md", "from trainer.data.ordered_samples import OrderedSamples"): test_the_stream_in_another_trainer,
     ("docs/CHECKPOINTS.md", "checkpoints/"): test_the_files_of_a_checkpoint_and_its_index,
     ("docs/CHECKPOINTS.md", '{"shardings"'): test_the_files_of_a_checkpoint_and_its_index,
     ("docs/EXTEND.md", "my_package/{"): test_the_list_of_a_packages_files_is_what_the_page_shows,

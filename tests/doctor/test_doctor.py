@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.doctor import team
+from launch.doctor import workers
 from launch.doctor.examination import Options
 
 DOCTOR = (sys.executable, "-m", "launch.doctor", "--quick")
@@ -96,7 +96,9 @@ def test_a_node_that_does_not_answer_and_one_that_is_dead_are_named(tmp_path: Pa
         ("n4", ["bash", "-c", "echo 'srun: error: Communication connection failure' >&2; exit 1"]),
     ]
     environment = {**os.environ, "PYTHONPATH": ROOT}
-    report = team._examined(options, commands, environment, {"store": str(tmp_path / "store"), "local_world_size": 2})
+    report = workers._examined(
+        options, commands, environment, {"store": str(tmp_path / "store"), "local_world_size": 2}
+    )
     assert report.bad_nodes == ["n2", "n4"]
     told = {finding.nodes: finding.found for finding in report.findings if finding.verdict == "bad"}
     assert "did not answer within 25 s" in told[("n2",)]

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from launch.failure import block
+from launch.failure import failure_block
 from tests.end_to_end.test_refusals import onecurve
 from tests.runs import TINY
-from trainer import causes
+from trainer import diagnosis
 
 NET = """
 import torch
@@ -24,7 +24,7 @@ class Net(torch.nn.Module):
         self.embedding = torch.nn.Embedding(facts.vocab_size, facts.vocab_size)
     def forward(self, batch):
         import not_installed_here
-    def initialise(self, name, parameter, generator):
+    def initialize(self, name, parameter, generator):
         parameter.normal_(0.0, 0.1, generator=generator)
 """
 
@@ -33,7 +33,7 @@ def test_the_block_of_what_a_rank_told(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "rank-3.log").write_text("".join(f"line {n}\n" for n in range(40)))
     told = {"rank": 3, "step": 7, "reason": "out of memory: try this\nand that"}
-    first, *rest = block(tmp_path, told, [], "no new checkpoint in 3 restarts").strip().splitlines()
+    first, *rest = failure_block(tmp_path, told, [], "no new checkpoint in 3 restarts").strip().splitlines()
     assert first == "onecurve: rank 3 failed at step 7: out of memory: try this"
     assert [line.strip() for line in rest[:2]] == ["and that", "no restart: no new checkpoint in 3 restarts"]
     assert rest[2].endswith("logs/rank-3.log:")
@@ -41,19 +41,25 @@ def test_the_block_of_what_a_rank_told(tmp_path: Path) -> None:
 
 
 def test_the_block_of_a_process_that_was_killed(tmp_path: Path) -> None:
-    (line,) = block(tmp_path, None, [(1, -9), (0, 4)], "").strip().splitlines()
+    (line,) = failure_block(tmp_path, None, [(1, -9), (0, 4)], "").strip().splitlines()
     assert line.startswith("onecurve: rank 1 was killed (signal 9), probably by the kernel for want of memory")
 
 
 def test_causes_are_told_apart() -> None:
-    assert "install the package of 'foo.bar'" in str(causes.advice("ModuleNotFoundError: No module named 'foo.bar'"))
-    assert "disk is full" in str(causes.advice("OSError: [Errno 28] No space left on device: '/x'"))
-    assert "launch.timeout_s" in str(causes.advice("[gloo/unbound_buffer.cc:81] Timed out waiting 5000ms for recv"))
-    assert "launch.timeout_s" in str(causes.advice("Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7"))
-    assert "first NCCL warning" in str(
-        causes.advice("NCCL error in: ProcessGroupNCCL.cpp:1691, unhandled system error")
+    assert "install the package of 'foo.bar'" in str(
+        diagnosis.advice_for("ModuleNotFoundError: No module named 'foo.bar'")
     )
-    assert causes.advice("ValueError: 3") is None
+    assert "disk is full" in str(diagnosis.advice_for("OSError: [Errno 28] No space left on device: '/x'"))
+    assert "launch.timeout_s" in str(
+        diagnosis.advice_for("[gloo/unbound_buffer.cc:81] Timed out waiting 5000ms for recv")
+    )
+    assert "launch.timeout_s" in str(
+        diagnosis.advice_for("Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7")
+    )
+    assert "first NCCL warning" in str(
+        diagnosis.advice_for("NCCL error in: ProcessGroupNCCL.cpp:1691, unhandled system error")
+    )
+    assert diagnosis.advice_for("ValueError: 3") is None
 
 
 @pytest.mark.slow

@@ -8,8 +8,8 @@ import pytest
 
 from launch.plan import lines
 from tests.runs import TINY, Run
-from trainer.checkpoint.load import newest
-from trainer.checkpoint.pieces import DTYPES
+from trainer.checkpoint.load import find_newest
+from trainer.checkpoint.state import DTYPES
 from trainer.config.compose import load
 
 
@@ -24,7 +24,7 @@ from trainer.config.compose import load
 def test_checkpoints_are_as_large_as_planned(tmp_path: Path, overrides: tuple[str, ...]) -> None:
     run = Run(tmp_path / "run", 1, ("train.steps=2", "checkpoint.every=0", *overrides))
     run.train()
-    found, _ = newest(run.folder / "checkpoints")
+    found, _ = find_newest(run.folder / "checkpoints")
     assert found
     numbers = sum(stored.numel * DTYPES[stored.dtype].itemsize for stored in found.index.values())
     told = dict(lines(load([*TINY, *run.overrides], 1), 1))

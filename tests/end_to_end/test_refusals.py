@@ -175,7 +175,7 @@ def test_diverging_training_stops_with_advice(tmp_path: Path) -> None:
 
 
 def bad_text(folder: Path) -> tuple[str, ...]:
-    """Shards in which one payload is no text: found only when its turn comes."""
+    """Shards in which one payload is not text: found only when its turn comes."""
     with tarfile.open(folder / "bad.tar", "w") as tar:
         for number in range(40):
             path = folder / f"{number}.txt"

@@ -117,7 +117,7 @@ def test_what_was_done_with_another_optimizer(run: Run, onecurve, tmp_path: Path
 def test_refusals(run: Run, onecurve, tmp_path: Path) -> None:
     assert "run has recorded steps 1 to 25" in onecurve("replay", run.folder, "--step", 26, code=2)
     assert "run has recorded steps 1 to 25" in onecurve("replay", run.folder, "--step", 0, code=2)
-    assert "is no run's folder" in onecurve("replay", tmp_path, "--step", 1, code=2)
+    assert "is not a run's folder" in onecurve("replay", tmp_path, "--step", 1, code=2)
     assert "--checkpoint 20: " in onecurve("replay", run.folder, "--step", 20, "--checkpoint", 20, code=2)
 
 

@@ -44,7 +44,7 @@ class Net(torch.nn.Module):
             x = layer(x)
         return self.head(x.mean(dim=(2, 3)))
 
-    def initialise(self, name, parameter, generator):
+    def initialize(self, name, parameter, generator):
         if parameter.ndim > 1:
             parameter.normal_(0.0, parameter[0].numel() ** -0.5, generator=generator)
         else:
@@ -123,7 +123,7 @@ def test_the_same_curve_on_any_processes_and_workers(overrides: tuple[str, ...],
     assert [json.loads(line) for line in told.stdout.splitlines()] == one.ledger()[2:4], told.stderr
     sample = onecurve("sample", "one", "--plugins", "my_package")
     refused = subprocess.run(sample, cwd=tmp_path, capture_output=True, text=True)
-    assert (refused.returncode, "is no run that learns text" in refused.stderr) == (2, True)
+    assert (refused.returncode, "is not a run that learns text" in refused.stderr) == (2, True)
 
     two = Run(tmp_path / "two", 2, (*overrides, "data.workers=2"))
     two.train()

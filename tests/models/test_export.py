@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from launch.export import size
 from tests.exported import GPT, INPUTS, LENGTH, MODELS, config_of, onecurve, saved, shaken
 from trainer.data.tokenizer import ByteTokenizer
-from trainer.given import open_given
 from trainer.models.family import family_of, from_gpt2, to_gpt2
-from trainer.models.pretrained import files_beside, keep
+from trainer.models.pretrained_files import files_beside, keep
+from trainer.pretrained import open_pretrained
 from trainer.sampling import with_weights
 from trainer.topology import ALONE
 
@@ -201,7 +201,7 @@ def base(tmp_path: Path) -> Path:
 def test_a_fine_tuned_model_says_what_its_base_said(tmp_path: Path, export: Export, base: Path) -> None:
     """Wherever that is by now."""
     config = config_of(*MODELS["llama"], "model.config.vocab_size=257", f"model.weights={base}")
-    given = open_given(config, ALONE, ByteTokenizer())
+    given = open_pretrained(config, ALONE, ByteTokenizer())
     assert given is not None
     model = shaken(config)
     folder = saved(tmp_path / "run", config, {1: model})
@@ -275,5 +275,5 @@ def test_sizes(text: str, bytes: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "5", "GB", "0GB", "-1GB", "5 PB", "1e9"])
 def test_no_sizes(text: str) -> None:
-    with pytest.raises(argparse.ArgumentTypeError, match="is no size; write 500MB or 2GB"):
+    with pytest.raises(argparse.ArgumentTypeError, match="is not a size; write 500MB or 2GB"):
         size(text)

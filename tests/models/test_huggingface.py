@@ -17,7 +17,7 @@ from trainer.models import ModelFactory, huggingface
 from trainer.models.attention import Spec
 from trainer.optim.groups import kind, names
 from trainer.patches import without_values
-from trainer.strategies.fsdp import materialise
+from trainer.strategies.fsdp import materialize
 
 transformers = pytest.importorskip("transformers")
 
@@ -93,7 +93,7 @@ def test_made_without_values_it_is_the_same(architecture: str, tied: bool) -> No
     with without_values():
         model = make.build()
     assert all(parameter.is_meta for parameter in model.parameters())
-    materialise(model, torch.device("cpu"), torch.device("cpu"))
+    materialize(model, torch.device("cpu"), torch.device("cpu"))
     make.fill(model)
     expected, batch = make(), {"inputs": torch.arange(LENGTH)[None]}
     assert model.state_dict().keys() == expected.state_dict().keys()

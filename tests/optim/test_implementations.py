@@ -17,15 +17,15 @@ from tests.strategies import ragged
 from trainer import topology
 from trainer.config import schema
 from trainer.errors import ConfigError
-from trainer.extras import without_torchao
 from trainer.models import ModelFactory
 from trainer.models.gpt import GPT
 from trainer.optim.adamw import adamw
+from trainer.optional_packages import without_torchao
 from trainer.precision import Precision
 from trainer.strategies.arithmetic import StepOptions
 from trainer.strategies.single import Single
 
-WIDE = ragged.SHAPE.model_copy(update={"width": 64})  # matrices of 4096 numbers or more are quantised
+WIDE = ragged.SHAPE.model_copy(update={"width": 64})  # matrices of 4096 numbers or more are quantized
 
 # What `pip install apex` gets; NVIDIA's where it was built without CUDA; a stand-in for one that works, which keeps its
 # state as FusedAdam does (NVIDIA/apex 6424da3, apex/optimizers/fused_adam.py).
@@ -105,7 +105,7 @@ def test_apex_is_tried(tmp_path: Path) -> None:
         with_package(tmp_path / name, files)
     code = f"""
         import sys
-        from trainer.extras import without_apex
+        from trainer.optional_packages import without_apex
         for name in {list(packages)}:
             sys.path.insert(0, "{tmp_path}/" + name)
             for part in ("FusedAdam", "FusedLayerNorm"):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tests.strategies.ragged import EPSILON, FACTS, LENGTH, LR, Objective, batch, optimizer
 from trainer.config import Config
 from trainer.config.compose import load
-from trainer.config.pipelines import SCHEDULES
+from trainer.config.pipeline_schedules import SCHEDULES
 from trainer.models import ModelFactory, of_type
 from trainer.models.gpt import GPT
 from trainer.objectives.causal_lm import IGNORE
@@ -150,7 +150,7 @@ def trained(
 ) -> Curve:
     """The curve of the strategy under `precision`: fp64, fp32 or bf16. Weights are there on the main rank only."""
     config = cell.config()
-    ranks = ranks.used_as(config.layout(ranks.world_size))
+    ranks = ranks.with_layout(config.layout(ranks.world_size))
     options = StepOptions(clip_norm=CLIP, activation_checkpointing=checkpointing, compile=False)
     compute = "bf16" if precision == "bf16" else "fp32"
     strategy = plugin(config, "strategy")(

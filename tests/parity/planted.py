@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from tests.parity.cells import Cell, cells
-from trainer.objectives import Sums, Totals
+from trainer.objectives import Normalizers, Sums
 from trainer.strategies.arithmetic import StepArithmetic
 from trainer.strategies.pipeline import Pipeline
 
@@ -27,35 +27,35 @@ def bugs() -> Iterator[tuple[str, Cell, Callable[[StepArithmetic], None]]]:
 
 def mean_of_means(strategy: StepArithmetic) -> None:
     """Every rank divides by its own targets; the mean of the ranks' means is not that of all."""
-    totals_of, total = strategy.totals_of, strategy.total
+    totals_of, total = strategy.reduce_counts, strategy.all_reduce
     size = strategy.topology.dp_size
 
-    def of_this_rank(*arguments: Any) -> tuple[Totals, Sums]:
-        strategy.total = lambda sums: sums * size * strategy.topology.layout.processes  # type: ignore[method-assign]
+    def of_this_rank(*arguments: Any) -> tuple[Normalizers, Sums]:
+        strategy.all_reduce = lambda sums: sums * size * strategy.topology.layout.processes  # type: ignore[method-assign]
         try:
             return totals_of(*arguments)
         finally:
-            strategy.total = total  # type: ignore[method-assign]
+            strategy.all_reduce = total  # type: ignore[method-assign]
 
-    strategy.totals_of = of_this_rank  # type: ignore[method-assign]
+    strategy.reduce_counts = of_this_rank  # type: ignore[method-assign]
 
 
 def divided(strategy: StepArithmetic) -> None:
-    strategy.averaged_over = 1 / strategy.topology.dp_size  # type: ignore[assignment]
+    strategy.num_averaged_ranks = 1 / strategy.topology.dp_size  # type: ignore[assignment]
 
 
 def multiplied(strategy: StepArithmetic) -> None:
-    strategy.averaged_over = strategy.topology.dp_size**2
+    strategy.num_averaged_ranks = strategy.topology.dp_size**2
 
 
 def unscaled(strategy: StepArithmetic) -> None:
-    totals_of = strategy.totals_of
+    totals_of = strategy.reduce_counts
 
-    def ones(*arguments: Any) -> tuple[Totals, Sums]:
+    def ones(*arguments: Any) -> tuple[Normalizers, Sums]:
         totals, sums = totals_of(*arguments)
         return dict.fromkeys(totals, torch.tensor(1.0)), sums
 
-    strategy.totals_of = ones  # type: ignore[method-assign]
+    strategy.reduce_counts = ones  # type: ignore[method-assign]
 
 
 def own_norm(strategy: StepArithmetic) -> None:

@@ -1,6 +1,6 @@
 """Contrastive learning over the global batch (InfoNCE, van den Oord et al. 2018; SimCSE, Gao et al. 2021): two masked
-views of a row find each other among those of all rows. The loss is no sum over rows: its gradient with respect to each
-embedding is, once all of them are known (GradCache, Gao et al. 2021, "Scaling deep contrastive learning")."""
+views of a row find each other among those of all rows. The loss is not a sum over rows: its gradient with respect to
+each embedding is, once all of them are known (GradCache, Gao et al. 2021, "Scaling deep contrastive learning")."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.zoo.models import Net
 from trainer.config import Plugin
-from trainer.objectives import NUM_TARGETS, Batch, Model, Objective, Rows, Sums, Totals, Update
+from trainer.objectives import NUM_TARGETS, Batch, Model, Normalizers, Objective, Rows, Sums, Update
 from trainer.randomness import key
 
 TEMPERATURE, MASKED = 0.1, 0.3
@@ -55,7 +55,7 @@ class Contrastive(Objective):
             [batch | {name: parts[i] for name, parts in local.items()} for i, batch in enumerate(batches)], self
         )
 
-    def loss(self, outputs: Tensor, batch: Batch, totals: Totals) -> tuple[Tensor, Sums]:
+    def loss(self, outputs: Tensor, batch: Batch, totals: Normalizers) -> tuple[Tensor, Sums]:
         return (outputs * batch["slope"]).sum(), {"loss": batch["nats"].sum(), "accuracy": batch["found"].sum()}
 
     def evaluate(self, outputs: Tensor, batch: Batch) -> Sums:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trainer.config import Plugin
-from trainer.objectives import NUM_TARGETS, Batch, Model, Objective, Sums, Totals, Update
+from trainer.objectives import NUM_TARGETS, Batch, Model, Normalizers, Objective, Sums, Update
 
 TEMPERATURE, IGNORE = 2.0, -100
 
@@ -25,7 +25,7 @@ class Distillation(Objective):
     def updates(self, batches: Sequence[Batch], models: Mapping[str, Model]) -> Iterator[Update]:
         yield Update([batch | {"teacher": models["teacher"].infer(batch)} for batch in batches], self)
 
-    def loss(self, outputs: Tensor, batch: Batch, totals: Totals) -> tuple[Tensor, Sums]:
+    def loss(self, outputs: Tensor, batch: Batch, totals: Normalizers) -> tuple[Tensor, Sums]:
         soft = (batch["teacher"] / TEMPERATURE).softmax(dim=-1)
         nats = -(soft * (outputs / TEMPERATURE).log_softmax(dim=-1)).sum(dim=-1)
         loss = (nats * (batch["targets"] != IGNORE)).sum() * TEMPERATURE**2

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trainer.config import Plugin
-from trainer.objectives import NUM_TARGETS, Batch, Model, Objective, Sums, Totals, Update
+from trainer.objectives import NUM_TARGETS, Batch, Model, Normalizers, Objective, Sums, Update
 from trainer.randomness import key
 
 BETA = 0.5
@@ -40,7 +40,7 @@ class DPO(Objective):
         outputs = reference.infer(batch)
         return batch | {"reference": log_likelihood(outputs, batch["targets"].to(outputs.device))}
 
-    def loss(self, outputs: Tensor, batch: Batch, totals: Totals) -> tuple[Tensor, Sums]:
+    def loss(self, outputs: Tensor, batch: Batch, totals: Normalizers) -> tuple[Tensor, Sums]:
         better, worse = (log_likelihood(outputs, batch["targets"]) - batch["reference"]).unbind(dim=1)
         loss = -F.logsigmoid(BETA * (better - worse)).sum()
         return loss / totals[NUM_TARGETS], {"loss": loss, "accuracy": (better > worse).sum()}

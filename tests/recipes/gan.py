@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from trainer.config import Plugin
 from trainer.facts import Facts
-from trainer.objectives import NUM_TARGETS, Batch, Model, Objective, Sums, Totals, Update
+from trainer.objectives import NUM_TARGETS, Batch, Model, Normalizers, Objective, Sums, Update
 
 NOISE, WIDTH, POINT = 4, 16, 16
 
@@ -36,7 +36,7 @@ class Generator(nn.Module):
             x = F.gelu(block(x))
         return self.head(x)
 
-    def initialise(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
+    def initialize(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
         parameter.normal_(0.0, 0.3, generator=generator)
 
 
@@ -52,7 +52,7 @@ class Discriminator(Generator):
 class TellApart(Objective):
     """Of `points` [B, 2, 16] the first is real, the second made."""
 
-    def loss(self, outputs: Tensor, batch: Batch, totals: Totals) -> tuple[Tensor, Sums]:
+    def loss(self, outputs: Tensor, batch: Batch, totals: Normalizers) -> tuple[Tensor, Sums]:
         real, made = outputs.unbind(dim=1)
         loss = (F.softplus(-real) + F.softplus(made)).sum()
         return loss / totals[NUM_TARGETS], {"loss": loss}
@@ -83,7 +83,7 @@ class GAN(Objective):
         nats = [F.softplus(-discriminator.infer(batch))[:, 0] for batch in asked]
         yield Update([b | {"slope": s, "nats": n} for b, s, n in zip(batches, slopes, nats, strict=True)], self)
 
-    def loss(self, outputs: Tensor, batch: Batch, totals: Totals) -> tuple[Tensor, Sums]:
+    def loss(self, outputs: Tensor, batch: Batch, totals: Normalizers) -> tuple[Tensor, Sums]:
         return (outputs * batch["slope"]).sum() / totals[NUM_TARGETS], {"loss": batch["nats"].sum()}
 
     def evaluate(self, outputs: Tensor, batch: Batch) -> Sums:

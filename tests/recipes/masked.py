@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trainer.config import Plugin
-from trainer.objectives import NUM_TARGETS, Batch, Objective, Sums, Totals
+from trainer.objectives import NUM_TARGETS, Batch, Normalizers, Objective, Sums
 from trainer.randomness import key
 
 MASKED, IGNORE = 0.15, -100
@@ -29,7 +29,7 @@ class MaskedLM(Objective):
     def counts(self, batch: Batch) -> dict[str, float]:
         return {NUM_TARGETS: int((batch["targets"] != IGNORE).sum())}
 
-    def loss(self, outputs: Tensor, batch: Batch, totals: Totals) -> tuple[Tensor, Sums]:
+    def loss(self, outputs: Tensor, batch: Batch, totals: Normalizers) -> tuple[Tensor, Sums]:
         logits, targets = outputs.flatten(0, 1), batch["targets"].flatten()
         nats = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
         return nats / totals[NUM_TARGETS], {"loss": nats, "accuracy": (logits.argmax(dim=-1) == targets).sum()}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tests.zoo.models import WIDTH, Net
 from trainer.config import Plugin
 from trainer.facts import Facts
-from trainer.objectives import NUM_TARGETS, Batch, Objective, Sums, Totals
+from trainer.objectives import NUM_TARGETS, Batch, Normalizers, Objective, Sums
 
 EXPERTS, Z_LOSS, SPEED, IGNORE = 3, 0.1, 0.01, -100
 
@@ -61,7 +61,7 @@ class WithZLoss(Objective):
     def counts(self, batch: Batch) -> dict[str, float]:
         return {NUM_TARGETS: int((batch["targets"] != IGNORE).sum()), "routed": batch["inputs"].numel()}
 
-    def loss(self, outputs: dict[str, Tensor], batch: Batch, totals: Totals) -> tuple[Tensor, Sums]:
+    def loss(self, outputs: dict[str, Tensor], batch: Batch, totals: Normalizers) -> tuple[Tensor, Sums]:
         logits, targets = outputs["logits"].flatten(0, 1), batch["targets"].flatten()
         nats = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
         squares = (outputs["router"].logsumexp(dim=-1) ** 2).sum()

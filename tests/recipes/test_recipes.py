@@ -18,7 +18,7 @@ from tests.strategies import ragged
 from tests.zoo import models
 from tests.zoo.cells import Zoo
 from trainer.config import schema
-from trainer.loop import means
+from trainer.loop import mean_metrics
 from trainer.models import ModelFactory, of_type
 from trainer.objectives import Objective
 from trainer.precision import Precision
@@ -255,8 +255,8 @@ def test_numbers_are_of_the_model_whose_name_they_begin_with() -> None:
         "critic/num_targets": 3.0,
     }
     objectives = {"model": objective, "critic": objective}
-    assert means(objectives, sums) == {"loss": 2.0, "top/5": 0.5, "critic/loss": 1.0, "critic/top/5": 2.0}
-    assert means(objectives, {**sums, "critic/num_targets": 0.0}) == {"loss": 2.0, "top/5": 0.5}
+    assert mean_metrics(objectives, sums) == {"loss": 2.0, "top/5": 0.5, "critic/loss": 1.0, "critic/top/5": 2.0}
+    assert mean_metrics(objectives, {**sums, "critic/num_targets": 0.0}) == {"loss": 2.0, "top/5": 0.5}
 
 
 def test_each_is_short() -> None:

@@ -15,7 +15,7 @@ from tests.runs import Run, assert_same_bits
 from trainer.config.schema import Guard as Section
 from trainer.errors import TrainingError
 from trainer.optim.conditional import step_unless
-from trainer.resilience.guard import Guard, Rolling
+from trainer.resilience.guard import Guard, RollingWindow
 from trainer.resilience.replicas import Replicas, _minority
 from trainer.topology import ALONE
 
@@ -117,28 +117,28 @@ def test_too_many_end_the_run(tmp_path: Path) -> None:
 
 
 def test_spikes_are_judged_by_what_is_usual() -> None:
-    rolling = Rolling(16, 5, CPU)
+    rolling = RollingWindow(16, 5, CPU)
     fine = torch.tensor(True)
     for value in (0.9, 1.1, 0.8):
-        rolling.took(torch.tensor(value), fine)
+        rolling.record(torch.tensor(value), fine)
     assert rolling.limit() == math.inf  # too few to judge by
     for value in (1.2, 1.0):
-        rolling.took(torch.tensor(value), fine)
+        rolling.record(torch.tensor(value), fine)
     assert rolling.limit() == pytest.approx(1 + 5 * 1.4826 * 0.1)
-    rolling.took(torch.tensor(50.0), ~fine)
+    rolling.record(torch.tensor(50.0), ~fine)
     assert rolling.known() == pytest.approx([0.9, 1.1, 0.8, 1.2, 1.0])
-    other = Rolling(16, 5, CPU)
+    other = RollingWindow(16, 5, CPU)
     other.load(rolling.known())
     assert other.limit() == rolling.limit()
     for _ in range(20):
-        other.took(torch.tensor(2.0), fine)
+        other.record(torch.tensor(2.0), fine)
     assert other.limit() == pytest.approx(2 + 5 * 1.4826 * 0.02)  # numbers that do not vary
 
 
 def test_a_loss_that_spikes_refuses_any_gradient() -> None:
     guard = Guard(section(loss_spike=5), CPU)
     for _ in range(8):
-        guard.took(torch.tensor(1.0), 2.0, torch.tensor(False))
+        guard.record(torch.tensor(1.0), 2.0, torch.tensor(False))
     assert guard.limit(2.0) == math.inf
     assert guard.limit(9.0) == -math.inf
     assert guard.limit(math.nan) == -math.inf
@@ -149,7 +149,7 @@ def test_each_step_is_repeated_once() -> None:
     row = {"step": 7, "loss": math.nan, "grad_norm": 1.0, "lr": 0.1, "skipped": True}
     assert guard.judge(row, may_go_back=True)["action"] == "rollback"
     assert guard.judge(row, may_go_back=True)["action"] == "left out"
-    guard.passed(7)
+    guard.note_good_step(7)
     assert guard.judge(row, may_go_back=True)["action"] == "rollback"  # an accident each time
     with pytest.raises(TrainingError, match="2 bad steps"):
         guard.judge({**row, "step": 8}, may_go_back=False)
@@ -185,14 +185,14 @@ def test_a_refused_step_changes_nothing(fused: bool) -> None:
 
 def test_the_odd_one_is_found() -> None:
     state = {"model/a": torch.ones(3)}
-    assert Replicas(ALONE).odd(state) is None
+    assert Replicas(ALONE).find_differing(state) is None
     assert _minority({0: 5, 1: 6, 2: 5}) == [1]
     assert _minority({0: 5, 1: 5}) == []
     assert _minority({0: 5, 3: 6}) == [0, 3]  # who of two is right?
 
 
 def write_shard(path: Path, damaged: set[str]) -> None:
-    """Texts of 48 bytes and more; some are no UTF-8."""
+    """Texts of 48 bytes and more; some are not UTF-8."""
     whole = b"".join(b"%d times a line is %d lines. " % (number, number) for number in range(3000))
     with tarfile.open(path, "w") as tar:
         for number in range(600):

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from tests.runs import Run
-from trainer.resilience.stragglers import slow
+from trainer.resilience.stragglers import find_slow
 
 
 def test_who_stands_out() -> None:
-    assert slow([1.0, 1.1, 2.0, 0.9], 10) == [2]
-    assert slow([0.001, 0.001, 0.1, 0.001], 10) == []  # a hundredth of the time is nothing
-    assert slow([1.0, 1.2, 1.4], 10) == []
-    assert slow([0.0, 5.0, 5.0], 10) == []
+    assert find_slow([1.0, 1.1, 2.0, 0.9], 10) == [2]
+    assert find_slow([0.001, 0.001, 0.1, 0.001], 10) == []  # a hundredth of the time is nothing
+    assert find_slow([1.0, 1.2, 1.4], 10) == []
+    assert find_slow([0.0, 5.0, 5.0], 10) == []
 
 
 @pytest.mark.slow

@@ -14,9 +14,9 @@ import pytest
 from tests.end_to_end.test_refusals import onecurve
 from tests.runs import TINY, Run, assert_same_bits
 from trainer.config.schema import Watchdog
+from trainer.resilience.hang_verdict import verdict
 from trainer.resilience.stacks import last_collective
-from trainer.resilience.timeledger import TimeLedger
-from trainer.resilience.verdict import verdict
+from trainer.resilience.time_ledger import TimeLedger
 from trainer.resilience.watchdog import budget, patience
 
 STEPS = ("train.steps=60", "train.log_every=1")

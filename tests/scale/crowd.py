@@ -22,8 +22,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from trainer.checkpoint.pieces import Fragment, State
-from trainer.checkpoint.plan import Sections, describe
+from trainer.checkpoint.plan import Sections, describe_state
+from trainer.checkpoint.state import FlatShard, State
 from trainer.topology import ALONE, Topology
 
 Shapes = dict[str, tuple[int, ...]]
@@ -120,16 +120,16 @@ def fragments(shapes: Shapes, rank: int, world: int, empty_ones: bool = True) ->
         begin, end = max(first, at), min(first + length, at + prod(shape))
         start, count = (begin - at, end - begin) if begin < end else (0, 0)
         for root in ("exp_avg", "exp_avg_sq") if count or empty_ones else ():
-            state[f"optimizer/{root}/{name}"] = Fragment(empty((count,)), torch.Size(shape), start)
+            state[f"optimizer/{root}/{name}"] = FlatShard(empty((count,)), torch.Size(shape), start)
         at += prod(shape)
     return state
 
 
 def zero_3(shapes: Shapes, rank: int, world: int) -> State:
-    def hold(shape: tuple[int, ...]) -> Fragment:
+    def hold(shape: tuple[int, ...]) -> FlatShard:
         length = -(-prod(shape) // world)
         count = max(0, min(length, prod(shape) - rank * length))
-        return Fragment(empty((count,)), torch.Size(shape), rank * length)
+        return FlatShard(empty((count,)), torch.Size(shape), rank * length)
 
     return adamw(shapes, hold)
 
@@ -144,11 +144,15 @@ class Crowd:
         self.sections: list[Sections] = []
         for rank in classes if classes is not None else [0]:
             with fake_rank(rank, world):
-                self.sections += [describe(state(shapes, rank, world), rank, world)] * (world // len(classes or [0]))
+                self.sections += [describe_state(state(shapes, rank, world), rank, world)] * (
+                    world // len(classes or [0])
+                )
         if classes is None:
-            own = describe(fragments(shapes, 0, world, empty_ones=False), 0, world)
+            own = describe_state(fragments(shapes, 0, world, empty_ones=False), 0, world)
             common = {digest: text for digest, text in self.sections[0].items() if digest not in own}
-            told = [describe(fragments(shapes, rank, world, empty_ones=False), rank, world) for rank in range(world)]
+            told = [
+                describe_state(fragments(shapes, rank, world, empty_ones=False), rank, world) for rank in range(world)
+            ]
             self.sections = [dict(sorted((common | its).items())) for its in told]
 
     def topology(self, rank: int) -> Topology:

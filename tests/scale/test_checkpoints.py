@@ -25,8 +25,8 @@ from trainer.checkpoint.format import (
     write_index,
     write_manifest,
 )
-from trainer.checkpoint.load import newest, orders
-from trainer.checkpoint.plan import WRITERS, Plan, header_of, held_by
+from trainer.checkpoint.load import find_newest, read_requests
+from trainer.checkpoint.plan import WRITERS, Plan, header_of, local_shards
 
 WORLD = 1024
 RANK = 5 * WORLD // 8
@@ -83,17 +83,17 @@ def test_the_first_save_and_a_resume(name: str, tmp_path: Path, monkeypatch: pyt
     with fake_rank(RANK, WORLD):
         state = hold(shapes, RANK, WORLD)
         with ranks.cpu_seconds(spent, "stall"):
-            held = held_by(state)
+            held = local_shards(state)
             plan = Plan.of(state, ranks.topology(RANK))
             file = plan.file(RANK)
-            plan.to_agree_on(RANK)
+            plan.replicated_shards(RANK)
         assert {piece for piece, _ in file} <= {piece for piece, _ in held}
         assert plan.sizes[RANK] == sum(piece.nbytes for piece, _ in file)
         folder = written(tmp_path, plan)
         with ranks.cpu_seconds(spent, "resume"), opened(folder) as paths:
-            found, _ = newest(tmp_path, ranks.topology(0), contents=False)
+            found, _ = find_newest(tmp_path, ranks.topology(0), contents=False)
             assert found
-            by_file = orders(found, state)
+            by_file = read_requests(found, state)
     tables = {(stored.sharding, stored.shape) for stored in plan.tensors.values()}
     index = (folder / INDEX).stat().st_size
     counts = Counts(

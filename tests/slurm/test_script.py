@@ -9,7 +9,7 @@ import pytest
 
 from launch.cli import main
 from launch.jobscript import Task, render
-from launch.submit import composed
+from launch.submit import compose_config
 from trainer.config.compose import load, load_composed
 from trainer.config.launch import Slurm, slurm_seconds
 from trainer.errors import ConfigError
@@ -18,7 +18,7 @@ OVERRIDES = ["launch.nodes=4", "launch.gpus_per_node=8", "launch.time=4:00:00", 
 
 
 def script(*overrides: str, tasks: int = 1, folder: str = "/runs/a b") -> str:
-    job = composed([*OVERRIDES, *overrides], None)
+    job = compose_config([*OVERRIDES, *overrides], None)
     runs = [Task(Path(f"{folder}/{n}"), Path(f"{folder}/{n}/config.yaml")) for n in range(tasks)]
     return render(job.launch, "x", runs, Path(f"{folder}/logs/slurm-%j.log"), Path("/my code"), array=tasks > 1)
 
@@ -110,7 +110,7 @@ def test_what_is_printed_is_not_written(
 )
 def test_refused(overrides: list[str], words: str) -> None:
     with pytest.raises(ConfigError) as error:
-        composed(
+        compose_config(
             [*(text for text in OVERRIDES if "local" not in str(overrides) or "launch" not in text), *overrides], None
         )
     assert words in str(error.value)
@@ -123,10 +123,10 @@ def test_secrets_are_neither_written_nor_shown() -> None:
         "options=['--export=HF_TOKEN=abc123']",
     ):
         with pytest.raises(ConfigError) as error:
-            composed([*OVERRIDES, f"launch.{override}"], None)
+            compose_config([*OVERRIDES, f"launch.{override}"], None)
         assert "HF_TOKEN looks like a secret; export it before you submit" in str(error.value)
         assert "abc123" not in str(error.value)
-    composed([*OVERRIDES, "launch.setup=['export HF_TOKEN=$MINE']"], None)
+    compose_config([*OVERRIDES, "launch.setup=['export HF_TOKEN=$MINE']"], None)
 
 
 @pytest.mark.parametrize(

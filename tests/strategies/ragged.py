@@ -10,7 +10,7 @@ from trainer.config import schema
 from trainer.facts import Facts
 from trainer.models import ModelFactory, of_type
 from trainer.models.gpt import GPT
-from trainer.objectives import NUM_TARGETS, Sums, Totals
+from trainer.objectives import NUM_TARGETS, Normalizers, Sums
 from trainer.objectives.causal_lm import IGNORE
 
 VOCABULARY, LENGTH, SEQUENCES, CLIP, LR = 50, 16, 8, 0.5, 0.01
@@ -31,7 +31,7 @@ class Objective(objectives.Objective):
     def counts(self, batch: dict[str, Tensor]) -> dict[str, float]:
         return {NUM_TARGETS: int((batch["targets"] != IGNORE).sum())}
 
-    def loss(self, outputs: Tensor, batch: dict[str, Tensor], totals: Totals) -> tuple[Tensor, Sums]:
+    def loss(self, outputs: Tensor, batch: dict[str, Tensor], totals: Normalizers) -> tuple[Tensor, Sums]:
         logits = outputs.flatten(0, 1)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         loss = nn.functional.cross_entropy(logits, batch["targets"].flatten(), ignore_index=IGNORE, reduction="sum")

@@ -55,8 +55,8 @@ def test_recomputation_changes_them_once(how: str, kind: type) -> None:
     for made in (plain, recomputed):
         for step in range(3):
             batches = [ragged.batch(2 * step + i) for i in range(2)]
-            totals, _ = made.totals_of(batches, made.objective)
-            for loss in [made.objective.loss(*made.computed(made.wrapped, batch), totals)[0] for batch in batches]:
+            totals, _ = made.reduce_counts(batches, made.objective)
+            for loss in [made.objective.loss(*made.run_forward(made.wrapped, batch), totals)[0] for batch in batches]:
                 loss.backward()
             if step < 2:
                 made.optimizer.zero_grad(set_to_none=True)
@@ -96,8 +96,8 @@ def test_no_buffers_no_collective(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "all_reduce", lambda tensor, *_, **__: called.append(tensor.dtype))
     for kind, collectives in ((models.Net, []), (models.BatchNorm, [torch.float64, torch.int64])):
         settled = Buffers(zoo(kind).model, replicas=2, group=None)
-        settled.remember()
-        settled.settle(torch.tensor(False))
+        settled.snapshot()
+        settled.end_update(torch.tensor(False))
         assert called == collectives
 
 
@@ -105,7 +105,9 @@ def test_no_buffers_no_collective(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_throw_away_passes_of_ddp_leave_nothing_behind_and_compile_once() -> None:
     """Two ranks: one graph, of the first micro-batch's sizes; buffers and generators as if there were no passes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run([*command, "-m", "tests.strategies.settling"], capture_output=True, text=True, timeout=500)
+    done = subprocess.run(
+        [*command, "-m", "tests.strategies.ddp_buckets_rank"], capture_output=True, text=True, timeout=500
+    )
     assert done.returncode == 0, done.stderr
     lines = sorted(line for line in done.stdout.splitlines() if line)
     assert (

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from trainer.config.compose import load
 from trainer.errors import ConfigError, TrainingError
 from trainer.precision import Precision
-from trainer.strategies.fsdp import none_left, shard, sums_round
+from trainer.strategies.fsdp import are_gradients_released, rounds_sums, shard
 
 CPU = torch.device("cpu")
 
@@ -44,7 +44,7 @@ def after(mesh: DeviceMesh, *used: int) -> Optional:
     for number, layers in enumerate(used, 1):
         last = number == len(used)
         model.set_requires_all_reduce(last)  # type: ignore[operator]
-        with none_left(model) if last else nullcontext():
+        with are_gradients_released(model) if last else nullcontext():
             model(torch.ones(2, 4), layers).backward()
     return model
 
@@ -70,7 +70,7 @@ def test_a_layer_that_the_last_micro_batch_left_out_is_named(mesh: DeviceMesh) -
     ],
 )
 def test_sums_in_a_shorter_type_are_known(param: str, reduce: str, gather: str, rounded: bool) -> None:
-    assert sums_round(Precision(CPU, "bf16", param=param, reduce=reduce), gather) == rounded
+    assert rounds_sums(Precision(CPU, "bf16", param=param, reduce=reduce), gather) == rounded
 
 
 @pytest.mark.parametrize("overrides", ["precision.reduce=bf16", "precision=bf16 strategy.gather=compute"])

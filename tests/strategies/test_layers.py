@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 from trainer.config.compose import load
 from trainer.facts import Facts
 from trainer.models.gpt import GPT
-from trainer.strategies.layers import prepare
+from trainer.strategies.layers import wrap_layers
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
@@ -26,7 +26,7 @@ def test_all_layers_are_compiled_together(dropout: float, monkeypatch: pytest.Mo
     monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager"))
     torch.compiler.reset()
     counters.clear()
-    prepare(model, "none", compile=True)
+    wrap_layers(model, "none", compile=True)
     torch.testing.assert_close(model(batch), expected)
     assert counters["stats"]["unique_graphs"] <= 2, dict(counters["stats"])
     assert counters["frames"]["ok"] == counters["frames"]["total"], dict(counters["frames"])

@@ -19,7 +19,7 @@ from trainer.config.compose import load
 from trainer.errors import ConfigError
 from trainer.models import ModelFactory
 from trainer.models.gpt import GPT
-from trainer.strategies.stages import Cost, Elsewhere, Measured, balance, cut, measure
+from trainer.strategies.stages import Cost, ModelCosts, OnOtherRank, balance, cut_model, measure_costs
 
 MODEL = [
     "model.layers=5", "model.width=16", "model.heads=2", "model.positions=learned", "model.bias=true",
@@ -31,10 +31,10 @@ def made() -> ModelFactory:
     return factory(load(MODEL).model, torch.float32)
 
 
-def measured(costs: list[int], head: int = 0) -> Measured:
+def measured(costs: list[int], head: int = 0) -> ModelCosts:
     nothing = torch.empty(0)
     blocks = [Cost(0, cost, 0) for cost in costs]
-    return Measured(Cost(0, 0, 0), blocks, Cost(0, head, 0), nothing, nothing)
+    return ModelCosts(Cost(0, 0, 0), blocks, Cost(0, head, 0), nothing, nothing)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 4])
@@ -58,7 +58,7 @@ def test_fewer_layers_than_parts() -> None:
 
 
 def test_costs_are_those_of_the_model() -> None:
-    found = measure(made(), torch.enable_grad(), torch.device("cpu"))
+    found = measure_costs(made(), torch.enable_grad(), torch.device("cpu"))
     model = made()()
     assert [cost.parameters for cost in found.blocks] == [
         sum(parameter.numel() for parameter in block.parameters()) for block in model.blocks
@@ -93,16 +93,16 @@ def test_parameters_that_a_cut_would_part_are_refused() -> None:
     config = load(MODEL)
     build = partial(Misplaced, config.model, FACTS)
     with pytest.raises(ConfigError, match=r"Misplaced cannot be cut: scale, blocks.0.mlp_norm.weight, blocks.0.mlp_n"):
-        measure(replace(made(), build=build), torch.enable_grad(), torch.device("cpu"))
+        measure_costs(replace(made(), build=build), torch.enable_grad(), torch.device("cpu"))
 
 
 def test_names_stay() -> None:
     whole = set(made()().state_dict())
     first, last, middle = (made()() for _ in range(3))
-    assert cut(first, range(2), True, False) == ["token_embedding.weight"]
-    cut(middle, range(2, 4), False, False)
-    cut(last, range(4, 5), False, True)
-    assert isinstance(middle.token_embedding, Elsewhere)
+    assert cut_model(first, range(2), True, False) == ["token_embedding.weight"]
+    cut_model(middle, range(2, 4), False, False)
+    cut_model(last, range(4, 5), False, True)
+    assert isinstance(middle.token_embedding, OnOtherRank)
     names = [set(model.state_dict()) for model in (first, middle, last)]
     assert set.union(*names) == whole
     assert names[0] & names[2] == {"token_embedding.weight"}

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.strategies import ragged
 from trainer import topology
 from trainer.config import schema, transforms
-from trainer.models import ModelFactory, materialise
+from trainer.models import ModelFactory, materialize
 from trainer.models.gpt import GPT
 from trainer.optim.adamw import adamw
 from trainer.precision import Precision
@@ -71,7 +71,9 @@ def test_fp16_overflow_skips_the_step_and_halves_the_scale() -> None:
 def test_fp16_overflow_on_one_rank_is_everybodys() -> None:
     """Both skip the step, keep weights and optimizer state, halve the scale, and count from zero again."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run([*command, "-m", "tests.strategies.overflow"], capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        [*command, "-m", "tests.strategies.fp16_overflow_rank"], capture_output=True, text=True, timeout=200
+    )
     assert done.returncode == 0, done.stderr
     expected = [f"{name} True True True 0.5 0" for name in ("ddp", "fsdp") for _ in range(2)]
     assert sorted(done.stdout.splitlines()) == expected
@@ -83,7 +85,7 @@ def test_copies_of_a_pipeline_may_have_unequal_batches() -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
 
     def curve(of_first: int) -> list[float]:
-        words = [*command, "-m", "tests.strategies.unequal", str(of_first)]
+        words = [*command, "-m", "tests.strategies.unequal_batches_rank", str(of_first)]
         done = subprocess.run(words, capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, done.stderr
         return [float(number) for number in done.stdout.split()]
@@ -114,7 +116,7 @@ def test_buffers_are_where_the_model_is_computed() -> None:
     """Also if its parameters are elsewhere, in host memory."""
     model = nn.BatchNorm1d(3)
     model.running_mean += 2
-    materialise(model, torch.device("meta"), torch.device("cpu"))
+    materialize(model, torch.device("meta"), torch.device("cpu"))
     assert model.weight.is_meta
     assert model.running_mean.tolist() == [2, 2, 2]
     assert set(model.state_dict()) == set(nn.BatchNorm1d(3).state_dict())

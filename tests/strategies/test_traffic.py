@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.strategies.traffic import STEPS, trained
+from tests.strategies.traffic_rank import STEPS, trained
 from trainer.topology import ALONE
 
 pytestmark = pytest.mark.slow  # counted by real processes, which take half a minute to start
@@ -21,7 +21,7 @@ TWO = "strategy=pipeline strategy.stages=2"
 
 def run(processes: int, cases: dict[str, tuple[str, int]]) -> dict[str, Any]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    words = [*command, "-m", "tests.strategies.traffic", json.dumps(cases)]
+    words = [*command, "-m", "tests.strategies.traffic_rank", json.dumps(cases)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-8000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -107,7 +107,7 @@ def test_several_axes(alone: dict[str, Any]) -> None:
     assert found["hsdp, muon"]["update"] == {"all_reduce": 1, "all_to_all": 2}
     assert found["x tensor, muon"]["update"] == {"all_reduce": 1, "all_to_all": 2}
     assert found["x fsdp, muon"]["update"] == {"all_reduce": 1, "all_to_all": 2}
-    # The count of targets, what has a gradient, the two ends' tied weight, and what copies or neighbours add up.
+    # The count of targets, what has a gradient, the two ends' tied weight, and what copies or neighbors add up.
     assert found["x ddp"]["train"]["all_reduce"] == 4
     assert found["x tensor"]["train"]["all_reduce"] == 4
     assert found["x fsdp"]["train"]["all_reduce"] == 2  # no sizes of micro-batches: none can differ

@@ -70,7 +70,7 @@ def test_a_trials_own_overrides_compose_to_its_folder() -> None:
 def test_refused_in_one_block(tmp_path: Path) -> None:
     wrong = ("optimizer.lr=0.001,-1", "model.widht=2", "nonsense", "train.steps=interval(1,2)")
     assert refused(onecurve("sweep", "-n", "1", *SMOKE, *wrong), tmp_path) == [
-        "nonsense: is no override; write key=value, and a sweep as key=1,2 or key=range(1,4)",
+        "nonsense: is not an override; write key=value, and a sweep as key=1,2 or key=range(1,4)",
         "train.steps=interval(1,2): an interval has no end of values: give --trials N",
         "model.widht: no such key; did you mean 'model.width'?",
         "optimizer.lr=-1: should be greater than 0 (with optimizer.lr=-1)",

@@ -12,10 +12,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from trainer.tracking import JsonLines, write_status
+from trainer.tracking import JsonlTracker, write_status
 from trainer.tracking.base import Row, RunInfo
-from trainer.tracking.disk import Disk
 from trainer.tracking.goodput import FILE
+from trainer.tracking.run_files import RunFiles
 
 TOKENS = 16 * 1024  # a step
 
@@ -73,7 +73,7 @@ def evaluation(step: int) -> Row:
 def demo_run(folder: Path, steps: int = 2000, done: int | None = None, name: str = "shakespeare") -> Path:
     """Writes the folder of a run of `steps`, killed once and resumed, and stopped at `done` if given."""
     start, last = datetime(2026, 3, 14, 9, 26, 53, tzinfo=timezone.utc), steps if done is None else done
-    record = JsonLines(folder)
+    record = JsonlTracker(folder)
 
     def tell(step: int, kind: str, **fields: Any) -> None:
         time = (start + timedelta(seconds=0.123 * step)).isoformat().replace("+00:00", "Z")
@@ -109,7 +109,7 @@ def demo_run(folder: Path, steps: int = 2000, done: int | None = None, name: str
 
 def _spend_time(folder: Path, saved: int, killed: int, last: int) -> str:
     """Writes the ledger of time of such a run, with lines of 20 steps. Returns when it ended."""
-    at, start, file = 0.0, datetime(2026, 3, 14, 9, 26, 40, tzinfo=timezone.utc), Disk(folder).appended(FILE)
+    at, start, file = 0.0, datetime(2026, 3, 14, 9, 26, 40, tzinfo=timezone.utc), RunFiles(folder).open_appender(FILE)
 
     def tell(life: str, step: int, seconds: Row, **more: Any) -> None:
         nonlocal at

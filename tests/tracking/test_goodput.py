@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 
 from tests.runs import Run
 from trainer.errors import ConfigError
-from trainer.resilience import timeledger
-from trainer.resilience.timeledger import GOODPUT, TimeLedger
+from trainer.resilience import time_ledger
+from trainer.resilience.time_ledger import GOODPUT, TimeLedger
 from trainer.tracking.base import Row
-from trainer.tracking.disk import Disk
-from trainer.tracking.goodput import FILE, Goodput, account, goodput
+from trainer.tracking.goodput import FILE, Goodput, goodput, sum_up
 from trainer.tracking.jsonl import read
+from trainer.tracking.run_files import RunFiles
 from trainer.tracking.summary import load
 
 NOON = datetime(2026, 3, 14, 12, tzinfo=timezone.utc)
@@ -47,10 +47,10 @@ class Clock:
 def fake_clock() -> Iterator[Clock]:
     clock = Clock()
     with (
-        patch.object(timeledger, "time", clock),
-        patch.object(timeledger, "datetime", clock),
+        patch.object(time_ledger, "time", clock),
+        patch.object(time_ledger, "datetime", clock),
         patch.object(TimeLedger, "_last", None),
-        patch.object(timeledger, "atexit"),
+        patch.object(time_ledger, "atexit"),
     ):
         yield clock
 
@@ -123,7 +123,7 @@ def trained(ledger: TimeLedger, clock: Clock, at: int, life: dict[str, Any]) -> 
 def test_the_parts_are_the_whole(history: list[dict[str, Any]]) -> None:
     with fake_clock() as clock:
         lines, last = simulated(history, clock)
-    seconds = account(lines)
+    seconds = sum_up(lines)
     ended = datetime.fromisoformat(lines[-1]["time"])
     assert sum(seconds.values()) == pytest.approx((ended - NOON).total_seconds(), abs=1e-3)
     assert min(seconds.values()) >= 0
@@ -142,12 +142,12 @@ def test_a_clock_that_jumps_changes_only_how_long_the_run_was_down(
 ) -> None:
     with fake_clock() as clock:
         lines, _ = simulated(history, clock)
-    right = account(lines)
+    right = sum_up(lines)
     lives_ids = list(dict.fromkeys(line["life"] for line in lines))
     for line in lines:
         jump = timedelta(seconds=jumps[lives_ids.index(line["life"])])
         line["time"] = (datetime.fromisoformat(line["time"]) + jump).isoformat()
-    wrong = account(lines)
+    wrong = sum_up(lines)
     assert wrong.pop("down", 0) >= 0
     right.pop("down", 0)
     assert wrong == right
@@ -166,7 +166,7 @@ def test_a_line_that_straddles_the_restored_step_is_split() -> None:
         line("b", 150, 6, restored=True, startup=15),
         line("b", 190, 10, productive=40),
     ]
-    assert account(lines) == pytest.approx(
+    assert sum_up(lines) == pytest.approx(
         {"startup": 25, "productive": 48 + 40, "data_wait": 6, "checkpoint": 6, "lost": 40, "down": 25}
     )
 
@@ -178,7 +178,7 @@ def test_work_on_a_step_that_was_never_finished_is_lost_and_the_wait_for_a_check
         line("a", 30, 10, checkpoint=7, productive=3, finishing=0),
         line("b", 40, 10, restored=True, startup=10),
     ]
-    assert account(lines) == {
+    assert sum_up(lines) == {
         "startup": 20, "productive": 10, "checkpoint": 7, "lost": 3, "down": 0, "finishing": 0,
     }  # fmt: skip
 
@@ -192,14 +192,14 @@ def test_lines_of_before_there_were_lives_are_read() -> None:
         line("new", 50, 8, restored=True, startup=4),
         line("new", 52, 10, productive=2),
     ]
-    assert account(lines) == pytest.approx({"startup": 19, "productive": 10.5, "lost": 5 + 2.5, "down": 10 + 5})
+    assert sum_up(lines) == pytest.approx({"startup": 19, "productive": 10.5, "lost": 5 + 2.5, "down": 10 + 5})
 
 
 def test_what_a_ledger_writes_is_summed_up_whatever_a_kill_left(tmp_path: Path) -> None:
     assert goodput(tmp_path) is None
     for last in (4, 8):
         with patch.object(TimeLedger, "_last", None):
-            ledger = TimeLedger(Disk(tmp_path).appended(GOODPUT), time.monotonic())
+            ledger = TimeLedger(RunFiles(tmp_path).open_appender(GOODPUT), time.monotonic())
         ledger.restored(last - 4)
         for step in range(last - 3, last + 1):
             ledger.switch("data_wait")
@@ -226,7 +226,7 @@ def test_the_next_run_of_a_sweep_begins_where_the_last_one_ended(tmp_path: Path)
     with fake_clock() as clock:
         for number in range(2):
             clock.elapsed += 10
-            ledger = TimeLedger(Disk(tmp_path).appended(f"{number}.jsonl"), 0.0)
+            ledger = TimeLedger(RunFiles(tmp_path).open_appender(f"{number}.jsonl"), 0.0)
             ledger.restored(0)
     assert read(tmp_path / "1.jsonl")[0]["seconds"] == {"startup": 10}
 
@@ -282,7 +282,7 @@ def test_the_largest_thief_is_named(seconds: dict[str, float], told: str) -> Non
 @pytest.mark.slow
 def test_a_run_that_was_killed_and_stopped_is_accounted_for(tmp_path: Path) -> None:
     """The wall clock of this test, from the start of the first process to the last writing of the last one: how long
-    an interpreter takes to go is no part of a run's life."""
+    an interpreter takes to go is not a part of a run's life."""
     run = Run(tmp_path / "run", overrides=("train.steps=60", "train.log_every=1"))
     begun = time.time()
     run.kill_at(17)

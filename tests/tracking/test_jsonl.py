@@ -13,7 +13,7 @@ import pytest
 
 from tests.tracking.demo_run import info, row
 from trainer.errors import ConfigError
-from trainer.tracking import JsonLines
+from trainer.tracking import JsonlTracker
 from trainer.tracking.jsonl import cut, read, write_json, write_status
 
 
@@ -63,7 +63,7 @@ def test_a_process_left_over_cannot_spoil_the_cut_file(tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_has_one_row_a_step(tmp_path: Path) -> None:
-    first = JsonLines(tmp_path)
+    first = JsonlTracker(tmp_path)
     first.start(info(tmp_path))
     first.rows([row(step) for step in range(1, 8)])
     first.event({"kind": "checkpoint", "step": 5})
@@ -73,7 +73,7 @@ def test_a_resumed_run_has_one_row_a_step(tmp_path: Path) -> None:
     ):
         torn.write(b'{"step": 8, "lo')
         torn_event.write(b'{"kin')
-    second = JsonLines(tmp_path)
+    second = JsonlTracker(tmp_path)
     second.start(info(tmp_path, step=5))
     second.event({"kind": "resume", "step": 5})
     second.rows([row(6), row(7)])
@@ -84,7 +84,7 @@ def test_a_resumed_run_has_one_row_a_step(tmp_path: Path) -> None:
 
 
 def test_steps_that_do_not_rise_are_refused_whole(tmp_path: Path) -> None:
-    record = JsonLines(tmp_path)
+    record = JsonlTracker(tmp_path)
     record.start(info(tmp_path))
     record.rows([row(1), row(2)])
     for wrong in ([row(2)], [row(3), row(3)], [row(4), row(3)]):
@@ -98,7 +98,7 @@ def test_what_is_not_finite_is_null_and_the_rest_exact(tmp_path: Path) -> None:
     def refuse(text: str) -> None:
         raise AssertionError(f"{text} is not JSON")
 
-    record = JsonLines(tmp_path)
+    record = JsonlTracker(tmp_path)
     record.start(info(tmp_path))
     record.rows([row(1, loss=math.nan, eval={"loss": -math.inf}, grad_norm=math.inf, lr=0.1 + 0.2)])
     found = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)

@@ -15,7 +15,7 @@ import pytest
 from launch.report import add_commands
 from tests.tracking.demo_run import SAMPLE, demo_run, info, row
 from trainer.errors import ConfigError
-from trainer.tracking import JsonLines
+from trainer.tracking import JsonlTracker
 from trainer.tracking.jsonl import write_json, write_status
 from trainer.tracking.plot import Plot, Points, Series, decimate, label, smooth, ticks
 from trainer.tracking.report import write_report
@@ -105,7 +105,7 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     (folder / "samples.txt").write_text(HOSTILE)
     write_json(folder / "environment.json", {HOSTILE: {"deep": HOSTILE}})
     write_status(folder, {"state": HOSTILE, "reason": HOSTILE})
-    record = JsonLines(folder)
+    record = JsonlTracker(folder)
     record.start(info(folder, step=20, environment={HOSTILE: {"deep": HOSTILE}}))
     record.event({"time": HOSTILE, "kind": HOSTILE, "step": HOSTILE, HOSTILE: [HOSTILE]})
     page = Page(write_report(folder))
@@ -129,7 +129,7 @@ def interrupted(folder: Path) -> list[str]:
 
 
 def not_finite(folder: Path) -> list[str]:
-    record = JsonLines(folder)
+    record = JsonlTracker(folder)
     record.start(info(folder))
     record.rows([row(1), row(2, loss=float("nan"), grad_norm=float("inf"), tokens_per_s=float("inf"))])
     record.rows([row(3), row(4, loss=float("nan"), eval={"loss": float("nan"), "nats_per_char": 1.0})])
@@ -137,7 +137,7 @@ def not_finite(folder: Path) -> list[str]:
 
 
 def never_finite(folder: Path) -> list[str]:
-    record = JsonLines(folder)
+    record = JsonlTracker(folder)
     record.start(info(folder))
     nan = float("nan")
     record.rows([row(step, loss=nan, grad_norm=nan, lr=0.0, step_s=0.0, data_wait_s=0.0) for step in (1, 2)])
@@ -145,7 +145,7 @@ def never_finite(folder: Path) -> list[str]:
 
 
 def before_the_first_step(folder: Path) -> list[str]:
-    record = JsonLines(folder)
+    record = JsonlTracker(folder)
     record.start(info(folder))
     record.event({"kind": "interrupted"})
     return []

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.tracking.demo_run import info, row
-from trainer.tracking import JsonLines, Trackers
+from trainer.tracking import JsonlTracker, Trackers
 from trainer.tracking.console import Console
 from trainer.tracking.jsonl import read
 
@@ -17,7 +17,7 @@ def test_a_tracker_that_fails_is_reported_once_and_left_out(tmp_path: Path) -> N
     said: list[str] = []
     with (tmp_path / "terminal").open("w") as closed:
         console = Console(closed)
-    trackers = Trackers(JsonLines(tmp_path), [console], said.append)
+    trackers = Trackers(JsonlTracker(tmp_path), [console], said.append)
     trackers.start(info(tmp_path))
     trackers.rows([row(1)])
     trackers.rows([row(2)])
@@ -30,7 +30,7 @@ def test_a_tracker_that_fails_is_reported_once_and_left_out(tmp_path: Path) -> N
 
 
 def test_errors_of_the_record_are_raised(tmp_path: Path) -> None:
-    trackers = Trackers(JsonLines(tmp_path))
+    trackers = Trackers(JsonlTracker(tmp_path))
     trackers.start(info(tmp_path))
     trackers.rows([row(1)])
     with pytest.raises(ValueError, match="steps must rise"):
@@ -38,7 +38,7 @@ def test_errors_of_the_record_are_raised(tmp_path: Path) -> None:
 
 
 def test_events_get_their_time(tmp_path: Path) -> None:
-    trackers = Trackers(JsonLines(tmp_path))
+    trackers = Trackers(JsonlTracker(tmp_path))
     trackers.start(info(tmp_path))
     trackers.event({"kind": "start", "step": 0})
     trackers.event({"kind": "resume", "step": 0, "time": "2026-01-01T00:00:00Z"})

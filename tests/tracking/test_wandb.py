@@ -16,9 +16,9 @@ import pytest
 
 from tests.tracking.demo_run import evaluation, info, row
 from trainer.config.compose import load
-from trainer.tracking import JsonLines, Trackers
+from trainer.tracking import JsonlTracker, Trackers
 from trainer.tracking.jsonl import read
-from trainer.tracking.wandb import WandB, identity, named
+from trainer.tracking.wandb import WandB, identity, wandb_names
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +43,7 @@ def of_kind(records: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
 def test_two_lives_of_a_run_are_one_wandb_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folder, said = tmp_path / "my run", list[str]()
     for first, state in ((1, "interrupted"), (4, "finished")):
-        trackers = Trackers(JsonLines(folder), [WandB("auto", say=said.append)])
+        trackers = Trackers(JsonlTracker(folder), [WandB("auto", say=said.append)])
         trackers.start(info(folder, step=first - 1, config={"train": {"steps": 100}}))
         trackers.rows([row(first, skipped=True), row(first + 1, loss=math.nan)])
         trackers.rows([row(first + 2, mfu=0.4, mem_gib=1.5, eval=evaluation(first + 2))])
@@ -61,7 +61,7 @@ def test_two_lives_of_a_run_are_one_wandb_run(tmp_path: Path, capfd: pytest.Capt
         records = inspect(path)
         items = [history["item"] for history in of_kind(records, "history")]
         assert [item["progress/step"] for item in items] == [first, first + 1, first + 2]
-        expected = named(row(first + 2, mfu=0.4, mem_gib=1.5, eval=evaluation(first + 2)))
+        expected = wandb_names(row(first + 2, mfu=0.4, mem_gib=1.5, eval=evaluation(first + 2)))
         assert {name: items[2][name] for name in expected} == pytest.approx(expected)
         assert items[0]["train/skipped"] == 1
         assert items[1]["train/loss"] == "NaN"
@@ -75,7 +75,7 @@ def test_two_lives_of_a_run_are_one_wandb_run(tmp_path: Path, capfd: pytest.Capt
 
 
 def test_names() -> None:
-    assert named(row(2, loss=1.5, step_s=2.0, data_wait_s=0.5, mfu=None, accuracy=0.25)) == {
+    assert wandb_names(row(2, loss=1.5, step_s=2.0, data_wait_s=0.5, mfu=None, accuracy=0.25)) == {
         "progress/step": 2,
         "progress/tokens": 32768,
         "progress/samples": 128,
@@ -153,7 +153,7 @@ def steps_in(folder: Path) -> list[list[int]]:
 
 def attempt(folder: Path, first: int, last: int, tracker: WandB | None = None) -> None:
     tracker = tracker or WandB("offline", say=lambda _: None)
-    trackers = Trackers(JsonLines(folder), [tracker])
+    trackers = Trackers(JsonlTracker(folder), [tracker])
     trackers.start(info(folder, step=first - 1))
     trackers.rows([row(step) for step in range(first, last + 1)])
     trackers.close({"state": "interrupted"})
@@ -188,7 +188,7 @@ def test_a_run_directory_that_is_copied_while_its_run_goes_on(tmp_path: Path) ->
 
 def test_which_rows_are_logged_again(tmp_path: Path) -> None:
     """Those behind what W&B has, up to the step that the run goes on from; none after an end in order."""
-    record = JsonLines(tmp_path)
+    record = JsonlTracker(tmp_path)
     record.start(info(tmp_path))
     record.rows([row(step) for step in range(1, 11)])
     logged: list[int] = []

@@ -15,7 +15,7 @@ from tests.tracking import wandb_server
 from tests.tracking.demo_run import row
 from tests.tracking.test_wandb import inspect, nobody, of_kind
 from trainer.tracking.jsonl import read
-from trainer.tracking.wandb import named
+from trainer.tracking.wandb import wandb_names
 
 __all__ = ["nobody"]  # a fixture that holds for every test here
 
@@ -26,7 +26,7 @@ from pathlib import Path
 from tests.tracking.demo_run import info, row
 from trainer.tracking import JsonLines, Trackers
 from trainer.tracking import wandb
-from trainer.tracking.aside import Aside
+from trainer.tracking.background_writer import Aside
 
 wandb.FINISH_S = 5.0
 folder, step_s = Path(sys.argv[1]), float(sys.argv[2])
@@ -107,5 +107,5 @@ def test_a_server_that_goes_silent_later_costs_the_run_nothing_either(
 def assert_complete(path: Path) -> None:
     items = [history["item"] for history in of_kind(inspect(path), "history")]
     assert [item["progress/step"] for item in items] == list(range(1, STEPS + 1))
-    expected = named(row(STEPS))
+    expected = wandb_names(row(STEPS))
     assert {name: items[-1][name] for name in expected} == pytest.approx(expected)

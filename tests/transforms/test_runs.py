@@ -13,7 +13,7 @@ import torch
 from tests.exported import onecurve
 from tests.runs import Run, assert_same_bits, assert_same_curve
 from tests.zoo.cells import KILLED, SAVED, STEPS, Zoo
-from trainer.checkpoint.retention import candidates
+from trainer.checkpoint.retention import complete_checkpoints
 from trainer.sampling import load_run
 
 MODEL = ("model=gpt", "model.layers=2", "model.width=32", "model.heads=2", "optimizer.lr=0.01")
@@ -92,7 +92,9 @@ def test_one_curve_killed_and_resumed(transform: str, strategy: str, zoo: Zoo) -
 def test_a_checkpoint_is_as_large_as_what_is_trained(zoo: Zoo) -> None:
     run = alone(zoo, "lora")
     numbers = sum(tensor.numel() for path, tensor in run.weights().items() if path.startswith("model/"))
-    files = [file for file in candidates(run.folder / "checkpoints")[-1].iterdir() if file.suffix == ".safetensors"]
+    files = [
+        file for file in complete_checkpoints(run.folder / "checkpoints")[-1].iterdir() if file.suffix == ".safetensors"
+    ]
     size, header = sum(file.stat().st_size for file in files), 16_384
     assert numbers == 2 * 4 * ((32 + 96) + (32 + 32) + (32 + 128) + (128 + 32))
     assert 3 * 4 * numbers <= size < 3 * 4 * numbers + header  # the weights, and AdamW's two moments of each
@@ -111,7 +113,7 @@ def test_other_transforms_are_another_run(zoo: Zoo) -> None:
 def test_patterns_are_refused_before_there_is_a_folder(zoo: Zoo) -> None:
     run = train(
         zoo, "refused", 1, *MODEL, "strategy=single", "model.transforms.freeze.modules=[nrm]", expect=2,
-        says="'nrm' is no part of the model; did you mean 'norm'?",
+        says="'nrm' is not a part of the model; did you mean 'norm'?",
     )  # fmt: skip
     assert not run.folder.exists()
 

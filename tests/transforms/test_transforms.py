@@ -60,9 +60,11 @@ def test_freeze_takes_names_of_modules_and_parameters(modules: str, but: str, ex
 
 def test_what_matches_nothing_is_refused() -> None:
     said = problems(*GPT_SHAPE, "model.transforms.freeze.modules=[tokn_embedding]", "model.transforms.freeze.but=[nrm]")
-    assert "model.transforms.freeze.modules: 'tokn_embedding' is no part of the model; did you mean 'token_em" in said
+    assert (
+        "model.transforms.freeze.modules: 'tokn_embedding' is not a part of the model; did you mean 'token_em" in said
+    )
     said = problems(*GPT_SHAPE, "model.transforms.lora.modules=[attention.outputs]")
-    assert "model.transforms.lora.modules: 'attention.outputs' is no part of the model; did you mean" in said
+    assert "model.transforms.lora.modules: 'attention.outputs' is not a part of the model; did you mean" in said
     assert "all of its parameters are frozen" in problems(*GPT_SHAPE, "model.transforms.freeze.modules=['*']")
     assert "blocks.0.attention.output is adapted already" in problems(
         *GPT_SHAPE, "model.transforms.lora={}", "model.transforms.again={name: lora, modules: [attention.output]}"
@@ -120,7 +122,7 @@ def test_a_merged_model_computes_the_same(kind: str) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                assert changes[0].initialise(name, parameter, generator)
+                assert changes[0].initialize(name, parameter, generator)
                 parameter.add_(torch.empty_like(parameter).normal_(0, 0.1, generator=generator))
     values = {name: value.detach() for name, value in model.named_parameters()}
     merged = {name: undone(changes, name, lambda name: values[name]) for name in values}
@@ -158,7 +160,7 @@ def test_lora_is_what_plain_torch_computes() -> None:
         apply([lora], model)
         return model
 
-    factory = ModelFactory(build, seed=5, first=[lora.initialise])
+    factory = ModelFactory(build, seed=5, first=[lora.initialize])
     options = StepOptions(clip_norm=0.0, activation_checkpointing="none", compile=False, micro_batch=2)
     made = Single(schema.Single(name="single"), ALONE, Precision(ALONE.device), ragged.Objective(), options)
     made.setup(factory, ragged.optimizer)

@@ -24,17 +24,25 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
-from trainer.checkpoint.pieces import DTYPES, Box
-from trainer.checkpoint.reading import (
+from trainer.checkpoint.reader import (
     LARGEST_JSON,
-    Damaged,
+    DamagedCheckpoint,
     Reader,
-    answer,
-    exactly,
     open_file,
+    read_exactly,
     read_small,
+    wait_for_answer,
 )
-from trainer.checkpoint.shardings import Boxes, Sharding, Table, shape_from, sharding_of, whole, wholes
+from trainer.checkpoint.shardings import (
+    BoxSharding,
+    Sharding,
+    Table,
+    shape_from,
+    sharding_of,
+    whole_number,
+    whole_numbers,
+)
+from trainer.checkpoint.state import DTYPES, Box
 from trainer.errors import TrainingError
 from trainer.files import replace_file, sync, sync_folder
 
@@ -45,7 +53,7 @@ LARGEST_TABLES = 1 << 24  # numbers, in all tables of an index: a few descriptio
 CHUNK = 8 << 20  # bytes that are written, hashed or read at a time
 
 
-class Place(NamedTuple):
+class ShardLocation(NamedTuple):
     """A piece of a tensor and the file it lies in; where in there the file's header says."""
 
     file: str
@@ -53,7 +61,7 @@ class Place(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """A tensor in a checkpoint: of all that ranks of its sharding hold, this replica was saved. Its pieces cover it,
     each element once."""
 
@@ -66,17 +74,17 @@ class Stored:
     def numel(self) -> int:
         return prod(self.shape)
 
-    def meeting(self, box: Box) -> list[Place]:
+    def intersecting(self, box: Box) -> list[ShardLocation]:
         """Where elements of this block lie."""
         table = self.sharding.table(self.shape)
-        return [self._place(table, row) for row in table.meeting(box)]
+        return [self._place(table, row) for row in table.intersecting(box)]
 
     def written_by(self, rank: int) -> list[Box]:
         table = self.sharding.table(self.shape)
         return [table.box(row) for row in table.rows_of(rank, self.replica)]
 
-    def _place(self, table: Table, row: int) -> Place:
-        return Place(tensor_file(int(table.ranks[row, self.replica])), table.box(row))
+    def _place(self, table: Table, row: int) -> ShardLocation:
+        return ShardLocation(tensor_file(int(table.ranks[row, self.replica])), table.box(row))
 
 
 def folder_name(step: int) -> str:
@@ -153,11 +161,11 @@ def read_manifest(folder: Path, patience_s: float | None = None) -> dict[str, An
         manifest = json.loads(raw)
         del manifest["sha256"]
     except FileNotFoundError:
-        raise Damaged("no manifest.json") from None
+        raise DamagedCheckpoint("no manifest.json") from None
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError, MemoryError) as error:
-        raise Damaged(f"manifest.json cannot be read: {error!r}") from None
+        raise DamagedCheckpoint(f"manifest.json cannot be read: {error!r}") from None
     if raw != _written(manifest):
-        raise Damaged("manifest.json does not match its own checksum")
+        raise DamagedCheckpoint("manifest.json does not match its own checksum")
     if manifest.get("version") not in READABLE:
         known = " and ".join(map(str, READABLE))
         raise TrainingError(f"{folder}: format version {manifest.get('version')}, this onecurve reads {known}")
@@ -166,12 +174,12 @@ def read_manifest(folder: Path, patience_s: float | None = None) -> dict[str, An
             if not re.fullmatch(r"[\w-][\w.-]*", name) or {"bytes": int, "xxh3": str} != {
                 k: type(v) for k, v in stated.items()
             }:
-                raise Damaged(f"manifest.json: no file of a checkpoint: {name!r}")
+                raise DamagedCheckpoint(f"manifest.json: no file of a checkpoint: {name!r}")
         if folder.name.startswith("step-") and folder_name(int(manifest["step"])) != folder.name:
-            raise Damaged(f"it is of step {manifest['step']}")
+            raise DamagedCheckpoint(f"it is of step {manifest['step']}")
         manifest["files"][INDEX]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise Damaged(f"manifest.json: {error!r}") from None
+        raise DamagedCheckpoint(f"manifest.json: {error!r}") from None
     return manifest
 
 
@@ -182,13 +190,13 @@ def check_sizes(
     for name in manifest["files"] if names is None else names:
         stated = manifest["files"][name]
         try:
-            found = answer(path := folder / name, path.lstat, patience_s)
+            found = wait_for_answer(path := folder / name, path.lstat, patience_s)
         except FileNotFoundError:
-            raise Damaged(f"{name} is missing") from None
+            raise DamagedCheckpoint(f"{name} is missing") from None
         if not stat.S_ISREG(found.st_mode):
-            raise Damaged(f"{name} is no file")
+            raise DamagedCheckpoint(f"{name} is not a file")
         if found.st_size != stated["bytes"]:
-            raise Damaged(f"{name} has {found.st_size} bytes, not {stated['bytes']}")
+            raise DamagedCheckpoint(f"{name} has {found.st_size} bytes, not {stated['bytes']}")
 
 
 def check_contents(folder: Path, manifest: dict[str, Any], names: Sequence[str]) -> None:
@@ -200,7 +208,7 @@ def check_contents(folder: Path, manifest: dict[str, Any], names: Sequence[str])
             while count := file.readinto(chunk):
                 digest.update(chunk[:count])
         if digest.hexdigest() != manifest["files"][name]["xxh3"]:
-            raise Damaged(f"{name} does not match its checksum")
+            raise DamagedCheckpoint(f"{name} does not match its checksum")
 
 
 def verify(folder: Path) -> dict[str, Any]:
@@ -212,17 +220,19 @@ def verify(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def write_index(path: Path, tensors: dict[str, Stored]) -> dict[str, Any]:
+def write_index(path: Path, tensors: dict[str, StoredTensor]) -> dict[str, Any]:
     """As `write_file`. A sharding is told once for all its tensors."""
     number = {sharding: i for i, sharding in enumerate(dict.fromkeys(stored.sharding for stored in tensors.values()))}
     told = {
         name: [stored.dtype, stored.shape, number[stored.sharding], stored.replica] for name, stored in tensors.items()
     }
-    text = json.dumps({"shardings": [sharding.told() for sharding in number], "tensors": told}, separators=(",", ":"))
+    text = json.dumps(
+        {"shardings": [sharding.to_json() for sharding in number], "tensors": told}, separators=(",", ":")
+    )
     return write_file(path, [text.encode()])
 
 
-def read_index(folder: Path, manifest: dict[str, Any]) -> dict[str, Stored]:
+def read_index(folder: Path, manifest: dict[str, Any]) -> dict[str, StoredTensor]:
     """`parse_index` of what is there. Also raises OSError."""
     return parse_index(read_index_text(folder), manifest)
 
@@ -232,12 +242,12 @@ def read_index_text(folder: Path) -> str:
     try:
         return read_small(folder / INDEX).decode()
     except FileNotFoundError:
-        raise Damaged(f"no {INDEX}") from None
+        raise DamagedCheckpoint(f"no {INDEX}") from None
     except ValueError as error:
-        raise Damaged(f"{INDEX} cannot be read: {error!r}") from None
+        raise DamagedCheckpoint(f"{INDEX} cannot be read: {error!r}") from None
 
 
-def parse_index(text: str, manifest: dict[str, Any]) -> dict[str, Stored]:
+def parse_index(text: str, manifest: dict[str, Any]) -> dict[str, StoredTensor]:
     """Every tensor by name. Raises Damaged where it does not describe tensors that fit into the manifest's files."""
     try:
         index = json.loads(text)
@@ -246,43 +256,46 @@ def parse_index(text: str, manifest: dict[str, Any]) -> dict[str, Stored]:
         else:
             shardings = [sharding_of(told) for told in index["shardings"]]
             found = {
-                name: Stored(dtype, shape_from(shape), shardings[whole(sharding)], whole(replica))
+                name: StoredTensor(dtype, shape_from(shape), shardings[whole_number(sharding)], whole_number(replica))
                 for name, (dtype, shape, sharding, replica) in index["tensors"].items()
             }
         _check_tensors(found, {name: stated["bytes"] for name, stated in manifest["files"].items()})
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError, MemoryError) as error:
-        raise Damaged(f"{INDEX} cannot be read: {error!r}") from None
+        raise DamagedCheckpoint(f"{INDEX} cannot be read: {error!r}") from None
     return found
 
 
-def _tensors_of_version_2(index: Any) -> dict[str, Stored]:
+def _tensors_of_version_2(index: Any) -> dict[str, StoredTensor]:
     """Each piece with its place: the file's number, its first byte (which the file's header says, too), its block."""
     ranks = [rank_of(file) for file in index["files"]]
     found = {}
     for name, (dtype, shape, places) in index["tensors"].items():
-        rows = [(ranks[whole(file)], Box(wholes(offset), wholes(size))) for file, _, offset, size in places]
-        found[name] = Stored(dtype, shape_from(shape), Boxes(rows))
+        rows = [
+            (ranks[whole_number(file)], Box(whole_numbers(offset), whole_numbers(size)))
+            for file, _, offset, size in places
+        ]
+        found[name] = StoredTensor(dtype, shape_from(shape), BoxSharding(rows))
     return found
 
 
-def table_numbers(tensors: dict[str, Stored]) -> int:
+def table_numbers(tensors: dict[str, StoredTensor]) -> int:
     """How many numbers the tables of all tensors have at most, before one of them is made."""
     tables = {(stored.sharding, stored.shape) for stored in tensors.values()}
     return sum(sharding.cost(len(shape)) for sharding, shape in tables)
 
 
-def _check_tensors(tensors: dict[str, Stored], sizes: dict[str, int]) -> None:
+def _check_tensors(tensors: dict[str, StoredTensor], sizes: dict[str, int]) -> None:
     """Raises Damaged unless each tensor is made up by its pieces, and the files are large enough for all of them. A
     table is looked at once, however many tensors have it."""
     total, itemsizes = sum(sizes.values()), defaultdict[tuple[Sharding, tuple[int, ...], int], int](int)
     for name, stored in tensors.items():
         if stored.dtype not in DTYPES:
-            raise Damaged(f"{INDEX}: '{name}': unknown type {stored.dtype!r}")
+            raise DamagedCheckpoint(f"{INDEX}: '{name}': unknown type {stored.dtype!r}")
         if stored.numel * DTYPES[stored.dtype].itemsize > total:
-            raise Damaged(f"{INDEX}: '{name}' is larger than all files")
+            raise DamagedCheckpoint(f"{INDEX}: '{name}' is larger than all files")
         itemsizes[stored.sharding, stored.shape, stored.replica] += DTYPES[stored.dtype].itemsize
     if table_numbers(tensors) > LARGEST_TABLES:
-        raise Damaged(f"{INDEX}: its shardings make more pieces than a checkpoint can have")
+        raise DamagedCheckpoint(f"{INDEX}: its shardings make more pieces than a checkpoint can have")
     files = np.array(sorted(rank_of(file) for file in sizes if file != INDEX), np.int64)
     needed = np.zeros(len(files))
     for (sharding, shape, replica), itemsize in itemsizes.items():
@@ -290,14 +303,14 @@ def _check_tensors(tensors: dict[str, Stored], sizes: dict[str, int]) -> None:
         table.raise_unless_whole(shape)
         writers = table.ranks[:, replica]
         if not np.isin(writers, files).all():
-            raise Damaged(f"{INDEX}: a piece lies in a file that is not there")
+            raise DamagedCheckpoint(f"{INDEX}: a piece lies in a file that is not there")
         np.add.at(needed, np.searchsorted(files, writers), table.numel * float(itemsize))
     for rank, size in zip(files.tolist(), needed.tolist(), strict=True):
         if size > sizes[tensor_file(rank)]:
-            raise Damaged(f"{INDEX}: a piece lies beyond the end of {tensor_file(rank)}")
+            raise DamagedCheckpoint(f"{INDEX}: a piece lies beyond the end of {tensor_file(rank)}")
 
 
-def check_headers(folder: Path, tensors: dict[str, Stored], names: Sequence[str]) -> None:
+def check_headers(folder: Path, tensors: dict[str, StoredTensor], names: Sequence[str]) -> None:
     """Whether each of these files holds the pieces that the index says. Raises Damaged; OSError."""
     for name in names:
         if name == INDEX:
@@ -314,33 +327,33 @@ class Header:
     it is asked for."""
 
     def __init__(self, file: str, told: Any, start: int, size: int):
-        self.file, self.told, self.start, self.size = file, told, start, size
+        self.file, self.entries, self.start, self.size = file, told, start, size
 
-    def find(self, name: str, stored: Stored, box: Box) -> int:
+    def find(self, name: str, stored: StoredTensor, box: Box) -> int:
         """The first byte of a piece of a tensor. Raises Damaged."""
         key = key_of(name, stored.shape, box)
         try:
-            entry = self.told[key]
-            begin, end = wholes(entry["data_offsets"])
+            entry = self.entries[key]
+            begin, end = whole_numbers(entry["data_offsets"])
             if entry["dtype"] != stored.dtype or tuple(entry["shape"]) != box.size:
                 raise ValueError("of another type or shape")
             if end - begin != box.numel * DTYPES[stored.dtype].itemsize or self.start + end > self.size:
                 raise ValueError("it lies beyond the end")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise Damaged(f"{self.file}: not what {INDEX} says of '{key}': {error!r}") from None
+            raise DamagedCheckpoint(f"{self.file}: not what {INDEX} says of '{key}': {error!r}") from None
         return self.start + begin
 
 
 def read_header(file: Reader, name: str) -> Header:
-    """Of an open file of tensors. Raises Damaged; OSError."""
+    """Reads the header of an open file of tensors. Raises DamagedCheckpoint or OSError."""
     size = file.size
     try:
-        length = int.from_bytes(exactly(file, 8), "little")
+        length = int.from_bytes(read_exactly(file, 8), "little")
         if length > min(size, LARGEST_JSON):
             raise ValueError("it is absurdly large")
-        return Header(name, json.loads(exactly(file, length)), 8 + length, size)
+        return Header(name, json.loads(read_exactly(file, length)), 8 + length, size)
     except (ValueError, EOFError, RecursionError, MemoryError) as error:
-        raise Damaged(f"{name}: its header cannot be read: {error!r}") from None
+        raise DamagedCheckpoint(f"{name}: its header cannot be read: {error!r}") from None
 
 
 def _written(manifest: dict[str, Any]) -> bytes:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from trainer.checkpoint.format import (
     CHUNK,
-    Damaged,
-    Stored,
+    DamagedCheckpoint,
+    StoredTensor,
     check_contents,
     check_headers,
     check_sizes,
@@ -26,9 +26,9 @@ from trainer.checkpoint.format import (
     read_manifest,
 )
 from trainer.checkpoint.mirror import Mirror
-from trainer.checkpoint.pieces import DTYPES, Box, State, model_of, pieces, shape_of
-from trainer.checkpoint.reading import Reader, fill, open_file
-from trainer.checkpoint.retention import DAMAGED, candidates, clear_leftovers, damaged_in
+from trainer.checkpoint.reader import Reader, fill_buffer, open_file
+from trainer.checkpoint.retention import DAMAGED, clear_leftovers, complete_checkpoints, damaged_in
+from trainer.checkpoint.state import DTYPES, Box, State, model_of, shape_of, shards_of
 from trainer.errors import OnecurveError, Outage, PeerLost, TrainingError
 from trainer.files import move
 from trainer.outage import is_outage
@@ -38,21 +38,21 @@ OPTIONAL = ("scaler/", "optimizer/ema")  # begins anew where a checkpoint has no
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundCheckpoint:
     path: Path
     manifest: dict[str, Any]
     index_text: str | None = None  # where it was read already
 
     @cached_property
-    def index(self) -> dict[str, Stored]:
+    def index(self) -> dict[str, StoredTensor]:
         """Where each tensor lies. Raises TrainingError where it cannot be believed."""
         try:
             return parse_index(self.index_text or read_index_text(self.path), self.manifest)
-        except Damaged as damage:
+        except DamagedCheckpoint as damage:
             raise TrainingError(f"{self.path}: {damage}") from None
 
 
-class Order(NamedTuple):
+class ReadRequest(NamedTuple):
     """`tensor`, memory of the run, takes the block `box` out of a piece of the tensor `name`."""
 
     name: str
@@ -61,14 +61,14 @@ class Order(NamedTuple):
     tensor: Tensor
 
 
-def newest(
+def find_newest(
     folder: Path, topology: Topology = ALONE, *, contents: bool = True, set_aside: bool = True
-) -> tuple[Found | None, list[dict[str, Any]]]:
+) -> tuple[FoundCheckpoint | None, list[dict[str, Any]]]:
     """The newest whole checkpoint, and an event for each damaged one that was set aside on the way to it.
 
     All ranks call it; each reads its share of the files. `contents`: compare checksums, not only sizes.
     Raises TrainingError (on other ranks than the main one PeerLost) where there are checkpoints but none is whole: a
-    run never silently starts from scratch; or where one cannot be read: that is no damage, nothing is changed. Outage
+    run never silently starts from scratch; or where one cannot be read: that is not damage, nothing is changed. Outage
     where its storage does not answer, after it was waited for.
     """
     found, events, damaged = _newest(folder, topology, contents, set_aside)
@@ -85,31 +85,31 @@ def _none_whole(folder: Path, topology: Topology) -> OnecurveError:
 
 def _newest(
     folder: Path, topology: Topology, contents: bool, set_aside: bool = True
-) -> tuple[Found | None, list[dict[str, Any]], bool]:
-    """Also whether one is damaged."""
+) -> tuple[FoundCheckpoint | None, list[dict[str, Any]], bool]:
+    """Finds the newest complete checkpoint. Returns it, the events to record, and whether any is damaged."""
     events: list[dict[str, Any]] = []
-    names = _agreed(topology, lambda: [path.name for path in candidates(folder)])
-    damaged = _agreed(topology, lambda: bool(damaged_in(folder)))
+    names = _agree(topology, lambda: [path.name for path in complete_checkpoints(folder)])
+    damaged = _agree(topology, lambda: bool(damaged_in(folder)))
     for path in (folder / name for name in reversed(names)):
-        found, reason = _checked(path, topology, contents)
+        found, reason = _check(path, topology, contents)
         if reason is None:
             return found, events, damaged
         damaged = True
         if set_aside:
             event = {"checkpoint": path.name, "reason": reason}
-            event["kept_as"] = _agreed(topology, lambda path=path: _set_aside(path))  # type: ignore[misc]
+            event["kept_as"] = _agree(topology, lambda path=path: _set_aside(path))  # type: ignore[misc]
             events.append({"kind": "checkpoint_damaged", **event})
     return None, events, damaged
 
 
-def newest_for(
+def find_newest_or_fetch(
     folder: Path, topology: Topology, contents: bool, mirror: Mirror | None = None
-) -> tuple[Found | None, list[dict[str, Any]]]:
-    """`newest`, for a run that will save there: it also clears what interrupted saves left, and fetches a newer one
-    from the mirror (as where the disk is new, or nothing on it is whole)."""
-    _agreed(topology, lambda: clear_leftovers(folder))
+) -> tuple[FoundCheckpoint | None, list[dict[str, Any]]]:
+    """`find_newest`, for a run that will save there: it also clears what interrupted saves left, and fetches a newer
+    one from the mirror (as where the disk is new, or nothing on it is whole)."""
+    _agree(topology, lambda: clear_leftovers(folder))
     if mirror is None:
-        return newest(folder, topology, contents=contents)
+        return find_newest(folder, topology, contents=contents)
     found, events, damaged = _newest(folder, topology, contents)
     if fetched := mirror.fetch(folder, found.manifest["step"] if found else -1):
         events += fetched
@@ -120,7 +120,7 @@ def newest_for(
     return found, events
 
 
-def read(found: Found, state: State) -> None:
+def read_state(found: FoundCheckpoint, state: State) -> None:
     """Fills what this process holds of `state` in place, from the values of the same names, in whatever pieces they
     were saved. Only files with something that is needed are opened, and only that is read, a few MB at a time.
 
@@ -128,18 +128,18 @@ def read(found: Found, state: State) -> None:
     is where the checkpoint has none.
     """
     stored = found.index
-    for name, its in orders(found, state).items():
+    for name, its in read_requests(found, state).items():
         try:
             with open_file(found.path / name) as file, torch.no_grad():
                 header = read_header(file, name)
                 starts = [header.find(order.name, stored[order.name], order.piece) for order in its]
                 for at, order in sorted(zip(starts, its, strict=True), key=lambda pair: pair[0]):
                     _fill(file, at, stored[order.name].dtype, order)
-        except (OSError, EOFError, Damaged) as error:
+        except (OSError, EOFError, DamagedCheckpoint) as error:
             raise TrainingError(f"{found.path / name}: cannot be read: {error}") from error
 
 
-def orders(found: Found, state: State) -> dict[str, list[Order]]:
+def read_requests(found: FoundCheckpoint, state: State) -> dict[str, list[ReadRequest]]:
     """What is read for `state`, by file."""
     stored = found.index
     some = {name: held for name, held in state.items() if prod(shape_of(held))}  # of an empty tensor nothing is saved
@@ -147,26 +147,26 @@ def orders(found: Found, state: State) -> dict[str, list[Order]]:
     wrong = [name for name, held in wanted.items() if name not in stored or stored[name].shape != shape_of(held)]
     if wrong:
         raise TrainingError(f"{found.path}: does not hold {sorted(wrong)[0]} in this shape")
-    by_file: defaultdict[str, list[Order]] = defaultdict(list)
+    by_file: defaultdict[str, list[ReadRequest]] = defaultdict(list)
     for name, held in wanted.items():
-        for box, tensor in pieces(held):
-            for place in stored[name].meeting(box):
-                both = place.box.meet(box)
+        for box, tensor in shards_of(held):
+            for place in stored[name].intersecting(box):
+                both = place.box.intersect(box)
                 assert both is not None
-                by_file[place.file].append(Order(name, place.box, both, both.within(box, tensor)))
+                by_file[place.file].append(ReadRequest(name, place.box, both, both.within(box, tensor)))
     return by_file
 
 
-def read_all(found: Found, prefix: str = "") -> dict[str, Tensor]:
+def read_all(found: FoundCheckpoint, prefix: str = "") -> dict[str, Tensor]:
     """Every tensor whose name begins so, whole, by the name behind it."""
     stored = found.index
     names = [name for name in stored if name.startswith(prefix)]
     tensors = {name: torch.empty(stored[name].shape, dtype=DTYPES[stored[name].dtype]) for name in names}
-    read(found, tensors)
+    read_state(found, tensors)
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
-def _fill(file: Reader, at: int, dtype: str, order: Order) -> None:
+def _fill(file: Reader, at: int, dtype: str, order: ReadRequest) -> None:
     """`order.tensor` takes the block `order.box` of the piece that lies there: rows (of dimension 0) that lie behind
     each other."""
     piece, box, tensor = order.piece, order.box, order.tensor
@@ -189,11 +189,11 @@ def _fill(file: Reader, at: int, dtype: str, order: Order) -> None:
 def _values(file: Reader, at: int, dtype: str, count: int) -> Tensor:
     data = bytearray(count * DTYPES[dtype].itemsize)
     file.seek(at)
-    fill(file, data)
+    fill_buffer(file, data)
     return torch.frombuffer(data, dtype=DTYPES[dtype])
 
 
-def _checked(path: Path, topology: Topology, contents: bool) -> tuple[Found | None, str | None]:
+def _check(path: Path, topology: Topology, contents: bool) -> tuple[FoundCheckpoint | None, str | None]:
     """This checkpoint, or what is wrong with it, the same on all ranks. One rank reads manifest and index and hands
     them on; of the files each looks at its share."""
 
@@ -203,13 +203,13 @@ def _checked(path: Path, topology: Topology, contents: bool) -> tuple[Found | No
             index = read_index_text(path)
             parse_index(index, manifest)
             return [manifest, index, None]
-        except Damaged as damage:
+        except DamagedCheckpoint as damage:
             return [None, None, str(damage)]
 
-    manifest, index, reason = _agreed(topology, looked)
+    manifest, index, reason = _agree(topology, looked)
     if reason is not None:
         return None, reason
-    found = Found(path, manifest, index)
+    found = FoundCheckpoint(path, manifest, index)
 
     def looked_through() -> str | None:
         names = list(manifest["files"])[topology.rank :: topology.world_size]
@@ -217,11 +217,11 @@ def _checked(path: Path, topology: Topology, contents: bool) -> tuple[Found | No
             check_sizes(path, manifest, names)
             check_contents(path, manifest, names if contents else [])
             check_headers(path, found.index, names)
-        except Damaged as damage:
+        except DamagedCheckpoint as damage:
             return str(damage)
         return None
 
-    parts = topology.work_of_all(lambda: _attempt(looked_through), topology.control)
+    parts = topology.run_on_all(lambda: _attempt(looked_through), topology.control)
     for _, *problem in parts:
         if problem:
             error, is_away = problem
@@ -229,9 +229,9 @@ def _checked(path: Path, topology: Topology, contents: bool) -> tuple[Found | No
     return found, next((reason for reason, *_ in parts if reason), None)
 
 
-def _agreed(topology: Topology, make: Callable[[], Any]) -> Any:
+def _agree(topology: Topology, make: Callable[[], Any]) -> Any:
     """What `make` gives the main rank, on all of them, however long that takes; its errors too."""
-    value, *problem = topology.work_of_main(lambda: _attempt(make))
+    value, *problem = topology.run_on_main(lambda: _attempt(make))
     if problem:
         error, is_away = problem
         raise (PeerLost if not topology.is_main else Outage if is_away else TrainingError)(error)
@@ -250,8 +250,8 @@ def _attempt(make: Callable[[], Any]) -> list[Any]:
 
 def _set_aside(path: Path) -> str:
     """Keeps a damaged checkpoint under another name, which does not count; gives the name."""
-    aside, number = path.with_name(f"{DAMAGED}{path.name}"), 1
-    while aside.exists():
-        aside, number = path.with_name(f"{DAMAGED}{path.name}-{number}"), number + 1
-    move(path, aside)
-    return aside.name
+    moved, number = path.with_name(f"{DAMAGED}{path.name}"), 1
+    while moved.exists():
+        moved, number = path.with_name(f"{DAMAGED}{path.name}-{number}"), number + 1
+    move(path, moved)
+    return moved.name

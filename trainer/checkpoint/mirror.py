@@ -19,7 +19,7 @@ from typing import Any
 from trainer.checkpoint.format import (
     INDEX,
     MANIFEST,
-    Damaged,
+    DamagedCheckpoint,
     check_contents,
     check_headers,
     check_sizes,
@@ -35,7 +35,7 @@ from trainer.outage import is_outage
 from trainer.topology import Topology
 
 REQUEST = "10m"  # how long one may take: a part or a stretch of a file, on a slow line
-STRETCH = 64 << 20  # bytes that are fetched by one request
+RANGE_BYTES = 64 << 20  # bytes that are fetched by one request
 SMALLEST_PART, MOST_PARTS = 5 << 20, 9000  # bytes; S3 allows 10,000
 PARTS_AT_ONCE, BYTES_AT_ONCE = 12, 256 << 20
 
@@ -58,7 +58,8 @@ class Mirror:
             raise ConfigError(f"checkpoint.mirror={url}: {first_line(error)}") from None
 
     def steps(self) -> list[int]:
-        """Those that count, rising. Outage where the bucket does not answer, TrainingError where it refuses."""
+        """Returns the steps of complete checkpoints, ascending. Raises Outage if the bucket does not answer,
+        TrainingError if it refuses."""
         try:
             found = self._ob.list_with_delimiter(self._store)["common_prefixes"]
             steps = [step_of(Path(name)) for name in map(str, found) if STEP.fullmatch(Path(name).name)]
@@ -93,7 +94,7 @@ class Mirror:
                     self._clean(folder.parent)
 
         for part in (files, count):
-            errors = self.topology.work_of_all(partial(_error, part), group)  # it takes as long as it takes
+            errors = self.topology.run_on_all(partial(_error, part), group)  # it takes as long as it takes
             if problem := next(filter(None, errors), None):
                 return problem
         return None
@@ -112,18 +113,18 @@ class Mirror:
         the events of it. Raises Outage or TrainingError, on other ranks than the main one PeerLost."""
         events: list[dict[str, Any]] = []
         while True:
-            steps = self._raised(self.topology.work_of_main(partial(_outcome, self.steps)))
+            steps = self._raised(self.topology.run_on_main(partial(_outcome, self.steps)))
             tried = {event["step"] for event in events}
             step = max((step for step in steps if step > above and step not in tried), default=None)
             if step is None:
                 return events
             attempt = folder / f".attempt-{folder_name(step)}-fetched"
-            fetched = self.topology.work_of_all(
+            fetched = self.topology.run_on_all(
                 partial(_outcome, partial(self._fetch_own, step, attempt)), self.topology.control
             )
             problem = next(filter(None, map(self._raised, fetched)), None)
             if problem is None:
-                problem = self._raised(self.topology.work_of_main(partial(_outcome, partial(_take, attempt))))
+                problem = self._raised(self.topology.run_on_main(partial(_outcome, partial(_run_attempt, attempt))))
             if not problem:
                 return [*events, {"kind": "checkpoint_fetched", "step": step, "from": self.url}]
             events.append({"kind": "checkpoint_damaged", "step": step, "checkpoint": self.url, "reason": problem})
@@ -155,8 +156,8 @@ class Mirror:
                 )
             check_sizes(attempt, manifest, own)
             check_contents(attempt, manifest, own)
-        except (Damaged, FileNotFoundError, KeyError, TypeError, ValueError) as damage:
-            return str(damage) if isinstance(damage, Damaged) else first_line(damage)
+        except (DamagedCheckpoint, FileNotFoundError, KeyError, TypeError, ValueError) as damage:
+            return str(damage) if isinstance(damage, DamagedCheckpoint) else first_line(damage)
         except OSError as error:
             text = f"{error.filename or attempt}: {error.strerror or error}, while checkpoint.mirror is fetched"
             raise (Outage if is_outage(error) else TrainingError)(text) from None
@@ -169,10 +170,10 @@ class Mirror:
         """A stretch at a time: no request takes as long as a whole file does, and one that fails does not begin it
         anew. Raises Damaged where it is of another size."""
         if (found := self._ob.head(self._store, path)["size"]) != size:
-            raise Damaged(f"{to.name} has {found} bytes, not {size}")
+            raise DamagedCheckpoint(f"{to.name} has {found} bytes, not {size}")
         with open(to, "wb") as file:
-            for start in range(0, size, STRETCH):
-                end = min(start + STRETCH, size)
+            for start in range(0, size, RANGE_BYTES):
+                end = min(start + RANGE_BYTES, size)
                 file.write(self._ob.get_range(self._store, path, start=start, end=end))
 
     def _put(self, folder: Path, names: Sequence[str]) -> None:
@@ -193,7 +194,7 @@ class Mirror:
             except (Outage, OSError):
                 return  # for now: it may be the best
             evaluations[step] = on_disk or (self._manifest(step) or {}).get("evaluation")
-        for step in set(evaluations) - self.retention.stay(evaluations):
+        for step in set(evaluations) - self.retention.kept(evaluations):
             self._ob.delete(self._store, f"{folder_name(step)}/{MANIFEST}")
             for page in self._ob.list(self._store, f"{folder_name(step)}/"):
                 self._ob.delete(self._store, [item["path"] for item in page])
@@ -213,7 +214,7 @@ def part_size(size: int) -> int:
     return max(SMALLEST_PART, -(-size // MOST_PARTS))
 
 
-def _take(attempt: Path) -> str | None:
+def _run_attempt(attempt: Path) -> str | None:
     """Makes what was fetched count, if its files, which were checked one by one, are what manifest and index say. Gives
     why not."""
     final = attempt.with_name(attempt.name.removeprefix(".attempt-").removesuffix("-fetched"))
@@ -221,7 +222,7 @@ def _take(attempt: Path) -> str | None:
         manifest = read_manifest(attempt)
         check_sizes(attempt, manifest)
         check_headers(attempt, read_index(attempt, manifest), list(manifest["files"]))
-    except Damaged as damage:
+    except DamagedCheckpoint as damage:
         return str(damage)
     sync_folder(attempt)
     move_folder(attempt, final)

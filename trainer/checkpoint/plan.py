@@ -19,9 +19,9 @@ import xxhash
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from trainer.checkpoint.format import LARGEST_TABLES, Stored, header, key_of, table_numbers
-from trainer.checkpoint.pieces import DTYPES, NAMES, Box, Fragment, State, dtype_of, is_weight, pieces, shape_of
-from trainer.checkpoint.shardings import Boxes, Even, Grid, Ints, Sharding, Table, sharding_of
+from trainer.checkpoint.format import LARGEST_TABLES, StoredTensor, header, key_of, table_numbers
+from trainer.checkpoint.shardings import BoxSharding, EvenSharding, Ints, MeshSharding, Sharding, Table, sharding_of
+from trainer.checkpoint.state import DTYPES, NAMES, Box, FlatShard, State, dtype_of, is_weight, shape_of, shards_of
 from trainer.errors import TrainingError
 from trainer.topology import Topology
 
@@ -29,8 +29,8 @@ SMALL = 1 << 16  # bytes; the bits of smaller tensors are summed up together
 WRITERS = 64  # of the replicas of a tensor, so many may be asked to write it: whoever reads all opens no more files
 
 
-class Held(NamedTuple):
-    """A piece of a tensor."""
+class Shard(NamedTuple):
+    """A shard of a tensor: one block of it."""
 
     name: str
     dtype: str
@@ -42,29 +42,29 @@ class Held(NamedTuple):
         return self.box.numel * DTYPES[self.dtype].itemsize
 
 
-def held_by(state: State) -> list[tuple[Held, Tensor]]:
+def local_shards(state: State) -> list[tuple[Shard, Tensor]]:
     """All that this process holds, as views of its memory. TrainingError for a type that cannot be saved."""
     found = []
     for name, value in state.items():
         dtype, shape = dtype_of(value), shape_of(value)
         if dtype not in NAMES:
             raise TrainingError(f"'{name}' is {dtype}, which no checkpoint holds")
-        found += [(Held(name, NAMES[dtype], shape, box), tensor.detach()) for box, tensor in pieces(value)]
+        found += [(Shard(name, NAMES[dtype], shape, box), tensor.detach()) for box, tensor in shards_of(value)]
     return found
 
 
-Told = tuple[Any, Any, list[Any]]
+Description = tuple[Any, Any, list[Any]]
 Sections = dict[str, str]
 """What a rank holds: descriptions of tensors that lie alike, JSON by its digest. Most are the same on many ranks."""
 
 
-def describe(state: State, rank: int, world: int) -> Sections:
+def describe_state(state: State, rank: int, world: int) -> Sections:
     """`state` as the rank `rank` of `world` holds it."""
     rows: defaultdict[tuple[str, Any], list[Any]] = defaultdict(list)
     shardings: dict[Any, Any] = {}
     grids: dict[Any, Any] = {}
     for name, value in state.items():
-        key, sharding, blocks = _described(value, rank, world, grids)
+        key, sharding, blocks = _describe_tensor(value, rank, world, grids)
         if sharding is not None:
             shardings[key] = sharding
             rows[name.rpartition("/")[0], key].append([name, NAMES[dtype_of(value)], shape_of(value), *blocks])
@@ -76,26 +76,26 @@ def _digest(text: str) -> str:
     return xxhash.xxh3_128_hexdigest(text.encode())
 
 
-def _described(value: Tensor | Fragment, rank: int, world: int, grids: dict[Any, Any]) -> Told:
+def _describe_tensor(value: Tensor | FlatShard, rank: int, world: int, grids: dict[Any, Any]) -> Description:
     """What tensors of one sharding have in common, the sharding as JSON (None where nothing is held), and the blocks of
     a tensor that no sharding describes."""
     shape = shape_of(value)
-    if isinstance(value, Fragment):
-        if (value.start, len(value.values)) == Even.span(shape, rank, world):
+    if isinstance(value, FlatShard):
+        if (value.start, len(value.values)) == EvenSharding.span(shape, rank, world):
             return "even", {"even": world}, []
     elif not isinstance(value, DTensor):
         return "whole", {}, []
     else:
         key = value.device_mesh, value.placements
         if key not in grids:
-            grids[key] = Grid.of(*key).told()
+            grids[key] = MeshSharding.of(*key).to_json()
         return key, grids[key], []
-    boxes = [box for box, _ in pieces(value)]
+    boxes = [box for box, _ in shards_of(value)]
     return "boxes", {"boxes": []} if boxes else None, [boxes]
 
 
 def exchange(sections: Sections, topology: Topology) -> list[tuple[list[int], Any]]:
-    """All ranks' sections, each once, with the ranks that have it. Each is sent by the first of them alone."""
+    """Returns all ranks' sections, each once, with the ranks that have it; only the first of these sends it."""
     holders: defaultdict[str, list[int]] = defaultdict(list)
     for rank, digests in enumerate(topology.gather(list(sections))):
         for digest in digests:
@@ -115,10 +115,10 @@ class Holding(NamedTuple):
 
 
 def holdings(shared: Sequence[tuple[list[int], Any]]) -> dict[str, Holding]:
-    """By tensor. Raises TrainingError where ranks differ on its type or shape."""
+    """Returns each tensor's holding, by name. Raises TrainingError if ranks disagree on its type or shape."""
     found: dict[str, Holding] = {}
-    for ranks, (told, rows) in shared:
-        sharding = _sharding(told, ranks)
+    for ranks, (description, rows) in shared:
+        sharding = _sharding(description, ranks)
         for name, dtype, shape, *blocks in rows:
             holding = found.setdefault(name, Holding(dtype, tuple(shape), []))
             if (holding.dtype, holding.shape) != (dtype, tuple(shape)):
@@ -128,20 +128,20 @@ def holdings(shared: Sequence[tuple[list[int], Any]]) -> dict[str, Holding]:
     return {name: holding for name, holding in found.items() if 0 not in holding.shape}
 
 
-def _sharding(told: Any, ranks: list[int]) -> Sharding | None:
+def _sharding(description: Any, ranks: list[int]) -> Sharding | None:
     """None where each tensor has its own."""
-    match told:
+    match description:
         case {"boxes": _}:
             return None
         case {"even": world}:
-            return Even(world, ranks)
+            return EvenSharding(world, ranks)
         case {"mesh": _}:
-            return sharding_of(told)
-    return Grid(np.array(ranks))
+            return sharding_of(description)
+    return MeshSharding(np.array(ranks))
 
 
 def _boxes(ranks: list[int], blocks: Any) -> Sharding:
-    return Boxes([(ranks[0], Box(tuple(offset), tuple(size))) for offset, size in blocks])
+    return BoxSharding([(ranks[0], Box(tuple(offset), tuple(size))) for offset, size in blocks])
 
 
 @dataclass(frozen=True)
@@ -149,19 +149,19 @@ class Plan:
     """`tensors`: what the index will say. `tables`: who holds what of each. `sizes`: bytes that each rank writes behind
     the header of its file."""
 
-    tensors: dict[str, Stored]
+    tensors: dict[str, StoredTensor]
     tables: dict[str, Table]
     sizes: Ints
 
     @classmethod
     def of(cls, state: State, topology: Topology) -> Plan:
         """All ranks call it. Raises TrainingError for a state that cannot be saved."""
-        shared = exchange(describe(state, topology.rank, topology.world_size), topology)
+        shared = exchange(describe_state(state, topology.rank, topology.world_size), topology)
         return cls.from_holdings(holdings(shared), topology.world_size)
 
     @classmethod
     def from_holdings(cls, held: Mapping[str, Holding], world: int) -> Plan:
-        """Those with the least to write take what several have."""
+        """Plans who writes what: a shard that several ranks hold is written by the one with the least to write."""
         tables = dict(_tables(held))
         sizes, tensors = np.zeros(world, np.int64), {}
         nbytes = {name: prod(it.shape) * DTYPES[it.dtype].itemsize for name, it in held.items()}
@@ -173,26 +173,26 @@ class Plan:
             busiest = sizes[table.ranks[:, replicas]].max(axis=0)
             replica = int(replicas[busiest.argmin()]) if shape else 0  # counts of steps lie together, in one file more
             np.add.at(sizes, table.ranks[:, replica], table.numel * DTYPES[dtype].itemsize)
-            tensors[name] = Stored(dtype, shape, *_sharding_of_replica(shardings, shape, table, replica))
+            tensors[name] = StoredTensor(dtype, shape, *_sharding_of_replica(shardings, shape, table, replica))
         if table_numbers(tensors) > LARGEST_TABLES:
             raise TrainingError(
                 "the run's state cannot be saved: it is cut into more pieces than a checkpoint can have"
             )
         return cls(tensors, tables, sizes)
 
-    def file(self, rank: int) -> list[tuple[Held, int]]:
-        """The pieces that a process writes, in their order, each with its first byte behind the header."""
+    def file(self, rank: int) -> list[tuple[Shard, int]]:
+        """Returns the shards that a rank writes, in order, each with its first byte after the header."""
         own = [
-            Held(name, stored.dtype, stored.shape, box)
+            Shard(name, stored.dtype, stored.shape, box)
             for name, stored in self.tensors.items()
             for box in stored.written_by(rank)
         ]
-        return _laid_out(own)
+        return _lay_out(own)
 
-    def to_agree_on(self, rank: int) -> dict[str, list[Held]]:
+    def replicated_shards(self, rank: int) -> dict[str, list[Shard]]:
         """What this process has to agree on with others, by a digest of who they are: weights, which show the rest
         too."""
-        found: defaultdict[str, list[Held]] = defaultdict(list)
+        found: defaultdict[str, list[Shard]] = defaultdict(list)
         groups: dict[tuple[Table, int], str] = {}
         for name, table in self.tables.items():
             if not is_weight(name) or table.ranks.shape[1] == 1:
@@ -203,7 +203,7 @@ class Plan:
                     groups[table, row] = xxhash.xxh3_64_hexdigest(holders.tobytes()) if len(holders) > 1 else ""
                 if group := groups[table, row]:
                     stored = self.tensors[name]
-                    found[group].append(Held(name, stored.dtype, stored.shape, table.box(row)))
+                    found[group].append(Shard(name, stored.dtype, stored.shape, table.box(row)))
         return found
 
 
@@ -240,13 +240,13 @@ def _merged(tables: Sequence[Table], shape: tuple[int, ...]) -> Table:
 def _sharding_of_replica(
     shardings: Sequence[Sharding], shape: tuple[int, ...], table: Table, replica: int
 ) -> tuple[Sharding, int]:
-    """As the index tells it: one of the shardings with its own number of the replica, or block by block."""
+    """Returns the sharding and replica as the index records them: one of the shardings, or block by block."""
     if all(sharding.table(shape).has_blocks_of(table) for sharding in shardings):
         for sharding in shardings:
             if replica < (columns := sharding.table(shape).ranks.shape[1]):
                 return sharding, replica
             replica -= columns
-    return Boxes(list(zip(table.ranks[:, replica].tolist(), table.boxes, strict=True))), 0
+    return BoxSharding(list(zip(table.ranks[:, replica].tolist(), table.boxes, strict=True))), 0
 
 
 def fingerprint(tensors: Sequence[Tensor]) -> Tensor:
@@ -268,12 +268,13 @@ def _words(tensor: Tensor) -> Tensor:
 
 
 def fingerprint_of(state: State) -> Tensor:
-    """Of the weights that lie here: a whole number below 2^40 as a float64 scalar, of which many can be added up."""
-    weights = [tensor for piece, tensor in held_by(state) if is_weight(piece.name)]
+    """Returns the fingerprint of this rank's weights: an integer below 2^40 as a float64 scalar, so that many can be
+    summed."""
+    weights = [tensor for piece, tensor in local_shards(state) if is_weight(piece.name)]
     return fingerprint(weights).remainder(1 << 40).double()
 
 
-def _laid_out(its: Sequence[Held]) -> list[tuple[Held, int]]:
+def _lay_out(its: Sequence[Shard]) -> list[tuple[Shard, int]]:
     """Wide types first: then each piece begins at a multiple of its own type's size."""
     at, found = 0, []
     for piece in sorted(its, key=lambda piece: (-DTYPES[piece.dtype].itemsize, piece)):
@@ -282,6 +283,6 @@ def _laid_out(its: Sequence[Held]) -> list[tuple[Held, int]]:
     return found
 
 
-def header_of(file: Sequence[tuple[Held, int]], about: dict[str, str]) -> bytes:
+def header_of(file: Sequence[tuple[Shard, int]], about: dict[str, str]) -> bytes:
     """The beginning of a file of these pieces."""
     return header([(key_of(its.name, its.shape, its.box), its.dtype, its.box, at) for its, at in file], about)

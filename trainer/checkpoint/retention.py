@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint.format import Damaged, check_sizes, read_manifest
-from trainer.checkpoint.reading import answer
+from trainer.checkpoint.format import DamagedCheckpoint, check_sizes, read_manifest
+from trainer.checkpoint.reader import wait_for_answer
 from trainer.errors import Outage, TrainingError
 from trainer.files import move
 
@@ -21,7 +21,7 @@ STEP = re.compile(r"step-(\d{8,})")
 TRASH, DAMAGED = ".trash-", ".damaged-"
 
 
-def candidates(folder: Path, patience_s: float | None = None) -> list[Path]:
+def complete_checkpoints(folder: Path, patience_s: float | None = None) -> list[Path]:
     """The folders that have a checkpoint's name, in rising order of steps. Only `verify` says whether they are one.
     `patience_s`: how long storage that does not answer is waited for, if not as usual."""
     named = [(STEP.fullmatch(path.name), path) for path in entries(folder, patience_s)]
@@ -31,18 +31,18 @@ def candidates(folder: Path, patience_s: float | None = None) -> list[Path]:
 
 def entries(folder: Path, patience_s: float | None = None) -> list[Path]:
     """All that lies in it. Raises Outage; OSError."""
-    return answer(folder, lambda: list(folder.iterdir()), patience_s)
+    return wait_for_answer(folder, lambda: list(folder.iterdir()), patience_s)
 
 
 def damaged_in(folder: Path) -> list[Path]:
-    """Those that were set aside, in rising order of steps."""
+    """Returns the damaged checkpoints that were set aside, ascending by step."""
     return sorted(path for path in entries(folder) if path.name.startswith(DAMAGED))
 
 
 def _is_folder(path: Path, patience_s: float | None) -> bool:
     """Whether it is there, and no link: what storage does not tell for now is not taken for a no."""
     try:
-        return stat.S_ISDIR(answer(path, path.lstat, patience_s).st_mode)
+        return stat.S_ISDIR(wait_for_answer(path, path.lstat, patience_s).st_mode)
     except FileNotFoundError:
         return False
 
@@ -60,20 +60,20 @@ class Retention:
     every: int | None = None
     best: str | None = None
 
-    def superfluous(self, folder: Path) -> list[Path]:
+    def removable(self, folder: Path) -> list[Path]:
         """In rising order of steps. None where the newest is not all there: then the older ones are needed; nor where
         one cannot be read for now: it may be the best."""
         try:
-            found = candidates(folder, patience_s=0)  # at once: training waits for it
+            found = complete_checkpoints(folder, patience_s=0)  # at once: training waits for it
             if not found or evaluation_of(found[-1]) is None:
                 return []
-            stay = self.stay({step_of(path): evaluation_of(path) if self.best else None for path in found})
+            stay = self.kept({step_of(path): evaluation_of(path) if self.best else None for path in found})
         except (Outage, OSError):
             return []
         return [path for path in found if step_of(path) not in stay]
 
-    def stay(self, evaluations: Mapping[int, dict[str, Any] | None]) -> set[int]:
-        """Of these steps, with what was measured at each."""
+    def kept(self, evaluations: Mapping[int, dict[str, Any] | None]) -> set[int]:
+        """Returns which of these steps are kept, given each step's evaluation."""
         steps = sorted(evaluations)
         stay = set(steps[-self.keep :])
         if self.every:
@@ -86,7 +86,7 @@ class Retention:
 
     def apply(self, folder: Path, word: str) -> None:
         """Deletes them, each by a rename first, so that none is ever half there. `word` is not in use in the folder."""
-        for path in self.superfluous(folder):
+        for path in self.removable(folder):
             remove(path, word)
 
 
@@ -108,7 +108,7 @@ def clear_leftovers(folder: Path) -> None:
 def evaluation_of(path: Path) -> dict[str, Any] | None:
     """What was measured at its step; None if it is not all there. Raises Outage at once where its storage does not
     answer, OSError."""
-    with suppress(Damaged, TrainingError, FileNotFoundError):
+    with suppress(DamagedCheckpoint, TrainingError, FileNotFoundError):
         manifest = read_manifest(path, patience_s=0)
         check_sizes(path, manifest, patience_s=0)
         return manifest.get("evaluation") or {}

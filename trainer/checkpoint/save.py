@@ -24,7 +24,7 @@ from torch import Tensor
 from trainer.checkpoint.format import (
     INDEX,
     VERSION,
-    Damaged,
+    DamagedCheckpoint,
     amend_manifest,
     folder_name,
     read_manifest,
@@ -34,9 +34,9 @@ from trainer.checkpoint.format import (
     write_manifest,
 )
 from trainer.checkpoint.mirror import Mirror
-from trainer.checkpoint.pieces import DTYPES, State, pieces
-from trainer.checkpoint.plan import Held, Plan, fingerprint, header_of, held_by
+from trainer.checkpoint.plan import Plan, Shard, fingerprint, header_of, local_shards
 from trainer.checkpoint.retention import Retention
+from trainer.checkpoint.state import DTYPES, State, shards_of
 from trainer.errors import Outage, TrainingError, first_line
 from trainer.fault_points import point
 from trainer.files import free_bytes, move, replace_file, sync_folder
@@ -76,7 +76,7 @@ class Saver:
         self._failed_at = 0.0
         self._layout: _Layout | None = None
         self._begun: float | None = None  # `time.monotonic()` of the save in flight
-        self.took: deque[float] = deque(maxlen=64)  # seconds of those before
+        self.durations: deque[float] = deque(maxlen=64)  # seconds of those before
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._job: Future[list[Event]] | None = None
         self._measured: dict[int, dict[str, float]] = {}  # evaluations that manifests do not have yet, by step
@@ -114,7 +114,7 @@ class Saver:
         return self.wait() if self._job is not None and self._job.done() and amended else []
 
     def wait(self) -> list[Event]:
-        """As `poll`, but waits for it."""
+        """Waits for the save in flight and returns its events, as `poll` does."""
         if self._amended is not None:
             self._amended.result()
             self._amended = None
@@ -127,7 +127,7 @@ class Saver:
             self.newest = events[0]["step"]
         return events
 
-    def evaluated(self, step: int, evaluation: dict[str, float] | None) -> None:
+    def record_evaluation(self, step: int, evaluation: dict[str, float] | None) -> None:
         """Adds what was measured at this step to its checkpoint, once that is there; on the main rank, and without a
         word where the checkpoint is not there. What a disk does not take for now is tried again with the next one."""
         if evaluation and self.topology.is_main:
@@ -137,7 +137,7 @@ class Saver:
     def _amend(self) -> None:
         for step, evaluation in list(self._measured.items()):
             with suppress(OSError, Outage):
-                with suppress(Damaged, TrainingError):
+                with suppress(DamagedCheckpoint, TrainingError):
                     self._begun = time.monotonic()
                     try:
                         amend_manifest(self.folder / folder_name(step), evaluation=evaluation)
@@ -147,7 +147,7 @@ class Saver:
                         self.mirror.amend(self.folder / folder_name(step))
                 del self._measured[step]
 
-    def goes_on_from(self, step: int) -> None:
+    def resume_from(self, step: int) -> None:
         """The run's state is now that of this checkpoint."""
         self.last_step = self.newest = step
 
@@ -172,7 +172,7 @@ class Saver:
             events = self._attempts(step, about, prints, started)
         finally:
             self._begun = None
-            self.took.append(time.monotonic() - started)
+            self.durations.append(time.monotonic() - started)
         if self.mirror is not None and events[0]["kind"] == "checkpoint":
             started, problem = time.monotonic(), self.mirror.put(self.folder / folder_name(step), self.topology.saving)
             copied = {"step": step, "seconds": round(time.monotonic() - started, 3), "to": self.mirror.url}
@@ -197,15 +197,15 @@ class Saver:
         """Gives the checkpoint's size and, on all ranks alike, why it is not there."""
         attempt = self.folder / f".attempt-{folder_name(step)}-{self.life}-{number}"
         word = {"save": f"{folder_name(step)}-{self.life}-{number}"}
-        own: dict[str, Any] = {"file": None, "error": None, "prints": {}}
+        local: dict[str, Any] = {"file": None, "error": None, "prints": {}}
         try:
             assert self._layout is not None
             point("checkpoint.before_write")
-            own["prints"] = self._layout.agreed(prints)
-            own["file"] = self._write_own(attempt, word)
+            local["prints"] = self._layout.agreed(prints)
+            local["file"] = self._write_own(attempt, word)
         except BaseException as failure:  # whatever it is, the other ranks wait for our word
-            own["error"] = f"rank {self.topology.rank}: {first_line(failure)}"
-        parts = self.topology.gather_all(own, self.topology.saving)
+            local["error"] = f"rank {self.topology.rank}: {first_line(failure)}"
+        parts = self.topology.gather_all(local, self.topology.saving)
         error = next((part["error"] for part in parts if part["error"]), None) or _disagreement(parts)
         if error is None and self.topology.is_main:
             try:
@@ -216,7 +216,7 @@ class Saver:
             if error is not None:
                 shutil.rmtree(attempt, ignore_errors=True)
             else:
-                with suppress(Exception):  # an old one that stays is no failure of the new one, and the others wait
+                with suppress(Exception):  # an old one that stays is not a failure of the new one, and the others wait
                     point("checkpoint.before_prune")
                     self.retention.apply(self.folder, f"{self.life}-{step}")
         error = self.topology.gather_all(error, self.topology.saving)[0]
@@ -269,7 +269,7 @@ class Saver:
         """Whether an earlier try of this save is there: the answer to its rename was an error all the same."""
         try:
             return str(read_manifest(final, patience_s=0).get("save")).startswith(f"{final.name}-{self.life}-")
-        except Damaged:
+        except DamagedCheckpoint:
             return False
 
 
@@ -280,7 +280,7 @@ class _Layout:
     """
 
     def __init__(self, state: State, topology: Topology):
-        held, rank = held_by(state), topology.rank
+        held, rank = local_shards(state), topology.rank
         self.names, self.device = list(state), topology.device
         self.plan = Plan.of(state, topology)
         self.file = self.plan.file(rank)
@@ -291,7 +291,7 @@ class _Layout:
         self._from = [number[piece] for piece, _ in self.file]
         self._to = [_view(self.buffer, piece, at) for piece, at in self.file]
         copied = {piece: view for (piece, _), view in zip(self.file, self._to, strict=True)}
-        shared = self.plan.to_agree_on(rank)
+        shared = self.plan.replicated_shards(rank)
         self._others = {group: [number[it] for it in its if it not in copied] for group, its in shared.items()}
         self._own = {group: [copied[it] for it in its if it in copied] for group, its in shared.items()}
 
@@ -299,7 +299,7 @@ class _Layout:
         """Gives fingerprints of the weights that others hold, too, and write: by the next step they are others."""
         if list(state) != self.names:
             raise RuntimeError("a run's state has the same names at every save")
-        held = [tensor.detach() for value in state.values() for _, tensor in pieces(value)]
+        held = [tensor.detach() for value in state.values() for _, tensor in shards_of(value)]
         if self._to:
             torch._foreach_copy_(self._to, [held[i] for i in self._from], non_blocking=True)
         prints = {who: fingerprint([held[i] for i in its]) for who, its in self._others.items()}
@@ -308,11 +308,11 @@ class _Layout:
         return {who: int(print_) for who, print_ in prints.items()}
 
     def agreed(self, prints: dict[str, int]) -> dict[str, int]:
-        """Those of all weights that others hold, too: with what was copied. There is time for that now."""
+        """Compares the fingerprints of all weights that other ranks hold, too. This runs in the background."""
         return {who: (int(fingerprint(self._own[who])) + print_) % 2**64 for who, print_ in prints.items()}
 
 
-def _view(buffer: Tensor, piece: Held, at: int) -> Tensor:
+def _view(buffer: Tensor, piece: Shard, at: int) -> Tensor:
     return buffer[at : at + piece.nbytes].view(DTYPES[piece.dtype]).view(piece.box.size)
 
 

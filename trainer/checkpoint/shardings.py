@@ -1,10 +1,10 @@
 """How a tensor lies over ranks. A sharding holds for any shape: what is said of a mesh and its sharded dimensions is
 said of all tensors that are sharded so, and costs as much for one tensor as for thousands.
 
-- `Grid`: a mesh of ranks. Along some of its dimensions the tensor is sharded (FSDP, tensor parallel), along the others
-  replicated; one that several ranks hold whole lies on a mesh along which nothing is sharded.
-- `Even`: flat stretches of equal length, one a rank (ZeRO 3).
-- `Boxes`: blocks told one by one, where nothing shorter describes them (ZeRO 1 and 2; format version 2).
+- `MeshSharding`: a mesh of ranks. Along some of its dimensions the tensor is sharded (FSDP, tensor parallel), along the
+others replicated; one that several ranks hold whole lies on a mesh along which nothing is sharded.
+- `EvenSharding`: flat stretches of equal length, one a rank (ZeRO 3).
+- `BoxSharding`: blocks told one by one, where nothing shorter describes them (ZeRO 1 and 2; format version 2).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.distributed.tensor import DeviceMesh, Placement
 
-from trainer.checkpoint.pieces import Box, Shape, cut, cuts_of, stretch
+from trainer.checkpoint.state import Box, Shape, chunk_bounds, flat_blocks, sharded_dims
 
 Ints = NDArray[np.int64]
 LARGEST = 1 << 62  # of a size or an offset
@@ -56,7 +56,7 @@ class Table:
 
     @cached_property
     def numel(self) -> Ints:
-        """Of each block."""
+        """Returns the number of elements of each block."""
         return self.size.prod(axis=1, dtype=np.int64)
 
     def rows_of(self, rank: int, replica: int) -> list[int]:
@@ -74,7 +74,7 @@ class Table:
             self._held[rank] = np.flatnonzero((self.ranks == rank).any(axis=1)).tolist()
         return self._held[rank]
 
-    def meeting(self, box: Box) -> list[int]:
+    def intersecting(self, box: Box) -> list[int]:
         """The blocks that have elements in common with this one."""
         if box not in self._meeting:
             begin, size = np.array(box.offset, np.int64), np.array(box.size, np.int64)
@@ -107,13 +107,13 @@ class Sharding:
         """How many numbers the table of a shape of so many dimensions has at most, known before it is made."""
         raise NotImplementedError
 
-    def told(self) -> dict[str, Any]:
-        """As JSON, for `sharding_of`."""
+    def to_json(self) -> dict[str, Any]:
+        """Returns the sharding as JSON, for `sharding_of`."""
         raise NotImplementedError
 
 
 @dataclass(eq=False)
-class Grid(Sharding):
+class MeshSharding(Sharding):
     """`shards`: pairs of a dimension of the mesh and the one of the tensor that is cut along it, in the order of the
     cuts (`pieces.cut`)."""
 
@@ -122,9 +122,9 @@ class Grid(Sharding):
     _tables: dict[Shape, Table] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def of(cls, mesh: DeviceMesh, placements: Sequence[Placement]) -> Grid:
-        """Of a DTensor."""
-        return cls(mesh.mesh.numpy().astype(np.int64), cuts_of(placements))
+    def of(cls, mesh: DeviceMesh, placements: Sequence[Placement]) -> MeshSharding:
+        """Returns the sharding of a DTensor with this mesh and these placements."""
+        return cls(mesh.mesh.numpy().astype(np.int64), sharded_dims(placements))
 
     @cached_property
     def _ranks(self) -> Ints:
@@ -142,19 +142,19 @@ class Grid(Sharding):
         for (_, dim), count, number in zip(self.shards, counts, numbers, strict=True):
             if dim >= len(shape):
                 raise ValueError("it is sharded in a dimension that it has not")
-            start, size[:, dim] = cut(size[:, dim], count, number)
+            start, size[:, dim] = chunk_bounds(size[:, dim], count, number)
             offset[:, dim] += start
         return Table(offset, size, self._ranks, disjoint=True)
 
     def cost(self, dims: int) -> int:
         return self.mesh.size * (1 + 2 * dims)
 
-    def told(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         return {"mesh": self.mesh.tolist(), "shards": self.shards}
 
 
 @dataclass(eq=False)
-class Even(Sharding):
+class EvenSharding(Sharding):
     """Rank r of `world` holds the elements from r * n on, n at most, of the flattened tensor, where n is as small as it
     can be. `ranks`: those of them that hold their share."""
 
@@ -173,18 +173,18 @@ class Even(Sharding):
         rows = []
         for rank in self.ranks:
             start, count = self.span(shape, rank, self.world)
-            rows += [(rank, box) for box in stretch(shape, start, start + count)]
+            rows += [(rank, box) for box in flat_blocks(shape, start, start + count)]
         return _table(rows, len(shape), disjoint=True)
 
     def cost(self, dims: int) -> int:
         return len(self.ranks) * max(1, 2 * dims) * (1 + 2 * dims)
 
-    def told(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         return {"even": self.world, "ranks": self.ranks}
 
 
 @dataclass(eq=False)
-class Boxes(Sharding):
+class BoxSharding(Sharding):
     rows: list[tuple[int, Box]]  # which rank, which block
     _tables: dict[Shape, Table] = field(default_factory=dict, repr=False)
 
@@ -196,7 +196,7 @@ class Boxes(Sharding):
     def cost(self, dims: int) -> int:
         return len(self.rows) * (1 + 2 * dims)
 
-    def told(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         return {"boxes": [[rank, *box] for rank, box in self.rows]}
 
 
@@ -209,19 +209,21 @@ def sharding_of(told: Any) -> Sharding:
                 raise ValueError("a mesh is of ranks, each once")
             if not ranks.size or len({axis for axis, _ in shards}) != len(shards):
                 raise ValueError("a mesh is cut along each of its dimensions once")
-            if any(whole(axis) >= ranks.ndim for axis, _ in shards):
+            if any(whole_number(axis) >= ranks.ndim for axis, _ in shards):
                 raise ValueError("a mesh has fewer dimensions")
-            return Grid(ranks, tuple((axis, whole(dim)) for axis, dim in shards))
+            return MeshSharding(ranks, tuple((axis, whole_number(dim)) for axis, dim in shards))
         case {"even": world, "ranks": list(ranks)}:
-            if len(set(ranks)) != len(ranks) or any(whole(rank) >= whole(world) for rank in ranks):
+            if len(set(ranks)) != len(ranks) or any(whole_number(rank) >= whole_number(world) for rank in ranks):
                 raise ValueError("shares are of ranks, each once")
-            return Even(world, ranks)
+            return EvenSharding(world, ranks)
         case {"boxes": list(rows)}:
-            return Boxes([(whole(rank), Box(wholes(offset), wholes(size))) for rank, offset, size in rows])
+            return BoxSharding(
+                [(whole_number(rank), Box(whole_numbers(offset), whole_numbers(size))) for rank, offset, size in rows]
+            )
     raise ValueError("a sharding is a mesh, even or boxes")
 
 
-def whole(number: Any) -> int:
+def whole_number(number: Any) -> int:
     if type(number) is not int or not 0 <= number < LARGEST:
         raise ValueError("sizes and offsets are whole numbers")
     return number
@@ -231,11 +233,11 @@ def shape_from(numbers: Any) -> Shape:
     """Raises ValueError or TypeError for what is not the shape of a tensor."""
     if len(numbers) > MOST_DIMENSIONS:
         raise ValueError(f"a tensor has at most {MOST_DIMENSIONS} dimensions")
-    return wholes(numbers)
+    return whole_numbers(numbers)
 
 
-def wholes(numbers: Any) -> Shape:
-    return tuple(map(whole, numbers))
+def whole_numbers(numbers: Any) -> Shape:
+    return tuple(map(whole_number, numbers))
 
 
 def _table(rows: Sequence[tuple[int, Box]], dims: int, disjoint: bool = False) -> Table:
@@ -250,7 +252,7 @@ def _overlap(boxes: Sequence[Box]) -> bool:
     beside: list[Box] = []
     for box in sorted(boxes, key=lambda box: box.offset):
         beside = [other for other in beside if not box.offset or other.offset[0] + other.size[0] > box.offset[0]]
-        if any(box.meet(other) for other in beside):
+        if any(box.intersect(other) for other in beside):
             return True
         beside.append(box)
     return False

@@ -19,9 +19,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from trainer.config import recipes
-from trainer.config.check import check, checked
 from trainer.config.schema import SECTIONS, Config
-from trainer.config.words import did_you_mean
+from trainer.config.validate import validate, validate_section
+from trainer.config.words import nearest_hint
 from trainer.errors import ConfigError, first_line
 from trainer.registry import OPTIONS, config_class
 from trainer.secrets import shown_override
@@ -36,8 +36,8 @@ def config_of(raw: dict[str, Any], problems: list[str], world_size: int) -> Conf
     config = None
     try:
         if raw:
-            config = check(raw, world_size)
-            problems += homeless(config)
+            config = validate(raw, world_size)
+            problems += has_no_directory(config)
     except ConfigError as error:
         problems += error.problems
     if problems or config is None:
@@ -45,7 +45,7 @@ def config_of(raw: dict[str, Any], problems: list[str], world_size: int) -> Conf
     return config
 
 
-def homeless(config: Config) -> list[str]:
+def has_no_directory(config: Config) -> list[str]:
     """Returns what is wrong with paths that begin with `~`: a user of a container may have no home."""
     paths = {"run.dir": config.run.dir, "data.cache": config.data.cache, "data.tokenizer": config.data.tokenizer}
     paths["model.weights"] = getattr(config.model, "weights", None) or ""
@@ -68,7 +68,7 @@ def load_sized(
     try:
         launch, run = raw["launch"], raw["run"]
         schema = config_class("launch", launch["name"], run["plugins"])
-        procs = procs or checked("launch", schema, launch).processes
+        procs = procs or validate_section("launch", schema, launch).processes
     except (ConfigError, LookupError, TypeError):
         pass  # the check names it, with all else
     procs = procs or otherwise()
@@ -82,7 +82,7 @@ def load_composed(path: str | os.PathLike[str], world_size: int) -> Config:
         raw = yaml.safe_load(Path(path).read_bytes())
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"--config {path}: cannot be read: {first_line(error)}") from None
-    return check(raw, world_size)
+    return validate(raw, world_size)
 
 
 def compose(overrides: Sequence[str], config_dir: str | None = None) -> tuple[dict[str, Any], list[str]]:
@@ -101,21 +101,21 @@ def compose(overrides: Sequence[str], config_dir: str | None = None) -> tuple[di
             parser.parse_overrides([text])
             good.append(text)
         except OverrideParseException:
-            if fixed := quoted(text, parser):
+            if fixed := quote(text, parser):
                 good.append(fixed)
                 continue
-            what = "is no override; write key=value (quote values with spaces, commas or braces)"
+            what = "is not an override; write key=value (quote values with spaces, commas or braces)"
             problems.append(f"{shown_override(text)}: {what}")
     extra = [f"hydra.searchpath=[file://{os.path.abspath(config_dir)}]"] if config_dir else []
     with in_hydra():
         while True:
             try:
-                given = [*extra, *map(lenient, good)]
+                given = [*extra, *map(parse_leniently, good)]
                 return raw_values(hydra.compose("config", overrides=given)), problems
             except MissingConfigException as error:
                 group, option = _missing(error)
                 culprit = next((text for text in good if text in (f"{group}={option}", f"+{group}={option}")), None)
-                problems.append(f"{group}={option}: no such option{did_you_mean(option, error.options or [])}")
+                problems.append(f"{group}={option}: no such option{nearest_hint(option, error.options or [])}")
                 if culprit is None:
                     return {}, problems
                 good.remove(culprit)
@@ -143,7 +143,7 @@ def _merged(raw: Any, again: Any) -> Any:
     return raw | {key: _merged(raw.get(key), value) for key, value in again.items()}
 
 
-def quoted(text: str, parser: OverridesParser) -> str | None:
+def quote(text: str, parser: OverridesParser) -> str | None:
     """The override with its value in quotes, where that is all it lacks: paths and URLs with braces, `~`, `?`."""
     key, equals, value = text.partition("=")
     if not equals or not value or value[0] in "{[\"'":
@@ -157,7 +157,7 @@ def quoted(text: str, parser: OverridesParser) -> str | None:
     return fixed
 
 
-def completed(raw: dict[str, Any]) -> dict[str, Any]:
+def complete(raw: dict[str, Any]) -> dict[str, Any]:
     """The values that a run of an earlier version was resolved to, with the defaults of keys that are new since."""
     sections = {name: values for name, values in raw.items() if isinstance(values, dict)}
     chosen = {
@@ -182,7 +182,7 @@ def options(group: str) -> list[str]:
         return GlobalHydra.instance().config_loader().get_group_options(group)
 
 
-def lenient(text: str) -> str:
+def parse_leniently(text: str) -> str:
     """`key=value` as `++key=value`: Hydra then takes unknown keys, and our check names all of them, with a guess."""
     override: Override = OverridesParser.create().parse_override(text)
     key = override.key_or_group
@@ -195,9 +195,9 @@ def _missing(error: MissingConfigException) -> tuple[str, str]:
     return group or "config", re.sub(r"\.yaml$", "", option)
 
 
-def recipe_told() -> str:
+def recipe_message() -> str:
     """A sentence on the recipe of the config that was composed last: which it is, and what it does not decide."""
-    return recipes.Loader.told
+    return recipes.Loader.recipe_message
 
 
 def in_hydra() -> AbstractContextManager[None]:

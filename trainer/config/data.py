@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from trainer.config.section import Count, Float, Int, Positive, Section
-from trainer.config.vocabulary import Vocabulary
+from trainer.config.tokenization import Tokenization
 
 SMALLEST_SHARE = 2**-14  # of a source in a mixture: one sequence in a cycle (trainer.data.mixture.LONGEST_CYCLE)
 TOKENS = "tokens"  # the field of decoded samples whose text becomes inputs and targets
@@ -20,7 +20,7 @@ class DataSource(Section):
     weight: Float = Field(ge=0, description="Its share of the sequences is its weight over the sum of all.")
 
 
-class Data(Vocabulary):
+class Data(Tokenization):
     """What text and decoded samples have in common: where the shards are, their order, faults, reading."""
 
     decoded: ClassVar[bool] = False
@@ -136,7 +136,7 @@ class Text(Data):
 
 class Image(Section):
     size: Count | None = Field(
-        description="Height and width that images are brought to: the shorter side is scaled to it, the centre cut "
+        description="Height and width that images are brought to: the shorter side is scaled to it, the center cut "
         "out. null: as large as they are, which must then be the same for all."
     )
     augment: bool = Field(
@@ -177,7 +177,7 @@ class Samples(Data):
             )
 
     def row(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Images have a size that is known; what is no text is taken for a number."""
+        """Images have a size that is known; what is not text is taken for a number."""
         fields: dict[str, tuple[str, tuple[int, ...]]] = {}
         for name, extensions in self.fields.items():
             if name == TOKENS:

@@ -14,7 +14,7 @@ POINTS = {
     "step.weights": "before each update of the step, all of its model that a checkpoint holds here",
     "step.loss": "the loss of a micro-batch, before its backward pass",
     "step.after_backward": "between backward pass and update, of each update of the step",
-    "step.after_update": "behind each update of the step",
+    "step.after_update": "after each update of the step",
     "numbers.read": "before the processes add up losses and votes",
     "eval.batch": "before a batch of an evaluation",
     "checkpoint.before_copy": "before the copy to host memory",
@@ -58,19 +58,19 @@ class Fault:
         match = re.fullmatch(r"([a-z_.]+):([a-z]+)(?:@([A-Za-z0-9.]+))?:(\d+)(\+?)(?::(\d+))?", text)
         if not match:
             form = "point:action:n or point:action:n:rank, such as step.after_backward:kill:3:1"
-            raise ValueError(f"'{text}' is no fault: write {form} (n+: each pass from the n-th on)")
+            raise ValueError(f"'{text}' is not a fault: write {form} (n+: each pass from the n-th on)")
         point, action, argument, n, again, rank = match.groups()
         if point not in POINTS:
-            raise ValueError(f"'{point}' is no point; there are: {', '.join(POINTS)}")
+            raise ValueError(f"'{point}' is not a point; there are: {', '.join(POINTS)}")
         if action not in ACTIONS:
-            raise ValueError(f"'{action}' is no action; there are: {', '.join(ACTIONS)}")
+            raise ValueError(f"'{action}' is not an action; there are: {', '.join(ACTIONS)}")
         if action in ("nan", "flip") and point not in TENSORS:
             raise ValueError(f"{action} needs numbers to change; there are some at {' and '.join(TENSORS)}")
         if argument and action not in _ARGUMENT:
             raise ValueError(f"{action} takes no argument")
         argument = argument or _ARGUMENT.get(action, "")
         if action == "errno" and not hasattr(errno, argument):
-            raise ValueError(f"'{argument}' is no error number; write ENOSPC, EIO, EROFS, ...")
+            raise ValueError(f"'{argument}' is not an error number; write ENOSPC, EIO, EROFS, ...")
         if action == "delay":
             float(argument)
         if int(n) < 1:

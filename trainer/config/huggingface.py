@@ -13,7 +13,7 @@ from pydantic import Field
 
 from trainer.config.models import Pretrained
 from trainer.config.strategy import strategy_of
-from trainer.config.words import did_you_mean
+from trainer.config.words import nearest_hint
 from trainer.errors import ConfigError
 
 _USELESS = {"add_cross_attention", "use_cache"}  # not for training on text alone
@@ -32,7 +32,7 @@ class HuggingFace(Pretrained):
 
     def problems(self, sections: Mapping[str, Any], world_size: int) -> Iterator[str]:
         if data := sections.get("data"):
-            yield from problems(self, data.sequence_length, strategy_of(sections).layout(world_size).tensor)
+            yield from refused_combinations(self, data.sequence_length, strategy_of(sections).layout(world_size).tensor)
             yield from data.without_text("model", self.name)
 
 
@@ -48,7 +48,7 @@ class GPT2(HuggingFace):
 
 def architecture(model: HuggingFace) -> Any:
     """The class in transformers. Raises ConfigError if either is not there."""
-    from trainer.extras import without_torchao
+    from trainer.optional_packages import without_torchao
 
     without_torchao()  # transformers imports torchao where it is installed: this way without a word on the terminal
     try:
@@ -62,7 +62,7 @@ def architecture(model: HuggingFace) -> Any:
     return found
 
 
-def transformers_config(model: HuggingFace, sequence_length: int, **defaults: Any) -> Any:
+def make_transformers_config(model: HuggingFace, sequence_length: int, **defaults: Any) -> Any:
     """The config object of transformers. What is not given of `defaults`, and the longest position, are filled in."""
     kind, given = architecture(model).config_class, model.config
     filled = {"bos_token_id": None, "eos_token_id": None, "attn_implementation": "sdpa", **defaults}
@@ -72,7 +72,7 @@ def transformers_config(model: HuggingFace, sequence_length: int, **defaults: An
     return kind(**{**filled, **given})
 
 
-def problems(model: HuggingFace, sequence_length: int, tensor_parallel: int) -> Iterator[str]:
+def refused_combinations(model: HuggingFace, sequence_length: int, tensor_parallel: int) -> Iterator[str]:
     """What is wrong with `model.config`."""
     try:
         kind = architecture(model).config_class
@@ -83,7 +83,7 @@ def problems(model: HuggingFace, sequence_length: int, tensor_parallel: int) -> 
     own = {field.name for field in fields(kind)} - {field.name for field in fields(kind.__base__)}
     unknown = given - (own | set(aliases)) | given & _USELESS
     for key in sorted(unknown):
-        near = did_you_mean(f"model.config.{key}", [f"model.config.{name}" for name in own - _USELESS])
+        near = nearest_hint(f"model.config.{key}", [f"model.config.{name}" for name in own - _USELESS])
         yield f"model.config.{key}: no such key{near}"
     twice = {name for name in given & set(aliases) if aliases[name] in given}
     for name in sorted(twice):
@@ -91,7 +91,7 @@ def problems(model: HuggingFace, sequence_length: int, tensor_parallel: int) -> 
     if unknown or twice:
         return
     try:
-        config = transformers_config(model, sequence_length)
+        config = make_transformers_config(model, sequence_length)
     except Exception as error:  # of many kinds, with what is wrong in the last line
         yield f"model.config: {str(error).splitlines()[-1].strip()}"
         return

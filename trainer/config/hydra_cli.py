@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from trainer.config import recipes
-from trainer.config.compose import config_of, lenient, raw_values
+from trainer.config.compose import config_of, parse_leniently, raw_values
 from trainer.config.sweep import name_of
 from trainer.errors import ConfigError, OnecurveError
 from trainer.secrets import hide_arguments, masked, shown_override
@@ -106,4 +106,4 @@ def _checked_later(argument: str) -> str:
     """Values get past Hydra to our own check; sweeps, groups and options stay as they are."""
     if argument.startswith("-") or "=" not in argument or argument.startswith(("hydra.", "+", "~")):
         return argument
-    return lenient(argument)
+    return parse_leniently(argument)

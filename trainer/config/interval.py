@@ -21,12 +21,12 @@ class Interval:
         """Raises ValueError with the accepted forms."""
         match = re.fullmatch(r"\s*([0-9.]+(?:[eE]\+?[0-9]+)?)\s*([a-z]*)\s*", str(text))
         if not match or match[2] not in _UNITS:
-            raise ValueError(f"'{text}' is no interval: write 100 (steps), 30min (also s, h) or 2e9tok")
+            raise ValueError(f"'{text}' is not an interval: write 100 (steps), 30min (also s, h) or 2e9tok")
         unit, factor = _UNITS[match[2]]
         try:
             amount = float(match[1]) * factor
         except ValueError:
-            raise ValueError(f"'{match[1]}' in '{text}' is no number") from None
+            raise ValueError(f"'{match[1]}' in '{text}' is not a number") from None
         if amount != int(amount):
             raise ValueError(f"'{text}' is not a whole number of {unit}")
         return cls(int(amount), unit)

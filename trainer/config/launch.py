@@ -59,7 +59,7 @@ class Launch(Plugin):
 
     @property
     def processes(self) -> int | None:
-        """Of the whole run; None: as many as there are GPUs where it starts."""
+        """Returns the number of processes of the whole run; None means one for each GPU."""
         return None
 
 
@@ -182,7 +182,7 @@ class Slurm(Launch):
     def _no_secrets(cls, env: dict[str, str]) -> dict[str, str]:
         for name, value in env.items():
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-                raise ValueError(f"'{name}' is no name of a variable")
+                raise ValueError(f"'{name}' is not a name of a variable")
             if _SECRET.search(name) or holds_secret(value):
                 raise PydanticCustomError(
                     "secret", "{name} looks like a secret; export it before you submit", {"name": name}

@@ -33,7 +33,7 @@ ADVICE = "experiment=NAME takes another"
 class Loader(ConfigLoaderImpl):
     """Hydra's, for all that composes: ours, `--cfg job`, each job of a sweep."""
 
-    told = ""  # of the recipe of the config that was composed last
+    recipe_message = ""  # of the recipe of the config that was composed last
 
     def load_configuration(
         self, config_name: str | None, overrides: list[str], run_mode: RunMode, *args: Any, **more: Any
@@ -45,7 +45,7 @@ class Loader(ConfigLoaderImpl):
             return again(config_name, other, RunMode.RUN, from_shell=False)
 
         if run_mode == RunMode.RUN:  # the config of a whole sweep is none that anything runs with
-            Loader.told = settle(composed, overrides, compose, self._sections(composed))
+            Loader.recipe_message = apply_recipe(composed, overrides, compose, self._sections(composed))
         with flag_override(composed, ["struct", "readonly"], False):
             composed.pop(FITS, None)
             composed.pop(ABOUT, None)
@@ -107,7 +107,7 @@ def install() -> None:
     hydra._internal.hydra.ConfigLoaderImpl = Loader  # type: ignore[misc]
 
 
-def settle(
+def apply_recipe(
     composed: DictConfig, overrides: Sequence[str], compose: Callable[[list[str]], DictConfig], recipe: set[str]
 ) -> str:
     """Gives `composed` back what the recipe took from options that were chosen. `compose` makes a config of other

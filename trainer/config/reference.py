@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.config.check import keys
 from trainer.config.compose import compose, options
 from trainer.config.schema import SECTIONS, Section
 from trainer.config.section import MISSING
+from trainer.config.validate import keys
 from trainer.registry import OPTIONS, TRANSFORMS
 
 USAGE = """\

@@ -23,7 +23,7 @@ from trainer.config.strategy import (
     DDP,
     FSDP,
     HSDP,
-    WHOLE,
+    ONE_STAGE,
     Layout,
     Pipeline,
     Precision,
@@ -83,7 +83,7 @@ class Train(Section):
     def problems(self, sections: Mapping[str, Any], world_size: int) -> Iterator[str]:
         layout = strategy_of(sections).layout(world_size)
         if world_size % layout.processes:  # of which the strategy tells
-            layout = WHOLE
+            layout = ONE_STAGE
         copies, who = world_size // layout.processes, f"{world_size} processes"
         if layout.processes > 1:
             who = f"{copies} copies of the model ({world_size} processes / {layout.processes})"
@@ -93,7 +93,7 @@ class Train(Section):
         micro = f" x train.micro_batch={self.micro_batch} = {unit}" if self.micro_batch else ""
         for key, size in sizes.items():
             if size % unit:
-                what = f"is no multiple of {who}{micro}" if micro else f"does not divide by {who}"
+                what = f"is not a multiple of {who}{micro}" if micro else f"does not divide by {who}"
                 yield f"{key}={size}: {what}; nearest: {multiples(size, unit)}"
 
 

@@ -11,13 +11,13 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 
-from trainer.config.pipelines import SCHEDULES, allowed_micro_batches
+from trainer.config.pipeline_schedules import SCHEDULES, allowed_micro_batches
 from trainer.config.section import Count, Plugin
 from trainer.config.words import divisor
 
 
 class Layout(NamedTuple):
-    """Over how many processes one copy of the model is spread, in which way."""
+    """How many processes share one replica of the model, by mesh dimension."""
 
     stages: int = 1
     """Processes in a row, each with a part of the layers."""
@@ -26,11 +26,11 @@ class Layout(NamedTuple):
 
     @property
     def processes(self) -> int:
-        """Of one copy: they train on the same sequences."""
+        """Returns the number of processes of one replica, which train on the same sequences."""
         return self.stages * self.tensor
 
 
-WHOLE = Layout()  # every process holds all of the model, or its share of all layers
+ONE_STAGE = Layout()  # every process holds all of the model, or its share of all layers
 
 
 class Strategy(Plugin):
@@ -44,7 +44,7 @@ class Strategy(Plugin):
 
     def layout(self, world_size: int) -> Layout:
         """How `world_size` processes are used."""
-        return WHOLE
+        return ONE_STAGE
 
     def splits_sequences(self) -> bool:
         """Whether a process may hold a part of a sequence between two matrices, where a model could want all of it."""
@@ -74,7 +74,7 @@ def strategy_of(sections: Mapping[str, Any]) -> Strategy:
     return sections.get("strategy") or Single(name="single")
 
 
-class FindsUnused(Strategy):
+class UnusedParameters(Strategy):
     """What strategies have in common that must agree on what was used."""
 
     find_unused_parameters: bool = Field(
@@ -84,7 +84,7 @@ class FindsUnused(Strategy):
     )
 
 
-class DDP(FindsUnused):
+class DDP(UnusedParameters):
     implementations = ("apex", "8bit")
     accountant = "launch.planning.copies:Copies"
 
@@ -132,7 +132,7 @@ class TensorParallel(Strategy):
             yield f"data.sequence_length={length}: {what}; nearest: {near}"
 
 
-class Sharded(FindsUnused):
+class Sharded(UnusedParameters):
     """What FSDP has in common with and without copies."""
 
     implementations = ("8bit",)
@@ -230,7 +230,7 @@ class Zero(Strategy):
                 yield f"precision.param={precision.param}: {what}; nearest: precision.param=fp32"
 
 
-class Pipeline(FindsUnused, TensorParallel):
+class Pipeline(UnusedParameters, TensorParallel):
     accountant = "launch.planning.pipeline:Pipeline"
 
     stages: Count | None = Field(
@@ -255,7 +255,7 @@ class Pipeline(FindsUnused, TensorParallel):
     )
 
     @property
-    def parts_a_process(self) -> int:
+    def stages_per_rank(self) -> int:
         return self.virtual_stages or (1 if self.schedule in ("gpipe", "1f1b") else 2)
 
     def layout(self, world_size: int) -> Layout:
@@ -269,7 +269,7 @@ class Pipeline(FindsUnused, TensorParallel):
         schedule, name = SCHEDULES[self.schedule], f"strategy.schedule={self.schedule}"
         if self.micro_batches and world_size > 1:
             n, stages = self.micro_batches, self.layout(world_size).stages
-            count = stages * self.parts_a_process
+            count = stages * self.stages_per_rank
             allowed = allowed_micro_batches(self, stages, 2 * n + 4 * count)
             if n not in allowed:
                 nearest = min(allowed, key=lambda other: (abs(other - n), other))
@@ -283,7 +283,7 @@ class Pipeline(FindsUnused, TensorParallel):
 
     def _unfit(self, world_size: int) -> str:
         """Why it cannot use that many processes, or hold so many parts on each."""
-        layout, parts, need = self.layout(world_size), self.parts_a_process, SCHEDULES[self.schedule].parts
+        layout, parts, need = self.layout(world_size), self.stages_per_rank, SCHEDULES[self.schedule].parts
         if world_size % layout.processes:
             what = f"strategy.stages={layout.stages}"
             what += f" x strategy.tensor_parallel={layout.tensor} = {layout.processes}" if layout.tensor > 1 else ""
@@ -299,7 +299,7 @@ class Pipeline(FindsUnused, TensorParallel):
     def cut_problems(self, layers: int, world_size: int, tied: bool, key: str = "model.layers") -> Iterator[str]:
         if self._unfit(world_size):  # of which its own check tells
             return
-        layout, parts, schedule = self.layout(world_size), self.parts_a_process, SCHEDULES[self.schedule]
+        layout, parts, schedule = self.layout(world_size), self.stages_per_rank, SCHEDULES[self.schedule]
         count = layout.stages * parts
         if layers < count and world_size > 1:
             fewer = layers // parts

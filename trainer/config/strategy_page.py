@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from trainer.config.compose import load
-from trainer.config.pipelines import SCHEDULES
+from trainer.config.pipeline_schedules import SCHEDULES
 from trainer.errors import ConfigError
 from trainer.registry import OPTIONS
 
@@ -38,7 +38,7 @@ COSTS = {
         "DeepSpeed is what you know, or its optimizer on the CPU (offload_optimizer)",
     ),
     "pipeline": Cost(
-        "P / p", "P / p", "S / p", "2 H between neighbours, and 2 P / p between copies",
+        "P / p", "P / p", "S / p", "2 H between neighbors, and 2 P / p between copies",
         "slow links between nodes, with strategy.data_parallel for what a stage is copied to",
     ),
     "tensor_parallel": Cost(

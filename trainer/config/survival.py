@@ -12,7 +12,7 @@ from trainer.config.section import FaultText, Float, Int, Positive, Section
 class Guard(Section):
     bad_step: Literal["rollback", "skip", "stop"] = Field(
         description="What follows a step whose loss or gradient is not finite, or a spike; its update is never done. "
-        "rollback: go back to the checkpoint before it (with `checkpoint.every`, the state at birth is one) and repeat "
+        "rollback: go back to the checkpoint before it (with `checkpoint.every`, the initial state is one) and repeat "
         "the steps; one that is bad once more is its batch's fault and left out. skip: leave it out at once. stop: end "
         "the run."
     )

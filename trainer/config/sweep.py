@@ -13,7 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, OverrideParseException
 
-from trainer.config.compose import in_hydra, lenient, quoted
+from trainer.config.compose import in_hydra, parse_leniently, quote
 from trainer.errors import ConfigError
 from trainer.secrets import shown_override
 
@@ -32,10 +32,10 @@ def parse(overrides: Sequence[str]) -> tuple[list[Override], list[str]]:
     parser, parsed, problems = OverridesParser.create(GlobalHydra.instance().config_loader()), [], []
     for text in overrides:
         try:
-            given = text if _parses(text, parser) else quoted(text, parser) or text
-            parsed += parser.parse_overrides([lenient(given)])
+            given = text if _parses(text, parser) else quote(text, parser) or text
+            parsed += parser.parse_overrides([parse_leniently(given)])
         except HydraException:
-            what = "is no override; write key=value, and a sweep as key=1,2 or key=range(1,4)"
+            what = "is not an override; write key=value, and a sweep as key=1,2 or key=range(1,4)"
             problems.append(f"{shown_override(text)}: {what}")
     return parsed, problems
 
@@ -69,7 +69,7 @@ def values_of(job: Sequence[str], keys: Sequence[str]) -> dict[str, Any]:
 
 
 def plain_of(overrides: Sequence[str]) -> list[str]:
-    """Those without a sweep."""
+    """Returns the overrides that are not swept."""
     with in_hydra():
         return [str(one.input_line) for one in parse(overrides)[0] if not one.is_sweep_override()]
 

@@ -1,7 +1,7 @@
 """One member of a sample, decoded as webdataset does; never unpickled, and never larger than its bytes account for.
 
 What a header claims is compared with what is there before memory is taken for it. What is compressed may unpack to
-`UNPACKED_BYTES`, a large one to `TIMES` its own size: more than that is no data but a bomb.
+`UNPACKED_BYTES`, a large one to `TIMES` its own size: more than that is not data but a bomb.
 """
 
 from __future__ import annotations

@@ -38,14 +38,14 @@ def require_pillow(key: str) -> None:
 
 
 def decode(content: bytes, most_bytes: int) -> Image:
-    """The image, RGB, as `webdataset.decode("pil")` gives it. Raises ValueError or OSError: it is no whole image, its
-    pixels would take more than `most_bytes`, or are not known to be colours."""
+    """The image, RGB, as `webdataset.decode("pil")` gives it. Raises ValueError or OSError: it is not a whole image,
+    its pixels would take more than `most_bytes`, or are not known to be colors."""
     import PIL.Image
 
     try:
         image = PIL.Image.open(io.BytesIO(content), formats=_FORMATS)
     except PIL.UnidentifiedImageError:
-        raise ValueError(f"is no image of a known format ({', '.join(_FORMATS)})") from None
+        raise ValueError(f"is not an image of a known format ({', '.join(_FORMATS)})") from None
     if (size := image.width * image.height * 3) > most_bytes:
         raise ValueError(f"has {image.width} x {image.height} pixels, which take {size} bytes, more than {most_bytes}")
     image.load()
@@ -62,7 +62,7 @@ def is_image(value: Any) -> bool:
 class ImageTensor:
     """Makes float32 [3, H, W] of an image: (value from 0 to 1 - `mean`) / `std`, by channel.
 
-    `size`: H and W; the shorter side is scaled to it, the centre is cut out. None: as large as the image is. With
+    `size`: H and W; the shorter side is scaled to it, the center is cut out. None: as large as the image is. With
     `augment` a random part of the image (8 % to 100 % of its area, 3:4 to 4:3) is scaled to `size`, and half of the
     images are flipped from left to right. What is random follows from `draw` alone; where that is 0, nothing is.
     """
@@ -78,7 +78,7 @@ class ImageTensor:
         random = Random(draw) if self.augment and draw else None
         image = _rgb(image)
         if self.size is not None:
-            box = random_box(image.width, image.height, random) if random else centre_box(image.width, image.height)
+            box = random_box(image.width, image.height, random) if random else center_box(image.width, image.height)
             image = image.resize((self.size, self.size), PIL.Image.Resampling.BILINEAR, box=box)
         if random and random.random() < 0.5:
             image = image.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT)
@@ -107,7 +107,7 @@ def _rgb(image: Image) -> Image:
     return image.convert("RGB")  # which copies
 
 
-def centre_box(width: int, height: int) -> Box:
+def center_box(width: int, height: int) -> Box:
     """The largest square in the middle: (left, top, right, bottom)."""
     side = min(width, height)
     return _middle(width, height, side, side)

@@ -1,7 +1,7 @@
 """Where every sample of one WebDataset shard lies: found by a walk once, then kept in a file beside the shard.
 
 Grouping is webdataset's: consecutive members with one key are a sample, extensions are in lower case.
-The file begins with a line of JSON that sums it up, so that the catalogue of many shards reads no more than that.
+The file begins with a line of JSON that sums it up, so that the catalog of many shards reads no more than that.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trainer.data import tar
-from trainer.data.faults import Fault
+from trainer.data.bad_data import BadData
 from trainer.data.storage import Blob, Storage, is_remote, shown
 from trainer.data.storage.unpack import compression
 from trainer.data.storage.urls import absolute, local_path
@@ -53,18 +53,18 @@ def key_and_extension(name: str) -> tuple[str, str] | None:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """A shard in few words, all JSON: what the catalogue of a data set holds of it."""
+    """A shard in few words, all JSON: what the catalog of a data set holds of it."""
 
     size: int
     """Bytes of the shard."""
     stamp: str
-    """Of the storage: another one when the shard is another."""
+    """The storage's version stamp, which changes when the shard does."""
     samples: int
     fields: dict[str, tuple[int, int]]
     """Extension -> how many samples have it, and its bytes in all of them."""
     digest: str
-    """Of keys, extensions and sizes: the same wherever the shard lies."""
-    fault: Fault | None = None
+    """Digest of keys, extensions and sizes, the same wherever the shard lies."""
+    fault: BadData | None = None
     """Damage behind the samples that are counted here."""
 
 
@@ -83,7 +83,7 @@ class ShardIndex:
     starts: Numbers
     table: npt.NDArray[Any]
     extensions: list[str]
-    fault: Fault | None = None
+    fault: BadData | None = None
 
     @classmethod
     def build(cls, blob: Blob, *, tolerant: bool = False) -> ShardIndex:
@@ -97,7 +97,7 @@ class ShardIndex:
         except tar.Damage as error:
             if not tolerant:
                 raise
-            fault = Fault.of(error)
+            fault = BadData.of(error)
             samples.cut()
         keys, extensions = samples.keys, list(samples.extensions)
         starts, table = np.array([*samples.starts, len(samples.table)], np.int64), np.array(samples.table, MEMBER)
@@ -361,7 +361,7 @@ def _summary(line: bytes, url: str) -> tuple[Summary, dict[str, Any]]:
     about = {name: head.pop(name) for name in ("members", "sha256")}
     fields = {name: (count, size) for name, (count, size) in head.pop("fields").items()}
     if (fault := head.pop("fault")) is not None:
-        fault = Fault(shown(url), fault["key"], fault["byte"], f"{shown(url)}: {fault['cause']}")
+        fault = BadData(shown(url), fault["key"], fault["byte"], f"{shown(url)}: {fault['cause']}")
     return Summary(**head, fields=fields, fault=fault), about
 
 

@@ -21,7 +21,7 @@ from trainer.randomness import key as random_key
 ORDER = "lanes-1"
 
 _MASK = (1 << 64) - 1
-_ROUNDS = 8  # after 4, neighbours in a range of 64 are still neighbours 1.7 times as often as by chance
+_ROUNDS = 8  # after 4, neighbors in a range of 64 are still neighbors 1.7 times as often as by chance
 _BLOCK_BYTES = 4 << 20
 
 Numbers = npt.NDArray[np.int64]
@@ -136,7 +136,7 @@ class Order:
         places = self._lane_start(lane) + start + within
         places += (places >= self._behind_short(epoch)) * (self.block - self._short)
         slots, offsets = np.divmod(places, self.block)
-        first = int(slots.min())  # a window's slots are neighbours
+        first = int(slots.min())  # a window's slots are neighbors
         blocks = permute_many(np.arange(first, int(slots.max()) + 1), self._blocks, self._blocks_key(epoch))
         return blocks[slots - first] * self.block + offsets
 

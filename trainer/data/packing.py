@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from trainer.data import kept
-from trainer.data.recent import Recent
-from trainer.data.team import ALONE, Team
+from trainer.data import array_cache
+from trainer.data.recent_cache import RecentCache
+from trainer.data.shared_work import ALONE, WorkSharing
 from trainer.data.tokens import TokenLine
 from trainer.errors import ConfigError
 
@@ -28,7 +28,7 @@ Row = dict[str, npt.NDArray[np.int64]]
 Numbers = npt.NDArray[np.int64]
 
 
-class Piece(NamedTuple):
+class Span(NamedTuple):
     """Input tokens [first_token, end_token) of one document; its separator counts as its last token."""
 
     shard: str
@@ -44,9 +44,9 @@ class Concatenated:
         self.n = -(-line.total // length)
         self._length, self._total = length, line.total
 
-    def ranges(self, unit: int) -> list[tuple[int, int]]:
+    def ranges(self, example_index: int) -> list[tuple[int, int]]:
         """The ranges of the token line that make the unit."""
-        return [(unit * self._length, min((unit + 1) * self._length, self._total))]
+        return [(example_index * self._length, min((example_index + 1) * self._length, self._total))]
 
 
 class BestFit:
@@ -55,16 +55,20 @@ class BestFit:
     How a shard is packed is worked out once, and kept beside its tokens.
     """
 
-    def __init__(self, line: TokenLine, length: int, team: Team):
+    def __init__(self, line: TokenLine, length: int, team: WorkSharing):
         self._line, self._length = line, length
-        self._open: Recent[Numbers] = Recent()
+        self._open: RecentCache[Numbers] = RecentCache()
         shards = list(range(len(line.starts) - 1))
         self._starts = np.cumsum([0, *team.share("packed shards", shards, self._count)])
         self.n = int(self._starts[-1])
 
-    def ranges(self, unit: int) -> list[tuple[int, int]]:
-        shard = int(np.searchsorted(self._starts, unit, side="right")) - 1
-        packed, base, number = self._packed(shard), int(self._line.starts[shard]), unit - int(self._starts[shard])
+    def ranges(self, example_index: int) -> list[tuple[int, int]]:
+        shard = int(np.searchsorted(self._starts, example_index, side="right")) - 1
+        packed, base, number = (
+            self._packed(shard),
+            int(self._line.starts[shard]),
+            example_index - int(self._starts[shard]),
+        )
         first, end = np.searchsorted(packed[0], [number, number + 1])
         return [(base + begin, base + stop) for begin, stop in packed[1:, first:end].T.tolist()]
 
@@ -72,13 +76,13 @@ class BestFit:
         return int(self._packed(shard)[0].max(initial=-1)) + 1
 
     def _packed(self, shard: int) -> Numbers:
-        """Of each piece of the shard, by units: its unit, first and end token in the shard; int64 [3, pieces]."""
+        """Returns for each span of the shard its example, first and end token in the shard: int64 [3, spans]."""
         return self._open.get(shard, self._load)
 
     def _load(self, shard: int) -> Numbers:
         ends, path = self._line.shard(shard).ends, self._line.beside(shard, f"{BEST_FIT}-{self._length}.npy")
         tokens = int(ends[-1]) if len(ends) else 0
-        packed = kept.load_array(path)
+        packed = array_cache.load_array(path)
         if packed is not None and int((packed[2] - packed[1]).sum()) == tokens:
             return packed
         pieces = [
@@ -86,12 +90,12 @@ class BestFit:
             for begin, end in pairwise([0, *ends.tolist()])
             for first in range(begin, end, self._length)
         ]
-        units = best_fit([end - first for first, end in pieces], self._length)
-        rows = [(number, *pieces[i]) for number, chosen in enumerate(units) for i in chosen]
+        example_indices = best_fit([end - first for first, end in pieces], self._length)
+        rows = [(number, *pieces[i]) for number, chosen in enumerate(example_indices) for i in chosen]
         packed = np.array(rows, np.int64).reshape(-1, 3).T.copy()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            kept.save_array(path, packed)
+            array_cache.save_array(path, packed)
         except OSError as error:
             raise ConfigError(f"data.cache: {path} cannot be written: {error.strerror}") from error
         return packed
@@ -114,7 +118,7 @@ class Packed:
         *,
         packing: str = "concat",
         document_mask: bool = False,
-        team: Team = ALONE,
+        team: WorkSharing = ALONE,
     ):
         self._line, self._length, self._document_mask = line, length, document_mask
         self._cut: Any = Concatenated(line, length) if packing == "concat" else BestFit(line, length, team)
@@ -123,9 +127,9 @@ class Packed:
         self.bytes = line.total * 2
         self.faults, self.fingerprint = line.faults, line.fingerprint
 
-    def read(self, unit: int, draw: int) -> Row:
+    def read(self, example_index: int, draw: int) -> Row:
         """The row of a unit."""
-        ranges = self._cut.ranges(unit)
+        ranges = self._cut.ranges(example_index)
         if not self._document_mask and self._flows:
             (first, end), (inputs, targets) = ranges[0], self._empty()
             tokens = self._line.read(first, end - first + 1)
@@ -134,18 +138,18 @@ class Packed:
             return {"inputs": inputs, "targets": targets}
         return self._row(ranges)
 
-    def foresee(self, units: Sequence[int]) -> None:
+    def foresee(self, example_indices: Sequence[int]) -> None:
         """A hint that these units will be read soon."""
         if self._line.foresees:
-            for unit in units:
-                for first, end in self._cut.ranges(unit):
+            for example_index in example_indices:
+                for first, end in self._cut.ranges(example_index):
                     self._line.foresee(first, end)
 
-    def entry(self, unit: int) -> list[Piece]:
+    def entry(self, example_index: int) -> list[Span]:
         """The unit as the ledger names it."""
         return [
-            Piece(*self._line.shards.name(int(self._line.shards.starts[shard]) + document), first, end)
-            for begin, stop in self._cut.ranges(unit)
+            Span(*self._line.shards.name(int(self._line.shards.starts[shard]) + document), first, end)
+            for begin, stop in self._cut.ranges(example_index)
             for shard, document, first, end in self._line.documents(begin, stop)
         ]
 

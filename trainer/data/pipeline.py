@@ -6,7 +6,7 @@ from typing import Any
 
 import webdataset
 
-from trainer.data.stage import OrderedSamples
+from trainer.data.ordered_samples import OrderedSamples
 
 
 class OrderedPipeline(webdataset.DataPipeline):

@@ -40,12 +40,12 @@ class Samples:
         self.shards, self._recipe = shards, recipe
         self.n, self.bytes, self.faults, self.fingerprint = shards.n, shards.bytes, shards.faults, shards.fingerprint
 
-    def read(self, unit: int, draw: int) -> Row:
+    def read(self, example_index: int, draw: int) -> Row:
         """The fields of a sample as tensors. Where `draw` is 0, nothing is random.
 
         Raises DataError (shard, key, byte) for what cannot be read or decoded, ConfigError for a missing package.
         """
-        number, i = self.shards.locate(unit)
+        number, i = self.shards.locate(example_index)
         key, members = self.shards.sample(number, i, self._recipe.extensions)
         try:
             return self._recipe({name: bytes(content) for name, content in members.items()}, key, draw)
@@ -57,13 +57,13 @@ class Samples:
             text = f"{shard}: byte {byte}: sample {key!r}: {error}{lacks}"
             raise DataError(text, shard=shard, key=key, byte=byte) from error.__cause__
 
-    def foresee(self, units: Sequence[int]) -> None:
+    def foresee(self, example_indices: Sequence[int]) -> None:
         """A hint that these units will be read soon."""
-        self.shards.foresee(np.asarray(units, np.int64))
+        self.shards.foresee(np.asarray(example_indices, np.int64))
 
-    def entry(self, unit: int) -> list[str]:
+    def entry(self, example_index: int) -> list[str]:
         """The unit as the ledger names it: [shard, key]."""
-        return list(self.shards.name(unit))
+        return list(self.shards.name(example_index))
 
     def check(self) -> None:
         """Raises ConfigError for a field that no sample of the first shard has."""
@@ -87,7 +87,7 @@ class Unusable(Exception):
 
 
 class Recipe:
-    """From the members of a sample to tensors of one shape by name. Can be pickled; any thread may use it.
+    """Turns the members of a sample into named tensors of one shape. It can be pickled and used by any thread.
 
     `fields`: name -> extensions, the first that is there is taken, such as `jpg;png`. `maps`: functions of the user's,
     `package.module:function` of a package in `plugins`, each called with the sample (dict) and a draw of its own. What
@@ -216,14 +216,14 @@ def _tensor(name: str, value: Any) -> torch.Tensor:
             return torch.from_numpy(np.require(value, value.dtype.newbyteorder("="), ["C", "W"]))
         return torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError, OverflowError):
-        what = f"field {name!r} is no tensor but of type {type(value).__name__}"
+        what = f"field {name!r} is not a tensor but of type {type(value).__name__}"
         raise Unusable(f"{what}: make numbers of it in a function of data.maps, or leave it out") from None
 
 
 def _function(name: str, plugins: Sequence[str]) -> Callable[[Sample, int], Sample]:
     function = import_named("data.maps", name, plugins)
     if not callable(function):
-        raise ConfigError(f"data.maps={name}: is no function")
+        raise ConfigError(f"data.maps={name}: is not a function")
     return function
 
 

@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 
 from trainer.data import index
-from trainer.data.faults import Fault
-from trainer.data.foreign import Counts
+from trainer.data.bad_data import BadData
+from trainer.data.external_indexes import ExternalCounts
 from trainer.data.index import Numbers, ShardIndex, Summary
-from trainer.data.recent import open_room, share_descriptors
-from trainer.data.spec import expand, file_name
+from trainer.data.recent_cache import open_room, share_descriptors
+from trainer.data.shard_spec import expand, file_name
+from trainer.data.shared_work import ALONE, WorkSharing
 from trainer.data.storage import Storage, is_remote, shown
-from trainer.data.team import ALONE, Team
 from trainer.errors import ConfigError, DataError
 
 OPEN_BYTES = 1 << 30  # of indexes that are kept open
@@ -122,7 +122,7 @@ class Shards:
         key: str = "data.shards",
         tolerant: bool = False,
         before: Sequence[tuple[str, Summary]] = (),
-        team: Team = ALONE,
+        team: WorkSharing = ALONE,
         patient: bool = False,
     ) -> Shards:
         """The shards that `spec` means (see `expand`) to the first rank of `team`, indexed where they are not yet: each
@@ -135,9 +135,9 @@ class Shards:
         answer is waited for; else what is wrong now is told now.
         Raises ConfigError on all ranks, with all that is wrong; its exit code is DataError's if damage is all.
         """
-        urls: list[str] = team.agreed(lambda: expand(spec, key, allow_pipe=storage.allow_pipe))
+        urls: list[str] = team.run_on_first(lambda: expand(spec, key, allow_pipe=storage.allow_pipe))
         field, hasty = field and field.lower(), replace(storage, patience_s=storage.patience_s * patient)
-        look = partial(_look, storage=hasty, field=field, tolerant=tolerant, counts=Counts(hasty))
+        look = partial(_look, storage=hasty, field=field, tolerant=tolerant, counts=ExternalCounts(hasty))
         same = [name for name, _ in before] == list(map(file_name, urls))
         known: Sequence[Summary | None] = [summary for _, summary in before] if same else [None] * len(urls)
         found = team.share("indexes of shards", list(zip(urls, known, strict=True)), look)
@@ -290,7 +290,7 @@ class Shards:
         return _Shard(found, found.stamp, self._storage)
 
     def _short(self, found: ShardIndex) -> DataError:
-        """What is said of a shard that has not as many samples as its catalogue, or another's index, promised."""
+        """What is said of a shard that has not as many samples as its catalog, or another's index, promised."""
         if found.fault is not None:
             return found.fault.error()
         name, here = shown(found.url), len(found.keys)
@@ -307,7 +307,7 @@ class Shards:
 
 
 def _look(
-    asked: tuple[str, Summary | None], *, storage: Storage, field: str | None, tolerant: bool, counts: Counts
+    asked: tuple[str, Summary | None], *, storage: Storage, field: str | None, tolerant: bool, counts: ExternalCounts
 ) -> dict[str, Any]:
     """What is to be told of a shard, JSON-able: its summary, its stamp now, whether it was damaged since `before`.
 
@@ -353,7 +353,7 @@ def _as_told(found: ShardIndex, told: Summary, storage: Storage) -> ShardIndex:
     raise _changed(found.url) if found.fault is None else found.fault.error()
 
 
-def _counted(url: str, storage: Storage, counts: Counts) -> Summary | None:
+def _counted(url: str, storage: Storage, counts: ExternalCounts) -> Summary | None:
     """A summary without a digest, by another one's index of the shard."""
     with ExitStack() as stack:
         blob = storage.open(url)
@@ -366,7 +366,7 @@ def _counted(url: str, storage: Storage, counts: Counts) -> Summary | None:
 def from_json(summary: dict[str, Any]) -> Summary:
     """The summary of which `asdict` went through JSON. Raises TypeError, ValueError, KeyError if it is none."""
     fields = {name: (int(count), int(size)) for name, (count, size) in summary["fields"].items()}
-    return Summary(**{**summary, "fields": fields, "fault": summary["fault"] and Fault(**summary["fault"])})
+    return Summary(**{**summary, "fields": fields, "fault": summary["fault"] and BadData(**summary["fault"])})
 
 
 def _fields(summary: Summary, field: str | None) -> Iterator[tuple[str, int]]:

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
-from trainer.data.batches import Batches
-from trainer.data.faults import Fault
+from trainer.data.bad_data import BadData
+from trainer.data.batch_sizes import Batches
 from trainer.data.loader import read_ahead
 from trainer.data.mixture import Mixture
 from trainer.data.order import Order, Walk, default_block
@@ -35,10 +35,10 @@ class Source(Protocol):
     bytes: int
 
     @property
-    def faults(self) -> Sequence[Fault]:
+    def faults(self) -> Sequence[BadData]:
         """What was found damaged when it was opened, and left out."""
 
-    def read(self, unit: int, draw: int) -> Row:
+    def read(self, example_index: int, draw: int) -> Row:
         """Arrays or tensors by name, of one shape for all units. `draw`: 63 random bits, all that may be random in it.
 
         DataError (shard, key) if the unit cannot be read.
@@ -46,17 +46,17 @@ class Source(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Of what its units are, as far as that is known when it is opened: equal in every life of a run."""
+        """Returns a fingerprint of its examples, as far as known when it is opened: equal in every attempt of a run."""
 
-    def foresee(self, units: Sequence[int]) -> None:
+    def foresee(self, example_indices: Sequence[int]) -> None:
         """A hint that these will be read soon, in this order: what comes over the network is fetched meanwhile."""
 
-    def entry(self, unit: int) -> Any:
+    def entry(self, example_index: int) -> Any:
         """The unit as the ledger names it: [shard, key], or a list of pieces."""
 
 
-class Slot(NamedTuple):
-    """A place in the run, and what comes there: unit `unit` of source number `source`."""
+class ExampleId(NamedTuple):
+    """A place in the run, and what comes there: unit `example_index` of source number `source`."""
 
     number: int
     source: int
@@ -76,14 +76,14 @@ class StepData:
     """Sequences of the run up to and with this step, over all ranks: the position behind it."""
     entries: list[tuple[int, Any]]
     """(number in the run, ledger entry) of each of this rank's sequences; empty if the ledger is off."""
-    faults: list[tuple[Slot, Fault]]
+    faults: list[tuple[ExampleId, BadData]]
     """(place, what is wrong) of those that were left out now."""
     abandoned: bool = False
     """Whether this rank gave up waiting for its samples: the step is not to be done by any rank."""
 
 
 @dataclass(frozen=True)
-class Part:
+class OrderedSource:
     """A source within a run: how its units are ordered. `lanes` is capped at their number."""
 
     source: Source
@@ -99,10 +99,10 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Share:
+class RankStream:
     """One rank's share of the run: what it reads at which step. Holds no place in it, and can be sent to a process."""
 
-    parts: Sequence[Part]
+    parts: Sequence[OrderedSource]
     mixture: Mixture
     batches: Batches
     micro_batch: int | None
@@ -111,11 +111,11 @@ class Share:
     dp_size: int = 1
     ledger: bool = False
     tolerant: bool = False
-    left_out: frozenset[Slot] = frozenset()
+    left_out: frozenset[ExampleId] = frozenset()
     numbered: str = ""
     """The field, int64, that tells each row's source by its number; empty for none."""
 
-    def units(self, done: int) -> list[Slot]:
+    def units(self, done: int) -> list[ExampleId]:
         """This rank's sequences of the step behind `done` finished ones; a slot's source is the number of a part."""
         first = self.batches.taken(done)
         numbers = np.arange(first + self.dp_rank, first + self.batches.size(done), self.dp_size)
@@ -123,32 +123,32 @@ class Share:
         units = np.empty_like(numbers)
         for i in np.unique(which):
             units[which == i] = self.parts[i].walk.samples(own[which == i])
-        return list(map(Slot, numbers.tolist(), which.tolist(), units.tolist()))
+        return list(map(ExampleId, numbers.tolist(), which.tolist(), units.tolist()))
 
     def step(self, done: int) -> StepData:
         """This rank's part of the step behind `done` finished ones."""
         units = self.units(done)
         for i, part in enumerate(self.parts):
-            part.source.foresee([unit for _, which, unit in units if which == i])
+            part.source.foresee([example_index for _, which, example_index in units if which == i])
         draws = keys(self.seed, "draw")
         rows: list[tuple[int, Row] | None] = []
         entries, faults = [], []
         for slot in units:
-            number, which, unit = slot
+            number, which, example_index = slot
             draw, source = draws(number), self.parts[which].source
             rows.append(None)
             if slot in self.left_out:
                 continue
             try:
                 point("data.read")
-                rows[-1] = (draw, self._read(which, unit, draw))
+                rows[-1] = (draw, self._read(which, example_index, draw))
             except DataError as error:
                 if not self.tolerant:
                     raise
-                faults.append((slot, Fault.of(error)))
+                faults.append((slot, BadData.of(error)))
                 continue
             if self.ledger:
-                entries.append((number, source.entry(unit)))
+                entries.append((number, source.entry(example_index)))
         size = self.micro_batch or len(rows)
         groups = [[row for row in rows[i : i + size] if row] for i in range(0, len(rows), size)]
         return StepData(
@@ -174,8 +174,8 @@ class Share:
         """A batch of one sequence that can be read."""
         return batch([self._any_row()])
 
-    def _read(self, which: int, unit: int, draw: int) -> Row:
-        row = self.parts[which].source.read(unit, draw)
+    def _read(self, which: int, example_index: int, draw: int) -> Row:
+        row = self.parts[which].source.read(example_index, draw)
         return {**row, self.numbered: np.int64(which)} if self.numbered else row
 
     def _nothing(self, rows: Iterable[tuple[int, Row] | None]) -> Batch:
@@ -186,9 +186,9 @@ class Share:
     def _any_row(self) -> tuple[int, Row]:
         problem = DataError("there is no unit to read")
         for which, part in enumerate(self.parts):
-            for unit in range(min(part.source.n, 1000)):
+            for example_index in range(min(part.source.n, 1000)):
                 try:
-                    return 0, self._read(which, unit, 0)
+                    return 0, self._read(which, example_index, 0)
                 except DataError as error:
                     problem = error
         raise problem
@@ -202,7 +202,7 @@ class Stream:
     cannot be read; with `share.tolerant` the sample is left out instead, and named in the step's faults.
     """
 
-    def __init__(self, share: Share, *, workers: int = 1, processes: bool = False):
+    def __init__(self, share: RankStream, *, workers: int = 1, processes: bool = False):
         self.share = share
         self._workers, self._processes = workers, processes
         self._done = 0
@@ -212,15 +212,15 @@ class Stream:
         self.seek(0)
 
     @property
-    def faults(self) -> list[Fault]:
+    def faults(self) -> list[BadData]:
         """What was found damaged when the data was opened."""
         return [fault for part in self.share.parts for fault in part.source.faults]
 
-    def seek(self, done: int, left_out: Iterable[Slot] = ()) -> None:
+    def seek(self, done: int, left_out: Iterable[ExampleId] = ()) -> None:
         """Go to where `done` steps are done. `left_out`: what is left out besides what cannot be read."""
         self._stop()
         self._done, self._last = done, None
-        share = Share(**{**vars(self.share), "left_out": frozenset(left_out)})
+        share = RankStream(**{**vars(self.share), "left_out": frozenset(left_out)})
         self._make = share.step
 
     def __iter__(self) -> Stream:

@@ -117,7 +117,7 @@ class _Walker:
         return block
 
     def diagnosis(self, block: bytes) -> str:
-        """Why `block` is no header."""
+        """Why `block` is not a header."""
         if self.size == 0:
             return "the file is empty"
         if self.offset == 0 and (packed := _COMPRESSED.get(block[:2])):

@@ -69,7 +69,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`, special tokens left out; bytes that are no UTF-8 become U+FFFD."""
+        """The text of `ids`, special tokens left out; bytes that are not UTF-8 become U+FFFD."""
 
 
 class ByteTokenizer(Tokenizer):
@@ -199,7 +199,7 @@ def _kinds(decoder: dict | None) -> set[str]:
 
 
 def _measure(pieces: Sequence[bytes]) -> tuple[Ids, Ids]:
-    """Bytes, and characters that start (bytes that are no 0b10xxxxxx continuation), of each piece."""
+    """Bytes, and characters that start (bytes that are not 0b10xxxxxx continuation), of each piece."""
     sizes = [len(piece) for piece in pieces]
     starts = [sum(byte & 0xC0 != 0x80 for byte in piece) for piece in pieces]
     return np.array(sizes, dtype=np.int32), np.array(starts, dtype=np.int32)
@@ -220,7 +220,7 @@ def load(spec: str, separator: str | None = None, special_tokens: bool = False) 
     document, a tokenizer_config.json beside it may tell. Raises `ConfigError`."""
     if spec == "bytes":
         if separator is not None:
-            raise ConfigError(f"data.separator={separator}: data.tokenizer=bytes has one of its own, which is no text")
+            raise ConfigError(f"data.separator={separator}: data.tokenizer=bytes has one of its own, which is not text")
         return ByteTokenizer()
     path = Path(spec).expanduser()
     path = path / "tokenizer.json" if path.is_dir() else path

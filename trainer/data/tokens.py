@@ -22,13 +22,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from trainer.data import kept
-from trainer.data.faults import Fault
-from trainer.data.recent import Recent
+from trainer.data import array_cache
+from trainer.data.bad_data import BadData
+from trainer.data.recent_cache import RecentCache
 from trainer.data.shards import Shards
+from trainer.data.shared_work import ALONE, WorkSharing
 from trainer.data.storage import is_remote, is_url, shown
 from trainer.data.storage.urls import PIPE, absolute, local_path, scheme
-from trainer.data.team import ALONE, Team
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError, DataError
 from trainer.files import move, read_file, replace_file, stat_file, sync
@@ -78,7 +78,7 @@ class _Told(NamedTuple):
 class TokenLine:
     """`total` tokens; those of shard s are [`starts`[s], `starts`[s + 1]). `faults`: damaged shards and texts.
 
-    A document that is no UTF-8 raises DataError, or with `tolerant` has no tokens and is among `faults`. Each rank
+    A document that is not UTF-8 raises DataError, or with `tolerant` has no tokens and is among `faults`. Each rank
     of `team` encodes its shards; errors are raised on all. Any thread may read.
     """
 
@@ -89,12 +89,12 @@ class TokenLine:
         cache: Path,
         *,
         tolerant: bool = False,
-        team: Team = ALONE,
+        team: WorkSharing = ALONE,
     ):
         self.shards, self._tokenizer, self._cache, self._tolerant = shards, tokenizer, cache, tolerant
         self._stored = STORED.get(shards.field)
         self._dtype: np.dtype[Any] = self._stored or np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
-        self._open: Recent[_Shard] = Recent()
+        self._open: RecentCache[_Shard] = RecentCache()
         self._checked: set[int] = set()  # shards whose kept tokens this process, or the one it comes from, has compared
         summaries = team.share("tokens of shards", list(range(len(shards.urls))), self._prepare)
         self._told = [_Told(*told) for told, *_ in summaries]
@@ -102,7 +102,7 @@ class TokenLine:
         self.total = int(self.starts[-1])
         what = json.dumps([shards.fingerprint, [[told.tokens, told.sha256] for told in self._told]])
         self.fingerprint = hashlib.sha256(what.encode()).hexdigest()
-        self.faults = [*shards.faults, *(Fault(**fault) for _, faults, _ in summaries for fault in faults)]
+        self.faults = [*shards.faults, *(BadData(**fault) for _, faults, _ in summaries for fault in faults)]
         if team.rank == 0 and (spelt := sum(special for *_, special in summaries)):
             tell(
                 f"special tokens are spelt out {spelt:,} times in the texts, and taken for ordinary text; as tokens by "
@@ -157,8 +157,8 @@ class TokenLine:
             faults = []
             for i in np.flatnonzero(sizes % width).tolist():
                 key = self.shards.keys(number)[i]
-                cause = f"{place}: sample {key!r}: {sizes[i]} bytes are no whole number of {width}-byte token ids"
-                faults.append(vars(Fault(place, key, None, cause)))
+                cause = f"{place}: sample {key!r}: {sizes[i]} bytes are not whole number of {width}-byte token ids"
+                faults.append(vars(BadData(place, key, None, cause)))
                 if not self._tolerant:
                     raise DataError(cause, shard=place, key=key)
             return _Told(int(self._counts(number).sum()), "", ""), faults, 0
@@ -200,11 +200,11 @@ class TokenLine:
     def _opened(self, number: int) -> _Shard | None:
         """The kept tokens of a shard, mapped; None if they are not what all ranks were told of."""
         path, told = self._path(number, self._told[number].content), self._told[number]
-        ends = kept.load_array(self.beside(number, "ends.npy"))
+        ends = array_cache.load_array(self.beside(number, "ends.npy"))
         with suppress(FileNotFoundError, ValueError):
             flat: npt.NDArray[Any] = np.empty(0, self._dtype)
             if told.tokens:
-                flat = kept.mapped(path, lambda: np.memmap(path, self._dtype, "r", shape=(told.tokens,)))
+                flat = array_cache.map_array(path, lambda: np.memmap(path, self._dtype, "r", shape=(told.tokens,)))
             whole = number in self._checked or hashlib.sha256(flat.data).hexdigest() == told.sha256
             if whole and ends is not None:
                 self._checked.add(number)
@@ -213,7 +213,7 @@ class TokenLine:
         return None
 
     def _counts(self, number: int) -> Numbers:
-        """Tokens of each document of a shard of token ids; none of one that is no whole number of them."""
+        """Tokens of each document of a shard of token ids; none of one that is not a whole number of them."""
         assert self._stored is not None
         sizes = self.shards.sizes(number)
         return np.where(sizes % self._stored.itemsize, 0, sizes // self._stored.itemsize)
@@ -283,7 +283,7 @@ class TokenLine:
     def _encode(self, number: int) -> dict[str, Any]:
         """Encodes a shard: tokens and where documents end first, what is there last, each whole or not at all.
 
-        What is no text is kept as a fault, for good. What cannot be read now is an error: it may be readable later.
+        What is not text is kept as a fault, for good. What cannot be read now is an error: it may be readable later.
         """
         place, file = shown(self.shards.urls[number]), _file(self.shards.urls[number])
         if number in self.shards.damaged_since:
@@ -299,7 +299,7 @@ class TokenLine:
                     if (sample - first) % _FORESEEN == 0:
                         self.shards.foresee_from(sample)
                     texts.update(content := self.shards.read(sample))
-                    if isinstance(text := self._text(sample, content), Fault):
+                    if isinstance(text := self._text(sample, content), BadData):
                         faults.append(vars(text))
                         lengths.append(0)
                         continue
@@ -315,7 +315,7 @@ class TokenLine:
             about |= {"sha256": digest.hexdigest(), "content": content_sha256}
             path = self._path(number, content_sha256)
             move(beside, path)
-            kept.save_array(path.with_suffix(".ends.npy"), np.cumsum(lengths, dtype=np.int64))
+            array_cache.save_array(path.with_suffix(".ends.npy"), np.cumsum(lengths, dtype=np.int64))
             replace_file(path.with_suffix(".json"), json.dumps(about).encode())
             self._remember(number, content_sha256, [file] if file else [])
             return about
@@ -325,7 +325,7 @@ class TokenLine:
             with suppress(OSError):
                 beside.unlink()
 
-    def _text(self, sample: int, content: bytes | memoryview) -> str | Fault:
+    def _text(self, sample: int, content: bytes | memoryview) -> str | BadData:
         try:
             return str(content, "utf-8")
         except UnicodeDecodeError as error:
@@ -333,12 +333,12 @@ class TokenLine:
             shard, key, index = self.shards.path(sample), self.shards.name(sample)[1], self.shards.index(number)
             byte = index.members(i)[self.shards.field or ""][0] + error.start
             cause = f"{shard}: byte {byte}: sample {key!r} is not UTF-8 text"
-            return Fault(shard, key, byte, cause)
+            return BadData(shard, key, byte, cause)
 
 
 @lru_cache(maxsize=64)
 def _packed_with(folder: str) -> dict[str, str]:
-    """By shard: the fingerprint of the tokenizer whose ids it holds, as far as a dataset.json in the folder tells."""
+    """Returns by shard the fingerprint of the tokenizer that made its ids, if a dataset.json in the folder says so."""
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         told = json.loads(read_file(Path(folder, "dataset.json")))
         return dict.fromkeys(told["sha256"], told["tokenizer"]["fingerprint"])

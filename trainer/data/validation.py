@@ -66,7 +66,7 @@ class Validation:
         units = self._share(number)
         self._source.foresee(units or [0])
         if units:
-            return batch([(0, self._read(unit)) for unit in units])
+            return batch([(0, self._read(example_index)) for example_index in units])
         nothing = batch([(0, self._read(0))])
         return {name: tensor[:0] for name, tensor in nothing.items()}
 
@@ -78,8 +78,8 @@ class Validation:
         rows = len(self._share(number))
         return {name: tensor.new_zeros((rows, *tensor.shape[1:])) for name, tensor in like.items()}
 
-    def _read(self, unit: int) -> Row:
+    def _read(self, example_index: int) -> Row:
         try:
-            return self._source.read(unit, 0)
+            return self._source.read(example_index, 0)
         except DataError as error:
             raise DataError(f"data.validation: {error}", shard=error.shard, key=error.key, byte=error.byte) from error

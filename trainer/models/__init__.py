@@ -36,11 +36,11 @@ class Model(Protocol):
 
     def __call__(self, batch: dict[str, Tensor]) -> Tensor | dict[str, Tensor]: ...
 
-    def initialise(self, name: str, parameter: Tensor, generator: torch.Generator) -> None: ...
+    def initialize(self, name: str, parameter: Tensor, generator: torch.Generator) -> None: ...
 
 
-class Settling(Model, Protocol):
-    """A model that changes its buffers behind each update, by sums over the step and all processes: loads of experts,
+class UpdatesBuffers(Model, Protocol):
+    """A model that changes its buffers after each update, by sums over the step and all processes: loads of experts,
     ranges, running statistics."""
 
     statistics: Sequence[str]
@@ -64,7 +64,7 @@ class Cuttable(Model, Protocol):
     embedding_parts: Sequence[str]
     """Names of the modules that only `embed` uses, or `project` too; those that are not there do not matter."""
     head_parts: Sequence[str]
-    """Those of `project`; one that is in both lists is tied: its gradients are added up."""
+    """Names of the modules that `project` uses; one in both lists is tied: its gradients are added up."""
 
     def embed(self, batch: dict[str, Tensor]) -> Tensor:
         """What goes into the first block, [B, ...]."""
@@ -92,22 +92,22 @@ class Exportable(Model, Protocol):
 
     @staticmethod
     def family(config: Config, tokenizer: Tokenizer) -> Family:
-        """What it is there. Raises trainer.models.family.NoFamily."""
+        """What it is there. Raises trainer.models.family.UnknownFamily."""
         ...
 
 
 @torch.no_grad()
-def initialise(
+def initialize(
     model: nn.Module,
     seed: int,
-    given: Fill | None = None,
+    pretrained: Fill | None = None,
     holders: dist.ProcessGroup | None = None,
     first: Sequence[Initialise] = (),
     wanted: Callable[[str], bool] = lambda name: True,
 ) -> None:
     """Every parameter by (seed, its name): the same weights in any order, on any rank, under any sharding. Or by what
-    is `given`. The other arguments are those of `initial_values`."""
-    for parameter, value in initial_values(model, seed, given, holders, first=first, wanted=wanted):
+    is `pretrained`. The other arguments are those of `initial_values`."""
+    for parameter, value in initial_values(model, seed, pretrained, holders, first=first, wanted=wanted):
         if isinstance(parameter, DTensor):  # every rank takes its shard of what it was sent
             shards = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
             parameter.to_local().copy_(shards.to_local())
@@ -119,14 +119,14 @@ def initialise(
 def initial_values(
     model: nn.Module,
     seed: int,
-    given: Fill | None = None,
+    pretrained: Fill | None = None,
     holders: dist.ProcessGroup | None = None,
     device: torch.device | None = None,
     first: Sequence[Initialise] = (),
     wanted: Callable[[str], bool] = lambda name: True,
 ) -> Iterator[tuple[nn.Parameter, Tensor]]:
     """Each parameter with its whole initial value in fp32, on `device` or where the parameter is. Those of `first` are
-    asked for a value before `given`, or the model. A parameter that is not `wanted` is left out.
+    asked for a value before `pretrained`, or the model. A parameter that is not `wanted` is left out.
 
     `holders` are the processes that hold the parameters, or shards of them. The parameters are dealt out to them, so
     that each value is drawn or read by one process, which sends it to the others; as many as there are processes are
@@ -135,9 +135,9 @@ def initial_values(
     rank, size = (dist.get_rank(holders), dist.get_world_size(holders)) if holders else (0, 1)
     named = (item for item in model.named_parameters() if wanted(item[0]))
     while dealt := list(islice(named, size)):
-        drawn = _drawn(model, *dealt[rank], seed, given, first) if rank < len(dealt) else None
+        drawn = _draw(model, *dealt[rank], seed, pretrained, first) if rank < len(dealt) else None
         for owner, (_, parameter) in enumerate(dealt):
-            where = device or _sent_from(parameter)
+            where = device or _broadcast_source(parameter)
             if owner == rank and drawn is not None:
                 value, drawn = drawn.to(where), None
             else:
@@ -147,22 +147,22 @@ def initial_values(
             yield parameter, value
 
 
-def _sent_from(parameter: Tensor) -> torch.device:
+def _broadcast_source(parameter: Tensor) -> torch.device:
     """Where the processes of a mesh compute, also if they hold their shards elsewhere; else where the parameter is."""
     return torch.device(parameter.device_mesh.device_type) if isinstance(parameter, DTensor) else parameter.device
 
 
-def _drawn(
-    model: nn.Module, name: str, parameter: Tensor, seed: int, given: Fill | None, first: Sequence[Initialise]
+def _draw(
+    model: nn.Module, name: str, parameter: Tensor, seed: int, pretrained: Fill | None, first: Sequence[Initialise]
 ) -> Tensor:
     value = torch.empty(parameter.shape, dtype=torch.float32)
     generator = torch.Generator().manual_seed(key(seed, "init", name))
     if any(fills(name, value, generator) for fills in first):
         pass
-    elif given is None:
-        model.initialise(name, value, generator)  # type: ignore[operator]
+    elif pretrained is None:
+        model.initialize(name, value, generator)  # type: ignore[operator]
     else:
-        given(name, value)
+        pretrained(name, value)
     return value
 
 
@@ -173,13 +173,13 @@ def is_saved(model: nn.Module) -> Callable[[str], bool]:
     return lambda name: name not in left_out
 
 
-def no_value(tensor: Tensor) -> Tensor:
+def has_no_value(tensor: Tensor) -> Tensor:
     """Fills it with what shows at once where a checkpoint should have had a value."""
     return tensor.fill_(math.nan if tensor.is_floating_point() else 0)
 
 
 @torch.no_grad()
-def materialise(model: nn.Module, held_on: torch.device, computed_on: torch.device) -> None:
+def materialize(model: nn.Module, held_on: torch.device, computed_on: torch.device) -> None:
     """Memory for the parameters of a model that was made without values, or this rank's shards of them; tied ones stay
     tied. Buffers keep their values, and are where the model is computed."""
     buffers = [
@@ -214,39 +214,39 @@ def of_type(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 class ModelFactory:
     """A model in two steps, for those who shard it in between: `build` makes it, `fill` gives it its initial values.
     Called, it does both: the whole model. `example`: a batch [1, ...] of the run, on the CPU, of which only shapes and
-    types matter. `given` takes the place of the model's own initial values, and those of `first` are asked before it.
-    `loaded`: a checkpoint gives all values that it holds (`is_saved`), so only the others are drawn or read."""
+    types matter. `pretrained` takes the place of the model's own initial values, and those of `first` are asked before
+    it. `loaded`: a checkpoint gives all values that it holds (`is_saved`), so only the others are drawn or read."""
 
     build: Callable[[], nn.Module]
     seed: int
     example: Callable[[], dict[str, Tensor]] | None = None
-    given: Fill | None = None
+    pretrained: Fill | None = None
     loaded: bool = False
     first: Sequence[Initialise] = ()
 
     def fill(self, model: nn.Module, holders: dist.ProcessGroup | None = None) -> None:
         """`holders`: the processes that hold this model's parameters, and all fill it at the same time."""
         wanted = self._wanted(model)
-        initialise(model, self.seed, self.given, holders, self.first, wanted)
+        initialize(model, self.seed, self.pretrained, holders, self.first, wanted)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if not wanted(name):
-                    no_value(parameter.to_local() if isinstance(parameter, DTensor) else parameter)
+                    has_no_value(parameter.to_local() if isinstance(parameter, DTensor) else parameter)
 
     def values(
         self, model: nn.Module, holders: dist.ProcessGroup | None, device: torch.device
     ) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """What `fill` gives each parameter, whole, for who places it himself."""
         wanted = self._wanted(model)
-        yield from initial_values(model, self.seed, self.given, holders, device, self.first, wanted)
+        yield from initial_values(model, self.seed, self.pretrained, holders, device, self.first, wanted)
         for name, parameter in model.named_parameters():
             if not wanted(name):
-                yield parameter, no_value(torch.empty(parameter.shape, dtype=torch.float32, device=device))
+                yield parameter, has_no_value(torch.empty(parameter.shape, dtype=torch.float32, device=device))
 
     def value(self, model: nn.Module, name: str) -> Tensor:
         """What `fill` gives the parameter of that name, whole, on the CPU."""
         parameter = model.get_parameter(name)
-        return _drawn(model, name, parameter, self.seed, self.given, self.first).to(parameter.dtype)
+        return _draw(model, name, parameter, self.seed, self.pretrained, self.first).to(parameter.dtype)
 
     def _wanted(self, model: nn.Module) -> Callable[[str], bool]:
         saved = is_saved(model)
@@ -256,7 +256,7 @@ class ModelFactory:
         try:
             with without_values():
                 model = self.build()
-            materialise(model, device, device)
+            materialize(model, device, device)
         except NotImplementedError:  # it computes with its parameters as it is made
             model = self.build().to(device)
         self.fill(model, holders)

@@ -78,7 +78,7 @@ class Backend(Protocol):
         self, q: Tensor, k: Tensor, v: Tensor, mask: Any, *, dropout: float = 0.0, scale: float | None = None
     ) -> Tensor:
         """Returns [B, heads, T, head size] of queries of that shape, and of keys and values, which may have fewer heads
-        (each is then that of several neighbouring queries). `mask`: what `mask` made. `scale`: of the products; None:
+        (each is then that of several neighboring queries). `mask`: what `mask` made. `scale`: of the products; None:
         1 / sqrt(head size)."""
         ...
 

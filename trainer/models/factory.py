@@ -25,7 +25,7 @@ def model_factory(
     config: Config,
     tokenizer: Tokenizer,
     example: Callable[[], dict[str, torch.Tensor]] | None = None,
-    given: Fill | None = None,
+    pretrained: Fill | None = None,
     loaded: bool = False,
     before: Sequence[Transform] = (),
 ) -> ModelFactory:
@@ -41,7 +41,7 @@ def model_factory(
             raise ConfigError(f"model={config.model.name}: all of its parameters are frozen, nothing would be trained")
         return model if config.precision.param == "fp32" else of_type(model, DTYPES[config.precision.param])
 
-    return ModelFactory(make, config.run.seed, example, given, loaded, [change.initialise for change in changes])
+    return ModelFactory(make, config.run.seed, example, pretrained, loaded, [change.initialize for change in changes])
 
 
 def without_transforms(config: Config) -> Config:

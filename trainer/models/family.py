@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from trainer.config import Config
-from trainer.config.huggingface import GPT2, HuggingFace, architecture, problems, transformers_config
+from trainer.config.huggingface import GPT2, HuggingFace, architecture, make_transformers_config, refused_combinations
 from trainer.config.models import GPT
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError
@@ -23,7 +23,7 @@ INNER = {
 """Modules of our GPT, outside of its blocks and in them -> those of transformers' GPT-2."""
 
 
-class NoFamily(Exception):
+class UnknownFamily(Exception):
     """transformers has no such model; the text says why."""
 
 
@@ -47,7 +47,7 @@ def family_of(config: Config, tokenizer: Tokenizer) -> Family:
     """What the class of the run's model says of itself (`trainer.models.Exportable`). Raises NoFamily."""
     family = getattr(plugin(config, "model"), "family", None)
     if family is None:
-        raise NoFamily(f"model {config.model.name} is none of transformers")
+        raise UnknownFamily(f"model {config.model.name} is none of transformers")
     return family(config, tokenizer)
 
 
@@ -59,7 +59,7 @@ def of_transformers(config: Config, tokenizer: Tokenizer) -> Family:
         aliases = architecture(model).config_class.attribute_map
         kept = {key: value for key, value in model.config.items() if aliases.get(key, key) not in keys}
         wanted = model.model_copy(update={"config": {**kept, **keys}})
-        return problems(wanted, config.data.sequence_length, tensor_parallel=1)
+        return refused_combinations(wanted, config.data.sequence_length, tensor_parallel=1)
 
     return Family(_theirs(model, config, tokenizer), prefix="model.config.", refused=refused)
 
@@ -68,14 +68,14 @@ def of_gpt(config: Config, tokenizer: Tokenizer) -> Family:
     """Of our GPT, where it is GPT-2. Raises NoFamily where it is not, or transformers is not installed."""
     model: GPT = config.model
     if other := model.unlike_gpt2():
-        raise NoFamily(f"transformers has no such model; it is GPT-2 with {other}")
+        raise UnknownFamily(f"transformers has no such model; it is GPT-2 with {other}")
     keys: dict[str, Any] = {"n_embd": model.width, "n_layer": model.layers, "n_head": model.heads}
     keys |= {"embd_pdrop": model.dropout, "resid_pdrop": model.dropout, "attn_pdrop": 0.0}
     as_theirs = GPT2(name="gpt2", architecture="GPT2LMHeadModel", config=keys)
     try:
         theirs = _theirs(as_theirs, config, tokenizer)
     except ConfigError:
-        raise NoFamily("it needs the package transformers: pip install 'onecurve[transformers]'") from None
+        raise UnknownFamily("it needs the package transformers: pip install 'onecurve[transformers]'") from None
     return Family(
         theirs,
         gpt2_name,
@@ -88,7 +88,7 @@ def _theirs(model: HuggingFace, config: Config, tokenizer: Tokenizer) -> Any:
     """The config object of transformers. A text begins and ends with the separator, as in training."""
     size, end = tokenizer.vocab_size, tokenizer.separator
     ends = {"bos_token_id": end, "eos_token_id": end}
-    made = transformers_config(model, config.data.sequence_length, vocab_size=size, **ends)
+    made = make_transformers_config(model, config.data.sequence_length, vocab_size=size, **ends)
     made.architectures = [model.architecture]
     return made
 

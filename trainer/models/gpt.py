@@ -14,12 +14,12 @@ from torch.distributed.tensor import Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 
 from trainer.config import schema
-from trainer.extras import without_apex
 from trainer.facts import Facts
 from trainer.models.attention import Attend, Spec
 from trainer.models.dropout import dropout
 from trainer.models.family import of_gpt
-from trainer.models.tensor_parallel import Whole
+from trainer.models.tensor_parallel import Replicated
+from trainer.optional_packages import without_apex
 
 
 def missing(config: schema.GPT) -> str:
@@ -85,11 +85,11 @@ class GPT(nn.Module):
         between: Placement = Shard(1) if sequence_parallel else Replicate()
         plan: dict[str, ParallelStyle] = {
             "token_embedding": RowwiseParallel(input_layouts=Replicate(), output_layouts=between),
-            "position_embedding": Whole(given=between),
-            "norm": Whole(taken=between, plain=False),  # what the embedding's matrix is multiplied by
+            "position_embedding": Replicated(given=between),
+            "norm": Replicated(taken=between, plain=False),  # what the embedding's matrix is multiplied by
         }
         for name in ("attention_norm", "mlp_norm"):
-            plan[f"blocks.*.{name}"] = Whole(taken=between, given=between)
+            plan[f"blocks.*.{name}"] = Replicated(taken=between, given=between)
         for name in ("attention.query_key_value", "mlp.input"):
             plan[f"blocks.*.{name}"] = ColwiseParallel(input_layouts=between)
         for name in ("attention.output", "mlp.output"):
@@ -99,7 +99,7 @@ class GPT(nn.Module):
     def _draws(self, batch: dict[str, Tensor]) -> Tensor | None:
         return batch.get("draws") if self.training else None
 
-    def initialise(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
+    def initialize(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
         """GPT-2's initial value of one parameter: residual projections are scaled by 1 / sqrt(2 layers)."""
         if name.endswith("bias"):
             parameter.zero_()

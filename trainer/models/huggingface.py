@@ -18,12 +18,12 @@ from torch.distributed.tensor import Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 
 from trainer.config import schema
-from trainer.config.huggingface import architecture, transformers_config
+from trainer.config.huggingface import architecture, make_transformers_config
 from trainer.errors import ConfigError
 from trainer.facts import Facts
 from trainer.models.attention import Attend, Spec
 from trainer.models.family import of_transformers
-from trainer.models.tensor_parallel import Whole
+from trainer.models.tensor_parallel import Replicated
 
 IMPLEMENTATION = "onecurve"  # of attention, as transformers' configs name it
 
@@ -43,7 +43,7 @@ class HuggingFace(nn.Module, ABC):
 
     def __init__(self, config: schema.HuggingFace, facts: Facts):
         super().__init__()
-        self.config = transformers_config(config, facts.sequence_length, vocab_size=facts.vocab_size)
+        self.config = make_transformers_config(config, facts.sequence_length, vocab_size=facts.vocab_size)
         if self.config.vocab_size < facts.vocab_size:
             fewer = f"fewer than the {facts.vocab_size} tokens of data.tokenizer"
             raise ConfigError(f"model.config.vocab_size={self.config.vocab_size}: {fewer}")
@@ -86,7 +86,7 @@ class HuggingFace(nn.Module, ABC):
         norm, matrix = (self.get_submodule(name) for name in self.head_parts)
         return F.linear(norm(x), matrix.weight) if self.tied else matrix(norm(x))  # type: ignore[arg-type]
 
-    def initialise(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
+    def initialize(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
         """transformers' initial value of one parameter."""
         if name.endswith("bias"):
             parameter.zero_()
@@ -110,7 +110,7 @@ class Llama(HuggingFace):
         return self.model.embed_tokens(batch["inputs"])
 
     def run(self, blocks: Iterable[nn.Module], x: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        rotation, mask = self.model.rotary_emb(x, places(batch)), self.mask(batch)
+        rotation, mask = self.model.rotary_emb(x, position_ids(batch)), self.mask(batch)
         for block in blocks:
             x = block(x, attention_mask=mask, position_embeddings=rotation)
         return x
@@ -125,13 +125,13 @@ class Llama(HuggingFace):
         styles = {
             "colwise": ColwiseParallel(),
             "rowwise": RowwiseParallel(output_layouts=between),
-            "replicated_with_grad_allreduce": Whole(Shard(2), Shard(2)),  # norms of [B, T, heads, head size]
+            "replicated_with_grad_allreduce": Replicated(Shard(2), Shard(2)),  # norms of [B, T, heads, head size]
         }
         plan = {f"model.{name}": styles[style] for name, style in self.config.base_model_tp_plan.items()}
         plan["model.embed_tokens"] = RowwiseParallel(input_layouts=Replicate(), output_layouts=between)
         for name in ("input_layernorm", "post_attention_layernorm"):
-            plan[f"model.layers.*.{name}"] = Whole(between)
-        plan["model.norm"] = Whole(between, plain=not self.tied)  # tied, its output meets the embedding's matrix
+            plan[f"model.layers.*.{name}"] = Replicated(between)
+        plan["model.norm"] = Replicated(between, plain=not self.tied)  # tied, its output meets the embedding's matrix
         if not self.tied:
             plan["lm_head"] = ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)
         return plan
@@ -147,7 +147,7 @@ class GPT2(HuggingFace):
     residual = "c_proj"
 
     def embed(self, batch: dict[str, Tensor]) -> Tensor:
-        return self.transformer.drop(self.transformer.wte(batch["inputs"]) + self.transformer.wpe(places(batch)))
+        return self.transformer.drop(self.transformer.wte(batch["inputs"]) + self.transformer.wpe(position_ids(batch)))
 
     def run(self, blocks: Iterable[nn.Module], x: Tensor, batch: dict[str, Tensor]) -> Tensor:
         mask = self.mask(batch)
@@ -156,7 +156,7 @@ class GPT2(HuggingFace):
         return x
 
 
-def places(batch: dict[str, Tensor]) -> Tensor:
+def position_ids(batch: dict[str, Tensor]) -> Tensor:
     """Places of the tokens, [B, T], or [1, T] where they are the same in every sequence."""
     inputs = batch["inputs"]
     positions = batch.get("positions")

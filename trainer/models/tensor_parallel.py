@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, distribute_m
 from torch.distributed.tensor.parallel import ParallelStyle
 
 
-class Whole(ParallelStyle):
+class Replicated(ParallelStyle):
     """Every process keeps all parameters of the module. Its inputs are plain tensors, laid out as `taken`; its output
     is laid out as `given`, a plain tensor if `plain`, else a DTensor, for products with parameters that are shared.
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from trainer.checkpoint.format import header
-from trainer.checkpoint.pieces import NAMES, Box
+from trainer.checkpoint.state import NAMES, Box
 from trainer.files import replace_file, sync_folder
 
 ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -25,7 +25,7 @@ ENDS = 1 << 16  # bytes of numbers that a fingerprint takes
 
 
 @dataclass(frozen=True)
-class Later:
+class LazyTensor:
     """A tensor that is made when it is written."""
 
     dtype: torch.dtype
@@ -37,7 +37,7 @@ class Later:
         return prod(self.shape) * self.dtype.itemsize
 
 
-def write_file(path: Path, tensors: Mapping[str, Later], about: Mapping[str, str]) -> None:
+def write_file(path: Path, tensors: Mapping[str, LazyTensor], about: Mapping[str, str]) -> None:
     """A safetensors file, whole or not there at all. One tensor is in memory at a time."""
 
     def parts() -> Iterator[bytes | memoryview]:
@@ -52,7 +52,7 @@ def write_file(path: Path, tensors: Mapping[str, Later], about: Mapping[str, str
     replace_file(path, parts())
 
 
-def write_folder(folder: Path, tensors: Mapping[str, Later], largest: int, about: Mapping[str, str]) -> None:
+def write_folder(folder: Path, tensors: Mapping[str, LazyTensor], largest: int, about: Mapping[str, str]) -> None:
     """One file, or as many as it takes for none to be larger than `largest` (unless one tensor is) and their index.
 
     Weights that are there go first, the index comes last: what is found is one whole model, or none.
@@ -75,7 +75,7 @@ def write_folder(folder: Path, tensors: Mapping[str, Later], largest: int, about
     replace_file(folder / INDEX, json.dumps(index, indent=2).encode())
 
 
-def _shards(tensors: Mapping[str, Later], largest: int) -> list[list[str]]:
+def _shards(tensors: Mapping[str, LazyTensor], largest: int) -> list[list[str]]:
     shards: list[list[str]] = [[]]
     size = 0
     for name, tensor in tensors.items():
@@ -87,27 +87,27 @@ def _shards(tensors: Mapping[str, Later], largest: int) -> list[list[str]]:
     return shards
 
 
-class Unusable(Exception):
+class UnusableWeights(Exception):
     """No weights that can be read; the text says why."""
 
 
-class Held(NamedTuple):
+class TensorRef(NamedTuple):
     """Where a tensor is, and its shape."""
 
     file: Path
     shape: tuple[int, ...]
 
 
-def find(path: Path) -> dict[str, Held]:
+def find(path: Path) -> dict[str, TensorRef]:
     """Every tensor in a safetensors file, or in a folder that transformers or `write_folder` wrote, by name. Only
     headers are read. Raises Unusable."""
-    found: dict[str, Held] = {}
+    found: dict[str, TensorRef] = {}
     for file in files(path):
         try:
             with safe_open(file, "pt") as tensors:
-                found |= {name: Held(file, tuple(tensors.get_slice(name).get_shape())) for name in tensors.keys()}  # noqa: SIM118
+                found |= {name: TensorRef(file, tuple(tensors.get_slice(name).get_shape())) for name in tensors.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
-            raise Unusable(f"{file.name} cannot be read: {error}") from None
+            raise UnusableWeights(f"{file.name} cannot be read: {error}") from None
     return found
 
 
@@ -122,10 +122,10 @@ def files(path: Path) -> list[Path]:
     pickles = [path.name] if path.is_file() else sorted(p.name for p in path.glob("*") if p.suffix in PICKLES)
     if pickles:
         way = "read it in transformers and write it with save_pretrained, which makes safetensors"
-        raise Unusable(f"{pickles[0]} is a pickle, which can run any code when it is read; {way}")
+        raise UnusableWeights(f"{pickles[0]} is a pickle, which can run any code when it is read; {way}")
     if path.is_dir():
-        raise Unusable(f"the folder has neither {ONE} nor {INDEX}")
-    raise Unusable("no such file or folder; nothing is downloaded (`hf download NAME --local-dir FOLDER` does)")
+        raise UnusableWeights(f"the folder has neither {ONE} nor {INDEX}")
+    raise UnusableWeights("no such file or folder; nothing is downloaded (`hf download NAME --local-dir FOLDER` does)")
 
 
 def _listed(index: Path) -> list[str]:
@@ -133,10 +133,10 @@ def _listed(index: Path) -> list[str]:
     try:
         names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise Unusable(f"{index.name} cannot be read: {error!r}") from None
+        raise UnusableWeights(f"{index.name} cannot be read: {error!r}") from None
     for name in names:
         if not isinstance(name, str) or name != Path(name).name or Path(name).suffix != ".safetensors":
-            raise Unusable(f"{index.name} names {name!r}, which is no safetensors file in this folder")
+            raise UnusableWeights(f"{index.name} names {name!r}, which is not a safetensors file in this folder")
     return names
 
 

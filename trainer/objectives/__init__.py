@@ -20,7 +20,7 @@ from trainer.facts import Facts
 
 Batch = dict[str, Tensor]  # tensors [B, ...] by name; always `draws`, int64 [B]: 63 random bits a row
 Outputs = Any  # of a model: a tensor [B, ...], or a dict of them
-Totals = Mapping[str, Tensor]  # float64 scalars on the device
+Normalizers = Mapping[str, Tensor]  # float64 scalars on the device
 Rows = dict[str, Tensor]  # [B, ...], numbers of each row
 Sums = dict[str, Tensor]  # scalars that add up over micro-batches and processes
 
@@ -104,11 +104,11 @@ class Objective:
         `num_targets` is always among them: a step without any changes nothing, and the run's `tokens` are its sum."""
         return {NUM_TARGETS: len(batch["draws"])}
 
-    def loss(self, outputs: Outputs, batch: Batch, totals: Totals) -> tuple[Tensor, Sums]:
+    def loss(self, outputs: Outputs, batch: Batch, normalizers: Normalizers) -> tuple[Tensor, Sums]:
         """Returns this batch's share of the step's loss, a scalar with its graph, and sums to record.
 
-        `totals` are the `counts` of the whole step, over all processes, as float64 scalars; what was zero is one, so
-        that anything may be divided by them. The shares of all batches add up to the loss.
+        `normalizers` are the `counts` of the whole step, over all processes, as float64 scalars; what was zero is one,
+        so that anything may be divided by them. The shares of all batches add up to the loss.
         """
         raise NotImplementedError
 
@@ -119,7 +119,7 @@ class Objective:
         return self.loss(outputs, batch, defaultdict(lambda: one))[1]
 
     def rows(self, outputs: Outputs, batch: Batch) -> Rows:
-        """Returns what an evaluation needs of each row, [B, ...] by name, for measures that are no sums: ranks, F1,
+        """Returns what an evaluation needs of each row, [B, ...] by name, for measures that are not sums: ranks, F1,
         correlations. `summary` is given those of all held-out rows, in their order on any topology."""
         return {}
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 from torch.utils._pytree import tree_map
 
-from trainer.objectives import NUM_TARGETS, Batch, Objective, Outputs, Sums, Totals
+from trainer.objectives import NUM_TARGETS, Batch, Normalizers, Objective, Outputs, Sums
 
 SOURCE = "source_number"  # field of a batch, int64 [B]: which of the mixture's sources each row came from
 
@@ -33,9 +33,9 @@ def by_source(kind: type[Objective], names: Sequence[str]) -> Callable[..., Obje
                 counts |= {f"{key}/{name}": value for key, value in super().counts(_select(batch, rows)).items()}
             return counts
 
-        def loss(self, outputs: Outputs, batch: Batch, totals: Totals) -> tuple[Tensor, Sums]:
+        def loss(self, outputs: Outputs, batch: Batch, totals: Normalizers) -> tuple[Tensor, Sums]:
             share, sums = super().loss(outputs, batch, totals)
-            ones: Totals = defaultdict(lambda: torch.ones_like(share.detach(), dtype=torch.float64))
+            ones: Normalizers = defaultdict(lambda: torch.ones_like(share.detach(), dtype=torch.float64))
             sums = dict(sums)
             with torch.no_grad():
                 for name, rows in _rows(batch, names):

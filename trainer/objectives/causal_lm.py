@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trainer.config import schema
 from trainer.facts import Facts
-from trainer.objectives import NUM_TARGETS, Batch, Objective, Sums, Totals
+from trainer.objectives import NUM_TARGETS, Batch, Normalizers, Objective, Sums
 
 IGNORE = -100
 
@@ -34,11 +34,11 @@ class CausalLM(Objective):
     def counts(self, batch: Batch) -> dict[str, float]:
         return {NUM_TARGETS: int((batch["targets"] != IGNORE).sum())}
 
-    def loss(self, outputs: Tensor, batch: Batch, totals: Totals) -> tuple[Tensor, Sums]:
+    def loss(self, outputs: Tensor, batch: Batch, normalizers: Normalizers) -> tuple[Tensor, Sums]:
         nats = F.cross_entropy(
             outputs.flatten(0, 1).float(), batch["targets"].flatten(), ignore_index=IGNORE, reduction="sum"
         )
-        return nats / totals[NUM_TARGETS], {"loss": nats}
+        return nats / normalizers[NUM_TARGETS], {"loss": nats}
 
     def evaluate(self, outputs: Tensor, batch: Batch) -> Sums:
         targets = batch["targets"].flatten()

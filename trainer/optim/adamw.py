@@ -9,8 +9,8 @@ from torch import nn
 
 from trainer.config import schema
 from trainer.errors import ConfigError
-from trainer.extras import without_apex, without_torchao
 from trainer.optim.groups import by_decay, names
+from trainer.optional_packages import without_apex, without_torchao
 
 
 def adamw(config: schema.AdamW, model: nn.Module) -> torch.optim.Optimizer:

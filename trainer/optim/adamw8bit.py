@@ -17,7 +17,7 @@ class AdamW8bit(torchao.optim.AdamW8bit):
 
     @staticmethod
     def _subclass_zeros(parameter: Tensor, signed: bool, block_size: int) -> Tensor:
-        """State of zeros, whose numbers, quantised again, are the same numbers: a resumed run goes on exactly.
+        """State of zeros, whose numbers, quantized again, are the same numbers: a resumed run goes on exactly.
 
         That holds if the largest of a block, which all others are divided by, is represented exactly. torchao's numbers
         go from -0.993 to 1.

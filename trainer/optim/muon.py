@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from trainer.config import schema
 from trainer.optim.groups import by_decay, kind, names, shape_of
-from trainer.optim.owners import of_whole
+from trainer.optim.matrix_owners import map_whole_matrices
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan's: as steep at 0 as the quintic stays near 1 elsewhere
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -52,7 +52,9 @@ class Muon(torch.optim.Optimizer):
             return self._momentum(parameter, group["momentum"])
 
         parameters = [parameter for parameter, _ in moved]
-        for number, direction in of_whole(parameters, momentum, lambda matrix: orthogonal(matrix, self.steps)):
+        for number, direction in map_whole_matrices(
+            parameters, momentum, lambda matrix: orthogonal(matrix, self.steps)
+        ):
             parameter, lr = parameters[number], moved[number][1]["lr"]
             parameter.mul_(1 - lr * moved[number][1]["weight_decay"])
             parameter.add_(direction.to(parameter.dtype), alpha=-lr * 0.2 * math.sqrt(max(parameter.shape)))
@@ -80,7 +82,7 @@ def orthogonal(matrix: Tensor, steps: int) -> Tensor:
     return x.T if tall else x
 
 
-class Together(torch.optim.Optimizer):
+class CombinedOptimizer(torch.optim.Optimizer):
     """Several optimizers of different parameters as one: it has their groups and their state, and steps them all."""
 
     def __init__(self, parts: Sequence[torch.optim.Optimizer]):
@@ -110,7 +112,7 @@ def muon(config: schema.Muon, model: nn.Module) -> torch.optim.Optimizer:
     if rest or not hidden:
         groups = by_decay(model, rest, config.weight_decay, config.no_decay)
         parts.append(torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True))
-    return Together(parts)
+    return CombinedOptimizer(parts)
 
 
 def _hidden(model: nn.Module, name: str, adamw_modules: Sequence[str]) -> bool:

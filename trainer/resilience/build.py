@@ -6,15 +6,15 @@ from dataclasses import dataclass
 
 from trainer.config import Config
 from trainer.data.stream import Stream
-from trainer.folder import RunFolder
-from trainer.resilience.agreement import AgreedStream
+from trainer.resilience.agreed_stream import AgreedStream
 from trainer.resilience.guard import Guard
 from trainer.resilience.interruption import Requests
 from trainer.resilience.quarantine import Quarantine
 from trainer.resilience.replicas import Replicas
 from trainer.resilience.stragglers import RANKS, Stragglers
+from trainer.run_directory import RunDirectory
 from trainer.topology import Topology
-from trainer.tracking.disk import Disk
+from trainer.tracking.run_files import RunFiles
 
 
 @dataclass
@@ -28,14 +28,14 @@ class Resilience:
     stragglers: Stragglers
 
 
-def build_resilience(config: Config, topology: Topology, folder: RunFolder, disk: Disk) -> Resilience:
+def build_resilience(config: Config, topology: Topology, folder: RunDirectory, run_files: RunFiles) -> Resilience:
     budget = config.data.error_budget if config.data.on_error == "quarantine" else None
     return Resilience(
         requests=Requests(folder.path, watch_files=topology.is_main),
         quarantine=Quarantine(folder.path, topology, budget, resumed=folder.found is not None),
         guard=Guard(config.guard, topology.device),
         replicas=Replicas(topology),
-        stragglers=Stragglers(topology, disk.appended(RANKS) if topology.is_main else None),
+        stragglers=Stragglers(topology, run_files.open_appender(RANKS) if topology.is_main else None),
     )
 
 

@@ -25,7 +25,7 @@ class Rollback(Exception):  # no error: the loop goes on elsewhere
     """Go on from the last checkpoint."""
 
 
-class Rolling:
+class RollingWindow:
     """The numbers of the last steps that were fine, float64 on the device; nothing here waits for it."""
 
     def __init__(self, window: int, sigmas: float, device: torch.device):
@@ -39,14 +39,14 @@ class Rolling:
         known = self.values.isnan().logical_not().sum()
         return torch.where(4 * known >= len(self.values), median + self.sigmas * _SIGMA * deviation, torch.inf)
 
-    def took(self, value: Tensor, fine: Tensor) -> None:
+    def record(self, value: Tensor, fine: Tensor) -> None:
         self.values = torch.where(fine, torch.cat([self.values[1:], value.double().reshape(1)]), self.values)
 
     def known(self) -> list[float]:
         return self.values[self.values.isfinite()].tolist()
 
     def load(self, known: Sequence[float]) -> None:
-        """Also of a window of another length."""
+        """Loads recorded numbers, also those of a window of another length."""
         window = len(self.values)
         newest = torch.tensor(list(known)[-window:], dtype=torch.float64)
         self.values = torch.cat([torch.full((window - len(newest),), torch.nan, dtype=torch.float64), newest]).to(
@@ -58,16 +58,16 @@ class Guard:
     def __init__(self, config: schema.Guard, device: torch.device):
         self.config, self.device = config, device
         self.rolling = {
-            kind: Rolling(config.window, sigmas, device)
+            kind: RollingWindow(config.window, sigmas, device)
             for kind, sigmas in (("norm", config.norm_spike), ("loss", config.loss_spike))
             if sigmas is not None
         }
         self.repeated: set[int] = set()  # steps that were bad the last time, and that the run has gone back for
-        self.left_out: list[int] = []
+        self.skipped_steps: list[int] = []
         self.corruptions = 0
 
     @property
-    def watches_loss(self) -> bool:
+    def needs_loss(self) -> bool:
         """Whether the loss must be known before the update."""
         return "loss" in self.rolling
 
@@ -77,15 +77,15 @@ class Guard:
             return -math.inf
         return self.rolling["norm"].limit() if "norm" in self.rolling else math.inf
 
-    def took(self, norm: Tensor, loss: float | None, skipped: Tensor) -> None:
+    def record(self, norm: Tensor, loss: float | None, skipped: Tensor) -> None:
         """Notes the numbers of a step."""
         if not self.rolling:
             return
         fine = skipped.logical_not().to(self.device)
         if "norm" in self.rolling:
-            self.rolling["norm"].took(norm.to(self.device), fine)
+            self.rolling["norm"].record(norm.to(self.device), fine)
         if loss is not None:
-            self.rolling["loss"].took(torch.tensor(loss, device=self.device), fine)
+            self.rolling["loss"].record(torch.tensor(loss, device=self.device), fine)
 
     def judge(self, row: Row, may_go_back: bool) -> Row:
         """What follows a bad step: the event that tells of it. `action` is "rollback", "left out" or "kept".
@@ -101,32 +101,40 @@ class Guard:
         if self.config.bad_step == "rollback" and may_go_back and step not in self.repeated:
             self.repeated.add(step)
             return {**event, "action": "rollback"}
-        self.left_out = [bad for bad in self.left_out if step - self.config.window < bad < step] + [step]
-        if len(self.left_out) > self.config.limit:
-            many = f"{len(self.left_out)} bad steps among the last {self.config.window}: {self.left_out}"
+        self.skipped_steps = [bad for bad in self.skipped_steps if step - self.config.window < bad < step] + [step]
+        if len(self.skipped_steps) > self.config.limit:
+            many = f"{len(self.skipped_steps)} bad steps among the last {self.config.window}: {self.skipped_steps}"
             raise TrainingError(f"step {step}: {found}: {kind}; {many}. {advice}, or raise guard.limit.")
         # A loss that is not finite while its gradient is: the update was done, as any process could have done it.
         return {**event, "action": "left out" if row["skipped"] else "kept"}
 
-    def passed(self, step: int) -> None:
+    def note_good_step(self, step: int) -> None:
         """A step that was fine: if it was bad before, that was an accident, and its next one is another."""
         self.repeated.discard(step)
 
-    def corrupted(self, step: int, odd: Sequence[int], may_go_back: bool) -> Row:
+    def handle_corruption(self, step: int, differing: Sequence[int], may_go_back: bool) -> Row:
         """What follows where these ranks have weights of their own: the event. Raises TrainingError to end the run."""
-        who = f"rank {odd[0]}: its weights differ" if len(odd) == 1 else f"ranks {list(odd)}: their weights differ"
-        who = f"{who} from those of the processes that hold the same" if odd else "processes disagree on the gradient"
-        reason = f"step {step}: {who}; memory or processor of one is faulty"
+        finding = (
+            f"rank {differing[0]}: its weights differ"
+            if len(differing) == 1
+            else f"ranks {list(differing)}: their weights differ"
+        )
+        finding = (
+            f"{finding} from those of the processes that hold the same"
+            if differing
+            else "processes disagree on the gradient"
+        )
+        reason = f"step {step}: {finding}; memory or processor of one is faulty"
         self.corruptions += 1
         if not may_go_back or self.corruptions > self.config.limit:
             raise TrainingError(f"{reason}; {self.corruptions} times in this life. Replace the hardware and go on.")
-        return {"kind": "corrupted", "step": step, "ranks": list(odd), "reason": reason}
+        return {"kind": "corrupted", "step": step, "ranks": list(differing), "reason": reason}
 
     def state(self) -> dict[str, Any]:
         """For the checkpoint, JSON-able: so a run that goes on judges as if it had not stopped."""
-        return {"left_out": self.left_out, **{kind: rolling.known() for kind, rolling in self.rolling.items()}}
+        return {"left_out": self.skipped_steps, **{kind: rolling.known() for kind, rolling in self.rolling.items()}}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.left_out = list(state.get("left_out", []))
+        self.skipped_steps = list(state.get("left_out", []))
         for kind, rolling in self.rolling.items():
             rolling.load(state.get(kind, []))

@@ -34,7 +34,7 @@ _before = -1  # what was woken before the first `listen`
 
 
 def listen() -> None:
-    """From now on signals are requests. A second Ctrl-C ends the process at once, whatever it is doing: checkpoints
+    """Turns signals into requests. A second Ctrl-C ends the process at once, whatever it is doing: checkpoints
     bear that at any instant. So does the first signal, after a moment, where nothing would be lost: a start that reads,
     verifies or connects for minutes asks nobody."""
     global _before, _last_words, _listening, _woken
@@ -82,7 +82,7 @@ def before_leaving_at_once(last_words: Callable[[str, int], None]) -> None:
     _last_words = last_words
 
 
-def is_asked() -> bool:
+def is_stop_requested() -> bool:
     """Returns whether a signal has asked this process to end."""
     return bool(_asked)
 
@@ -121,20 +121,20 @@ class Requests:
 
     def __init__(self, folder: Path, watch_files: bool):
         self.folder, self.watch_files = folder, watch_files
-        self.gave_up = False  # what it waited for, while the others waited for it
+        self.has_given_up = False  # what it waited for, while the others waited for it
         self._looked = time.monotonic()  # when this rank, if it does not watch it, looked for the file
 
     def stop(self) -> bool:
-        return self.gave_up or bool(_asked) or (self.watch_files and (self.folder / STOP).exists())
+        return self.has_given_up or bool(_asked) or (self.watch_files and (self.folder / STOP).exists())
 
-    def gives_up(self, over: bool) -> bool:
+    def should_give_up(self, over: bool) -> bool:
         """Whether to stop instead of waiting any longer. Looks for the file on any rank, because all wait for this one;
         seldom, because many may be late at once. `over`: its time is."""
         found = False
         if self.watch_files or time.monotonic() > self._looked + PATIENCE_S:
             found, self._looked = (self.folder / STOP).exists(), time.monotonic()
-        self.gave_up = over or bool(_asked) or found
-        return self.gave_up
+        self.has_given_up = over or bool(_asked) or found
+        return self.has_given_up
 
     def give_way(self) -> bool:
         """To stop for now: a batch system's signal, after which it is expected to queue again."""
@@ -144,7 +144,7 @@ class Requests:
         return self.watch_files and (self.folder / SAVE).exists()
 
     def done(self, name: str) -> None:
-        """Takes a request file away, once it was honoured."""
+        """Takes a request file away, once it was honored."""
         if self.watch_files:
             with suppress(OSError):  # a folder that cannot be written for now
                 (self.folder / name).unlink(missing_ok=True)

@@ -11,13 +11,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from trainer.data.faults import Fault
-from trainer.data.spec import file_name
-from trainer.data.stream import Slot, StepData
+from trainer.data.bad_data import BadData
+from trainer.data.shard_spec import file_name
+from trainer.data.stream import ExampleId, StepData
 from trainer.errors import DataError
 from trainer.files import sync
 from trainer.topology import Topology
-from trainer.tracking.jsonl import mend, read
+from trainer.tracking.jsonl import read, repair
 
 NAME = "quarantine.jsonl"
 
@@ -30,16 +30,16 @@ class Quarantine:
         if topology.is_main and not resumed:
             self._path.unlink(missing_ok=True)
         if topology.is_main:
-            mend(self._path)
+            repair(self._path)
         self._rows: list[dict[str, Any]] = topology.broadcast(read(self._path) if topology.is_main else None)
 
     @property
-    def left_out(self) -> list[Slot]:
+    def left_out(self) -> list[ExampleId]:
         """What earlier lives left out. Of a step that weights or batch sizes were changed for since, other units may
         come at these numbers: those are read."""
-        return [Slot(row["number"], row["source"], row["unit"]) for row in self._rows if row["number"] is not None]
+        return [ExampleId(row["number"], row["source"], row["unit"]) for row in self._rows if row["number"] is not None]
 
-    def opened(self, faults: Sequence[Fault]) -> list[dict[str, Any]]:
+    def opened(self, faults: Sequence[BadData]) -> list[dict[str, Any]]:
         """Takes in what was found damaged when the data was opened; all ranks bring the same. As `steps`."""
         known = [{name: row[name] for name in ("shard", "key", "byte", "cause")} for row in self._rows]
         nowhere = {"step": None, "number": None, "source": None, "unit": None}
@@ -53,7 +53,7 @@ class Quarantine:
         if self._budget is None:
             return []
         own = [{"step": data.step, **slot._asdict(), **asdict(fault)} for data in steps for slot, fault in data.faults]
-        own = own if self._topology.speaks else []
+        own = own if self._topology.is_data_rank else []
         rows = [row for part in self._topology.gather(own) for row in part]
         return self._add(sorted(rows, key=lambda row: row["number"]))
 

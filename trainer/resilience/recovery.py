@@ -1,12 +1,12 @@
-"""What the loop does about bad steps and wrong weights, and how it takes up a checkpoint. All ranks do the same."""
+"""What the loop does about bad steps and wrong weights, and how it restores a checkpoint. All ranks do the same."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any
 
-from trainer.checkpoint.load import OPTIONAL, Found, read
-from trainer.checkpoint.pieces import model_of, values
+from trainer.checkpoint.load import OPTIONAL, FoundCheckpoint, read_state
+from trainer.checkpoint.state import local_values, model_of
 from trainer.data.stream import StepData
 from trainer.errors import TrainingError
 from trainer.job import Job
@@ -18,18 +18,18 @@ OPTIMIZER = "optimizer/"
 NAMED = 20  # parameters in an event
 
 
-def restore(job: Job, found: Found) -> None:
+def restore(job: Job, found: FoundCheckpoint) -> None:
     """Fills the strategy with what a checkpoint holds."""
     same = found.manifest["config"]["optimizer"]["name"] == job.config.optimizer.name
-    reset = take_up(job.models, found, same_optimizer=same)
+    reset = load_models(job.models, found, same_optimizer=same)
     names = sorted({name for others in job.topology.gather(reset if same else []) for name in others})
     if names:
-        job.journal.event(kind="optimizer_state_reset", count=len(names), parameters=names[:NAMED])
+        job.logger.event(kind="optimizer_state_reset", count=len(names), parameters=names[:NAMED])
     job.resilience.guard.load_state(found.manifest.get("guard", {}))
-    job.saver.goes_on_from(found.manifest["step"])
+    job.saver.resume_from(found.manifest["step"])
 
 
-def take_up(models: Strategy | RunModels, found: Found, *, same_optimizer: bool) -> list[str]:
+def load_models(models: Strategy | RunModels, found: FoundCheckpoint, *, same_optimizer: bool) -> list[str]:
     """Fills models. State that another optimizer kept is of no use: that of parameters of which the checkpoint has
     other kinds than are kept now (`optimizer.adamw_modules` was changed, or all of it) begins anew. Returns their
     names."""
@@ -42,8 +42,8 @@ def take_up(models: Strategy | RunModels, found: Found, *, same_optimizer: bool)
     }
     anew = {path for path in state if (part := _kind_of(path)) and part[1] in reset.get(part[0], ())}
     for path in anew:
-        values(state[path]).zero_()
-    read(found, {path: tensor for path, tensor in state.items() if path not in anew})
+        local_values(state[path]).zero_()
+    read_state(found, {path: tensor for path, tensor in state.items() if path not in anew})
     models.load_state(state)
     return list(reset)
 
@@ -70,41 +70,43 @@ def _kind_of(path: str) -> tuple[str, str] | None:
     return f"{model}/{name}" if model else name, kind
 
 
-def judge(job: Job, rows: list[dict[str, Any]], bad: list[bool], steps: list[StepData]) -> None:
+def handle_bad_steps(job: Job, rows: list[dict[str, Any]], bad: list[bool], steps: list[StepData]) -> None:
     """Says what follows bad steps. Raises Rollback, or TrainingError."""
     if any(bad):
         wait_for_save(job)
     for i, row in enumerate(rows):
         if not bad[i]:
-            job.resilience.guard.passed(row["step"])
+            job.resilience.guard.note_good_step(row["step"])
             continue
         try:
             event = job.resilience.guard.judge(row, may_go_back=job.saver.newest is not None)
         except TrainingError:
-            job.journal.ledger(steps[: i + 1])
-            job.journal.rows(rows[: i + 1])
+            job.logger.ledger(steps[: i + 1])
+            job.logger.rows(rows[: i + 1])
             raise
-        job.journal.event(**event)
+        job.logger.event(**event)
         if event["action"] == "rollback":
             raise Rollback
 
 
-def part_ways(job: Job, step: int, count: int) -> None:
-    """Some processes have done an update that others have not: one of them computes wrongly. As `compare_replicas`."""
+def raise_ranks_disagree(job: Job, step: int, count: int) -> None:
+    """Raises Rollback or TrainingError because some ranks did an update that others did not: one computes wrongly."""
     wait_for_save(job)
-    job.journal.event(**job.resilience.guard.corrupted(step, [], may_go_back=job.saver.newest is not None))
+    job.logger.event(**job.resilience.guard.handle_corruption(step, [], may_go_back=job.saver.newest is not None))
     raise Rollback(f"{count} of {job.topology.world_size} processes left a step out")
 
 
 def compare_replicas(job: Job, step: int) -> None:
     """Raises Rollback where a process has other weights than those it shares them with; or TrainingError."""
-    if odd := job.resilience.replicas.odd(job.models.state()):
+    if differing := job.resilience.replicas.find_differing(job.models.state()):
         wait_for_save(job)
-        job.journal.event(**job.resilience.guard.corrupted(step, odd, may_go_back=job.saver.newest is not None))
+        job.logger.event(
+            **job.resilience.guard.handle_corruption(step, differing, may_go_back=job.saver.newest is not None)
+        )
         raise Rollback
 
 
 def wait_for_save(job: Job) -> None:
     with job.clock.watched_elsewhere():
         events = job.saver.wait()
-    job.journal.events(events)
+    job.logger.events(events)

@@ -7,33 +7,33 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 
-from trainer.checkpoint.pieces import State
-from trainer.checkpoint.plan import Held, Plan, fingerprint, held_by
+from trainer.checkpoint.plan import Plan, Shard, fingerprint, local_shards
+from trainer.checkpoint.state import State
 from trainer.topology import Topology
 
 
 class Replicas:
     def __init__(self, topology: Topology):
         self.topology = topology
-        self._pieces: dict[str, set[Held]] | None = None
+        self._pieces: dict[str, set[Shard]] | None = None
 
-    def odd(self, state: State) -> list[int] | None:
+    def find_differing(self, state: State) -> list[int] | None:
         """The ranks that hold other weights than those they share them with; None if there are none. All of a group
         where it has no majority. All ranks call it, and hear the same."""
-        held = held_by(state)
+        held = local_shards(state)
         if self._pieces is None:
-            shared = Plan.of(state, self.topology).to_agree_on(self.topology.rank)
-            self._pieces = {group: set(its) for group, its in shared.items()}
-        own = {
-            group: int(fingerprint([tensor for piece, tensor in held if piece in its]))
-            for group, its in self._pieces.items()
+            shared = Plan.of(state, self.topology).replicated_shards(self.topology.rank)
+            self._pieces = {group: set(shards) for group, shards in shared.items()}
+        prints_here = {
+            group: int(fingerprint([tensor for piece, tensor in held if piece in shards]))
+            for group, shards in self._pieces.items()
         }
         groups: defaultdict[str, dict[int, int]] = defaultdict(dict)
-        for rank, prints in enumerate(self.topology.gather(own)):
+        for rank, prints in enumerate(self.topology.gather(prints_here)):
             for group, print_ in prints.items():
                 groups[group][rank] = print_
-        odd = {rank for prints in groups.values() for rank in _minority(prints)}
-        return sorted(odd) or None
+        differing = {rank for prints in groups.values() for rank in _minority(prints)}
+        return sorted(differing) or None
 
 
 def _minority(prints: dict[int, int]) -> list[int]:

@@ -52,7 +52,7 @@ def report(thread_name: str) -> dict[str, Any]:
 
 
 def _walk(frame: FrameType | None) -> Any:
-    """From the innermost outwards."""
+    """Walks the frames from the innermost outwards."""
     while frame is not None:
         yield frame
         frame = frame.f_back

@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any
 
 from trainer.topology import Topology
-from trainer.tracking.disk import Appender
+from trainer.tracking.run_files import Appender
 
 RANKS = "ranks.jsonl"
 EVERY_S = 30.0
@@ -24,7 +24,7 @@ class Stragglers:
         self.topology, self.file = topology, file
         self._looked, self._own = 0.0, {"data_wait_s": 0.0, "forward_s": 0.0}
 
-    def took(self, data_wait: float, forward: float) -> None:
+    def record(self, data_wait: float, forward: float) -> None:
         """Adds seconds of this rank."""
         self._own["data_wait_s"] += data_wait
         self._own["forward_s"] += forward
@@ -42,11 +42,11 @@ class Stragglers:
         return [
             {"kind": "straggler", "rank": rank, "what": kind, "seconds": values[rank], "median": median(values)}
             for kind, values in row.items()
-            for rank in slow(values, span)
+            for rank in find_slow(values, span)
         ]
 
 
-def slow(values: Sequence[float], span: float) -> list[int]:
+def find_slow(values: Sequence[float], span: float) -> list[int]:
     """Ranks whose seconds stand out among all of them, in a time of `span` seconds."""
     usual = median(values)
     return [rank for rank, value in enumerate(values) if value > FACTOR * usual and value - usual > LEAST * span]

@@ -28,11 +28,11 @@ from trainer import outage
 from trainer.config import schema
 from trainer.errors import Crashed
 from trainer.files import create_file, replace_file
-from trainer.folder import RunFolder
-from trainer.processes import boot, started
+from trainer.processes import boot_id, start_time
+from trainer.resilience.hang_verdict import verdict
 from trainer.resilience.stacks import report
-from trainer.resilience.timeledger import TimeLedger
-from trainer.resilience.verdict import verdict
+from trainer.resilience.time_ledger import TimeLedger
+from trainer.run_directory import RunDirectory
 from trainer.topology import Topology
 
 LEAST_S = 5.0
@@ -79,7 +79,12 @@ class Watchdog:
     """Looks after what the main thread does, by `clock`, and after the `activities` that are added."""
 
     def __init__(
-        self, config: schema.Watchdog, topology: Topology, folder: RunFolder, clock: TimeLedger, compiles: bool = False
+        self,
+        config: schema.Watchdog,
+        topology: Topology,
+        folder: RunDirectory,
+        clock: TimeLedger,
+        compiles: bool = False,
     ):
         """`compiles`: any step may meet a shape that is new to torch.compile, and take as long as the first one."""
         if compiles:
@@ -98,7 +103,7 @@ class Watchdog:
         self._stacks = os.memfd_create("stacks") if hasattr(os, "memfd_create") else None
         if self._stacks is not None:
             faulthandler.register(signal.SIGUSR2, file=self._stacks, all_threads=True)
-        me = {"host": socket.gethostname(), "boot": boot(), "pid": os.getpid(), "started": started(os.getpid())}
+        me = {"host": socket.gethostname(), "boot": boot_id(), "pid": os.getpid(), "started": start_time(os.getpid())}
         me["stacks"] = self._stacks
         self.peers: list[dict[str, Any]] = topology.gather(me)
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -151,7 +156,7 @@ class Watchdog:
 
     def _tell_of_outage(self) -> None:
         """While this rank waits for storage, all others are patient, too."""
-        if (is_on := outage.is_on()) != self._outage_told:
+        if (is_on := outage.is_ongoing()) != self._outage_told:
             self._outage.touch() if is_on else self._outage.unlink(missing_ok=True)
             self._outage_told = is_on
 
@@ -161,7 +166,7 @@ class Watchdog:
         return False
 
     def _waits_for_data(self) -> bool:
-        return outage.is_on() or any(self.files.parent.glob(f"{self.files.name}-waits-*"))
+        return outage.is_ongoing() or any(self.files.parent.glob(f"{self.files.name}-waits-*"))
 
     def _alarm(self, number: int, seconds: float, may: float) -> None:
         self.files.mkdir(parents=True, exist_ok=True)
@@ -237,7 +242,7 @@ class Watchdog:
     def _near(self, rank: int) -> bool:
         mine, its = self.peers[self.topology.rank], self.peers[rank]
         same_machine = (mine["host"], mine["boot"]) == (its["host"], its["boot"])
-        return same_machine and started(its["pid"]) == its["started"]
+        return same_machine and start_time(its["pid"]) == its["started"]
 
     @staticmethod
     def _wait_for(path: Path) -> None:

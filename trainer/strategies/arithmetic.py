@@ -19,18 +19,18 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
 
 from trainer import fault_points
-from trainer.checkpoint.pieces import Fragment
+from trainer.checkpoint.state import FlatShard
 from trainer.config import strategy as schema
 from trainer.models import ModelFactory, is_saved
-from trainer.objectives import NUM_TARGETS, Batch, Objective, Outputs, Rows, Sums, Totals
+from trainer.objectives import NUM_TARGETS, Batch, Normalizers, Objective, Outputs, Rows, Sums
 from trainer.optim.conditional import step_unless
 from trainer.precision import Precision
 from trainer.randomness import seed_torch
 from trainer.strategies.base import OptimizerFactory, UpdateResult
-from trainer.strategies.buffers import Buffers, untouched
-from trainer.strategies.filling import cut_back, rows_from, rows_of
-from trainer.strategies.layers import prepare
-from trainer.strategies.timer import ForwardTimer
+from trainer.strategies.buffers import Buffers, preserve_buffers
+from trainer.strategies.forward_timer import ForwardTimer
+from trainer.strategies.layers import wrap_layers
+from trainer.strategies.padding import num_rows, take_rows, trim_rows
 from trainer.topology import Topology
 
 
@@ -42,18 +42,18 @@ class StepOptions:
     activation_checkpointing: str
     compile: bool
     micro_batch: int = 1  # sequences of a forward pass, where none are missing
-    unequal: bool = False
+    unequal_micro_batches: bool = False
     """Whether processes may have micro-batches of different sizes: what cannot be read is left out of them."""
 
 
 class StepArithmetic:
-    """The base class of all strategies. What talks to other processes is in `total`, `norm`, `gather_rows` and
+    """The base class of all strategies. What talks to other processes is in `all_reduce`, `norm`, `gather_rows` and
     `local_rows`."""
 
     runs_alone = False  # on one process, too; else `Single` does it there
     config: schema.Plugin
     num_targets: Tensor  # of the step, over all processes
-    materialised = False  # the optimizer's state, of every parameter
+    materialized = False  # the optimizer's state, of every parameter
     casts_kept = True  # by autocast, of weights, until the forward pass is over
 
     def __init__(
@@ -67,9 +67,9 @@ class StepArithmetic:
         self.topology, self.precision, self.objective, self.options = topology, precision, objective, options
         self.config = config
         self.scaler = precision.scaler()
-        self.averaged_over = topology.dp_size  # how many ranks' gradients are averaged; 1 if they are summed
+        self.num_averaged_ranks = topology.dp_size  # how many ranks' gradients are averaged; 1 if they are summed
         self.timer = ForwardTimer(topology.device)
-        self.tells = topology.speaks  # of all ranks that train on the same sequences, one's sums count
+        self.reports_data = topology.is_data_rank  # of all ranks that train on the same sequences, one's sums count
 
     def setup(self, model_factory: ModelFactory, optimizer_factory: OptimizerFactory | None) -> None:
         self.example = cache(model_factory.example) if model_factory.example else None  # it is read from the data
@@ -85,30 +85,30 @@ class StepArithmetic:
         self.wrapped = self.wrap(self.model)
 
     def build(self, model_factory: ModelFactory) -> nn.Module:
-        """The model with its initial weights, on the device, its layers prepared."""
+        """Returns the model with its initial weights, on the device, its layers wrapped."""
         model = model_factory(self.topology.device, self.topology.control)
-        prepare(model, self.options.activation_checkpointing, self.options.compile)
+        wrap_layers(model, self.options.activation_checkpointing, self.options.compile)
         return model
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The module that training calls."""
+        """Returns the module that training calls."""
         return model
 
     def sync(self, last: bool) -> AbstractContextManager[object]:
-        """Around each micro-batch: only the last one's backward needs to exchange gradients."""
+        """Returns the context of a micro-batch: only the last one's backward needs to exchange gradients."""
         return nullcontext()
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """The backward pass of one micro-batch, the last one of the step or not."""
+        """Runs the backward pass of one micro-batch; `last` says whether it is the step's last."""
         loss.backward()
 
-    def total(self, sums: Tensor) -> Tensor:
-        """Adds up over all ranks."""
+    def all_reduce(self, sums: Tensor) -> Tensor:
+        """Adds up `sums` over all ranks, in place."""
         dist.all_reduce(sums)
         return sums
 
-    def whole(self, tensor: Tensor) -> Tensor:
-        """All of a tensor that may be spread over processes."""
+    def full_tensor(self, tensor: Tensor) -> Tensor:
+        """Returns the whole of a tensor that may be sharded."""
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
     def norm(self, gradients: Sequence[Tensor]) -> Tensor:
@@ -117,31 +117,31 @@ class StepArithmetic:
             return torch.zeros((), device=self.topology.device)
         dtype = torch.promote_types(gradients[0].dtype, torch.float32)
         norms = torch._foreach_norm(list(gradients), 2, dtype)
-        return self.whole(torch.linalg.vector_norm(torch.stack(norms)))
+        return self.full_tensor(torch.linalg.vector_norm(torch.stack(norms)))
 
     def train_step(
         self, micro_batches: Sequence[Batch], objective: Objective | None = None, abandoned: bool = False
     ) -> Sums:
         objective = objective or self.objective
-        totals, sums = self.totals_of(micro_batches, objective, abandoned)
-        self.buffers.remember()
+        normalizers, sums = self.reduce_counts(micro_batches, objective, abandoned)
+        self.buffers.snapshot()
         for number, batch in enumerate(micro_batches, 1):
             with self.sync(last=number == len(micro_batches)):
-                loss, part = self.forward(batch, objective, totals)
+                loss, part = self.forward(batch, objective, normalizers)
                 fault_points.point("step.loss", [loss])
                 self.backward(loss * self.loss_scale, number == len(micro_batches))
             self.add(sums, part)
         return sums
 
-    def forward(self, batch: Batch, objective: Objective, totals: Totals) -> tuple[Tensor, Sums]:
+    def forward(self, batch: Batch, objective: Objective, normalizers: Normalizers) -> tuple[Tensor, Sums]:
         """Returns a micro-batch's share of the step's loss, with its graph, and what it adds to the sums."""
         self._seed(batch)
         with self.timer.running():
-            return objective.loss(*self.computed(self.wrapped, batch), totals)
+            return objective.loss(*self.run_forward(self.wrapped, batch), normalizers)
 
-    def totals_of(
+    def reduce_counts(
         self, micro_batches: Sequence[Batch], objective: Objective, abandoned: bool = False
-    ) -> tuple[Totals, Sums]:
+    ) -> tuple[Normalizers, Sums]:
         """Returns the counts of the whole step, by which losses are divided, and what this rank adds to them: the rule
         that makes all strategies one curve. A mean of means would weigh targets by the company they are in.
 
@@ -149,54 +149,54 @@ class StepArithmetic:
         anyway. Every rank then refuses the update.
         """
         counts = [objective.counts(batch) for batch in micro_batches]
-        own = {name: sum(float(part[name]) for part in counts) for name in counts[0]}
-        local = torch.tensor(list(own.values()), dtype=torch.float64, device=self.topology.device)
-        total = self.total(local * math.nan if abandoned else local.clone()) / self.topology.layout.processes
-        totals = dict(zip(own, torch.where(total == 0, 1.0, total).unbind(), strict=True))
-        self.num_targets = total[list(own).index(NUM_TARGETS)]
+        local_counts = {name: sum(float(part[name]) for part in counts) for name in counts[0]}
+        local = torch.tensor(list(local_counts.values()), dtype=torch.float64, device=self.topology.device)
+        summed = self.all_reduce(local * math.nan if abandoned else local.clone()) / self.topology.layout.processes
+        normalizers = dict(zip(local_counts, torch.where(summed == 0, 1.0, summed).unbind(), strict=True))
+        self.num_targets = summed[list(local_counts).index(NUM_TARGETS)]
         sums = Sums()
-        self.add(sums, dict(zip(own, local.unbind(), strict=True)))
-        return totals, sums
+        self.add(sums, dict(zip(local_counts, local.unbind(), strict=True)))
+        return normalizers, sums
 
     @property
     def loss_scale(self) -> float:
         """What a loss is multiplied by for its backward pass: the number of ranks whose gradients will be averaged,
         and the scale of fp16."""
-        return self.scaler.scale * self.averaged_over
+        return self.scaler.scale * self.num_averaged_ranks
 
     def add(self, sums: Sums, part: Sums) -> None:
         """Adds the numbers of a micro-batch; on ranks whose sums do not count, zeros of their names."""
         for name, value in part.items():
-            value = self.whole(value.detach()).double()
-            value = value if self.tells else torch.zeros_like(value)
+            value = self.full_tensor(value.detach()).double()
+            value = value if self.reports_data else torch.zeros_like(value)
             sums[name] = sums[name] + value if name in sums else value
 
-    def computed(self, model: nn.Module, batch: Batch) -> tuple[Outputs, Batch]:
+    def run_forward(self, model: nn.Module, batch: Batch) -> tuple[Outputs, Batch]:
         """What the objective is given: the model's outputs and the batch, both on the device.
 
         A batch without a row is filled up to a whole micro-batch (batch norm refuses a single row), and its outputs are
         cut back to none; the model's buffers hear nothing of it.
         """
         device = self.topology.device
-        if rows_of(batch):
+        if num_rows(batch):
             batch = to_device(batch, device)
-            with self.casting():
+            with self.autocast_forward():
                 return self.outputs(model(batch)), batch
-        filled = to_device(rows_from(batch, 0, self.options.micro_batch, self.spare()), device)
-        with self.casting(), untouched(self.model):
-            return cut_back(self.outputs(model(filled)), 0), cut_back(filled, 0)
+        filled = to_device(take_rows(batch, 0, self.options.micro_batch, self.padding_row()), device)
+        with self.autocast_forward(), preserve_buffers(self.model):
+            return trim_rows(self.outputs(model(filled)), 0), trim_rows(filled, 0)
 
-    def spare(self) -> Batch | None:
-        """A row that a batch can be filled up with."""
+    def padding_row(self) -> Batch | None:
+        """Returns a row that a batch can be padded with."""
         return self.example() if self.example else None
 
-    def casting(self) -> AbstractContextManager[object]:
-        """Around a forward pass: matrix products in the type that precision asks for."""
+    def autocast_forward(self) -> AbstractContextManager[object]:
+        """Returns the context of a forward pass: matrix products in the type that precision asks for."""
         return self.precision.autocast(cache=self.casts_kept)
 
     def outputs(self, outputs: Outputs) -> Outputs:
         """What the objective is given of what the model gives."""
-        return tree_map(self.whole, outputs)
+        return tree_map(self.full_tensor, outputs)
 
     def update(self, lr: float, limit: Tensor | float = math.inf) -> UpdateResult:
         norm = self._unscaled_norm()
@@ -205,11 +205,11 @@ class StepArithmetic:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         overflow = not self.scaler.accepts(norm, self.num_targets)
-        bad, empty = self.judged(norm, limit)
+        bad, empty = self.check_norm(norm, limit)
         skipped = bad | empty | overflow
         step_unless(self.optimizer, skipped)
         self.optimizer.zero_grad(set_to_none=True)
-        self.buffers.settle(skipped)
+        self.buffers.end_update(skipped)
         return UpdateResult(norm, skipped, bad & (not overflow))
 
     def discard(self) -> Tensor:
@@ -223,7 +223,7 @@ class StepArithmetic:
         self.scaler.unscale(gradients)
         return self.norm(gradients)
 
-    def judged(self, norm: Tensor, limit: Tensor | float) -> tuple[Tensor, Tensor]:
+    def check_norm(self, norm: Tensor, limit: Tensor | float) -> tuple[Tensor, Tensor]:
         """Whether the norm is too large or no number, and whether there was no target at all or the step was abandoned
         (where all ranks did so, there is no gradient that could show it)."""
         return (norm < limit).logical_not(), (self.num_targets > 0).logical_not().to(norm.device)
@@ -231,14 +231,14 @@ class StepArithmetic:
     @torch.no_grad()
     def infer(self, batch: Batch) -> Outputs:
         self._seed(batch)
-        with untouched(self.model):
-            return tree_map(self.whole, self.computed(self.model, batch)[0])
+        with preserve_buffers(self.model):
+            return tree_map(self.full_tensor, self.run_forward(self.model, batch)[0])
 
     def gradient(self, batch: Batch, field: str, loss: Callable[[Outputs, Batch], Tensor]) -> Tensor:
         self._seed(batch)
         value = batch[field].detach().to(self.topology.device).requires_grad_()
-        with untouched(self.model):
-            outputs, on_device = self.computed(self.model, batch | {field: value})
+        with preserve_buffers(self.model):
+            outputs, on_device = self.run_forward(self.model, batch | {field: value})
             (gradient,) = torch.autograd.grad(loss(outputs, on_device), value, allow_unused=True)
         return torch.zeros_like(value) if gradient is None else gradient
 
@@ -267,17 +267,17 @@ class StepArithmetic:
 
     def _seed(self, batch: Batch) -> None:
         """For models that draw from torch's generator: the same draws in every attempt of the run."""
-        seed_torch(int(batch["draws"][0]) if rows_of(batch) else 0, self.topology.device)
+        seed_torch(int(batch["draws"][0]) if num_rows(batch) else 0, self.topology.device)
 
     @torch.no_grad()
     def eval_step(self, batch: Batch) -> tuple[Sums, Rows]:
         self.model.eval()
-        outputs, on_device = self.computed(self.model, batch)
+        outputs, on_device = self.run_forward(self.model, batch)
         self.model.train()
-        sums = self.evaluated(outputs, on_device, self.objective.counts(batch))
-        return sums, self.objective.rows(tree_map(self.whole, outputs), on_device)
+        sums = self.evaluation_sums(outputs, on_device, self.objective.counts(batch))
+        return sums, self.objective.rows(tree_map(self.full_tensor, outputs), on_device)
 
-    def evaluated(self, outputs: Outputs, batch: Batch, counts: Mapping[str, float]) -> Sums:
+    def evaluation_sums(self, outputs: Outputs, batch: Batch, counts: Mapping[str, float]) -> Sums:
         """Returns this rank's sums of a batch of held-out data: those of the objective, and the counts."""
         sums, device = Sums(), self.topology.device
         self.add(
@@ -289,14 +289,14 @@ class StepArithmetic:
     def reduce(self, sums: Mapping[str, Tensor]) -> dict[str, list[float]]:
         names = sorted(sums)
         stacked = torch.stack([sums[name].to(self.topology.device, torch.float64) for name in names])
-        return dict(zip(names, self.total(stacked).tolist(), strict=True))
+        return dict(zip(names, self.all_reduce(stacked).tolist(), strict=True))
 
-    def state(self) -> Mapping[str, Tensor | Fragment]:
-        return {name: plain(tensor) for name, tensor in self._tensors().items()}
+    def state(self) -> Mapping[str, Tensor | FlatShard]:
+        return {name: plain_tensor(tensor) for name, tensor in self._tensors().items()}
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Those of `state`, as they are held."""
-        self._materialise()
+        """Returns the tensors of `state` as this rank holds them."""
+        self._materialize()
         tensors, saved = self.model.state_dict(), is_saved(self.model)
         state = {f"model/{name}": tensor.detach() for name, tensor in tensors.items() if saved(name)}
         for name, parameter in self.model.named_parameters():
@@ -306,9 +306,9 @@ class StepArithmetic:
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        own = self._tensors()
+        current = self._tensors()
         for name, tensor in state.items():
-            own[name].copy_(tensor.to(own[name].device))
+            current[name].copy_(tensor.to(current[name].device))
         self.scaler.load_state(state)
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -316,18 +316,18 @@ class StepArithmetic:
             yield name, tensor.detach().cpu()
 
     def close(self) -> None:
-        """Lets go of the wrapper, and with it of its hold on the process group."""
+        """Drops the wrapper, and with it its reference to the process group."""
         del self.wrapped
 
-    def _materialise(self) -> None:
+    def _materialize(self) -> None:
         """Makes the optimizer's state of every parameter that is trained, so that it can be read into, and is the same
         in every attempt. torch creates it only with a parameter's first gradient.
 
         A step of no length does it for any optimizer; then the state is what it is before a first step, zero.
         """
-        if self.materialised:
+        if self.materialized:
             return
-        self.materialised = True
+        self.materialized = True
         new = [parameter for parameter in self.parameters if not self.optimizer.state.get(parameter)]
         if not new:
             return
@@ -342,7 +342,7 @@ class StepArithmetic:
             group["lr"] = rate
         for parameter in new:
             for value in self.optimizer.state[parameter].values():
-                value.copy_(torch.zeros_like(plain(value)))
+                value.copy_(torch.zeros_like(plain_tensor(value)))
 
 
 def _interleaved(present: Sequence[int]) -> Tensor:
@@ -350,8 +350,8 @@ def _interleaved(present: Sequence[int]) -> Tensor:
     return torch.arange(max(present))[:, None] < torch.tensor(list(present))
 
 
-def plain(tensor: Tensor) -> Tensor:
-    """`tensor` as it is saved. Of one that is quantised (an optimizer's 8-bit state) what it stands for: a copy, on
+def plain_tensor(tensor: Tensor) -> Tensor:
+    """`tensor` as it is saved. Of one that is quantized (an optimizer's 8-bit state) what it stands for: a copy, on
     the CPU unless it is sharded."""
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     if type(local).dequantize is Tensor.dequantize:

@@ -1,4 +1,4 @@
-"""The seam between the loop and a strategy: only verbs that every strategy can honour.
+"""The seam between the loop and a strategy: only verbs that every strategy can honor.
 
 A pipeline schedule owns forward and backward of all micro-batches, DeepSpeed merges unscale, clip, step and zero; so
 the loop says no less than `train_step` and `update`.
@@ -13,10 +13,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from trainer.checkpoint.pieces import Fragment
+from trainer.checkpoint.state import FlatShard
 from trainer.models import ModelFactory
 from trainer.objectives import Batch, Model, Objective, Rows, Sums
-from trainer.strategies.timer import ForwardTimer
+from trainer.strategies.forward_timer import ForwardTimer
 
 OptimizerFactory = Callable[[nn.Module], torch.optim.Optimizer]
 
@@ -34,7 +34,7 @@ class Strategy(Model, Protocol):
     timer: ForwardTimer
 
     def setup(self, model_factory: ModelFactory, optimizer_factory: OptimizerFactory | None) -> None:
-        """Builds the model, parallelises it, then builds the optimizer on the final parameters; None for a model that
+        """Builds the model, parallelizes it, then builds the optimizer on the final parameters; None for a model that
         is only asked, in evaluation mode."""
         ...
 
@@ -59,7 +59,7 @@ class Strategy(Model, Protocol):
         """Adds up vectors of one length over all data-parallel ranks: the one collective of metrics and votes."""
         ...
 
-    def state(self) -> Mapping[str, Tensor | Fragment]:
+    def state(self) -> Mapping[str, Tensor | FlatShard]:
         """The canonical form: `model/<name>`, `optimizer/<kind>/<name>`, `scaler/<kind>` -> what this process holds."""
         ...
 

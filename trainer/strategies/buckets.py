@@ -10,11 +10,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 BUCKET_BYTES = 25 * 2**20  # as large as torch's DDP makes them: links are busy, and two fit beside any model
-UNDER_WAY = 2  # buckets; more would only take memory
+IN_FLIGHT = 2  # buckets; more would only take memory
 
 
 @torch.no_grad()
-def add_up(gradients: Sequence[Tensor], group: dist.ProcessGroup, dtype: torch.dtype | None = None) -> None:
+def all_reduce_buckets(gradients: Sequence[Tensor], group: dist.ProcessGroup, dtype: torch.dtype | None = None) -> None:
     """Replaces each gradient by its sum over the group, which is computed in `dtype`, or in the gradients' own.
 
     Every process of the group gives gradients of the same shapes in the same order. The order of the sums follows from
@@ -27,7 +27,7 @@ def add_up(gradients: Sequence[Tensor], group: dist.ProcessGroup, dtype: torch.d
         work = dist.all_reduce(flat, group=group, async_op=True)
         assert work is not None
         sent.append((bucket, flat, work))
-        if len(sent) == UNDER_WAY:
+        if len(sent) == IN_FLIGHT:
             _take(*sent.popleft())
     while sent:
         _take(*sent.popleft())

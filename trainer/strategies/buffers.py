@@ -1,6 +1,6 @@
 """Buffers: what a model keeps besides parameters, and a forward pass may change (running statistics, counters).
 
-Those that are saved are state as weights are: the same on all replicas behind every update, and changed by no pass that
+Those that are saved are state as weights are: the same on all replicas after every update, and changed by no pass that
 does not count.
 """
 
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-Slot = tuple[nn.Module, str]  # looked up each time: a forward pass may put another tensor there
+BufferSlot = tuple[nn.Module, str]  # looked up each time: a forward pass may put another tensor there
 
 
 class Buffers:
@@ -22,22 +22,22 @@ class Buffers:
     them, or this one alone."""
 
     def __init__(self, model: nn.Module, replicas: int, group: dist.ProcessGroup | None):
-        self.slots = [slot for slot in slots(model) if slot[1] not in slot[0]._non_persistent_buffers_set]
+        self.slots = [slot for slot in buffer_slots(model) if slot[1] not in slot[0]._non_persistent_buffers_set]
         self.model, self.replicas, self.group = model, replicas, group
         self.before: list[Tensor] = []
 
-    def remember(self) -> None:
-        """Keeps the values of now, which `settle` and `put_back` may go back to."""
+    def snapshot(self) -> None:
+        """Keeps the values of now, which `end_update` and `put_back` may go back to."""
         self.before = [buffer.clone() for buffer in self._tensors()]
 
     @torch.no_grad()
     def put_back(self) -> None:
-        """Undoes what forward passes did since `remember`."""
+        """Undoes what forward passes did since `snapshot`."""
         for buffer, before in zip(self._tensors(), self.before, strict=True):
             buffer.copy_(before)
 
     @torch.no_grad()
-    def settle(self, refused: Tensor) -> None:
+    def end_update(self, refused: Tensor) -> None:
         """Ends an update. The model hears the sums of its `statistics` over all replicas. Each replica has changed its
         buffers by its own batches: numbers become the mean of what all made of them, integers the largest. If `refused`
         (a bool scalar, the same on all processes) they are what they were.
@@ -90,7 +90,7 @@ class Buffers:
         return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
 
-def persistent(model: nn.Module) -> dict[str, Tensor]:
+def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
     """Returns the buffers of a model that are saved, by name."""
     return {
         f"{path}.{name}" if path else name: buffer
@@ -100,9 +100,9 @@ def persistent(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def slots(model: nn.Module) -> list[Slot]:
+def buffer_slots(model: nn.Module) -> list[BufferSlot]:
     """Where the buffers of a model are; each tensor once."""
-    found: dict[int, Slot] = {}
+    found: dict[int, BufferSlot] = {}
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:
@@ -110,19 +110,19 @@ def slots(model: nn.Module) -> list[Slot]:
     return list(found.values())
 
 
-def copies(model: nn.Module) -> dict[int, Tensor]:
+def clone_buffers(model: nn.Module) -> dict[int, Tensor]:
     """Copies of all buffers of a model, by the identity of the tensors that are there now."""
-    found = [module._buffers[name] for module, name in slots(model)]
+    found = [module._buffers[name] for module, name in buffer_slots(model)]
     return {id(buffer): buffer.detach().clone() for buffer in found if buffer is not None}
 
 
 @contextmanager
-def untouched(model: nn.Module, instead: dict[int, Tensor] | None = None) -> Iterator[None]:
-    """Forward passes within see and change copies of the buffers, or `instead` (of `copies`) these values.
+def preserve_buffers(model: nn.Module, instead: dict[int, Tensor] | None = None) -> Iterator[None]:
+    """Forward passes within see and change copies of the buffers, or `instead` (of `clone_buffers`) these values.
 
     The model gets its own tensors back. So nothing is written that a graph may have saved.
     """
-    values = copies(model)
+    values = clone_buffers(model)
     values.update({key: value.clone() for key, value in (instead or {}).items() if key in values})
     found = [(module, name, buffer) for module in model.modules() for name, buffer in module._buffers.items()]
     for module, name, buffer in found:

@@ -6,12 +6,12 @@ from functools import partial
 
 from trainer.config import Config
 from trainer.config import transforms as schema
-from trainer.inputs import Inputs
 from trainer.models import Fill
 from trainer.models.factory import model_factory
 from trainer.optim.build import build_optimizer
 from trainer.precision import Precision
 from trainer.registry import plugin
+from trainer.run_data import RunData
 from trainer.strategies.arithmetic import StepArithmetic, StepOptions
 from trainer.strategies.single import Single
 from trainer.topology import Topology
@@ -19,18 +19,18 @@ from trainer.transforms.fp8 import FP8
 
 
 def build_strategy(
-    config: Config, topology: Topology, inputs: Inputs, given: Fill | None = None, loaded: bool = False
+    config: Config, topology: Topology, run_data: RunData, pretrained: Fill | None = None, loaded: bool = False
 ) -> StepArithmetic:
     """The strategy, set up: model on its device, with its own initial values or those given, optimizer made. `loaded`:
     a checkpoint's values follow, so the model has none but those that are not saved."""
-    strategy = strategy_for(config, topology, inputs)
+    strategy = strategy_for(config, topology, run_data)
     fp8 = [FP8(schema.FP8(name="fp8"))] if strategy.precision.compute == "fp8" else []
-    factory = model_factory(config, inputs.tokenizer, inputs.stream.share.example, given, loaded, fp8)
+    factory = model_factory(config, run_data.tokenizer, run_data.stream.share.example, pretrained, loaded, fp8)
     strategy.setup(factory, partial(build_optimizer, config))
     return strategy
 
 
-def strategy_for(config: Config, topology: Topology, inputs: Inputs, frozen: bool = False) -> StepArithmetic:
+def strategy_for(config: Config, topology: Topology, run_data: RunData, frozen: bool = False) -> StepArithmetic:
     """The strategy, not yet set up. DeepSpeed shards what has an optimizer: a `frozen` model is FSDP2's there."""
     train, kind, section = config.train, plugin(config, "strategy"), config.strategy
     if frozen and (instead := getattr(kind, "instead_for_frozen", None)):
@@ -39,13 +39,13 @@ def strategy_for(config: Config, topology: Topology, inputs: Inputs, frozen: boo
         section,
         topology,
         Precision.resolve(config.precision, topology.device),
-        inputs.objective,
+        run_data.objective,
         StepOptions(
             train.clip_norm,
             "none" if frozen else train.activation_checkpointing,
             train.compile,
             train.micro_batch or train.global_batch // topology.dp_size,
-            unequal=inputs.stream.share.tolerant,
+            unequal_micro_batches=run_data.stream.share.tolerant,
         ),
     )
     strategy.casts_kept = kind.casts_kept  # gradients are rounded on one process as they are on many

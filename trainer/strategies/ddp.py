@@ -13,14 +13,14 @@ from torch.nn.parallel import DistributedDataParallel
 from trainer.config import strategy as schema
 from trainer.objectives import Batch, Objective, Sums
 from trainer.strategies.arithmetic import StepArithmetic
-from trainer.strategies.buffers import untouched
+from trainer.strategies.buffers import preserve_buffers
 
 
 class DDP(StepArithmetic):
     """The whole model on every process, under torch's DistributedDataParallel."""
 
     config: schema.DDP
-    settled = False
+    has_settled_buckets = False
 
     def wrap(self, model: nn.Module) -> nn.Module:
         device_ids = [self.topology.device] if self.topology.device.type == "cuda" else None
@@ -31,7 +31,7 @@ class DDP(StepArithmetic):
             gradient_as_bucket_view=self.config.bucket_view,
             static_graph=self.config.static_graph,
             find_unused_parameters=self.config.find_unused_parameters,
-            broadcast_buffers=False,  # they are settled behind each update
+            broadcast_buffers=False,  # they are averaged after each update
         )
         if self.precision.reduce != self.precision.param:
             # (A function of its own, because DDP refuses annotations that are text.)
@@ -44,7 +44,7 @@ class DDP(StepArithmetic):
     def train_step(
         self, micro_batches: Sequence[Batch], objective: Objective | None = None, abandoned: bool = False
     ) -> Sums:
-        if not self.settled:
+        if not self.has_settled_buckets:
             self._settle_buckets(micro_batches[0], objective or self.objective)
         return super().train_step(micro_batches, objective, abandoned)
 
@@ -56,15 +56,15 @@ class DDP(StepArithmetic):
         takes a second size for a sign that all sizes vary. Nothing else is left behind: buffers, generators.
         """
         devices = [self.topology.device] if self.topology.device.type == "cuda" else []
-        totals = dict.fromkeys(
+        normalizers = dict.fromkeys(
             objective.counts(batch), torch.ones((), dtype=torch.float64, device=self.topology.device)
         )
         with torch.random.fork_rng(devices):
             for _ in range(2):
-                with untouched(self.model):
-                    objective.loss(*self.computed(self.wrapped, batch), totals)[0].backward()
+                with preserve_buffers(self.model):
+                    objective.loss(*self.run_forward(self.wrapped, batch), normalizers)[0].backward()
                 self.optimizer.zero_grad(set_to_none=True)
-        self.settled = True
+        self.has_settled_buckets = True
 
 
 def average_in(dtype: torch.dtype, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:

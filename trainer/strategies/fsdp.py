@@ -19,14 +19,14 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 
 from trainer.config import strategy as schema
 from trainer.errors import TrainingError
-from trainer.models import ModelFactory, materialise
+from trainer.models import ModelFactory, materialize
 from trainer.optim.groups import names
 from trainer.patches import with_sums_left, without_values
 from trainer.precision import DTYPES, Precision
 from trainer.strategies.base import UpdateResult
-from trainer.strategies.layers import prepare, raise_if_scalars
-from trainer.strategies.tensor import TensorParallel
-from trainer.strategies.used import Used
+from trainer.strategies.layers import raise_if_scalars, wrap_layers
+from trainer.strategies.tensor_parallel import TensorParallel
+from trainer.strategies.used_parameters import UsedParameters
 
 
 class FSDP(TensorParallel):
@@ -36,14 +36,14 @@ class FSDP(TensorParallel):
     """
 
     config: schema.Sharded
-    used: Used | None = None
-    casts_kept = False  # a layer's weights are let go of behind it: so are copies of them
+    used: UsedParameters | None = None
+    casts_kept = False  # a layer's weights are released after it: so are copies of them
 
     def build(self, model_factory: ModelFactory) -> nn.Module:
         mesh = self.topology.mesh()
         with without_values():
             model = model_factory.build()
-        prepare(model, self.options.activation_checkpointing, self.options.compile)
+        wrap_layers(model, self.options.activation_checkpointing, self.options.compile)
         self.split(model, mesh["tensor"])
         shard(
             model,
@@ -56,20 +56,20 @@ class FSDP(TensorParallel):
             find_unused=self.config.find_unused_parameters,
         )
         device = self.topology.device
-        materialise(model, torch.device("cpu") if self.config.cpu_offload else device, device)
+        materialize(model, torch.device("cpu") if self.config.cpu_offload else device, device)
         model_factory.fill(model, dist.group.WORLD)
-        self.averaged_over = 1  # gradients are summed
+        self.num_averaged_ranks = 1  # gradients are summed
         return model
 
     def wrap(self, model: nn.Module) -> nn.Module:
         if self.config.find_unused_parameters:
-            self.used = Used(names(model), model, self.topology.device)
+            self.used = UsedParameters(names(model), model, self.topology.device)
             self.used.watch_groups(model)
         return super().wrap(model)
 
     def update(self, lr: float, limit: Tensor | float = math.inf) -> UpdateResult:
         if self.used:  # what no process has used was filled up with zeros, too
-            for name in self.used.nowhere():
+            for name in self.used.find_unused():
                 self.model.get_parameter(name).grad = None
         return super().update(lr, limit)
 
@@ -84,13 +84,13 @@ class FSDP(TensorParallel):
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in self.model.state_dict().items():
-            gathered = self.whole(tensor.detach())
+            gathered = self.full_tensor(tensor.detach())
             if self.topology.is_main:
                 yield name, gathered.cpu()
 
 
 class HSDP(FSDP):
-    """Hybrid: groups of `shard_size` neighbouring processes share one sharded copy; gradients are summed over all."""
+    """Hybrid: groups of `shard_size` neighboring processes share one sharded copy; gradients are summed over all."""
 
     config: schema.HSDP
 
@@ -101,10 +101,10 @@ class HSDP(FSDP):
 
     def sync(self, last: bool) -> AbstractContextManager[object]:
         """Groups of processes send to each other once a step: until then each adds up its own micro-batches."""
-        if self.config.reduce == "last" or sums_round(self.precision, self.config.gather):
+        if self.config.reduce == "last" or rounds_sums(self.precision, self.config.gather):
             return super().sync(last)
         self.model.set_requires_all_reduce(last)  # type: ignore[operator]
-        return none_left(self.model) if last else nullcontext()
+        return are_gradients_released(self.model) if last else nullcontext()
 
 
 def shard(
@@ -121,7 +121,7 @@ def shard(
     """Shards each layer, then what is outside of layers with the module itself.
 
     It is the last of what is done to a model: recomputation is inside of what is compiled, so that the compiler sees it
-    (`prepare`); splitting of matrices and gathering are outside of both.
+    (`wrap_layers`); splitting of matrices and gathering are outside of both.
     """
     raise_if_scalars(module, "FSDP2 cannot shard")
     options: dict[str, Any] = {"mesh": mesh}
@@ -143,7 +143,7 @@ def shard(
             part.set_reduce_scatter_unused_params(find_unused)
 
 
-def sums_round(precision: Precision, gather: str) -> bool:
+def rounds_sums(precision: Precision, gather: str) -> bool:
     """Whether gradients are sent in a shorter type than they are held in. FSDP2 keeps sums over micro-batches that are
     not all-reduced yet in the type that it sends, where a sum of many would lose its last terms."""
     held = DTYPES[precision.param]
@@ -154,7 +154,7 @@ def sums_round(precision: Precision, gather: str) -> bool:
 
 
 @contextmanager
-def none_left(model: nn.Module) -> Iterator[None]:
+def are_gradients_released(model: nn.Module) -> Iterator[None]:
     """Around the last backward pass of a step. FSDP2 (torch 2.13) all-reduces the sums of a layer that this pass
     reaches; those of another layer would be lost, and be added to the next step's."""
     yield

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from trainer.errors import ConfigError
 from trainer.patches import compile_numbers_of_layers
-from trainer.strategies.buffers import copies, untouched
+from trainer.strategies.buffers import clone_buffers, preserve_buffers
 
 Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
 
@@ -31,7 +31,7 @@ _EXPENSIVE = {
 }
 
 
-def prepare(model: nn.Module, activation_checkpointing: str, compile: bool) -> None:
+def wrap_layers(model: nn.Module, activation_checkpointing: str, compile: bool) -> None:
     """Applies both to each of `model.blocks`, or to the whole model where it names no blocks."""
     if compile:
         compile_numbers_of_layers()
@@ -66,11 +66,11 @@ def _recompute(layer: nn.Module, selective: bool) -> Callable[..., Any]:
 
 def _of_same_buffers(layer: nn.Module, inner: Callable[[], Contexts]) -> Contexts:
     """`inner`'s contexts of a forward pass that begins now, and of its recomputation."""
-    (first, again), then = inner(), copies(layer)
+    (first, again), then = inner(), clone_buffers(layer)
 
     @contextmanager
     def recomputed() -> Iterator[None]:
-        with untouched(layer, then), again:  # in this order: what is kept of operators counts those within
+        with preserve_buffers(layer, then), again:  # in this order: what is kept of operators counts those within
             yield
 
     return first, recomputed()

@@ -22,24 +22,24 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_structure, tree_unfl
 
 from trainer import fault_points
 from trainer.config import strategy as schema
-from trainer.config.pipelines import SCHEDULES, micro_batches
+from trainer.config.pipeline_schedules import SCHEDULES, micro_batches
 from trainer.errors import ConfigError
-from trainer.models import ModelFactory, materialise
-from trainer.objectives import Batch, Objective, Outputs, Rows, Sums, Totals, has_rows
+from trainer.models import ModelFactory, materialize
+from trainer.objectives import Batch, Normalizers, Objective, Outputs, Rows, Sums, has_rows
 from trainer.optim.groups import names
 from trainer.patches import without_values
 from trainer.strategies.arithmetic import to_device
-from trainer.strategies.buckets import add_up
-from trainer.strategies.buffers import untouched
-from trainer.strategies.filling import cut_back, rows_from, rows_of
+from trainer.strategies.buckets import all_reduce_buckets
+from trainer.strategies.buffers import preserve_buffers
 from trainer.strategies.fsdp import shard
-from trainer.strategies.layers import prepare
-from trainer.strategies.stages import Stage, balance, cut, hosts, measure
-from trainer.strategies.tensor import TensorParallel, local, spread_norm
-from trainer.strategies.used import Used, largest
+from trainer.strategies.layers import wrap_layers
+from trainer.strategies.padding import num_rows, take_rows, trim_rows
+from trainer.strategies.stages import Stage, balance, cut_model, measure_costs, stage_rank
+from trainer.strategies.tensor_parallel import TensorParallel, global_norm, local_tensor
+from trainer.strategies.used_parameters import UsedParameters, all_reduce_any
 
 
-class Numbered(PipelineStage):
+class NumberedStage(PipelineStage):
     """Tells the module which micro-batch it computes."""
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
@@ -51,32 +51,32 @@ class Pipeline(TensorParallel):
     """Each process has some of the parts of a model."""
 
     config: schema.Pipeline
-    used: Used | None = None
+    used: UsedParameters | None = None
 
     def build(self, model_factory: ModelFactory) -> nn.Module:
         topology, layout, device = self.topology, self.topology.layout, self.topology.device
-        self.averaged_over = 1  # gradients are summed
+        self.num_averaged_ranks = 1  # gradients are summed
         self.schedule, self.mesh = SCHEDULES[self.config.schedule], topology.mesh()
-        self.group, self.copies = self.mesh["stage"].get_group(), self.mesh["data"]
+        self.group, self.replica_mesh = self.mesh["stage"].get_group(), self.mesh["data"]
         self.position = self.mesh.get_local_rank("stage")
-        self.measured = measure(model_factory, self.precision.autocast(), device)
-        self.parts = balance(self.measured, layout.stages * self.config.parts_a_process)
-        mine = [part for part in range(len(self.parts)) if self.host(part) == self.position]
-        first, last = mine[0] == 0, mine[-1] == len(self.parts) - 1
+        self.measured = measure_costs(model_factory, self.precision.autocast(), device)
+        self.parts = balance(self.measured, layout.stages * self.config.stages_per_rank)
+        local_stages = [part for part in range(len(self.parts)) if self.stage_rank(part) == self.position]
+        first, last = local_stages[0] == 0, local_stages[-1] == len(self.parts) - 1
         with without_values():
             model = model_factory.build()
             self.names = [(name, value.shape, value.dtype) for name, value in model.state_dict().items()]
             self.trained = names(model)
-            tied = cut(model, [block for part in mine for block in self.parts[part]], first, last)
-        split_over = self.host(0) != self.host(len(self.parts) - 1)
+            tied = cut_model(model, [block for part in local_stages for block in self.parts[part]], first, last)
+        split_over = self.stage_rank(0) != self.stage_rank(len(self.parts) - 1)
         tied = [name for name in tied if name in self.trained]
         self.tied = tied if split_over and (first or last) else []
-        self.tells = last and self.mesh.get_local_rank("tensor") == 0
-        prepare(model, self.options.activation_checkpointing, self.options.compile)
+        self.reports_data = last and self.mesh.get_local_rank("tensor") == 0
+        wrap_layers(model, self.options.activation_checkpointing, self.options.compile)
         self.split(model, self.mesh["tensor"])
         self.stages = {
             part: Stage(model, self.parts[part], part == 0, part == len(self.parts) - 1, self.precision.autocast)
-            for part in mine
+            for part in local_stages
         }
         if self.sharded:
             if tied and first and last:
@@ -89,21 +89,23 @@ class Pipeline(TensorParallel):
                 shard(
                     stage,
                     stage.blocks,
-                    self.copies,
+                    self.replica_mesh,
                     self.precision,
                     reshard_after_forward=False,
                     find_unused=self.config.find_unused_parameters,
                 )
-        materialise(model, device, device)
+        materialize(model, device, device)
         model_factory.fill(model, self._peers())
-        self.tied_somewhere = bool(tied and split_over)
-        self.ends = self._group_of_ends() if self.tied_somewhere else None
-        self.own = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self.has_tied_ends = bool(tied and split_over)
+        self.ends = self._group_of_ends() if self.has_tied_ends else None
+        self.local_parameters = {
+            name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+        }
         if self.sharded and self.config.find_unused_parameters:
-            self.used = Used(self.trained, model, device)
+            self.used = UsedParameters(self.trained, model, device)
             for stage in self.stages.values():
                 self.used.watch_groups(stage)
-        self.names_of: dict[tuple[str, Objective], list[str]] = {}
+        self.sum_names: dict[tuple[str, Objective], list[str]] = {}
         self.schedules: dict[tuple[int, int], PipelineScheduleSingle | PipelineScheduleMulti] = {}
         return model
 
@@ -111,96 +113,100 @@ class Pipeline(TensorParallel):
     def sharded(self) -> bool:
         return self.config.data_parallel == "fsdp" and self.topology.dp_size > 1
 
-    def host(self, part: int) -> int:
-        return hosts(self.config, self.topology.layout.stages, part)
+    def stage_rank(self, part: int) -> int:
+        return stage_rank(self.config, self.topology.layout.stages, part)
 
     def train_step(
         self, micro_batches: Sequence[Batch], objective: Objective | None = None, abandoned: bool = False
     ) -> Sums:
         objective = objective or self.objective
-        totals, sums = self.totals_of(micro_batches, objective, abandoned)
-        self.buffers.remember()
+        normalizers, sums = self.reduce_counts(micro_batches, objective, abandoned)
+        self.buffers.snapshot()
         for batch, most in zip(micro_batches, self._most_rows(micro_batches), strict=True):
-            self._pass(batch, most, objective, totals, sums)
+            self._pass(batch, most, objective, normalizers, sums)
         self._name(sums, ("loss", objective))
         self._agree_on_gradients()
         gradients = dict(self._gradients())
         if self.topology.dp_size > 1 and not self.sharded:
-            self._add_up(list(gradients.values()), self.copies.get_group())
+            self._all_reduce_gradients(list(gradients.values()), self.replica_mesh.get_group())
         if self.ends is not None and self.tied:
-            self._add_up([gradients[name] for name in self.tied if name in gradients], self.ends)
+            self._all_reduce_gradients([gradients[name] for name in self.tied if name in gradients], self.ends)
         return sums
 
     def _name(self, sums: Sums, of: tuple[str, Objective]) -> None:
         """Adds zeros of the names that are missing: only the process with the head knows what the objective sums. It
         tells the others once."""
-        if of not in self.names_of:
+        if of not in self.sum_names:
             names = [list(sums)]
-            dist.broadcast_object_list(names, group=self.group, group_src=self.host(len(self.parts) - 1))
-            self.names_of[of] = names[0]
-        for name in self.names_of[of]:
+            dist.broadcast_object_list(names, group=self.group, group_src=self.stage_rank(len(self.parts) - 1))
+            self.sum_names[of] = names[0]
+        for name in self.sum_names[of]:
             sums.setdefault(name, torch.zeros((), dtype=torch.float64, device=self.topology.device))
 
     def _agree_on_gradients(self) -> None:
         """What a replica, or the other end of the model, has a gradient of, this process has one of: maybe zero."""
         if self.used:
-            for name in self.used.nowhere() & self.own.keys():
-                self.own[name].grad = None
-        elif not self.sharded and (self.topology.dp_size > 1 or self.tied_somewhere):
-            here = [name in self.own and self.own[name].grad is not None for name in self.trained]
-            anywhere = largest(here, self.topology.device)
-            if all(present or name not in self.own for present, name in zip(here, self.trained, strict=True)):
+            for name in self.used.find_unused() & self.local_parameters.keys():
+                self.local_parameters[name].grad = None
+        elif not self.sharded and (self.topology.dp_size > 1 or self.has_tied_ends):
+            here = [
+                name in self.local_parameters and self.local_parameters[name].grad is not None for name in self.trained
+            ]
+            anywhere = all_reduce_any(here, self.topology.device)
+            if all(
+                present or name not in self.local_parameters for present, name in zip(here, self.trained, strict=True)
+            ):
                 return  # the common case, in which the host need not wait for the others' answer
             for name, used in zip(self.trained, anywhere.tolist(), strict=True):
-                if used and name in self.own and self.own[name].grad is None:
-                    self.own[name].grad = torch.zeros_like(self.own[name])
+                if used and name in self.local_parameters and self.local_parameters[name].grad is None:
+                    self.local_parameters[name].grad = torch.zeros_like(self.local_parameters[name])
 
     def _gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """Of this process's parts, laid out as the parameters are: some come as parts of a sum."""
-        self._add_up_within_layers()
+        """Yields the gradients of this rank's stages, placed as the parameters are: some arrive as partial sums."""
+        self._all_reduce_within_layers()
         for name, parameter in self.model.named_parameters():
             if isinstance(parameter, DTensor) and isinstance(parameter.grad, DTensor):
                 parameter.grad = parameter.grad.redistribute(placements=parameter.placements)
             if parameter.grad is not None:
                 yield name, parameter.grad
 
-    def _add_up_within_layers(self) -> None:
+    def _all_reduce_within_layers(self) -> None:
         """Sums over the processes that share a layer, of parameters that all of them keep (norms, where they share the
         sequence): together, where DTensor would send each gradient alone."""
         mesh = self.mesh["tensor"]
         partial = [parameter for parameter in self.model.parameters() if _is_partial(parameter, mesh)]
-        gradients = [local(parameter.grad) for parameter in partial]  # type: ignore[arg-type]
+        gradients = [local_tensor(parameter.grad) for parameter in partial]  # type: ignore[arg-type]
         if gradients:
-            add_up(gradients, mesh.get_group())
+            all_reduce_buckets(gradients, mesh.get_group())
         for parameter, gradient in zip(partial, gradients, strict=True):
             parameter.grad = DTensor.from_local(gradient, mesh, parameter.placements, run_check=False)  # type: ignore[attr-defined]
 
     def _most_rows(self, micro_batches: Sequence[Batch]) -> list[int]:
         """How many sequences each has where it has most. What was left out of a batch makes it shorter on one copy, but
         copies that gather parameters from each other must follow one order."""
-        rows = torch.tensor([rows_of(batch) for batch in micro_batches])
-        if self.sharded and self.options.unequal:
-            dist.all_reduce(rows, dist.ReduceOp.MAX, group=self.copies.get_group())
+        rows = torch.tensor([num_rows(batch) for batch in micro_batches])
+        if self.sharded and self.options.unequal_micro_batches:
+            dist.all_reduce(rows, dist.ReduceOp.MAX, group=self.replica_mesh.get_group())
         return rows.tolist()
 
-    def _pass(self, batch: Batch, most: int, objective: Objective, totals: Totals, sums: Sums) -> None:
+    def _pass(self, batch: Batch, most: int, objective: Objective, normalizers: Normalizers, sums: Sums) -> None:
         """Forward and backward of one of the loop's micro-batches, which is cut into the pipeline's."""
-        rows, most = rows_of(batch), most or self.options.micro_batch
+        rows, most = num_rows(batch), most or self.options.micro_batch
         count = micro_batches(self.config, self.topology.layout.stages, most)
         size = max(1, -(-most // count))
         present = [min(size, max(0, rows - number * size)) for number in range(count)]
-        spare = self.spare() if rows < count * size else None
-        pieces = [
-            to_device(rows_from(batch, number * size, size, spare), self.topology.device) for number in range(count)
+        spare = self.padding_row() if rows < count * size else None
+        chunks = [
+            to_device(take_rows(batch, number * size, size, spare), self.topology.device) for number in range(count)
         ]
         for stage in self.stages.values():
-            stage.batches, stage.present = pieces, present
+            stage.batches, stage.present = chunks, present
 
         def loss(outputs: Any, number: Tensor) -> Tensor:
-            """Of the rows that are there: the last pieces may be filled up."""
-            there = present[int(number)]
-            rows = cut_back(self._outputs(outputs), there), cut_back(pieces[int(number)], there)
-            loss, part = objective.loss(*rows, totals)
+            """Returns the loss of the rows that are present: the last micro-batches may be padded."""
+            num_present = present[int(number)]
+            rows = trim_rows(self._outputs(outputs), num_present), trim_rows(chunks[int(number)], num_present)
+            loss, part = objective.loss(*rows, normalizers)
             fault_points.point("step.loss", [loss])
             self.add(sums, part)
             return loss * self.loss_scale
@@ -215,12 +221,13 @@ class Pipeline(TensorParallel):
             raise
 
     def _schedule(self, count: int, size: int) -> PipelineScheduleSingle | PipelineScheduleMulti:
-        """That of `count` micro-batches of `size` sequences; torch's stages keep the shapes they saw first."""
+        """Returns the schedule for `count` micro-batches of `size` sequences; torch's stages keep the shapes they saw
+        first."""
         if (count, size) not in self.schedules:
             hidden = self._hidden(size)
             outputs = tuple(_rows(leaf, size) for leaf in tree_leaves(self.measured.outputs))
             stages: Any = [
-                Numbered(
+                NumberedStage(
                     stage,
                     part,
                     len(self.parts),
@@ -255,37 +262,37 @@ class Pipeline(TensorParallel):
             hidden = hidden.chunk(self.topology.layout.tensor, dim=1)[0].contiguous()
         return hidden.requires_grad_()
 
-    def _add_up(self, gradients: Sequence[Tensor], group: dist.ProcessGroup) -> None:
+    def _all_reduce_gradients(self, gradients: Sequence[Tensor], group: dist.ProcessGroup) -> None:
         rounded = self.precision.reduce != self.precision.param
-        add_up(list(map(local, gradients)), group, self.precision.reduce_dtype if rounded else None)
+        all_reduce_buckets(list(map(local_tensor, gradients)), group, self.precision.reduce_dtype if rounded else None)
 
     def norm(self, gradients: Sequence[Tensor]) -> Tensor:
-        """Over all parts; a tied weight is counted where the model begins."""
+        """Returns the gradient norm over all stages; a tied weight is counted on the first one."""
         twice = set(self.tied) if 0 not in self.stages else set()
         counted = [gradient for name, gradient in self._gradients() if name not in twice]
-        return spread_norm(counted, self.topology.device, 1 if self.sharded else self.topology.dp_size)
+        return global_norm(counted, self.topology.device, 1 if self.sharded else self.topology.dp_size)
 
     @torch.no_grad()
     def eval_step(self, batch: Batch) -> tuple[Sums, Rows]:
         """The batches of an evaluation follow each other in the pipeline."""
         counts = self.objective.counts(batch)
         self.model.eval()
-        outputs, on_device = self._through(batch)
+        outputs, on_device = self._forward_stages(batch)
         self.model.train()
         sums = Sums()
         if outputs is not None:
-            sums = self.evaluated(outputs, on_device, counts)
+            sums = self.evaluation_sums(outputs, on_device, counts)
         self._name(sums, ("evaluate", self.objective))
         if not has_rows(self.objective):
             return sums, {}
-        return sums, self.objective.rows(self._everywhere(outputs, rows_of(batch)), on_device)
+        return sums, self.objective.rows(self._broadcast_outputs(outputs, num_rows(batch)), on_device)
 
     @torch.no_grad()
     def infer(self, batch: Batch) -> Outputs:
         self._seed(batch)
-        with untouched(self.model):
-            outputs, _ = self._through(batch)
-        return self._everywhere(outputs, rows_of(batch))
+        with preserve_buffers(self.model):
+            outputs, _ = self._forward_stages(batch)
+        return self._broadcast_outputs(outputs, num_rows(batch))
 
     def gradient(self, batch: Batch, field: str, loss: Callable[[Outputs, Batch], Tensor]) -> Tensor:
         raise ConfigError(
@@ -293,24 +300,24 @@ class Pipeline(TensorParallel):
             "process of a pipeline has; nearest: strategy=fsdp"
         )
 
-    def _everywhere(self, outputs: Outputs | None, rows: int) -> Outputs:
+    def _broadcast_outputs(self, outputs: Outputs | None, rows: int) -> Outputs:
         """Sends the outputs for so many rows from the process that has them to the others of its pipeline."""
         if outputs is None:
             empty = [_rows(leaf, rows) for leaf in tree_leaves(self.measured.outputs)]
             outputs = self._tree([torch.empty_like(leaf, device=self.topology.device) for leaf in empty])
-        outputs = tree_map(lambda leaf: self.whole(leaf).contiguous(), outputs)
+        outputs = tree_map(lambda leaf: self.full_tensor(leaf).contiguous(), outputs)
         for leaf in tree_leaves(outputs):
-            dist.broadcast(leaf, group=self.group, group_src=self.host(len(self.parts) - 1))
+            dist.broadcast(leaf, group=self.group, group_src=self.stage_rank(len(self.parts) - 1))
         return outputs
 
-    def _through(self, batch: Batch) -> tuple[Outputs | None, Batch]:
+    def _forward_stages(self, batch: Batch) -> tuple[Outputs | None, Batch]:
         """One pass of a batch through the parts in their order. Returns the outputs where the last part is, None
         elsewhere, and the batch on the device."""
-        rows, x = rows_of(batch), None
-        spare = None if rows else self.spare()
-        filled = to_device(rows_from(batch, 0, rows or self.options.micro_batch, spare), self.topology.device)
+        rows, x = num_rows(batch), None
+        spare = None if rows else self.padding_row()
+        filled = to_device(take_rows(batch, 0, rows or self.options.micro_batch, spare), self.topology.device)
         for part in range(len(self.parts)):
-            before, here = self.host(max(0, part - 1)), self.host(part)
+            before, here = self.stage_rank(max(0, part - 1)), self.stage_rank(part)
             if self.position == before != here:
                 dist.send(x, group=self.group, group_dst=here)  # type: ignore[arg-type]
             if self.position != here:
@@ -324,8 +331,8 @@ class Pipeline(TensorParallel):
             for module in stage.modules():
                 if isinstance(module, FSDPModule):
                     module.reshard()
-        outputs = cut_back(self._outputs(x), rows) if len(self.parts) - 1 in self.stages else None  # type: ignore[arg-type]
-        return outputs, cut_back(filled, rows)
+        outputs = trim_rows(self._outputs(x), rows) if len(self.parts) - 1 in self.stages else None  # type: ignore[arg-type]
+        return outputs, trim_rows(filled, rows)
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Each weight goes from the first process that has it to the main one."""
@@ -334,8 +341,8 @@ class Pipeline(TensorParallel):
         everywhere = [torch.empty_like(has) for _ in range(self.topology.layout.stages)]
         dist.all_gather(everywhere, has, group=self.group)
         for index, (name, shape, dtype) in enumerate(self.names):
-            owner = next(place for place, there in enumerate(everywhere) if there[index])
-            value = self.whole(own[name].detach()) if self.position == owner else None
+            owner = next(place for place, num_present in enumerate(everywhere) if num_present[index])
+            value = self.full_tensor(own[name].detach()) if self.position == owner else None
             if owner and self.topology.dp_rank == 0 and self.mesh.get_local_rank("tensor") == 0:
                 if self.position == owner:
                     dist.send(value.contiguous(), group=self.group, group_dst=0)  # type: ignore[union-attr]
@@ -355,7 +362,10 @@ class Pipeline(TensorParallel):
     def _group_of_ends(self) -> dist.ProcessGroup | None:
         """The processes that have the two ends of one copy; every process takes part in making all of these groups."""
         ranks = self.mesh.mesh  # stage x data x tensor
-        first, last = ranks[self.host(0)].flatten().tolist(), ranks[self.host(len(self.parts) - 1)].flatten().tolist()
+        first, last = (
+            ranks[self.stage_rank(0)].flatten().tolist(),
+            ranks[self.stage_rank(len(self.parts) - 1)].flatten().tolist(),
+        )
         groups = {pair: dist.new_group(list(pair)) for pair in zip(first, last, strict=True)}
         return next((group for pair, group in groups.items() if self.topology.rank in pair), None)
 
@@ -369,5 +379,5 @@ def _is_partial(parameter: nn.Parameter, mesh: DeviceMesh) -> bool:
 
 
 def _rows(example: Tensor, rows: int) -> Tensor:
-    """Of as many sequences as that, what the example is of one."""
+    """Returns a meta tensor for `rows` sequences, shaped like the example of one."""
     return torch.empty((rows, *example.shape[1:]), dtype=example.dtype, device="meta")

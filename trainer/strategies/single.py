@@ -12,5 +12,5 @@ class Single(StepArithmetic):
 
     runs_alone = True
 
-    def total(self, sums: Tensor) -> Tensor:
+    def all_reduce(self, sums: Tensor) -> Tensor:
         return sums

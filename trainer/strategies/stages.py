@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from trainer.config.pipelines import SCHEDULES
+from trainer.config.pipeline_schedules import SCHEDULES
 from trainer.config.strategy import Pipeline
 from trainer.errors import ConfigError
 from trainer.models import Cuttable, ModelFactory
 from trainer.objectives import Batch, Outputs
-from trainer.strategies.buffers import untouched
+from trainer.strategies.buffers import preserve_buffers
 from trainer.utilization import flop_counter
 
 T = TypeVar("T")
@@ -28,17 +28,18 @@ CUTTABLE = ("blocks", "embed", "run", "project", "embedding_parts", "head_parts"
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a part of the model, for one sequence."""
+    """What a part of the model costs for one sequence."""
 
     parameters: int
     flops: int
-    """Of the forward pass: matrix products, which grow with the parameters, and attention, with the activations."""
+    """FLOPs of the forward pass: matrix products, which grow with the parameters, and attention, with the
+    activations."""
     activations: int
     """Bytes that are kept for the backward pass."""
 
 
 @dataclass(frozen=True)
-class Measured:
+class ModelCosts:
     """What is known of a model before it is made."""
 
     embedding: Cost
@@ -47,10 +48,10 @@ class Measured:
     hidden: Tensor
     """What passes between the blocks for one sequence, on the meta device."""
     outputs: Outputs
-    """Likewise what comes out."""
+    """What the model returns for one sequence, on the meta device."""
 
 
-def measure(factory: ModelFactory, autocast: AbstractContextManager[object], device: torch.device) -> Measured:
+def measure_costs(factory: ModelFactory, autocast: AbstractContextManager[object], device: torch.device) -> ModelCosts:
     """Runs one sequence through tensors without values: no memory, no time. Raises ConfigError if it cannot be cut."""
     if factory.example is None:
         raise ValueError("a pipeline needs the factory's example of a batch")
@@ -62,7 +63,7 @@ def measure(factory: ModelFactory, autocast: AbstractContextManager[object], dev
                 f"strategy=pipeline: the model {type(model).__name__} cannot be cut, it has no "
                 f"{', '.join(missing)} (see trainer.models.Cuttable); nearest: strategy=fsdp"
             )
-        if lost := misplaced(model):
+        if lost := uncuttable_names(model):
             raise ConfigError(
                 f"strategy=pipeline: the model {type(model).__name__} cannot be cut: {', '.join(lost)} should be "
                 "in one of its blocks, or in its embedding_parts or head_parts (see trainer.models.Cuttable); nearest: "
@@ -76,10 +77,10 @@ def measure(factory: ModelFactory, autocast: AbstractContextManager[object], dev
             x, cost = _costed(lambda x=x, block=block: model.run([block], x, batch), [block])  # type: ignore[misc]
             blocks.append(cost)
         outputs, head = _costed(lambda: model.project(x, batch), modules_of(model, model.head_parts))
-        return Measured(embedding, blocks, head, hidden, tree_map(_empty, outputs))
+        return ModelCosts(embedding, blocks, head, hidden, tree_map(_empty, outputs))
 
 
-def misplaced(model: Cuttable) -> list[str]:
+def uncuttable_names(model: Cuttable) -> list[str]:
     """Parameters and statistics that a cut would leave on processes that do not know of each other: of no part, or
     parameters of several that are not the two ends."""
     ends = modules_of(model, [*model.embedding_parts, *model.head_parts])
@@ -116,7 +117,7 @@ def _empty(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
 
-def balance(measured: Measured, parts: int) -> list[range]:
+def balance(measured: ModelCosts, parts: int) -> list[range]:
     """The blocks of each part, in a row, none without: the slowest part, by its arithmetic, is as fast as it can be."""
     count = len(measured.blocks)
     if count < parts:
@@ -146,16 +147,16 @@ def balance(measured: Measured, parts: int) -> list[range]:
     return [range(first, last) for first, last in pairwise(edges)]
 
 
-def hosts(config: Pipeline, processes: int, part: int) -> int:
+def stage_rank(config: Pipeline, processes: int, part: int) -> int:
     """The place in the pipeline of the process that has this part."""
     return min(part, 2 * processes - 1 - part) if SCHEDULES[config.schedule].v_shaped else part % processes
 
 
-class Elsewhere(nn.Module):
+class OnOtherRank(nn.Module):
     """In the place of a module that another process has."""
 
 
-def cut(model: nn.Module, blocks: Iterable[int], embeds: bool, heads: bool) -> list[str]:
+def cut_model(model: nn.Module, blocks: Iterable[int], embeds: bool, heads: bool) -> list[str]:
     """Leaves only these blocks in the model, and of its two ends what is asked for. Names stay as they are.
 
     Gives the names of the parameters that both ends use.
@@ -172,16 +173,16 @@ def cut(model: nn.Module, blocks: Iterable[int], embeds: bool, heads: bool) -> l
         for module in modules_of(model, [name]):
             if module not in needed and not any(id(parameter) in shared for parameter in module.parameters()):
                 path, _, leaf = name.rpartition(".")
-                setattr(model.get_submodule(path), leaf, Elsewhere())
+                setattr(model.get_submodule(path), leaf, OnOtherRank())
     mine = set(blocks)
     for index in range(len(whole.blocks)):
         if index not in mine:
-            whole.blocks[index] = Elsewhere()
+            whole.blocks[index] = OnOtherRank()
     return tied
 
 
 def modules_of(model: object, names: Sequence[str]) -> list[nn.Module]:
-    """Those of these modules that are there."""
+    """Returns those of the named modules that exist here."""
     known = dict(cast(nn.Module, model).named_modules(remove_duplicate=False))
     return [known[name] for name in names if name in known]
 
@@ -203,7 +204,7 @@ class Stage(nn.Module):
         autocast: Callable[[], AbstractContextManager[object]],
     ):
         super().__init__()
-        self.model = [model]  # in a list: it is no module of this one
+        self.model = [model]  # in a list: it is not a module of this one
         self.embeds, self.heads, self.autocast = embeds, heads, autocast
         whole = cast(Cuttable, model)
         self.blocks = nn.ModuleList(whole.blocks[index] for index in blocks)
@@ -217,7 +218,7 @@ class Stage(nn.Module):
     def forward(self, x: Tensor | None = None) -> Tensor | tuple[Tensor, ...]:
         """The first part is given no `x`; a tree of outputs is returned as its leaves."""
         model, batch = cast(Cuttable, self.model[0]), self.batches[self.number]
-        with self.autocast(), nullcontext() if self.present[self.number] else untouched(self.model[0]):
+        with self.autocast(), nullcontext() if self.present[self.number] else preserve_buffers(self.model[0]):
             if self.embeds:
                 x = model.embed(batch)
             assert x is not None

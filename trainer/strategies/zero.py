@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from trainer.checkpoint.pieces import Fragment, values
+from trainer.checkpoint.state import FlatShard, local_values
 from trainer.config import strategy as schema
 from trainer.models import ModelFactory, is_saved
 from trainer.objectives import Batch, Outputs
@@ -25,8 +25,8 @@ from trainer.patches import forget_groups, judge_norm, released_saved, without_v
 from trainer.strategies.arithmetic import StepArithmetic
 from trainer.strategies.base import OptimizerFactory, UpdateResult
 from trainer.strategies.fsdp import FSDP
-from trainer.strategies.layers import prepare, raise_if_scalars
-from trainer.strategies.used import Used
+from trainer.strategies.layers import raise_if_scalars, wrap_layers
+from trainer.strategies.used_parameters import UsedParameters
 from trainer.strategies.zero_engine import (
     INSTALL,
     cpu_optimizer,
@@ -35,7 +35,7 @@ from trainer.strategies.zero_engine import (
     import_deepspeed,
     piece,
 )
-from trainer.strategies.zero_unused import Unused, put_back_after_steps
+from trainer.strategies.zero_unused import UnusedParameter, put_back_after_steps
 
 
 class Zero(StepArithmetic):
@@ -44,8 +44,8 @@ class Zero(StepArithmetic):
     runs_alone = True  # it offloads there, too
 
     config: schema.Zero
-    own_group = False
-    unused: Sequence[Unused] = ()  # in this step
+    process_group = False
+    unused: Sequence[UnusedParameter] = ()  # in this step
     measured: Tensor  # the gradient norm of the step
     limit: Tensor | float
 
@@ -62,7 +62,7 @@ class Zero(StepArithmetic):
         if not dist.is_initialized():  # alone: DeepSpeed cannot do without a process group
             backend = "cpu:gloo,cuda:nccl" if self.topology.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-            self.own_group = True
+            self.process_group = True
         self.deepspeed.init_distributed(dist_init_required=False, verbose=False)
         super().setup(model_factory, optimizer_factory)
 
@@ -77,7 +77,7 @@ class Zero(StepArithmetic):
         self._shard_parameters(model, model_factory)
         for buffer in model.buffers():
             buffer.data = buffer.data.to(self.topology.device)
-        prepare(model, self.options.activation_checkpointing, self.options.compile)
+        wrap_layers(model, self.options.activation_checkpointing, self.options.compile)
         return model
 
     def _shard_parameters(self, model: nn.Module, model_factory: ModelFactory) -> None:
@@ -112,17 +112,17 @@ class Zero(StepArithmetic):
             judge_norm(self.engine, self.config.stage, self.accepts)
         self.flat = flat_tensors(self.engine, self.parameters)
         self.optimizer = self.engine.optimizer.optimizer if self.config.stage else self.engine.optimizer
-        self.used = Used(names(model), model, self.topology.device)
+        self.used = UsedParameters(names(model), model, self.topology.device)
         self.used.watch()
         if self.config.stage:
             put_back_after_steps(self.optimizer, lambda: self.unused)
         return self.engine
 
-    def computed(self, model: nn.Module, batch: Batch) -> tuple[Outputs, Batch]:
+    def run_forward(self, model: nn.Module, batch: Batch) -> tuple[Outputs, Batch]:
         with released_saved() if self.config.stage == 3 else nullcontext():
-            return super().computed(model, batch)
+            return super().run_forward(model, batch)
 
-    def casting(self) -> AbstractContextManager[object]:
+    def autocast_forward(self) -> AbstractContextManager[object]:
         return nullcontext()  # it is inside of the model, see `wrap`
 
     def sync(self, last: bool) -> AbstractContextManager[object]:
@@ -142,26 +142,28 @@ class Zero(StepArithmetic):
             self.engine.step()
         else:
             self.engine.zero_grad()
-        bad, empty = self.judged(self.measured, limit)
-        self.buffers.settle(bad | empty)
+        bad, empty = self.check_norm(self.measured, limit)
+        self.buffers.end_update(bad | empty)
         return UpdateResult(self.measured, bad | empty, bad)
 
     def accepts(self, norm: Tensor) -> bool:
         """Whether the step with this gradient norm is to be done. Here the host waits for the device, once a step."""
-        nowhere = [self.model.get_parameter(name) for name in self.used.nowhere()]
-        self.unused = [Unused.of(self.engine, self.optimizer, self.flat[parameter], parameter) for parameter in nowhere]
+        nowhere = [self.model.get_parameter(name) for name in self.used.find_unused()]
+        self.unused = [
+            UnusedParameter.of(self.engine, self.optimizer, self.flat[parameter], parameter) for parameter in nowhere
+        ]
         if self.config.stage == 0:
             for parameter in nowhere:
                 parameter.grad = None
         self.measured = norm.detach().float()
-        bad, empty = self.judged(self.measured, self.limit)
+        bad, empty = self.check_norm(self.measured, self.limit)
         return not bool(bad | empty)
 
-    def state(self) -> dict[str, Tensor | Fragment]:
+    def state(self) -> dict[str, Tensor | FlatShard]:
         """What lies here, as it lies here: nothing is sent, nothing copied but counts of steps."""
-        self._settle()
+        self._end_update()
         tensors, saved = self.model.state_dict(keep_vars=True), is_saved(self.model)
-        state: dict[str, Tensor | Fragment] = {
+        state: dict[str, Tensor | FlatShard] = {
             f"model/{name}": self._weight(tensor) for name, tensor in tensors.items() if saved(name)
         }
         for name, parameter in self.model.named_parameters():
@@ -170,17 +172,17 @@ class Zero(StepArithmetic):
         return state
 
     @torch.no_grad()
-    def load_state(self, state: Mapping[str, Tensor | Fragment]) -> None:
-        own, counts = self.state(), dict[tuple[int, str], float]()
+    def load_state(self, state: Mapping[str, Tensor | FlatShard]) -> None:
+        current, counts = self.state(), dict[tuple[int, str], float]()
         for path, given in state.items():
-            values(own[path]).copy_(values(given))
+            local_values(current[path]).copy_(local_values(given))
             what, _, name = path.partition("/")
             kind, _, name = name.partition("/")
             if what == "optimizer":
-                its = self._optimizer_state(self.model.get_parameter(name))
-                if not _of_elements(its[kind]):  # a count of steps, of which `own` is a copy
-                    counts[id(its), kind] = max(counts.get((id(its), kind), -math.inf), values(given).item())
-                    its[kind] = _count(counts[id(its), kind], its[kind])
+                shard = self._optimizer_state(self.model.get_parameter(name))
+                if not _of_elements(shard[kind]):  # a count of steps, of which `current` is a copy
+                    counts[id(shard), kind] = max(counts.get((id(shard), kind), -math.inf), local_values(given).item())
+                    shard[kind] = _count(counts[id(shard), kind], shard[kind])
         if self.config.stage:
             self.engine.optimizer.refresh_fp32_params()  # on which the optimizer steps
 
@@ -196,40 +198,40 @@ class Zero(StepArithmetic):
         self.engine.destroy()
         super().close()
         del self.engine
-        if self.own_group:
+        if self.process_group:
             dist.destroy_process_group()
         forget_groups()  # a sweep's next run has groups of its own
 
-    def _weight(self, tensor: Any) -> Tensor | Fragment:
+    def _weight(self, tensor: Any) -> Tensor | FlatShard:
         """What this process has of a parameter or buffer."""
         if not hasattr(tensor, "ds_tensor"):
             return tensor.detach()
         part = tensor.ds_tensor.detach()
         start = dist.get_rank() * part.numel()
-        return Fragment(part[: max(0, tensor.ds_numel - start)], tensor.ds_shape, start)  # the last ones are padded
+        return FlatShard(part[: max(0, tensor.ds_numel - start)], tensor.ds_shape, start)  # the last ones are padded
 
-    def _piece(self, parameter: Any, value: Any) -> Tensor | Fragment:
+    def _piece(self, parameter: Any, value: Any) -> Tensor | FlatShard:
         """The same of the optimizer's state."""
         if not _of_elements(value):  # of a flat tensor: parameters that were used less often have its largest one
             return torch.tensor(float(value), dtype=value.dtype if isinstance(value, Tensor) else None)
         if not self.config.stage:
             return value
         start, size, offset = piece(self.engine, parameter)
-        return Fragment(value.view(-1)[start : start + size], getattr(parameter, "ds_shape", parameter.shape), offset)
+        return FlatShard(value.view(-1)[start : start + size], getattr(parameter, "ds_shape", parameter.shape), offset)
 
     def _optimizer_state(self, parameter: Any) -> dict[str, Any]:
         return self.optimizer.state.get(self.flat[parameter], {}) if parameter in self.flat else {}
 
-    def _settle(self) -> None:
+    def _end_update(self) -> None:
         """There is optimizer state, and no parameter is on its way here as it was prefetched."""
-        self._materialise()
+        self._materialize()
         self.engine.empty_partition_cache()
 
-    def _materialise(self) -> None:
+    def _materialize(self) -> None:
         """The same for flat parameters: DeepSpeed shows them to the optimizer only while it steps, and has buffers
         of its own for their gradients."""
         if self.config.stage == 0:
-            super()._materialise()
+            super()._materialize()
         if self.optimizer.state:
             return
         groups, flats = self.optimizer.param_groups, list(dict.fromkeys(self.flat.values()))
@@ -245,9 +247,9 @@ class Zero(StepArithmetic):
             flat.grad = gradient
         for group, (parameters, rate) in zip(groups, shown, strict=True):
             group.update(params=parameters, lr=rate)
-        for its in self.optimizer.state.values():
-            for kind, value in its.items():
-                its[kind] = value.zero_() if isinstance(value, Tensor) else type(value)()
+        for shard in self.optimizer.state.values():
+            for kind, value in shard.items():
+                shard[kind] = value.zero_() if isinstance(value, Tensor) else type(value)()
 
 
 def _of_elements(value: Any) -> bool:

@@ -70,7 +70,7 @@ def flat_tensors(engine: Any, parameters: list[nn.Parameter]) -> dict[nn.Paramet
 
 
 def piece(engine: Any, parameter: Any) -> Piece:
-    """Of a parameter that is trained."""
+    """Returns where the engine keeps its piece of a trained parameter."""
     if engine.zero_optimization_stage() == 0:
         return Piece(0, parameter.numel(), 0)
     if engine.zero_optimization_stage() == 3:

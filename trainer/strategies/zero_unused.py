@@ -16,7 +16,7 @@ from trainer.patches import first_behind_steps
 from trainer.strategies.zero_engine import piece
 
 
-class Unused(NamedTuple):
+class UnusedParameter(NamedTuple):
     """What this process keeps of a parameter, before a step that does not use it."""
 
     flat: Tensor
@@ -26,7 +26,7 @@ class Unused(NamedTuple):
     """The optimizer's, by kind; a kind that is not there yet begins with zeros."""
 
     @classmethod
-    def of(cls, engine: Any, optimizer: torch.optim.Optimizer, flat: Tensor, parameter: Any) -> Unused:
+    def of(cls, engine: Any, optimizer: torch.optim.Optimizer, flat: Tensor, parameter: Any) -> UnusedParameter:
         start, size, _ = piece(engine, parameter)
         place = slice(start, start + size)
         state = {kind: value.view(-1)[place].clone() for kind, value in _kinds(optimizer, flat)}
@@ -39,7 +39,7 @@ class Unused(NamedTuple):
             value.view(-1)[self.place] = self.state.get(kind, 0.0)
 
 
-def put_back_after_steps(optimizer: torch.optim.Optimizer, unused: Callable[[], Sequence[Unused]]) -> None:
+def put_back_after_steps(optimizer: torch.optim.Optimizer, unused: Callable[[], Sequence[UnusedParameter]]) -> None:
     """Behind each step of the optimizer, before any other hook there sees the weights."""
 
     def hook(*_: Any) -> None:

@@ -11,12 +11,12 @@ from trainer.errors import TrainingError
 from trainer.secrets import masked, prose
 from trainer.tracking.base import Row, RunInfo, Tracker
 from trainer.tracking.jsonl import write_status
-from trainer.tracking.record import JsonLines
+from trainer.tracking.jsonl_tracker import JsonlTracker
 
 __all__ = ["JsonLines", "Row", "RunInfo", "Tracker", "Trackers", "now", "write_status"]
 
 
-Say = Callable[[str], None]
+PrintLine = Callable[[str], None]
 
 
 class Trackers:
@@ -26,8 +26,8 @@ class Trackers:
     and in the run's events. Any other tracker that fails is reported likewise, and left out from then on.
     """
 
-    def __init__(self, record: JsonLines, others: Sequence[Tracker] = (), say: Say | None = None):
-        self.record, self.disk = record, record.disk
+    def __init__(self, record: JsonlTracker, others: Sequence[Tracker] = (), say: PrintLine | None = None):
+        self.record, self.run_files = record, record.run_files
         self.others = list(others)
         self.say = say or _stderr
 
@@ -57,7 +57,7 @@ class Trackers:
     def close(self, status: Row) -> None:
         """Raises TrainingError if the disk does not take all that was recorded; the trackers then hear of a failure."""
         try:
-            self.disk.settle()
+            self.run_files.flush_all()
             self._news(status.get("step"))
         except TrainingError as error:
             status = {**status, "state": "failed", "reason": str(error)}
@@ -73,15 +73,15 @@ class Trackers:
 
     def _news(self, step: int | None) -> None:
         """Tells of the disk, once when it fails and once when it takes everything again."""
-        for news in self.disk.news():
+        for news in self.run_files.news():
             self._event({"kind": news["kind"], "step": step, **news})
             if news["kind"] == "disk_failed":
                 self._say(
-                    f"{self.disk.folder / news['file']} cannot be written: {news['reason']}. Training goes on; what is "
-                    "recorded waits in memory until it can be: make room, or make it writable"
+                    f"{self.run_files.folder / news['file']} cannot be written: {news['reason']}. Training goes on; "
+                    "what is recorded waits in memory until it can be: make room, or make it writable"
                 )
             else:
-                self._say(f"{self.disk.folder} can be written again: nothing was lost")
+                self._say(f"{self.run_files.folder} can be written again: nothing was lost")
 
     def _say(self, text: str) -> None:
         with suppress(OSError, ValueError):  # a closed terminal

@@ -16,7 +16,7 @@ class RunInfo:
     name: str
     folder: Path
     steps: int
-    step: int  # the restored step; 0 at birth
+    step: int  # the restored step; 0 at the start
     config: dict[str, Any]  # resolved, JSON-able, without secrets
     environment: dict[str, Any]  # versions, devices, topology; JSON-able
 

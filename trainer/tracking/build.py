@@ -11,15 +11,15 @@ import torch
 from trainer import __version__
 from trainer.config import Config
 from trainer.topology import Topology
-from trainer.tracking import JsonLines, RunInfo, Tracker, Trackers
-from trainer.tracking.aside import Aside
+from trainer.tracking import JsonlTracker, RunInfo, Tracker, Trackers
+from trainer.tracking.background_writer import BackgroundWriter
 from trainer.tracking.console import Console
-from trainer.tracking.disk import Disk
-from trainer.tracking.journal import Journal
+from trainer.tracking.run_files import RunFiles
+from trainer.tracking.run_logger import RunLogger
 from trainer.tracking.wandb import WandB
 
 
-def build_journal(config: Config, topology: Topology, disk: Disk) -> Journal:
+def build_logger(config: Config, topology: Topology, disk: RunFiles) -> RunLogger:
     info = RunInfo(
         name=config.run.name,
         folder=disk.folder,
@@ -29,11 +29,11 @@ def build_journal(config: Config, topology: Topology, disk: Disk) -> Journal:
         environment=environment(topology),
     )
     if not topology.is_main:
-        return Journal(topology, info, None, config.data.ledger)
+        return RunLogger(topology, info, None, config.data.ledger)
     told = info.config["track"]["wandb"]
-    wandb = Aside(WandB(told["mode"], told["project"], group=told["group"], name=told["name"]))
+    wandb = BackgroundWriter(WandB(told["mode"], told["project"], group=told["group"], name=told["name"]))
     others: list[Tracker] = [Console(), wandb] if config.track.console else [wandb]
-    return Journal(topology, info, Trackers(JsonLines(disk.folder, disk), others), config.data.ledger)
+    return RunLogger(topology, info, Trackers(JsonlTracker(disk.folder, disk), others), config.data.ledger)
 
 
 def environment(topology: Topology) -> dict[str, Any]:

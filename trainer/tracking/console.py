@@ -14,9 +14,9 @@ from rich.table import Column
 from rich.text import Text
 
 from trainer.tracking.base import Row, RunInfo
-from trainer.tracking.jsonl import plain
+from trainer.tracking.jsonl import to_jsonable
 
-COLOURS = {
+COLORS = {
     "failed": "red",
     "interrupted": "yellow",
     "resume": "cyan",
@@ -97,7 +97,7 @@ class Console:
         self._happened("evaluation", step, parts)
 
     def _happened(self, kind: str, step: int | None, parts: list[str]) -> None:
-        text = Text(f"{kind:<11}", style=COLOURS.get(kind, "magenta"))
+        text = Text(f"{kind:<11}", style=COLORS.get(kind, "magenta"))
         text.append("  ".join(["" if step is None else f" step {step}", *parts]), style="default")
         self._print(text)
 
@@ -130,5 +130,5 @@ def _parts(rows: list[Row]) -> Iterator[str]:
 
 
 def _short(value: Any) -> str:
-    text = f"{value:.4g}" if type(value) is float else plain(value)
+    text = f"{value:.4g}" if type(value) is float else to_jsonable(value)
     return text if len(text) <= WIDTH else text[: WIDTH - 1] + "…"

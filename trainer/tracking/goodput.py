@@ -83,10 +83,10 @@ class Goodput:
 
 
 def goodput(folder: Path) -> Goodput | None:
-    """Of a run's folder; None where nothing was written down. Raises ConfigError if the file is damaged."""
+    """Returns the goodput of a run directory, None if none was recorded. Raises ConfigError if the file is damaged."""
     rows = read(folder / FILE)
     try:
-        return Goodput(account(rows, _ends(read(folder / EVENTS)))) if rows else None
+        return Goodput(sum_up(rows, _ends(read(folder / EVENTS)))) if rows else None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ConfigError(f"{folder / FILE}: not a ledger of time ({error}); delete it to go on without it") from None
 
@@ -105,7 +105,7 @@ def _time(row: Row) -> datetime:
     return datetime.fromisoformat(row["time"].replace("Z", "+00:00"))
 
 
-def account(rows: Sequence[Row], ends: Sequence[tuple[datetime, bool]] = ()) -> dict[str, float]:
+def sum_up(rows: Sequence[Row], ends: Sequence[tuple[datetime, bool]] = ()) -> dict[str, float]:
     """Seconds by class, of all lines together. `ends`: when the run began and ended, and whether it was finished."""
     totals: dict[str, float] = defaultdict(float)
     done: list[_Stretch] = []  # what counts so far

@@ -31,7 +31,7 @@ def dumps(value: Any) -> str:
         return json.dumps(_finite(value), allow_nan=False)
 
 
-def plain(value: Any) -> str:
+def to_jsonable(value: Any) -> str:
     """`value` for a person: text as it is, anything else as JSON."""
     return value if isinstance(value, str) else dumps(value)
 
@@ -40,7 +40,7 @@ def read(path: Path) -> list[Row]:
     """All whole lines of a JSON-lines file; none when there is no such file. A torn last line is left out.
 
     Raises:
-        ConfigError: a line before the last is no JSON object.
+        ConfigError: a line before the last is not a JSON object.
         Outage: its storage does not answer.
     """
     try:
@@ -76,17 +76,17 @@ def last(path: Path) -> Row | None:
         return _parse(view[view.rfind(b"\n", 0, end - 1) + 1 : end]) if end else None
 
 
-def mend(path: Path) -> None:
+def repair(path: Path) -> None:
     """Drops a torn last line, so that the file can be appended to."""
     _cut(path, lambda row: True)
 
 
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file so that a reader sees the old text or the new one, never a part."""
-    replace_file(path, encoded(value))
+    replace_file(path, encode(value))
 
 
-def encoded(value: Any) -> bytes:
+def encode(value: Any) -> bytes:
     """`value` as a JSON file for a person to read."""
     return (json.dumps(json.loads(dumps(value)), indent=2) + "\n").encode()
 

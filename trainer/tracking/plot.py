@@ -1,4 +1,4 @@
-"""Line plots as SVG paths. A plot spans 0..1000 both ways, is stretched by the page and labelled in %."""
+"""Line plots as SVG paths. A plot spans 0..1000 both ways, is stretched by the page and labeled in %."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class Run:
 
     @property
     def evaluations(self) -> dict[int, Row]:
-        """By step."""
+        """Returns the evaluations by step."""
         return {row["step"]: row["eval"] for row in self.rows if row.get("eval")}
 
     @property
@@ -62,7 +62,7 @@ def load(folder: Path) -> Run:
     """Reads a run's folder.
 
     Raises:
-        ConfigError: it is no run's folder, or one of its files is damaged.
+        ConfigError: it is not a run's folder, or one of its files is damaged.
     """
     if not any((folder / name).is_file() for name in ("status.json", "metrics.jsonl")):
         raise ConfigError(f"{folder}: not a run's folder (neither status.json nor metrics.jsonl is in it)")

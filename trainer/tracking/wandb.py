@@ -21,7 +21,7 @@ from trainer.tracking import jsonl
 from trainer.tracking.base import Row, RunInfo
 from trainer.tracking.jsonl import write_json
 
-Say = Callable[[str], None]
+PrintLine = Callable[[str], None]
 Mode = Literal["auto", "offline", "online", "disabled"]
 
 ALERTS = {
@@ -33,7 +33,7 @@ ALERTS = {
     "bad_step": "a step was bad",
     "corrupted": "a process has wrong weights",
 }
-UNNAMED = {"eval", "fingerprint"}  # an evaluation has names of its own; a fingerprint is no number to draw
+UNNAMED = {"eval", "fingerprint"}  # an evaluation has names of its own; a fingerprint is not a number to draw
 NAMES = {
     "step": "progress/step",
     "tokens": "progress/tokens",
@@ -63,7 +63,7 @@ class WandB:
         self,
         mode: Mode = "auto",
         project: str | None = None,
-        say: Say | None = None,
+        say: PrintLine | None = None,
         group: str | None = None,
         name: str | None = None,
     ):
@@ -140,7 +140,7 @@ class WandB:
 
     def rows(self, rows: list[Row]) -> None:
         for row in rows if self.run else ():
-            self.run.log(named(row))
+            self.run.log(wandb_names(row))
             self.last = row["step"]
 
     def event(self, event: Row) -> None:
@@ -186,7 +186,7 @@ class WandB:
         return list(dict.fromkeys([*self._offline(), *own]))
 
 
-def named(row: Row) -> dict[str, Any]:
+def wandb_names(row: Row) -> dict[str, Any]:
     """A row under its W&B names: slashes, units, numbers only.
 
     >>> named({"step": 3, "loss": 1.5, "eval": {"loss": 2.0}})
@@ -245,7 +245,7 @@ def _steps_in(path: Path) -> Iterator[int]:
                 yield int(json.loads(line)["history"]["item"]["progress/step"])
 
 
-def _open(wandb: Any, arguments: dict[str, Any], say: Say) -> Any:
+def _open(wandb: Any, arguments: dict[str, Any], say: PrintLine) -> Any:
     """Online if the server answers, else offline."""
     try:
         return wandb.init(mode="online", **arguments)

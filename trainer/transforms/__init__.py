@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.config.check import did_you_mean
+from trainer.config.validate import nearest_hint
 from trainer.errors import ConfigError
 
 Read = Callable[[str], Tensor]  # the value of the parameter of that name, whole
@@ -27,7 +27,7 @@ class Transform:
         run's config, and has to do the same to each."""
         raise NotImplementedError
 
-    def initialise(self, name: str, value: Tensor, generator: torch.Generator) -> bool:
+    def initialize(self, name: str, value: Tensor, generator: torch.Generator) -> bool:
         """Fills `value` if the parameter `name` is one that this transform has added, and returns whether it is."""
         return False
 
@@ -75,7 +75,7 @@ def matching(key: str, patterns: Iterable[str], names: Iterable[str]) -> set[str
         matched = {name for name in names if fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")}
         if not matched:
             known = {name for full in names for name in (full, full.rpartition(".")[2])}
-            problems.append(f"{key}: '{pattern}' is no part of the model{did_you_mean(pattern, known)}")
+            problems.append(f"{key}: '{pattern}' is not a part of the model{nearest_hint(pattern, known)}")
         found |= matched
     if problems:
         raise ConfigError(problems)

@@ -15,7 +15,7 @@ class FP8(Transform):
     multiples of 16. Emulated, the products are those of the rounded numbers in fp32.
 
     Each token is scaled by its own largest number, and weights' gradients are products in bf16 ("rowwise_with_gw_hp"):
-    then no number depends on who its neighbours in a micro-batch are. It is also torchao's most exact recipe.
+    then no number depends on who its neighbors in a micro-batch are. It is also torchao's most exact recipe.
     """
 
     Config = schema.FP8

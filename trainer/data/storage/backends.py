@@ -45,8 +45,8 @@ class Backend(Protocol):
         does the iterator."""
 
 
-def answered(status: int, words: str) -> Failed:
-    """What an HTTP status that is no success means."""
+def failure_of(status: int, words: str) -> Failed:
+    """What an HTTP status that is not a success means."""
     final = 400 <= status < 500 and status not in _AGAIN
     refused = "; are there credentials for it in the environment?" if status in (401, 403) else ""
     return Failed(f"the server answered {status} {words}".rstrip() + refused, final, status)

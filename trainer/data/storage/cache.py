@@ -134,7 +134,7 @@ class Cache:
             os.makedirs(os.path.dirname(path), exist_ok=True)
             with (
                 self._storing,
-                locks.held(Path(self._folder, ".lock"), LOCK_S, poll_s=0.01),
+                locks.hold(Path(self._folder, ".lock"), LOCK_S, poll_s=0.01),
             ):
                 used = self._used()
                 if used is None or used + size > self._budget:

@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class _File:
-    """An open file, closed when its last reader lets go of it: no thread reads from a recycled number."""
+    """An open file, closed when its last reader releases it: no thread reads from a recycled number."""
 
     def __init__(self, path: str):
         self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

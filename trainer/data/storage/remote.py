@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class _Patience(outage.Patience):
-    """That of the storage, with a server. What it answers for good is not waited for."""
+    """The storage's patience with a server. A final answer is not waited for."""
 
     def __init__(self, storage: Settings, url: str):
         super().__init__(shown(url), _server(url), storage.patience_s, **storage.waits)
@@ -42,8 +42,8 @@ def _server(url: str) -> str:
 
 def backend(url: str, timeout_s: float) -> Backend:
     """What reads a URL that `urls.check` let through."""
-    from trainer.data.storage.by_fsspec import Fsspec
-    from trainer.data.storage.by_obstore import Obstore
+    from trainer.data.storage.fsspec_backend import Fsspec
+    from trainer.data.storage.obstore_backend import Obstore
 
     if scheme(url) in OBSTORE:
         try:
@@ -53,7 +53,7 @@ def backend(url: str, timeout_s: float) -> Backend:
     return Fsspec(url, timeout_s)
 
 
-def _persist(storage: Settings, url: str, attempt: Callable[[], T]) -> T:
+def _retry(storage: Settings, url: str, attempt: Callable[[], T]) -> T:
     patience = _Patience(storage, url)
     while True:
         try:
@@ -68,9 +68,9 @@ def _persist(storage: Settings, url: str, attempt: Callable[[], T]) -> T:
 def _facts(storage: Settings, url: str, source: Backend) -> tuple[Facts, bool]:
     """What the object is now, and whether its server sends parts of it."""
     try:
-        return _persist(storage, url, source.facts), True
+        return _retry(storage, url, source.facts), True
     except NoRanges:
-        return _persist(storage, url, lambda: source.stream(0, None)[0]), False
+        return _retry(storage, url, lambda: source.stream(0, None)[0]), False
 
 
 def stamp(storage: Settings, url: str) -> str:

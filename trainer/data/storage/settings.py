@@ -15,7 +15,7 @@ class Blob(Protocol):
     """The bytes of one shard, readable at any place by many threads at once."""
 
     url: str
-    """As the user gave it. Messages use `shown(url)`: it may hold a password."""
+    """The URL as the user wrote it. Messages use `shown(url)`, as it may hold a password."""
     size: int
     """Bytes; of `.tar.gz` and `pipe:` those of the unpacked tar."""
     stamp: str
@@ -26,7 +26,7 @@ class Blob(Protocol):
         does not answer."""
 
     def peek(self, at: int, size: int) -> bytes | memoryview:
-        """As `read`, for what lies far from everything else: no more than these bytes comes over the network."""
+        """Reads like `read`, but fetches no more than these bytes: for what lies far from everything else."""
 
     def prefetch(self, at: int, size: int) -> None:
         """A hint that these bytes will be read soon; returns at once. Nothing for local files."""
@@ -66,5 +66,5 @@ class Settings:
         return {"retries": self.retries, "first_s": self.wait_s, "key": key, "exit_code": code}
 
     def patience(self, url: str) -> Patience:
-        """That of one read of a local file."""
+        """Returns the patience for one read of a local file."""
         return Patience(shown(url), shown(url), self.patience_s, **self.waits)

@@ -11,7 +11,7 @@ from trainer.errors import ConfigError
 from trainer.secrets import PIPE, shown
 
 OBSTORE = ("http", "https", "s3", "s3a", "gs", "az", "abfs", "abfss")
-_SCHEME = re.compile(r"((?:[A-Za-z0-9+.-]+::)*[A-Za-z][A-Za-z0-9+.-]*)://")  # fsspec's chains are no paths either
+_SCHEME = re.compile(r"((?:[A-Za-z0-9+.-]+::)*[A-Za-z][A-Za-z0-9+.-]*)://")  # fsspec's chains are not paths either
 
 
 def scheme(url: str) -> str | None:
@@ -21,7 +21,7 @@ def scheme(url: str) -> str | None:
 
 
 def is_url(text: str) -> bool:
-    """Whether this is no path of a local file: `s3://...`, `file://...`, `pipe:...`."""
+    """Whether this is not a path of a local file: `s3://...`, `file://...`, `pipe:...`."""
     return text.startswith(PIPE) or scheme(text) is not None
 
 

@@ -37,7 +37,7 @@ _TOLD = 5  # documents of a piece that were left out, whose causes are kept
 Sample = tuple[str, str, Mapping[str, bytes], Mapping[str, int]]  # split, key, members, what is counted of them
 
 
-class Span(NamedTuple):
+class PieceRange(NamedTuple):
     """Samples [first, end) of a piece, bytes [begin, stop) of its body."""
 
     piece: int
@@ -50,7 +50,7 @@ class Span(NamedTuple):
 class Shard(NamedTuple):
     split: str
     number: int
-    spans: tuple[Span, ...]
+    spans: tuple[PieceRange, ...]
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def _is_whole(work: Path, number: int) -> bool:
 
 
 def counted(work: Path, number: int) -> tuple[dict[str, Any], dict[str, Numbers]]:
-    """Of each split of a piece: what is known of it, and `ends` of its samples."""
+    """Returns what is known of each split of a piece, and the `ends` of its samples."""
     with np.load(_table(work, number), allow_pickle=False) as arrays:
         about = json.loads(arrays["about"].tobytes())
         return about, {split: arrays[f"{split}.ends"] for split in about}
@@ -181,16 +181,16 @@ class Cutter:
     split: str
     shard_bytes: int
     number: int = 0
-    _spans: list[Span] = field(default_factory=list)
+    _spans: list[PieceRange] = field(default_factory=list)
     _size: int = 0
 
-    def add(self, piece: int, ends: Numbers) -> Iterator[tuple[Span, Shard | None]]:
+    def add(self, piece: int, ends: Numbers) -> Iterator[tuple[PieceRange, Shard | None]]:
         """The next piece, whose samples end at these bytes: its spans, each with the shard that it completes."""
         first = begin = 0
         while first < len(ends):
             full = int(np.searchsorted(ends, begin + self.shard_bytes - self._size)) + 1
             end = min(full, len(ends))
-            span = Span(piece, first, end, begin, int(ends[end - 1]))
+            span = PieceRange(piece, first, end, begin, int(ends[end - 1]))
             self._spans.append(span)
             self._size += span.stop - span.begin
             first, begin = end, span.stop

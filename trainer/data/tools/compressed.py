@@ -31,7 +31,7 @@ def opened(path: Path, packing: str) -> Iterator[IO[bytes]]:
 
 
 def _zst(path: Path, mode: str) -> IO[bytes]:
-    """By Python's own module (3.14), the package zstandard or pyarrow, whichever is there."""
+    """Opens a .zst file with Python's own module (3.14), zstandard or pyarrow, whichever is installed."""
     try:
         from compression import zstd  # type: ignore[import-not-found]
 

@@ -23,7 +23,7 @@ CUTS = ("file", "paragraphs", "lines")
 NAME = re.compile(
     r"(?P<stem>.+)\.(?:(?P<kind>txt|md|jsonl)(?:\.(?P<packing>xz|gz|zst))?|json\.(?P<lines>xz|gz|zst)|(?P<table>parquet))",
     re.IGNORECASE,
-)  # C4 and its like call JSON lines .json.gz; plain .json is no text
+)  # C4 and its like call JSON lines .json.gz; plain .json is not text
 _BOM = b"\xef\xbb\xbf"
 _BACK = 64 << 10  # bytes that are searched at once for where a line begins
 
@@ -48,7 +48,7 @@ class Source(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Cut:
+class SplitOptions:
     """What a document is: `split` of .txt and .md (see `CUTS`), `text_field` of JSON objects and rows; `keep_json`:
     with the other fields."""
 
@@ -94,7 +94,7 @@ class Whole:
     def size(self) -> int:
         return sum(source.size for source in self.sources)
 
-    def documents(self, cut: Cut, skip: Skip | None = None) -> Iterator[Found]:
+    def documents(self, cut: SplitOptions, skip: Skip | None = None) -> Iterator[Found]:
         for source in self.sources:
             with _reading(source) as file:
                 text = _text(source, 0, file.read().removeprefix(_BOM), skip)
@@ -103,7 +103,7 @@ class Whole:
 
 
 @dataclass(frozen=True)
-class Stretch:
+class FileRange:
     """The documents that begin in bytes [begin, end) of a file, counted as unpacked."""
 
     source: Source
@@ -114,7 +114,7 @@ class Stretch:
     def size(self) -> int:
         return int(min(self.end, self.source.size)) - self.begin
 
-    def documents(self, cut: Cut, skip: Skip | None = None) -> Iterator[Found]:
+    def documents(self, cut: SplitOptions, skip: Skip | None = None) -> Iterator[Found]:
         """Raises `ConfigError` (file, place) if the file cannot be read."""
         source = self.source
         with _reading(source) as file:
@@ -129,7 +129,7 @@ class Stretch:
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowRange:
     """Some row groups of a parquet file; `first`: number of their first row."""
 
     source: Source
@@ -137,7 +137,7 @@ class Rows:
     first: int
     size: int
 
-    def documents(self, cut: Cut, skip: Skip | None = None) -> Iterator[Found]:
+    def documents(self, cut: SplitOptions, skip: Skip | None = None) -> Iterator[Found]:
         import pyarrow
         from pyarrow import parquet
 
@@ -162,7 +162,7 @@ class Rows:
         check_unchanged(source.path, source.size, source.mtime_ns)
 
 
-def pieces(found: Sequence[Source], cut: Cut, piece_bytes: int) -> Iterator[Whole | Stretch | Rows]:
+def pieces(found: Sequence[Source], cut: SplitOptions, piece_bytes: int) -> Iterator[Whole | FileRange | RowRange]:
     """The documents of some files, parted into pieces of about `piece_bytes`. Raises `ConfigError`."""
     together: list[Source] = []
     for source in found:
@@ -175,11 +175,11 @@ def pieces(found: Sequence[Source], cut: Cut, piece_bytes: int) -> Iterator[Whol
         elif source.kind == "parquet":
             yield from _rows(source, cut, piece_bytes)
         elif source.packing:
-            yield Stretch(source)
+            yield FileRange(source)
         else:
             for begin in range(0, source.size, piece_bytes):
                 end = begin + piece_bytes
-                yield Stretch(source, begin, end if end < source.size else float("inf"))
+                yield FileRange(source, begin, end if end < source.size else float("inf"))
     if together:
         yield Whole(tuple(together))
 
@@ -269,7 +269,9 @@ def _blank(line: bytes) -> bool:
     return not line.decode(errors="replace").strip()
 
 
-def _objects(source: Source, lines: Iterator[tuple[int, bytes]], cut: Cut, skip: Skip | None) -> Iterator[Found]:
+def _objects(
+    source: Source, lines: Iterator[tuple[int, bytes]], cut: SplitOptions, skip: Skip | None
+) -> Iterator[Found]:
     """The documents of JSON lines."""
     for at, line in lines:
         if not (spelt := _text(source, at, line, skip)).strip():
@@ -293,7 +295,7 @@ def _object(spelt: str, field: str) -> dict[str, Any]:
     try:
         values = json.loads(spelt)
     except json.JSONDecodeError as error:
-        raise ValueError(f"is no JSON: {error.msg} (character {error.pos + 1})") from None
+        raise ValueError(f"is not JSON: {error.msg} (character {error.pos + 1})") from None
     if not isinstance(values, dict):
         raise ValueError(f"is not a JSON object but {_named(values)}")
     if field not in values:
@@ -303,11 +305,11 @@ def _object(spelt: str, field: str) -> dict[str, Any]:
     try:
         text.encode()
     except UnicodeEncodeError:  # JSON can spell it
-        raise ValueError(f"{field!r} (--text-field) is no Unicode text") from None
+        raise ValueError(f"{field!r} (--text-field) is not Unicode text") from None
     return values
 
 
-def _of_row(values: dict[str, Any], cut: Cut, row: int) -> tuple[str, bytes | None]:
+def _of_row(values: dict[str, Any], cut: SplitOptions, row: int) -> tuple[str, bytes | None]:
     """The text of a row, and its other columns as JSON. Raises ValueError."""
     if (text := values.pop(cut.text_field)) is None:
         raise ValueError(f"row {row}: {cut.text_field!r} (--text-field) is null; leave such rows out (--on-error skip)")
@@ -319,14 +321,14 @@ def _named(value: Any) -> str:
     return names.get(type(value), "a number")
 
 
-def _others(values: dict[str, Any], cut: Cut, where: str) -> bytes | None:
+def _others(values: dict[str, Any], cut: SplitOptions, where: str) -> bytes | None:
     """The other fields as JSON, if they are to be kept. Raises ValueError."""
     if not cut.keep_json:
         return None
     try:
         return json.dumps(values, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_plain).encode()
     except UnicodeEncodeError:
-        problem = "a field that is no Unicode text cannot be kept as JSON"
+        problem = "a field that is not Unicode text cannot be kept as JSON"
     except (ValueError, TypeError) as error:
         problem = "NaN and Infinity cannot be kept as JSON" if "float" in str(error) else str(error)
     raise ValueError(f"{where}: --keep-json: {problem}")
@@ -348,8 +350,8 @@ def _line_number(source: Source, at: int) -> int:
     return number
 
 
-def _rows(source: Source, cut: Cut, piece_bytes: int) -> Iterator[Rows]:
-    """The pieces of a parquet file: neighbouring row groups."""
+def _rows(source: Source, cut: SplitOptions, piece_bytes: int) -> Iterator[RowRange]:
+    """The pieces of a parquet file: neighboring row groups."""
     try:
         import pyarrow
         from pyarrow import parquet, types
@@ -377,7 +379,7 @@ def _rows(source: Source, cut: Cut, piece_bytes: int) -> Iterator[Rows]:
         group = about.row_group(number)
         groups, rows, size = [*groups, number], rows + group.num_rows, size + group.total_byte_size
         if size >= piece_bytes or number == about.num_row_groups - 1:
-            yield Rows(source, tuple(groups), first, size)
+            yield RowRange(source, tuple(groups), first, size)
             groups, first, rows, size = [], first + rows, 0, 0
 
 

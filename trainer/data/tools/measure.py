@@ -81,7 +81,7 @@ def about_tokens(shards: Shards, tokenizer: tokenization.Tokenizer) -> int:
     return round(tokens * shards.bytes / max(1, sum(map(len, found)))) + shards.n
 
 
-def together(parts: Sequence[Measured]) -> dict[str, Any]:
+def sum_measured(parts: Sequence[Measured]) -> dict[str, Any]:
     """The numbers of all shards, JSON-able. `histogram`: [least size, size above the largest, samples] of each bin,
     which are powers of two."""
     sizes = np.concatenate([part.sizes for part in parts])

@@ -26,8 +26,8 @@ from trainer.data import tokenizer as tokenization
 from trainer.data.tools import assemble, write
 from trainer.data.tools.documents import Document
 from trainer.data.tools.image_folders import Pictures
+from trainer.data.tools.pack_request import FoundFiles, Options, Text, find_files, identity_of
 from trainer.data.tools.parallel import Workers, result
-from trainer.data.tools.request import Found, Options, Text, find, identity_of
 from trainer.data.tools.write import SPLITS
 from trainer.errors import ConfigError
 from trainer.files import replace_file
@@ -36,7 +36,7 @@ PIECE_BYTES = 16 << 20
 _TOLD = 5  # documents that were left out, of which is told why
 _VERSION = 2  # of what is in a work folder
 
-Told = Callable[[str, int, int], None]
+ReportProgress = Callable[[str, int, int], None]
 
 
 def pack_inputs(
@@ -46,34 +46,36 @@ def pack_inputs(
     *,
     workers: int = 1,
     restart: bool = False,
-    told: Told = lambda what, done, total: None,
+    report: ReportProgress = lambda what, done, total: None,
     piece_bytes: int = PIECE_BYTES,
 ) -> list[Path]:
     """Makes the data set folder `out`: train and validation shards with their indexes, `dataset.json`, and
     `tokenizer.json` (text) or `classes.json` (images). Returns the files in the given folders that were left out.
 
-    Goes on from what a killed call with the same inputs and options left; with `restart`, anew. `told`: is told what is
-    being done, how much of it is done, and how much there is. Raises `ConfigError`: bad options and inputs, of which
+    Goes on from what a killed call with the same inputs and options left; with `restart`, anew. `report`: is told what
+    is being done, how much of it is done, and how much there is. Raises `ConfigError`: bad options and inputs, of which
     nothing is left; `out` exists, is being packed by another process, or was begun with other inputs or options.
     """
     out = Path(os.path.abspath(out.expanduser()))
     write.check_free(out)
     if problems := options.problems():
         raise ConfigError(problems)
-    found = find(inputs, options, piece_bytes)
+    found = find_files(inputs, options, piece_bytes)
     make = write.tokenizer_recipe(options.tokenizer, options.separator) if found.texts else None
-    given = options.tokenizer if make is None or write.TRAINED.fullmatch(options.tokenizer) else make([]).fingerprint
-    identity = identity_of([_VERSION, piece_bytes, found.identity, asdict(options), given])
+    described = (
+        options.tokenizer if make is None or write.TRAINED.fullmatch(options.tokenizer) else make([]).fingerprint
+    )
+    identity = identity_of([_VERSION, piece_bytes, found.identity, asdict(options), described])
     with _work_folder(out, identity, restart) as work:
         assemble.prepare(work)
         encode, tokenizer = None, None
         if make is not None:
             kept = work / "tokenizer.json"
-            made = tokenization.load(str(kept)) if kept.exists() else make(_some_texts(found.texts, options, told))
+            made = tokenization.load(str(kept)) if kept.exists() else make(_some_texts(found.texts, options, report))
             tokenizer = write.save_tokenizer(work, options.tokenizer, made)
             encode = Encode(options, str(kept) if kept.exists() else "bytes")
         with Workers(workers) as pool:
-            splits, counts, digests = _shards(work, found, options, encode, pool, told)
+            splits, counts, digests = _shards(work, found, options, encode, pool, report)
         write.check_splits({split: sums["samples"] for split, sums in splits.items()}, options.validation > 0)
         skipped = [assemble.skipped(work, number) for number in range(len(found.texts))]
         _finish(work, found, encode, tokenizer, splits, counts, digests, skipped)
@@ -81,11 +83,11 @@ def pack_inputs(
     return found.left_out
 
 
-def _some_texts(pieces: Sequence[Text], options: Options, told: Told) -> Iterator[str]:
+def _some_texts(pieces: Sequence[Text], options: Options, report: ReportProgress) -> Iterator[str]:
     """Train texts for a tokenizer: all, or of each piece its share of what a tokenizer needs."""
     total, done = sum(piece.size for piece in pieces), 0
     for piece in pieces:
-        told("reading for the tokenizer", done, total)
+        report("reading for the tokenizer", done, total)
         left = write.TOKENIZER_SAMPLE * piece.size // max(total, 1)
         for document, _ in piece.documents(options.cut, options.skips([])):
             if options.split_of(document.key) == "train":
@@ -94,7 +96,7 @@ def _some_texts(pieces: Sequence[Text], options: Options, told: Told) -> Iterato
             if left < 0:
                 break
         done += piece.size
-        told("reading for the tokenizer", done, total)
+        report("reading for the tokenizer", done, total)
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,7 @@ def _write_pictures(work: Path, number: int, piece: Pictures, options: Options) 
 
 
 def _shards(
-    work: Path, found: Found, options: Options, encode: Encode | None, pool: Workers, told: Told
+    work: Path, found: FoundFiles, options: Options, encode: Encode | None, pool: Workers, report: ReportProgress
 ) -> tuple[dict[str, dict[str, int]], dict[str, int], dict[str, str]]:
     """Makes all shards. What is counted of each split, how many shards it has, and the sha256 of each."""
     pieces: Sequence[Text | Pictures] = found.texts or found.pictures
@@ -187,7 +189,7 @@ def _shards(
                 begin(shard)
         settle(wait=False)
         done += pieces[number].size
-        told("packing", done, found.size)
+        report("packing", done, found.size)
     for cutter in cutters.values():
         begin(cutter.rest())
     settle(wait=True)
@@ -196,7 +198,7 @@ def _shards(
 
 def _finish(
     work: Path,
-    found: Found,
+    found: FoundFiles,
     encode: Encode | None,
     tokenizer: dict[str, Any] | None,
     splits: dict[str, dict[str, int]],

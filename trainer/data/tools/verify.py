@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from trainer.data import decode, images
-from trainer.data.foreign import ENERGON, ENERGON_INFO, SIZES, WIDS, Counts, energon_offsets, split
+from trainer.data.external_indexes import ENERGON, ENERGON_INFO, SIZES, WIDS, ExternalCounts, energon_offsets, split
 from trainer.data.index import FORMAT, ShardIndex, places
 from trainer.data.storage import Blob, Storage, is_remote, shown
 from trainer.data.storage.urls import PIPE, local_path
@@ -30,7 +30,7 @@ _LONGEST_LINE = 64 << 20
 
 @dataclass
 class Verdict:
-    """Of one shard: its problems, a line each; what was found in it; fields that nothing here can decode."""
+    """The verdict on one shard: its problems, a line each; its contents; fields that cannot be decoded here."""
 
     problems: list[str] = field(default_factory=list)
     samples: int = 0
@@ -53,7 +53,7 @@ def verify(url: str, storage: Storage, decode: bool = False) -> Verdict:
             described = _description(url, storage, verdict.problems)
             verdict.problems += _bytes(url, blob, storage, described)
             verdict.problems += _indexes(index, storage)
-            if index.fault is None:  # what was cut off is no fault of theirs
+            if index.fault is None:  # what was cut off is not a fault of theirs
                 verdict.problems += _foreign(blob, index, storage)
             if decode:
                 verdict.problems += _payloads(blob, index, described, verdict.not_decoded)
@@ -128,7 +128,7 @@ def _indexes(found: ShardIndex, storage: Storage) -> Iterator[str]:
                 yield f"is not what its index says; delete {place} if the shard is right"
 
 
-class _Tellings(Counts):
+class _ExternalIndexes(ExternalCounts):
     """All that other people's indexes tell, not only the first that is believed."""
 
     def all(self, blob: Blob) -> Iterator[tuple[str, int | None, int]]:
@@ -142,8 +142,8 @@ class _Tellings(Counts):
 
 
 @lru_cache(maxsize=8)
-def _tellings(storage: Storage, folder: str, times: tuple[int, ...]) -> _Tellings:
-    return _Tellings(storage)
+def _external_indexes(storage: Storage, folder: str, times: tuple[int, ...]) -> _ExternalIndexes:
+    return _ExternalIndexes(storage)
 
 
 def _foreign(blob: Blob, index: ShardIndex, storage: Storage) -> Iterator[str]:
@@ -151,7 +151,7 @@ def _foreign(blob: Blob, index: ShardIndex, storage: Storage) -> Iterator[str]:
     if blob.url.startswith(PIPE):
         return
     folder, _ = split(blob.url)
-    for place, size, samples in _tellings(storage, folder, _times(folder)).all(blob):
+    for place, size, samples in _external_indexes(storage, folder, _times(folder)).all(blob):
         if samples != len(index.keys):
             yield f"has {len(index.keys)} samples, but {place} says {samples}"
         if size not in (None, blob.size):

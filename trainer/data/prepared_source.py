@@ -1,0 +1,45 @@
+"""A source whose rows an objective makes its examples of, in the threads that read: masked, paired, padded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trainer.data.bad_data import BadData
+from trainer.data.stream import Source
+from trainer.randomness import key
+
+
+class PreparedSource:
+    """`source`, each of its rows given to `prepare` with a draw. An evaluation, in which a row has no draw of its own,
+    gives it that of its unit: the same at each evaluation, on any process."""
+
+    def __init__(self, source: Source, prepare: Callable[[dict[str, Tensor], int], dict[str, Tensor]]):
+        self.source, self.prepare = source, prepare
+        self.n, self.bytes = source.n, source.bytes
+
+    @property
+    def faults(self) -> Sequence[BadData]:
+        return self.source.faults
+
+    @property
+    def fingerprint(self) -> str:
+        return self.source.fingerprint
+
+    def read(self, example_index: int, draw: int) -> dict[str, Tensor]:
+        row = {name: _tensor(value) for name, value in self.source.read(example_index, draw).items()}
+        return self.prepare(row, draw or key("unit", example_index))
+
+    def foresee(self, example_indices: Sequence[int]) -> None:
+        self.source.foresee(example_indices)
+
+    def entry(self, example_index: int) -> Any:
+        return self.source.entry(example_index)
+
+
+def _tensor(value: Any) -> Tensor:
+    return value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))

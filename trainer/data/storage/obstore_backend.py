@@ -1,0 +1,169 @@
+"""Objects on web servers and in buckets, by the package obstore."""
+
+from __future__ import annotations
+
+import base64
+import os
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from datetime import datetime
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from trainer.data.storage.backends import GONE, Facts, Failed, NoRanges, failure_of, first_line, without_version
+from trainer.data.storage.urls import shown
+from trainer.errors import ConfigError
+
+_PLAIN = re.compile(r"(?:[\w=+~-][\w.=+~-]*/)*[\w=+~-][\w.=+~-]*", re.ASCII)  # paths that nobody writes differently
+_FOR_EVER_S = 30 * 86400
+_CLOUDS = ("AWS_", "GOOGLE_", "AZURE_")
+
+
+class Obstore:
+    """Reads through the package obstore. Credentials, region and endpoint come from AWS_*, GOOGLE_*, AZURE_*."""
+
+    def __init__(self, url: str, timeout_s: float):
+        import obstore
+
+        self._url, (root, self._path) = url, _split(url)
+        environment = frozenset(item for item in os.environ.items() if item[0].startswith(_CLOUDS))
+        self._store, self._timeout_s = _store(root, timeout_s, 10 * timeout_s, environment), timeout_s
+        self._whole = partial(_store, root, timeout_s, _FOR_EVER_S, environment)
+        self._get, self._head = obstore.get, obstore.head
+
+    def facts(self) -> Facts:
+        try:
+            facts, body = self.stream(0, 1)
+        except Failed as error:
+            if error.status != GONE:
+                raise
+            return self._empty()
+        for _ in body:
+            pass  # so that the connection can be used again
+        return facts
+
+    def _empty(self) -> Facts:
+        """Returns the facts of an empty object, which has no first byte to ask for."""
+        try:
+            meta = self._head(self._store, self._path)
+        except Exception as error:
+            raise self._failed(error) from None
+        return _facts(meta, self._url)
+
+    def stream(self, start: int, end: int | None) -> tuple[Facts, Iterator[bytes]]:
+        if _Runtime.lost:
+            raise Failed(
+                "a fork of a process that read remote shards cannot: start it by spawn or forkserver, as by "
+                "DataLoader(..., multiprocessing_context='forkserver')",
+                final=True,
+            )
+        _Runtime.used = True
+        try:
+            if end is None:  # as long as it takes: an attempt that was ended would begin anew
+                result = self._get(self._whole(), self._path)
+            else:
+                result = self._get(self._store, self._path, options={"range": (start, end)})
+        except Exception as error:
+            raise self._failed(error) from None
+        return _facts(result.meta, self._url), self._pieces(result)
+
+    def _pieces(self, result: Any) -> Iterator[bytes]:
+        try:
+            yield from result.stream(min_chunk_size=1)  # as they come: what was held back is lost with a connection
+        except Exception as error:
+            raise self._failed(error) from None
+
+    def _failed(self, error: Exception) -> Exception:
+        text = str(error)
+        if "Range request not supported" in text:
+            return NoRanges()
+        if isinstance(error, FileNotFoundError):
+            return Failed("does not exist", final=True)
+        if "Could not parse path" in text:
+            return Failed("S3 and its like are read by keys without empty parts, '.' and '..' only", final=True)
+        if answer := re.search(r"status code: (\d{3})([A-Za-z ]*)", text):
+            return failure_of(int(answer[1]), answer[2].strip())
+        if "169.254.169.254" in text or "metadata.google" in text:
+            return Failed("no credentials were found in the environment (AWS_SKIP_SIGNATURE=true: for public data)")
+        kind = re.search(r"kind: (Timeout|Connect|Interrupted|Decode|Request)\b", text)
+        if kind and kind[1] == "Timeout":
+            return Failed(f"no bytes came for {self._timeout_s:g} s")
+        if kind and kind[1] == "Connect":
+            cause = re.search(r'(?:message|error): "([^"]+)"', text)
+            return Failed(f"cannot connect: {cause[1]}" if cause else "cannot connect")
+        return Failed("the connection broke" if kind or "SendRequest" in text else first_line(error))
+
+
+class _Runtime:
+    """obstore's threads, which a fork of the process has not: `lost` where it would wait for them for ever."""
+
+    used = lost = False
+
+    @classmethod
+    def forked(cls) -> None:
+        cls.lost = cls.used
+
+
+os.register_at_fork(after_in_child=_Runtime.forked)
+
+
+def has_clients() -> bool:
+    """Whether this process has read remote objects, or is the fork of one that had: forks of it cannot."""
+    return _Runtime.used
+
+
+def _split(url: str) -> tuple[str, str]:
+    """What a store is made for, and the path in it: a bucket or server, so that its objects share connections."""
+    kind, _, rest = url.partition("://")
+    root, _, path = rest.partition("/")
+    if kind.lower() not in ("http", "https") or _PLAIN.fullmatch(path):
+        return f"{kind}://{root}", path
+    return url.partition("#")[0], ""  # with a query, or written in a way that a path could not be
+
+
+@lru_cache(maxsize=256)
+def _store(url: str, timeout_s: float, total_s: float, environment: frozenset[tuple[str, str]]) -> Any:
+    """obstore's store, as the `environment` says. `timeout_s`: how long no byte may come; `total_s`: a request."""
+    from obstore import store
+
+    options: dict[str, Any] = {
+        "allow_http": True, "read_timeout": f"{timeout_s}s", "connect_timeout": f"{timeout_s}s",
+        "timeout": f"{total_s}s", "pool_max_idle_per_host": "32",
+    }  # fmt: skip
+    stores: Any = store  # typed by dicts of its own, which exist for type checkers only
+    once = {"max_retries": 0}
+    parts = urlsplit(url)
+    try:
+        if parts.scheme not in ("http", "https"):
+            more = _aws_profile() if parts.scheme in ("s3", "s3a") else {}
+            return stores.from_url(url, client_options=options, retry_config=once, **more)
+        if parts.username is not None:  # sent as a header, so that the URL in any message is without it
+            user = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+            options["default_headers"] = {"Authorization": f"Basic {base64.b64encode(user.encode()).decode()}"}
+            url = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+        return stores.HTTPStore(url, client_options=options, retry_config=once)
+    except Exception as error:
+        raise ConfigError(f"{shown(url)}: {first_line(error)}") from None
+
+
+def _facts(meta: Any, url: str) -> Facts:
+    changed: datetime = meta["last_modified"]  # 1970 where the server does not tell
+    if version := (meta["e_tag"] or "").strip('"') or f"{changed.timestamp():.0f}".lstrip("0"):
+        return Facts(meta["size"], version)
+    raise without_version(url)
+
+
+def _aws_profile() -> dict[str, Any]:
+    """The credentials of `~/.aws`, which obstore does not read itself, where the environment holds none."""
+    given = ("AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_SKIP_SIGNATURE")
+    stored = Path(os.path.expanduser(os.environ.get("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials")))
+    if any(map(os.environ.get, given)) or not ("AWS_PROFILE" in os.environ or stored.exists()):
+        return {}
+    with suppress(Exception):  # no boto3, or nothing in the profile: obstore's own ways
+        from obstore.auth.boto3 import Boto3CredentialProvider
+
+        return {"credential_provider": Boto3CredentialProvider()}
+    return {}

@@ -1,0 +1,229 @@
+"""`model.weights`: what a run starts with, if it does not draw its initial weights; found and checked before it starts,
+then read parameter by parameter."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from trainer.checkpoint.format import read_manifest
+from trainer.checkpoint.load import FoundCheckpoint
+from trainer.checkpoint.retention import complete_checkpoints
+from trainer.config import Config
+from trainer.data.tokenizer import Tokenizer
+from trainer.errors import ConfigError
+from trainer.models import Fill
+from trainer.models.factory import model_factory, not_saved, without_transforms
+from trainer.models.family import Family, UnknownFamily, family_of
+from trainer.models.pretrained_files import CONFIG, Files, files_beside, position_matters
+from trainer.models.weight_files import TensorRef, UnusableWeights, files, find, fingerprint
+from trainer.patches import without_values
+from trainer.registry import plugin
+from trainer.run_directory import CHECKPOINTS, is_restarted
+from trainer.topology import ALONE, Topology
+
+HEAD, POSITIONS = "lm_head.weight", "max_position_embeddings"
+ROWS = 1024  # of a matrix, read at a time
+BUFFERS = re.compile(r"rotary_emb\.inv_freq$|\battn\.(masked_)?bias$")  # that older versions of transformers saved
+# Keys of transformers' configs that only matter where shapes differ, and that never do for what is computed.
+SIZES = {"vocab_size", "n_positions"}
+# tie_word_embeddings: shapes and `lost` tell; initializer_range: nothing is drawn; pretraining_tp: the same sums; that
+# of padding: only which row of the embedding has no gradient. The longest position: see `position_matters`.
+FREE = re.compile(
+    "tie_word_embeddings|.*(dropout|pdrop)|summary_.*|initializer_range|use_cache|pretraining_tp|(bos|eos|pad)_token_id"
+)
+
+
+@dataclass(frozen=True)
+class PretrainedWeights:
+    """Weights of Hugging Face's, for a run's model."""
+
+    fingerprint: str
+    family: Family
+    places: dict[str, tuple[Path, str]]
+    """By parameter: the file, and the tensor's name in it."""
+    beside: Files = field(default_factory=dict)
+    """What else lies there."""
+
+    def fill(self, name: str, value: Tensor) -> None:
+        file, theirs = self.places[name]
+        with safe_open(file, "pt") as tensors:
+            value.copy_(self.family.ours(name, tensors.get_tensor(theirs)))
+
+
+def open_pretrained(config: Config, topology: Topology, tokenizer: Tokenizer) -> PretrainedWeights | None:
+    """What `model.weights` names, None if it is not set. All ranks call it; each has to find the same.
+
+    Raises ConfigError on all of them if any cannot use it. Where the weights are gone, but the run has a checkpoint
+    with all parameters, the word of that is taken for what they were: they are not needed any more.
+    """
+    weights = getattr(config.model, "weights", None)  # which the Config of a user's may not have, or mean otherwise
+    if weights is None or not hasattr(plugin(config, "model"), "family"):
+        return None
+    key, path = f"model.weights={weights}", Path(weights).expanduser()
+    recorded = None if path.exists() or not_saved(config, tokenizer) else _recorded_fingerprint(config)
+    if recorded := topology.broadcast(recorded):
+        return PretrainedWeights(recorded, Family(None), {})
+    pretrained, problem = None, None
+    try:
+        pretrained = _check_weights(path, config, tokenizer, topology)
+    except (UnknownFamily, UnusableWeights, OSError) as error:
+        problem = f"{key}: {error}"
+    if problems := sorted({found for found in topology.gather(problem) if found}):
+        raise ConfigError(problems)
+    assert pretrained is not None
+    if len(set(topology.gather(pretrained.fingerprint))) > 1:
+        raise ConfigError(f"{key}: not the same on all machines")
+    return pretrained
+
+
+def base_of(config: Config, tokenizer: Tokenizer, found: FoundCheckpoint) -> Fill | None:
+    """What gives a run's parameters that its checkpoint leaves out the values of `model.weights`; None where they are
+    drawn, or it leaves out none. Raises ConfigError where the weights are gone, or are others than the run began with.
+    """
+    pretrained = open_pretrained(config, ALONE, tokenizer) if not_saved(config, tokenizer) else None
+    if pretrained is None:
+        return None
+    recorded = found.manifest.get("identity", {}).get("model", {}).get("weights", pretrained.fingerprint)
+    if recorded != pretrained.fingerprint:
+        raise ConfigError(
+            f"model.weights={config.model.weights}: not the weights that the run of {found.path} began with, whose "
+            "frozen parameters its checkpoint does not hold; restore them"
+        )
+    return pretrained.fill
+
+
+def _recorded_fingerprint(config: Config) -> str | None:
+    """The fingerprint of the weights that the run in this folder started with, as its newest checkpoint tells."""
+    if config.run.fresh and not is_restarted():
+        return None
+    with suppress(Exception):  # whatever is wrong with it is told by who loads it
+        newest = complete_checkpoints(Path(config.run.dir).expanduser() / CHECKPOINTS)[-1]
+        return read_manifest(newest)["identity"]["model"]["weights"]
+    return None
+
+
+def _check_weights(path: Path, config: Config, tokenizer: Tokenizer, topology: Topology) -> PretrainedWeights:
+    """Raises Unusable with all that does not fit."""
+    family, stored = family_of(config, tokenizer), find(path)
+    beside = files_beside(path) if topology.is_main else files_beside(path, [CONFIG])  # that one keeps them
+    base = _config_of(beside, family.config)
+    with without_values():
+        model = model_factory(without_transforms(config), tokenizer).build()
+    embedding = f"{model.embedding_parts[0]}.weight"  # type: ignore[index]
+    sources = {
+        name: _stored_name(family.name(name), family.name(embedding), stored) for name, _ in model.named_parameters()
+    }
+    places = {name: (stored[source].file, source) for name, source in sources.items() if source}
+    missing = [name for name, source in sources.items() if source is None]
+    unfit = [
+        f"{places[name][1]} {list(theirs_shape)}, here {list(here)}"
+        for name, parameter in model.named_parameters()
+        if name in places
+        and (theirs_shape := stored[places[name][1]].shape)
+        != (here := tuple(family.theirs(name, torch.empty(parameter.shape, device="meta")).shape))
+    ]
+    unused = [name for name in sorted(set(stored) - set(sources.values())) if not BUFFERS.search(name)]
+    if (
+        HEAD in unused
+        and (HEAD not in sources)
+        and (not topology.is_main or _are_equal(stored, HEAD, sources[embedding]))
+    ):
+        unused.remove(HEAD)  # the main rank looks for all: two whole matrices are read
+    lost = [HEAD] if base is not None and not base.tie_word_embeddings and HEAD not in stored else []
+    other = _differing_keys(base, family.config, bool(missing or unfit or unused))
+    unsupported = list(family.refused(other)) if other else []
+    texts = [
+        *_listed(f"{len(missing)} of {len(sources)} parameters are not in it", missing),
+        *_listed("of another shape", unfit),
+        *_listed(f"{len(unused)} of its tensors have no place in this model", unused),
+        *_listed("its config.json says tie_word_embeddings=false, but its head is lost", lost),
+        *_listed("its config.json is of a model that is not supported", unsupported),
+    ]
+    if not unsupported:
+        title = "its config.json is of another model; this one would be it with"
+        texts += _listed(title, (_as_override(f"{family.prefix}{key}", value) for key, value in other.items()), most=99)
+    if texts:
+        raise UnusableWeights("; ".join(texts))
+    return PretrainedWeights(fingerprint(files(path)), family, places, beside)
+
+
+def _stored_name(name: str, embedding: str, stored: dict[str, TensorRef]) -> str | None:
+    """What a parameter that transformers calls `name` is called in these files, if it is there. A model without its
+    head is saved without the first part of the names, a head that is the embedding not at all."""
+    wanted = [name, name.partition(".")[2]]
+    if name == HEAD:
+        wanted = [name, embedding, embedding.partition(".")[2]]
+    return next((candidate for candidate in wanted if candidate in stored), None)
+
+
+def _are_equal(stored: dict[str, TensorRef], first: str, other: str | None) -> bool:
+    """Whether two tensors are equal, read a few rows at a time."""
+    if other is None or stored[first].shape != stored[other].shape:
+        return False
+    with safe_open(stored[first].file, "pt") as ours, safe_open(stored[other].file, "pt") as theirs:
+        parts = ours.get_slice(first), theirs.get_slice(other)
+        if len({part.get_dtype() for part in parts}) > 1:
+            return False
+        rows = range(0, stored[first].shape[0], ROWS)
+        return all(torch.equal(*(part[start : start + ROWS] for part in parts)) for start in rows)
+
+
+def _config_of(beside: Files, here: Any) -> Any:
+    """The weights' own config, if there is one. Raises Unusable."""
+    if CONFIG not in beside:
+        return None
+    try:
+        content = json.loads(beside[CONFIG])
+        if content.get("model_type") != here.model_type:
+            raise UnusableWeights(
+                f"its config.json is of a {content.get('model_type')}, this model is a {here.model_type}"
+            )
+        return type(here).from_dict(content)
+    except UnusableWeights:
+        raise
+    except Exception as error:  # transformers raises many kinds
+        raise UnusableWeights(f"config.json cannot be read: {str(error).splitlines()[-1]}") from None
+
+
+def _differing_keys(theirs_shape: Any, here: Any, sizes: bool) -> dict[str, Any]:
+    """What the weights' own config says that this model's does not, and would have to; it is not all to be seen in
+    shapes. `sizes`: some differ."""
+    if theirs_shape is None:
+        return {}
+    from transformers import PreTrainedConfig  # an extra
+
+    found = {}
+    own = {first.name for first in fields(here)} - {first.name for first in fields(PreTrainedConfig)}
+    for name in sorted(own):
+        ours, theirs = getattr(here, name), getattr(theirs_shape, name)
+        if name == POSITIONS and name not in here.attribute_map:
+            differs = ours != theirs and position_matters(theirs_shape, ours, length=ours)
+        else:
+            differs = ours != theirs and (sizes or name not in SIZES) and not FREE.fullmatch(name)
+        if differs:
+            found[name] = theirs
+    return found
+
+
+def _as_override(key: str, value: Any) -> str:
+    """Returns a key and value as written on a command line."""
+    told = f"{key}={json.dumps(value, separators=(',', ':'))}"
+    return f"'{told}'".replace('"', "") if isinstance(value, (dict, list)) else told
+
+
+def _listed(title: str, items: Iterable[str], most: int = 3) -> Iterator[str]:
+    """`title: a, b, c and 4 more`, if there is any."""
+    items = list(items)
+    if items:
+        more = f" and {len(items) - most} more" if len(items) > most else ""
+        yield f"{title}: {', '.join(items[:most])}{more}"
