@@ -145,7 +145,7 @@ def test_the_recipes_of_the_page_train(folder: Path) -> None:
 
 
 WRONG = {
-    "model": ("model", "def initialize(", "def initialize(", "has no method `initialize(name, parameter, generator)`"),
+    "model": ("model", "def initialise(", "def initialize(", "has no method `initialise(name, parameter, generator)`"),
     "forward": ("model", "def forward(", "def call(", "has no method `forward(batch)` of its own"),
     "made": ("model", "config: Config, facts: onecurve.Facts", "config: Config", "should be made of (config, facts)"),
     "loss": ("objective", "def loss(", "def losses(", "has no method `loss(outputs, batch, normalizers)` of its own"),
@@ -185,13 +185,13 @@ def test_what_a_class_lacks_is_told_before_the_start(what: str, folder: Path) ->
 def test_classes_of_a_second_model_are_looked_at_too(folder: Path) -> None:
     write_files("docs/EXTEND.md", folder)
     (folder / "my_package" / "net.py").write_text(
-        (folder / "my_package" / "net.py").read_text().replace("def initialize(", "def initialize(")
+        (folder / "my_package" / "net.py").read_text().replace("def initialise(", "def initialize(")
     )
     critic = "models.trained.critic.model={name: my_package.net:Net, depth: 2, width: 32}"
     with pytest.raises(onecurve.ConfigError) as caught:
         check_plugins(onecurve.load([*QUICK, critic]))
     start = (
-        "models.trained.critic.model.name=my_package.net:Net: has no method `initialize(name, parameter, generator)`"
+        "models.trained.critic.model.name=my_package.net:Net: has no method `initialise(name, parameter, generator)`"
     )
     assert [problem.partition(" (docs")[0] for problem in caught.value.problems] == [start]
 

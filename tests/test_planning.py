@@ -40,7 +40,7 @@ class Net(torch.nn.Module):
             x = torch.tanh(x) * x + layer.weight_ih_l0.sum() * x
         return self.out(x)
 
-    def initialize(self, name, parameter, generator):
+    def initialise(self, name, parameter, generator):
         parameter.normal_(0.0, 0.02, generator=generator)
 """
 

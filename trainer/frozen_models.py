@@ -47,7 +47,7 @@ class FrozenModel:
     def not_saved(self) -> frozenset[str]:
         return not_saved(self.config, self.tokenizer)
 
-    def initialize(self, name: str, value: Tensor, _generator: torch.Generator) -> bool:
+    def initialise(self, name: str, value: Tensor, _generator: torch.Generator) -> bool:
         """Reads the value of a parameter, if it is one that checkpoints hold."""
         if name in self.not_saved:
             return False
@@ -92,7 +92,7 @@ def _build(config: Config, topology: Topology, run_data: RunData, frozen: Frozen
     theirs = frozen.config.model_copy(update={"precision": config.precision})
     base = base_of(frozen.config, frozen.tokenizer, frozen.found)
     factory = model_factory(theirs, frozen.tokenizer, run_data.stream.share.example, base)
-    build, first = factory.build, [frozen.initialize, *factory.first]
+    build, first = factory.build, [frozen.initialise, *factory.first]
     strategy.setup(replace(factory, build=lambda: build().requires_grad_(False), first=first), None)
     buffers = persistent_buffers(strategy.model)
     read_state(frozen.found, {f"model/{name}": buffer for name, buffer in buffers.items()})

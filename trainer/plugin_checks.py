@@ -30,7 +30,7 @@ MADE_OF = {
     "schedule": ("config", "lr", "steps"),
 }
 METHODS = {
-    "model": {"forward": ("batch",), "initialize": ("name", "parameter", "generator")},
+    "model": {"forward": ("batch",), "initialise": ("name", "parameter", "generator")},
     "objective": {
         "counts": ("batch",),
         "loss": ("outputs", "batch", "normalizers"),

@@ -236,13 +236,13 @@ CODE = """
 import json, sys
 from pathlib import Path
 from trainer import outage
-from trainer.checkpoint.load import newest_for, read_all
+from trainer.checkpoint.load import find_newest_or_fetch, read_all
 from trainer.errors import Outage
-from trainer.run_directory import RunFolder
+from trainer.run_directory import RunDirectory
 from trainer.topology import ALONE
 outage.PATIENCE_S = float(sys.argv[2])
 try:
-    found, events = newest_for(Path(sys.argv[1]), ALONE, True)
+    found, events = find_newest_or_fetch(Path(sys.argv[1]), ALONE, True)
     print(json.dumps([found.manifest["step"], events, read_all(found)["optimizer/step/a"].item()]))
 except Outage as error:
     print(json.dumps([str(error), error.exit_code, error.retry]))

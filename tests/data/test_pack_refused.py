@@ -66,7 +66,7 @@ def test_bad_files_are_named(tmp_path: Path, name: str, content: bytes, words: s
 
 
 @pytest.mark.parametrize(
-    ("value", "words"), [("NaN", "NaN and Infinity cannot"), ("-Infinity", "NaN"), ('"\\ud800"', "no Unicode text")]
+    ("value", "words"), [("NaN", "NaN and Infinity cannot"), ("-Infinity", "NaN"), ('"\\ud800"', "not Unicode text")]
 )
 def test_what_json_cannot_keep_is_named(tmp_path: Path, value: str, words: str) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": "b", "x": ' + value + "}\n")

@@ -59,7 +59,7 @@ class Look(torch.nn.Module):
     def forward(self, batch):
         return batch["image"].mean((2, 3)) @ self.weight
 
-    def initialize(self, name, parameter, generator):
+    def initialise(self, name, parameter, generator):
         parameter.normal_(generator=generator)
 
 class Guess(onecurve.Objective):
@@ -119,7 +119,7 @@ def test_the_files_of_a_page_are_a_package_that_the_config_takes(page: str, fold
 
 
 def test_the_stream_in_another_trainer(folder: Path) -> None:
-    block = block_of("README.md", "from trainer.data.ordered_samples import OrderedSamples")
+    block = block_of("README.md", "from onecurve import OrderedSamples")
     (folder / "shards").mkdir()
     for shard in range(3):
         with TarWriter(str(folder / "shards" / f"train-{shard}.tar")) as tar:
@@ -274,7 +274,7 @@ def by(path: str, name: str) -> Callable[[], None]:
 # Blocks of no kind that is tested by a rule: page and first words, and the test that is theirs.
 OTHERS: dict[tuple[str, str], Callable] = {
     ("README.md", "recipe "): test_what_make_train_prints,
-    ("README.md", "from trainer.data.ordered_samples import OrderedSamples"): test_the_stream_in_another_trainer,
+    ("README.md", "from onecurve import OrderedSamples"): test_the_stream_in_another_trainer,
     ("docs/CHECKPOINTS.md", "checkpoints/"): test_the_files_of_a_checkpoint_and_its_index,
     ("docs/CHECKPOINTS.md", '{"shardings"'): test_the_files_of_a_checkpoint_and_its_index,
     ("docs/EXTEND.md", "my_package/{"): test_the_list_of_a_packages_files_is_what_the_page_shows,

@@ -24,7 +24,7 @@ class Net(torch.nn.Module):
         self.embedding = torch.nn.Embedding(facts.vocab_size, facts.vocab_size)
     def forward(self, batch):
         import not_installed_here
-    def initialize(self, name, parameter, generator):
+    def initialise(self, name, parameter, generator):
         parameter.normal_(0.0, 0.1, generator=generator)
 """
 

@@ -163,7 +163,7 @@ class Net(torch.nn.Module):
         for layer in self.layers:
             x = torch.nn.functional.dropout(layer(x).relu(), 0.1, self.training)
         return self.head(x)
-    def initialize(self, name, parameter, generator):
+    def initialise(self, name, parameter, generator):
         parameter.normal_(0.0, 0.1, generator=generator)
 """
     )

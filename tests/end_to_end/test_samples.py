@@ -44,7 +44,7 @@ class Net(torch.nn.Module):
             x = layer(x)
         return self.head(x.mean(dim=(2, 3)))
 
-    def initialize(self, name, parameter, generator):
+    def initialise(self, name, parameter, generator):
         if parameter.ndim > 1:
             parameter.normal_(0.0, parameter[0].numel() ** -0.5, generator=generator)
         else:

@@ -43,13 +43,13 @@ class Counted:
 
     def build(self) -> nn.Module:
         model = self.make()
-        initialize = model.initialize
+        initialise = model.initialise
 
         def counting(name: str, value: Tensor, generator: torch.Generator) -> None:
             self.drawn += value.numel()
-            initialize(name, value, generator)  # type: ignore[operator]
+            initialise(name, value, generator)  # type: ignore[operator]
 
-        model.initialize = counting  # type: ignore[assignment]
+        model.initialise = counting  # type: ignore[assignment]
         return model
 
 

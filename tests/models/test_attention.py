@@ -15,7 +15,7 @@ from torch import Tensor
 from tests.models import test_huggingface
 from trainer.config.schema import GPT as GPTConfig
 from trainer.facts import Facts
-from trainer.models import initialize
+from trainer.models import initialise
 from trainer.models.attention import SDPA, Attend, Spec
 from trainer.models.gpt import GPT
 
@@ -137,7 +137,7 @@ def gpt() -> GPT:
         fused_norm=False,
     )  # fmt: skip
     model = GPT(config, Facts(50, 16, steps=1))
-    initialize(model, seed=3)
+    initialise(model, seed=3)
     return model
 
 

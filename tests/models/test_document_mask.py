@@ -7,7 +7,7 @@ import torch
 
 from trainer.config.schema import GPT as GPTConfig
 from trainer.facts import Facts
-from trainer.models import initialize
+from trainer.models import initialise
 from trainer.models.gpt import GPT
 
 
@@ -25,7 +25,7 @@ def test_a_document_does_not_see_its_neighbors(positions: str) -> None:
         fused_norm=False,
     )  # type: ignore[arg-type]
     model = GPT(config, Facts(50, 24, steps=1))
-    initialize(model, seed=3)
+    initialise(model, seed=3)
     model.double()
     lengths, generator = [5, 1, 11, 4], torch.Generator().manual_seed(1)
     alone = [torch.randint(0, 50, (1, length), generator=generator) for length in lengths]

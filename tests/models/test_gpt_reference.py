@@ -11,7 +11,7 @@ from torch import nn
 from tests.runs import Run
 from trainer.config.schema import GPT as GPTConfig
 from trainer.facts import Facts
-from trainer.models import initialize
+from trainer.models import initialise
 from trainer.models.family import gpt2_name, to_gpt2
 from trainer.models.gpt import GPT
 from trainer.sampling import load_run
@@ -44,7 +44,7 @@ def test_same_logits() -> None:
     gpt2 = {"positions": "learned", "activation": "gelu", "bias": True, "fused_norm": False}
     config = GPTConfig(name="gpt", layers=3, width=48, heads=4, dropout=0.0, **gpt2)
     model = GPT(config, Facts(100, 32, steps=1))
-    initialize(model, seed=3)
+    initialise(model, seed=3)
     with torch.no_grad():  # biases are 0 at the start: make them count
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
@@ -64,7 +64,7 @@ def test_same_loss_curve(tmp_path) -> None:
     run.train()
 
     config, model, tokenizer = load_run(run.folder)
-    initialize(model, config.run.seed)
+    initialise(model, config.run.seed)
     theirs = gpt2_of(model, tokenizer.vocab_size).train()
     optimizer = torch.optim.AdamW(
         theirs.parameters(), lr=lr, betas=config.optimizer.betas, eps=config.optimizer.eps, weight_decay=0.1

@@ -113,7 +113,7 @@ def test_tied_parameters_stay_tied() -> None:
             self.one, self.other = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
             self.other.weight = self.one.weight
 
-        def initialize(self, name: str, parameter: torch.Tensor, generator: torch.Generator) -> None:
+        def initialise(self, name: str, parameter: torch.Tensor, generator: torch.Generator) -> None:
             parameter.fill_(2.0)
 
     made = ModelFactory(Tied, seed=1)()
@@ -136,7 +136,7 @@ class Net(torch.nn.Module):
     def forward(self, batch):
         return self.head(self.embedding(batch["inputs"]))
 
-    def initialize(self, name, parameter, generator):
+    def initialise(self, name, parameter, generator):
         parameter.normal_(0.0, 0.1, generator=generator)
         with open(os.environ["DRAWN"], "a") as file:
             file.write(f"{parameter.numel()}\\n")
@@ -172,7 +172,7 @@ class Tied(nn.Module):
         self.one.weight = weight
         self.other.weight = weight
 
-    def initialize(self, name: str, value: torch.Tensor, generator: torch.Generator) -> None:
+    def initialise(self, name: str, value: torch.Tensor, generator: torch.Generator) -> None:
         value.normal_(generator=generator)
 
 

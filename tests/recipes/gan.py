@@ -36,7 +36,7 @@ class Generator(nn.Module):
             x = F.gelu(block(x))
         return self.head(x)
 
-    def initialize(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
+    def initialise(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
         parameter.normal_(0.0, 0.3, generator=generator)
 
 

@@ -89,10 +89,10 @@ import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from demo_run import info, row
-from trainer.tracking import JsonLines, Trackers
+from trainer.tracking import JsonlTracker, Trackers
 from trainer.tracking.console import Console
 folder = Path(sys.argv[1])
-trackers = Trackers(JsonLines(folder), [Console()])
+trackers = Trackers(JsonlTracker(folder), [Console()])
 trackers.start(info(folder))
 trackers.rows([row(1)])
 trackers.rows([row(2)])

@@ -111,8 +111,8 @@ import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from demo_run import info, row
-from trainer.tracking import JsonLines
-record = JsonLines(Path(sys.argv[1]))
+from trainer.tracking import JsonlTracker
+record = JsonlTracker(Path(sys.argv[1]))
 record.start(info(Path(sys.argv[1])))
 record.rows([row(1), row(2)])
 os.kill(os.getpid(), signal.SIGKILL)

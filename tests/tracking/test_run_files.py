@@ -256,9 +256,9 @@ def test_a_limit_of_the_files_size(tmp_path: Path) -> None:
     script = """
 import resource, sys
 from pathlib import Path
-from trainer.tracking import disk as disks
-disks.RETRY_S = 0
-file = disks.Disk(Path(sys.argv[1])).appended("metrics.jsonl")
+from trainer.tracking import run_files
+run_files.RETRY_S = 0
+file = run_files.RunFiles(Path(sys.argv[1])).open_appender("metrics.jsonl")
 _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, most))
 for step in range(100):

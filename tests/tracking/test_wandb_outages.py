@@ -24,13 +24,13 @@ SCRIPT = f"""
 import json, sys, time
 from pathlib import Path
 from tests.tracking.demo_run import info, row
-from trainer.tracking import JsonLines, Trackers
+from trainer.tracking import JsonlTracker, Trackers
 from trainer.tracking import wandb
-from trainer.tracking.background_writer import Aside
+from trainer.tracking.background_writer import BackgroundWriter
 
 wandb.FINISH_S = 5.0
 folder, step_s = Path(sys.argv[1]), float(sys.argv[2])
-trackers = Trackers(JsonLines(folder), [Aside(wandb.WandB("auto"))])
+trackers = Trackers(JsonlTracker(folder), [BackgroundWriter(wandb.WandB("auto"))])
 begun = time.perf_counter()
 trackers.start(info(folder, steps={STEPS}))
 started, spent = time.perf_counter() - begun, []

@@ -122,7 +122,7 @@ def test_a_merged_model_computes_the_same(kind: str) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                assert changes[0].initialize(name, parameter, generator)
+                assert changes[0].initialise(name, parameter, generator)
                 parameter.add_(torch.empty_like(parameter).normal_(0, 0.1, generator=generator))
     values = {name: value.detach() for name, value in model.named_parameters()}
     merged = {name: undone(changes, name, lambda name: values[name]) for name in values}
@@ -160,7 +160,7 @@ def test_lora_is_what_plain_torch_computes() -> None:
         apply([lora], model)
         return model
 
-    factory = ModelFactory(build, seed=5, first=[lora.initialize])
+    factory = ModelFactory(build, seed=5, first=[lora.initialise])
     options = StepOptions(clip_norm=0.0, activation_checkpointing="none", compile=False, micro_batch=2)
     made = Single(schema.Single(name="single"), ALONE, Precision(ALONE.device), ragged.Objective(), options)
     made.setup(factory, ragged.optimizer)

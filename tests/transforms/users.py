@@ -28,7 +28,7 @@ class Scales(onecurve.Transform):
                 module.__class__ = Scaled
                 module.register_parameter("scale", nn.Parameter(torch.empty_like(module.weight)))
 
-    def initialize(self, name: str, value: Tensor, generator: torch.Generator) -> bool:
+    def initialise(self, name: str, value: Tensor, generator: torch.Generator) -> bool:
         if name.endswith(".scale"):
             value.fill_(self.config.start)
         return name.endswith(".scale")

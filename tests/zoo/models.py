@@ -58,7 +58,7 @@ class Net(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         return self.project(self.run(self.blocks, self.embed(batch), batch), batch)
 
-    def initialize(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
+    def initialise(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
         parameter.normal_(1.0 if parameter.dim() < 2 and "bias" not in name else 0.0, 0.1, generator=generator)
 
 
@@ -133,7 +133,7 @@ class NoBlocks(nn.Module):
     """One module that names no layers. It cannot be cut."""
 
     Config = Net.Config
-    initialize = Net.initialize
+    initialise = Net.initialise
 
     def __init__(self, config: Net.Config, facts: Facts):
         super().__init__()

@@ -36,7 +36,7 @@ class Model(Protocol):
 
     def __call__(self, batch: dict[str, Tensor]) -> Tensor | dict[str, Tensor]: ...
 
-    def initialize(self, name: str, parameter: Tensor, generator: torch.Generator) -> None: ...
+    def initialise(self, name: str, parameter: Tensor, generator: torch.Generator) -> None: ...
 
 
 class UpdatesBuffers(Model, Protocol):
@@ -97,7 +97,7 @@ class Exportable(Model, Protocol):
 
 
 @torch.no_grad()
-def initialize(
+def initialise(
     model: nn.Module,
     seed: int,
     pretrained: Fill | None = None,
@@ -160,7 +160,7 @@ def _draw(
     if any(fills(name, value, generator) for fills in first):
         pass
     elif pretrained is None:
-        model.initialize(name, value, generator)  # type: ignore[operator]
+        model.initialise(name, value, generator)  # type: ignore[operator]
     else:
         pretrained(name, value)
     return value
@@ -227,7 +227,7 @@ class ModelFactory:
     def fill(self, model: nn.Module, holders: dist.ProcessGroup | None = None) -> None:
         """`holders`: the processes that hold this model's parameters, and all fill it at the same time."""
         wanted = self._wanted(model)
-        initialize(model, self.seed, self.pretrained, holders, self.first, wanted)
+        initialise(model, self.seed, self.pretrained, holders, self.first, wanted)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if not wanted(name):

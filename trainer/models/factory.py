@@ -41,7 +41,7 @@ def model_factory(
             raise ConfigError(f"model={config.model.name}: all of its parameters are frozen, nothing would be trained")
         return model if config.precision.param == "fp32" else of_type(model, DTYPES[config.precision.param])
 
-    return ModelFactory(make, config.run.seed, example, pretrained, loaded, [change.initialize for change in changes])
+    return ModelFactory(make, config.run.seed, example, pretrained, loaded, [change.initialise for change in changes])
 
 
 def without_transforms(config: Config) -> Config:

@@ -99,7 +99,7 @@ class GPT(nn.Module):
     def _draws(self, batch: dict[str, Tensor]) -> Tensor | None:
         return batch.get("draws") if self.training else None
 
-    def initialize(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
+    def initialise(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
         """GPT-2's initial value of one parameter: residual projections are scaled by 1 / sqrt(2 layers)."""
         if name.endswith("bias"):
             parameter.zero_()

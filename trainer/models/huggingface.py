@@ -86,7 +86,7 @@ class HuggingFace(nn.Module, ABC):
         norm, matrix = (self.get_submodule(name) for name in self.head_parts)
         return F.linear(norm(x), matrix.weight) if self.tied else matrix(norm(x))  # type: ignore[arg-type]
 
-    def initialize(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
+    def initialise(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
         """transformers' initial value of one parameter."""
         if name.endswith("bias"):
             parameter.zero_()

@@ -27,7 +27,7 @@ class Transform:
         run's config, and has to do the same to each."""
         raise NotImplementedError
 
-    def initialize(self, name: str, value: Tensor, generator: torch.Generator) -> bool:
+    def initialise(self, name: str, value: Tensor, generator: torch.Generator) -> bool:
         """Fills `value` if the parameter `name` is one that this transform has added, and returns whether it is."""
         return False
 

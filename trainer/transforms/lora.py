@@ -51,7 +51,7 @@ class LoRA(Transform):
         layer.__class__ = _adapted(type(layer))  # type: ignore[arg-type]
         layer.lora_scale = self.scale  # type: ignore[assignment]
 
-    def initialize(self, name: str, value: Tensor, generator: torch.Generator) -> bool:
+    def initialise(self, name: str, value: Tensor, generator: torch.Generator) -> bool:
         """A as `nn.Linear` draws a matrix."""
         leaf = name.rpartition(".")[2]
         if leaf == A:
