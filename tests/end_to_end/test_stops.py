@@ -115,7 +115,8 @@ def test_while_data_is_waited_for(procs: int, overrides: tuple[str, ...], reads:
     assert_same_bits(run, undisturbed)
 
 
-@pytest.mark.parametrize("how", ["SIGTERM", pytest.param("SIGUSR1", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGUSR1"])
 def test_during_the_start(how: str, tmp_path: Path) -> None:
     """There is nothing to save: it leaves, whatever it is in."""
     run = Run(tmp_path / "run", 1, OVERRIDES)

@@ -51,6 +51,7 @@ def test_gradient_is_the_mask() -> None:
     assert torch.equal(x.grad, dropout(X, 0.25, DRAWS, 3))
 
 
+@pytest.mark.slow
 def test_compiled_it_is_the_same_mask() -> None:
     compiled = torch.compile(dropout)
     for site in (1, 2, 7):  # from the second on the compiler takes it for a variable

@@ -100,6 +100,7 @@ def test_a_checkpoint_is_as_large_as_what_is_trained(zoo: Zoo) -> None:
     assert 3 * 4 * numbers <= size < 3 * 4 * numbers + header  # the weights, and AdamW's two moments of each
 
 
+@pytest.mark.slow
 def test_other_transforms_are_another_run(zoo: Zoo) -> None:
     lora = ("strategy=single", *MODEL, "model.transforms.lora.rank=2", "train.steps=3")
     train(zoo, "other", 1, *lora)
@@ -176,6 +177,7 @@ def test_it_is_sampled_evaluated_and_replayed(tuned: Run, capsys: pytest.Capture
     command("replay", tuned.folder, "--step", "8")
 
 
+@pytest.mark.slow
 def test_it_can_be_a_teacher(tuned: Run, zoo: Zoo) -> None:
     """Sharded or not, it computes the same."""
     from tests.recipes import distillation
