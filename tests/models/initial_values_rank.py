@@ -84,7 +84,7 @@ def found(overrides: str, joined: Topology) -> dict[str, Any]:
         read[0] += value.numel()
         value.fill_(len(name))
 
-    others = replace(Counted(config).factory, given=given)
+    others = replace(Counted(config).factory, pretrained=given)
     strategy = strategy_of(config, others, ranks) if overrides == "strategy=fsdp" else None
     if strategy:
         assert all(bool((value == len(name)).all()) for name, value in strategy.full_weights())
