@@ -11,8 +11,9 @@ import torch.nn.functional as F
 
 from trainer.config.compose import load
 from trainer.data import tokenizer
+from trainer.errors import ConfigError
 from trainer.facts import Facts
-from trainer.objectives import NUM_TARGETS
+from trainer.objectives import NUM_TARGETS, Objective
 from trainer.objectives.by_source import SOURCE, by_source
 from trainer.objectives.causal_lm import CausalLM
 
@@ -53,3 +54,33 @@ def test_held_out_rows_are_of_no_source() -> None:
     batch = {"targets": torch.zeros(2, 3, dtype=torch.int64), "draws": torch.zeros(2, dtype=torch.int64)}
     assert objective.counts(batch) == {NUM_TARGETS: 6}
     assert {*objective.evaluate(torch.zeros(2, 3, FACTS.vocab_size), batch)} == {"loss", "bytes", "chars"}
+
+
+class Picky(Objective):
+    """Whose loss fails without a row, and whose outputs have more than rows."""
+
+    def loss(self, outputs: dict, batch: dict, normalizers: dict) -> tuple:
+        assert outputs["nothing"] is None
+        assert outputs["factor"].ndim == 0
+        rows = outputs["values"] * outputs["factor"]
+        return rows.sum() / normalizers[NUM_TARGETS], {"loss": rows.sum(), "largest": rows.max()}
+
+
+def test_a_source_without_a_row_is_not_computed() -> None:
+    objective = by_source(Picky, ["a/b", "b", "empty"])(None, FACTS)
+    outputs = {"values": torch.tensor([1.0, 2.0, 4.0]), "factor": torch.tensor(2.0), "nothing": None}
+    batch = {SOURCE: torch.tensor([0, 1, 0]), "draws": torch.zeros(3, dtype=torch.int64)}
+    counts = objective.counts(batch)
+    normalizers = {name: torch.tensor(value, dtype=torch.float64) for name, value in counts.items()}
+    sums = objective.loss(outputs, batch, normalizers)[1]
+    assert sums["largest/empty"] == 0
+    means = objective.means({**counts, **{name: value.item() for name, value in sums.items()}})
+    assert {name: value for name, value in means.items() if name.startswith("loss")} == {
+        "loss": pytest.approx(14 / 3), "loss/a/b": 5.0, "loss/b": 4.0
+    }  # fmt: skip
+    assert {name for name in means if name.startswith(NUM_TARGETS)} == {f"{NUM_TARGETS}/a/b", f"{NUM_TARGETS}/b"}
+
+
+def test_what_is_not_an_objective_is_refused() -> None:
+    with pytest.raises(ConfigError, match="a subclass of"):
+        by_source(object, ["a"])

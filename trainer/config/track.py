@@ -35,7 +35,8 @@ class Track(Section):
     )
     by_source: bool = Field(
         description="Record what an objective sums once more for each source of a mixture (`data.sources`): "
-        "`loss/web`, `num_targets/web`. Costs the loss, without its gradient, once more a step."
+        "`loss/web`, `num_targets/web`. Costs the loss, without its gradient, once more a step, and "
+        "waits for the device in each micro-batch. Batches get a field `source_number`."
     )
     wandb: Wandb = Field(description="Weights & Biases.")
 
