@@ -4,7 +4,7 @@
 
 Everybody fills batches: uint8 tensors [batch, bytes of a sample], shuffled but for `raw`, which copies the files into a
 buffer from end to end. Rounds alternate between the readers; medians are kept. mosaicml-streaming takes part where it
-is installed (`pip install --no-deps mosaicml-streaming catalog brotli python-snappy cramjam zstd`).
+is installed (`pip install --no-deps mosaicml-streaming catalogue brotli python-snappy cramjam zstd`).
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ def nobody_trains(run_dir: Path) -> Iterator[None]:
     try:
         lock = locks.acquire_run(run_dir)
     except Timeout:
-        raise ConfigError(f"RUN_DIR {run_dir}: {locks.is_run_locked(run_dir)}; stop it first") from None
+        raise ConfigError(f"RUN_DIR {run_dir}: {locks.describe_run_lock(run_dir)}; stop it first") from None
     try:
         yield
     finally:

@@ -17,8 +17,8 @@ LINES = 12
 def failure_block(
     folder: Path, failure: Mapping[str, Any] | None, ended: Sequence[tuple[int, int]], no_restart: str
 ) -> str:
-    """`failure`: what the first rank that failed wrote (`folder.read_failure`); `ended`: (rank, exit code) of those
-    that ended without a word, first ones first; `no_restart`: why, where there might have been one."""
+    """`failure`: what the first rank that failed wrote (`run_directory.read_failure`); `ended`: (rank, exit code) of
+    those that ended without a word, first ones first; `no_restart`: why, where there might have been one."""
     rank = failure["rank"] if failure else ended[0][0] if ended else 0
     log = folder / "logs" / f"rank-{rank}.log"
     if failure:

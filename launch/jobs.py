@@ -17,7 +17,7 @@ from launch.submit import CANCELLED
 from launch.sweep import is_sweep
 from trainer.errors import ConfigError
 from trainer.resilience.interruption import STOP
-from trainer.tracking.jsonl import read, read_status, to_jsonable
+from trainer.tracking.jsonl import display_text, read, read_status
 
 POLL_S = 0.5
 
@@ -69,7 +69,7 @@ def summary(run: Path) -> str:
             pace = sum(row["step_s"] for row in rows) / len(rows)
             told += f", {row['tokens_per_s']:,.0f} tok/s, about {_duration(left * pace)} left"
     reason = status.get("reason")
-    return f"{told}{f' ({to_jsonable(reason)})' if reason else ''}"
+    return f"{told}{f' ({display_text(reason)})' if reason else ''}"
 
 
 def tell_logs(arguments: argparse.Namespace) -> int:

@@ -50,10 +50,10 @@ def lines(
     """(title, text) of each line. Without a `gpu` nothing is proposed."""
     yield from batch(config, procs)
     from launch.planning.gpus import target as default  # late: torch takes seconds, and problems should show at once
-    from launch.planning.planned_model import planned_precision
+    from launch.planning.planned_model import planned_model
 
     given = gpu or default(None, None)
-    subject = planned_precision(config, given.bf16)
+    subject = planned_model(config, given.bf16)
     yield from _model(config, subject)
     yield from _schedule(config)
     traced = yield from _memory_and_more(config, procs, subject, given)

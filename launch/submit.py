@@ -152,7 +152,7 @@ def write(job: Job) -> Path:
             replace_file(files / "changes.diff", prose(diff).encode())
         replace_file(files / "job.sbatch", _script(job, number).encode())
     except Timeout:
-        raise ConfigError(f"run.dir={job.folder}: {locks.is_run_locked(job.folder)}; stop it first") from None
+        raise ConfigError(f"run.dir={job.folder}: {locks.describe_run_lock(job.folder)}; stop it first") from None
     except OSError as error:
         raise ConfigError(f"run.dir={job.folder}: {locks.refused(error)}; choose another run.dir") from None
     return files / "job.sbatch"

@@ -104,7 +104,7 @@ def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPat
         default_cache()
     with pytest.raises(ConfigError, match=r"run\.dir=~/runs: this user has no home folder"):
         load(["run.dir=~/runs", "data.cache=/tmp/cache"])
-    assert compose.has_no_directory(load(["data.cache=/tmp/cache"])) == []
+    assert compose.homeless_paths(load(["data.cache=/tmp/cache"])) == []
     monkeypatch.setenv("HOME", "/tmp")
     load([])
 

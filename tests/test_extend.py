@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,11 +18,14 @@ import onecurve
 from launch.plan import lines
 from tests import exported
 from tests.docs.pages import blocks, write_files
-from trainer.config import Config
+from trainer.config import Config, schema
 from trainer.config.compose import load
 from trainer.models.factory import without_transforms
 from trainer.plugin_checks import CheckedObjective, check_plugins
 from trainer.sampling import with_weights
+from trainer.strategies.build import strategy_for
+from trainer.strategies.ddp import DDP
+from trainer.topology import ALONE
 
 QUICK = [
     "experiment=smoke", "train.steps=3", "eval.every=3", "sample.count=0", "track.report=false", "track.console=false",
@@ -63,7 +68,7 @@ def test_the_strategy_of_the_page_trains_and_is_planned(folder: Path) -> None:
     assert " of a process at its fullest: fits " in told["memory"]
     for refused, message in (
         ("optimizer.implementation=apex", "works with strategy=single, ddp, not with my_package.pace:Pace"),
-        ("strategy.name=my_package.net:Net", "Net: needs .* `Config`, a subclass of trainer.config.Strategy"),
+        ("strategy.name=my_package.net:Net", "Net: needs .* `Config`, a subclass of onecurve.Strategy"),
     ):
         with pytest.raises(onecurve.ConfigError, match=message):
             onecurve.load([*chosen, refused], config_dir="my_conf")
@@ -72,6 +77,43 @@ def test_the_strategy_of_the_page_trains_and_is_planned(folder: Path) -> None:
     assert caught.value.problems == [
         "strategy=my_package.pace:Pace: runs one process, but 2 were started; nearest: strategy=ddp"
     ]
+
+
+class OfMany(DDP):
+    """A user's, of a strategy that needs other processes."""
+
+    class Config(schema.DDP):
+        pass
+
+
+def test_a_users_strategy_is_never_quietly_another_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = onecurve.load(
+        [*QUICK[:-1], "strategy=ddp", f"strategy.name={__name__}:OfMany", f"run.plugins=[{__name__.partition('.')[0]}]"]
+    )
+    monkeypatch.setattr("trainer.strategies.build.plugin", lambda config, group: OfMany)
+    with pytest.raises(onecurve.ConfigError, match="OfMany: runs on 2 processes and more; nearest: strategy=single"):
+        strategy_for(config, ALONE, SimpleNamespace(stream=None))  # type: ignore[arg-type]
+
+
+class Taken(torch.nn.Module):
+    class Config(onecurve.Plugin):
+        problems: int
+
+
+def test_the_config_of_a_users_model_can_be_pickled_and_takes_no_name_of_a_sections_methods(folder: Path) -> None:
+    write_files("docs/EXTEND.md", folder)
+    config = onecurve.load([*QUICK, "model=net", "model.transforms.freeze.modules=[head]"], config_dir="my_conf")
+    again = pickle.loads(pickle.dumps(config.model))
+    assert again == config.model
+    assert again.transforms["freeze"].modules == ["head"]
+    chosen = [
+        *QUICK[:-1],
+        f"run.plugins=[{__name__.partition('.')[0]}]",
+        f"model.name={__name__}:Taken",
+        "+model.problems=1",
+    ]
+    with pytest.raises(onecurve.ConfigError, match="its key problems is a method of every section; rename it"):
+        onecurve.load(chosen)
 
 
 def test_a_config_checks_itself_against_the_others_for_each_model(folder: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from launch.plan import lines
 from launch.planning.gpus import target
 from launch.planning.memory import accountant
-from launch.planning.planned_model import PlannedModel, example, planned_precision, recomputing
+from launch.planning.planned_model import PlannedModel, example, planned_model, recomputing
 from launch.planning.propose import proposals
 from tests.runs import TINY
 from trainer.config.compose import load
@@ -46,7 +46,7 @@ class Net(torch.nn.Module):
 
 
 def subject_of(*overrides: str, procs: int = 1, config_dir: str | None = None) -> PlannedModel:
-    return planned_precision(load([*TINY, *overrides], procs, config_dir), bf16=False)
+    return planned_model(load([*TINY, *overrides], procs, config_dir), bf16=False)
 
 
 def kept(subject: PlannedModel, rows: int, recomputed: str) -> int:
@@ -84,7 +84,7 @@ def test_a_users_own_model_gets_a_plan(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.syspath_prepend(str(tmp_path))
     own = [text for text in TINY if not text.startswith("model.")]
     config = load(["model=net", "run.plugins=[planned_net]", *own], 2, str(tmp_path))
-    subject = planned_precision(config, bf16=False)
+    subject = planned_model(config, bf16=False)
     assert not subject.whole.cuttable
     assert subject.whole.whole(3, "none").retained == pytest.approx(kept(subject, 3, "none"), rel=0.001)
     fit, _ = proposals(subject, config, 2, target("h100", None))
@@ -125,7 +125,7 @@ def test_shares_of_fsdp_and_parts_of_the_sum() -> None:
 def test_proposals_are_taken_by_the_check() -> None:
     own = [text for text in TINY if not text.startswith("strategy")]
     config = load([*own, "strategy=pipeline", "strategy.stages=2", "train.micro_batch=12"], 4)  # not one for ddp on 4
-    fit, too_large = proposals(planned_precision(config, bf16=True), config, 4, target("h100", 0.01))
+    fit, too_large = proposals(planned_model(config, bf16=True), config, 4, target("h100", 0.01))
     assert {"strategy=ddp", "strategy=fsdp"} <= {one.overrides[0] for one in (*fit, *too_large)}
     assert fit
     assert too_large

@@ -27,7 +27,7 @@ TELL_S = 1.0  # how long it may be unclear whether the holder lives, before that
 
 
 class Owner(NamedTuple):
-    """Who holds a lease. `boot_id`: of which machine the process number is, `start_time`: of which process."""
+    """Who holds a lease. `boot`: of which machine the process number is, `started`: of which process."""
 
     host: str
     boot: str

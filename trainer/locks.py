@@ -76,7 +76,7 @@ def acquire_run(run_dir: Path) -> Lock:
     return acquire(run_dir / RUN)
 
 
-def is_run_locked(run_dir: Path) -> str:
+def describe_run_lock(run_dir: Path) -> str:
     """Says that a run's folder is locked, and by whom where a file tells."""
     return f"another process trains in this folder{holder(run_dir / RUN)}"
 

@@ -113,7 +113,7 @@ def _recorded_fingerprint(config: Config) -> str | None:
 
 
 def _check_weights(path: Path, config: Config, tokenizer: Tokenizer, topology: Topology) -> PretrainedWeights:
-    """Raises Unusable with all that does not fit."""
+    """Raises UnusableWeights with all that does not fit."""
     family, stored = family_of(config, tokenizer), find(path)
     beside = files_beside(path) if topology.is_main else files_beside(path, [CONFIG])  # that one keeps them
     base = _config_of(beside, family.config)
@@ -179,7 +179,7 @@ def _are_equal(stored: dict[str, TensorRef], first: str, other: str | None) -> b
 
 
 def _config_of(beside: Files, here: Any) -> Any:
-    """The weights' own config, if there is one. Raises Unusable."""
+    """The weights' own config, if there is one. Raises UnusableWeights."""
     if CONFIG not in beside:
         return None
     try:

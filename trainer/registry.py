@@ -115,8 +115,11 @@ def transform_class(key: str, name: str, plugins: Sequence[str]) -> type[Plugin]
 def _config_of_users(key: str, name: str, plugins: Sequence[str], base: type[Plugin]) -> type[Plugin]:
     config = getattr(import_named(key, name, plugins), "Config", None)
     if not (isinstance(config, type) and issubclass(config, base)):
-        what = f"a subclass of trainer.config.{base.__name__}"
+        what = f"a subclass of onecurve.{base.__name__}"
         raise ConfigError(f"{key}={name}: needs a class attribute `Config`, {what}")
+    ours = {name for kind in base.__mro__ if kind.__module__.startswith("trainer.") for name in vars(kind)}
+    if taken := sorted(ours & config.model_fields.keys() - base.model_fields.keys()):
+        raise ConfigError(f"{key}={name}: its key {', '.join(taken)} is a method of every section; rename it")
     return config
 
 

@@ -138,7 +138,10 @@ class RunDirectory:
             for name in (CHECKPOINTS, "logs"):
                 (self.path / name).mkdir(exist_ok=True)
         except Timeout:
-            return f"run.dir={self.path}: {locks.is_run_locked(self.path)}; stop it, or choose another run.name", False
+            return (
+                f"run.dir={self.path}: {locks.describe_run_lock(self.path)}; stop it, or choose another run.name",
+                False,
+            )
         except OSError as error:
             return _unwritable(config, error)
         except (ConfigError, TrainingError, Outage) as error:

@@ -13,7 +13,7 @@ from launch.planning.planned_model import EMBEDS, HEADS, PlannedModel
 from launch.planning.schedules import order
 from launch.planning.trace import Trace
 from trainer.config.pipeline_schedules import SCHEDULES, micro_batches
-from trainer.strategies.stages import ModelCosts, balance, stage_rank
+from trainer.strategies.stages import ModelCosts, balance, stage_of
 
 
 class Pipeline(Accountant):
@@ -36,7 +36,7 @@ class Pipeline(Accountant):
 
     def stages_on(self, position: int) -> list[int]:
         stages = self.layout.stages
-        return [part for part in range(len(self.parts)) if stage_rank(self.strategy, stages, part) == position]
+        return [part for part in range(len(self.parts)) if stage_of(self.strategy, stages, part) == position]
 
     def micro_batches(self) -> tuple[int, int]:
         count = micro_batches(self.strategy, self.layout.stages, self.rows)

@@ -347,7 +347,7 @@ def example(config: Config) -> Batch:
     return {name: torch.zeros(1, *shape, dtype=getattr(torch, dtype)) for name, (dtype, shape) in row.items()}
 
 
-def planned_precision(config: Config, bf16: bool) -> PlannedModel:
+def planned_model(config: Config, bf16: bool) -> PlannedModel:
     """The run's model on a GPU that is fast at bf16, or is not."""
     compute = config.precision.compute
     if compute == "auto":

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from trainer.config.pipeline_schedules import SCHEDULES
 from trainer.config.strategy import Pipeline
-from trainer.strategies.stages import stage_rank
+from trainer.strategies.stages import stage_of
 
 
 class Work(NamedTuple):
@@ -61,7 +61,7 @@ def _actions(config: Pipeline, processes: int, position: int, count: int) -> lis
             has_backward=True,
         )
         for part in range(parts)
-        if stage_rank(config, processes, part) == position
+        if stage_of(config, processes, part) == position
     ]
     make: Any = get_schedule_class(SCHEDULES[config.schedule].torch_name)
     return make(stages, count, loss_fn=lambda *_: None, scale_grads=False).pipeline_order[position]

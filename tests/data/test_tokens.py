@@ -90,7 +90,7 @@ def test_shards_of_token_ids_are_read_as_they_are(tmp_path: Path) -> None:
     with TarWriter(str(tmp_path / "odd.tar")) as tar:
         tar.write({"__key__": "d0", "u16": b"123"})
     with pytest.raises(
-        ConfigError, match=r"odd\.tar: sample 'd0': 3 bytes are not whole number of 2-byte token ids"
+        ConfigError, match=r"odd\.tar: sample 'd0': 3 bytes are not a whole number of 2-byte token ids"
     ) as e:
         line_of([str(tmp_path / "odd.tar")], tmp_path / "cache", "u16")
     assert e.value.exit_code == DataError.exit_code
@@ -335,7 +335,7 @@ def test_stored_ids_that_are_none(tmp_path: Path) -> None:
         for key, content in (("a", b"\1\0\2\0"), ("b", b"\1\0\2"), ("c", b"\5\0\xff\xff")):
             tar.write({"__key__": key, "u16": content})
     shards = Shards.open(str(tmp_path / "a.tar"), "u16", Storage(tmp_path / "cache"), tolerant=True)
-    with pytest.raises(ConfigError, match=r"a\.tar: sample 'b': 3 bytes are not whole number") as error:
+    with pytest.raises(ConfigError, match=r"a\.tar: sample 'b': 3 bytes are not a whole number") as error:
         TokenLine(shards, ByteTokenizer(), tmp_path)
     assert error.value.exit_code == 3
     line = TokenLine(shards, ByteTokenizer(), tmp_path, tolerant=True)

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from trainer.config.compose import load
 from trainer.errors import ConfigError, TrainingError
 from trainer.precision import Precision
-from trainer.strategies.fsdp import are_gradients_released, rounds_sums, shard
+from trainer.strategies.fsdp import require_released_gradients, rounds_sums, shard
 
 CPU = torch.device("cpu")
 
@@ -44,7 +44,7 @@ def after(mesh: DeviceMesh, *used: int) -> Optional:
     for number, layers in enumerate(used, 1):
         last = number == len(used)
         model.set_requires_all_reduce(last)  # type: ignore[operator]
-        with are_gradients_released(model) if last else nullcontext():
+        with require_released_gradients(model) if last else nullcontext():
             model(torch.ones(2, 4), layers).backward()
     return model
 

@@ -145,7 +145,7 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 
 def amend_manifest(folder: Path, **more: Any) -> bool:
     """Replaces entries of a manifest that is there, as a whole and durably; returns whether that changed anything.
-    Raises Damaged; Outage, at once; OSError; TrainingError if it is not for us."""
+    Raises DamagedCheckpoint; Outage, at once; OSError; TrainingError if it is not for us."""
     manifest = read_manifest(folder, patience_s=0)
     if manifest == (amended := {**manifest, **more}):
         return False
@@ -155,7 +155,7 @@ def amend_manifest(folder: Path, **more: Any) -> bool:
 
 def read_manifest(folder: Path, patience_s: float | None = None) -> dict[str, Any]:
     """The manifest, checked against its own checksum. `patience_s`: how long storage that does not answer is waited
-    for, if not as usual. Raises Damaged; Outage; OSError; TrainingError if it is not for us."""
+    for, if not as usual. Raises DamagedCheckpoint; Outage; OSError; TrainingError if it is not for us."""
     try:
         raw = read_small(folder / MANIFEST, patience_s)
         manifest = json.loads(raw)
@@ -186,7 +186,7 @@ def read_manifest(folder: Path, patience_s: float | None = None) -> dict[str, An
 def check_sizes(
     folder: Path, manifest: dict[str, Any], names: Sequence[str] | None = None, patience_s: float | None = None
 ) -> None:
-    """Whether these files (else all) are there, of their size and a file. Raises Damaged; Outage; OSError."""
+    """Whether these files (else all) are there, of their size and a file. Raises DamagedCheckpoint; Outage; OSError."""
     for name in manifest["files"] if names is None else names:
         stated = manifest["files"][name]
         try:
@@ -200,7 +200,7 @@ def check_sizes(
 
 
 def check_contents(folder: Path, manifest: dict[str, Any], names: Sequence[str]) -> None:
-    """Whether these files are what was written. Raises Damaged; Outage; OSError."""
+    """Whether these files are what was written. Raises DamagedCheckpoint; Outage; OSError."""
     chunk = memoryview(bytearray(CHUNK))
     for name in names:
         digest = xxhash.xxh3_128()
@@ -212,7 +212,7 @@ def check_contents(folder: Path, manifest: dict[str, Any], names: Sequence[str])
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """The manifest of a whole checkpoint. Raises Damaged; OSError; TrainingError if it is not for us."""
+    """The manifest of a whole checkpoint. Raises DamagedCheckpoint; OSError; TrainingError if it is not for us."""
     manifest = read_manifest(folder)
     check_sizes(folder, manifest)
     check_contents(folder, manifest, list(manifest["files"]))
@@ -238,7 +238,7 @@ def read_index(folder: Path, manifest: dict[str, Any]) -> dict[str, StoredTensor
 
 
 def read_index_text(folder: Path) -> str:
-    """Raises Damaged; OSError."""
+    """Raises DamagedCheckpoint; OSError."""
     try:
         return read_small(folder / INDEX).decode()
     except FileNotFoundError:
@@ -248,7 +248,8 @@ def read_index_text(folder: Path) -> str:
 
 
 def parse_index(text: str, manifest: dict[str, Any]) -> dict[str, StoredTensor]:
-    """Every tensor by name. Raises Damaged where it does not describe tensors that fit into the manifest's files."""
+    """Returns every tensor by name. Raises DamagedCheckpoint where the index does not describe tensors that fit into
+    the manifest's files."""
     try:
         index = json.loads(text)
         if manifest["version"] == 2:
@@ -285,8 +286,8 @@ def table_numbers(tensors: dict[str, StoredTensor]) -> int:
 
 
 def _check_tensors(tensors: dict[str, StoredTensor], sizes: dict[str, int]) -> None:
-    """Raises Damaged unless each tensor is made up by its pieces, and the files are large enough for all of them. A
-    table is looked at once, however many tensors have it."""
+    """Raises DamagedCheckpoint unless each tensor is made up by its pieces, and the files are large enough for all of
+    them. A table is looked at once, however many tensors have it."""
     total, itemsizes = sum(sizes.values()), defaultdict[tuple[Sharding, tuple[int, ...], int], int](int)
     for name, stored in tensors.items():
         if stored.dtype not in DTYPES:
@@ -311,7 +312,7 @@ def _check_tensors(tensors: dict[str, StoredTensor], sizes: dict[str, int]) -> N
 
 
 def check_headers(folder: Path, tensors: dict[str, StoredTensor], names: Sequence[str]) -> None:
-    """Whether each of these files holds the pieces that the index says. Raises Damaged; OSError."""
+    """Whether each of these files holds the pieces that the index says. Raises DamagedCheckpoint; OSError."""
     for name in names:
         if name == INDEX:
             continue
@@ -330,7 +331,7 @@ class Header:
         self.file, self.entries, self.start, self.size = file, told, start, size
 
     def find(self, name: str, stored: StoredTensor, box: Box) -> int:
-        """The first byte of a piece of a tensor. Raises Damaged."""
+        """The first byte of a piece of a tensor. Raises DamagedCheckpoint."""
         key = key_of(name, stored.shape, box)
         try:
             entry = self.entries[key]

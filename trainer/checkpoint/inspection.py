@@ -141,7 +141,7 @@ class Comparison:
 
 
 def compare(a: FoundCheckpoint, b: FoundCheckpoint) -> Comparison:
-    """Reads all that both have, a batch at a time. Raises Damaged; TrainingError where it cannot be read."""
+    """Reads all that both have, a batch at a time. Raises DamagedCheckpoint; TrainingError where it cannot be read."""
     ours, theirs = read_index(a.path, a.manifest), read_index(b.path, b.manifest)
     both = [name for name in ours if name in theirs]
     alike = [name for name in both if _kind(ours[name]) == _kind(theirs[name])]

@@ -168,7 +168,7 @@ class Mirror:
 
     def _download(self, path: str, to: Path, size: int) -> None:
         """A stretch at a time: no request takes as long as a whole file does, and one that fails does not begin it
-        anew. Raises Damaged where it is of another size."""
+        anew. Raises DamagedCheckpoint where it is of another size."""
         if (found := self._ob.head(self._store, path)["size"]) != size:
             raise DamagedCheckpoint(f"{to.name} has {found} bytes, not {size}")
         with open(to, "wb") as file:

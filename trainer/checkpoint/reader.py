@@ -34,7 +34,7 @@ class Reader(io.RawIOBase):
     stays stale, and read on from where it was."""
 
     def __init__(self, path: Path, patience_s: float | None = None):
-        """Raises as `wait_for_answer`; Damaged for a link or a pipe."""
+        """Raises as `wait_for_answer`; DamagedCheckpoint for a link or a pipe."""
         self._path, self._patience_s, self._at = path, patience_s, 0
         self._file: io.FileIO | None = None
         self.size: int = self._use(lambda file: os.fstat(file.fileno()).st_size)
@@ -96,7 +96,8 @@ def _opened(path: Path) -> io.FileIO:
 
 
 def open_file(path: Path, patience_s: float | None = None) -> Reader:
-    """For reading. Raises Outage, OSError; Damaged for a link or a pipe: what a checkpoint holds lies in it."""
+    """Opens a file for reading. Raises Outage, OSError; DamagedCheckpoint for a link or a pipe: what a checkpoint holds
+    lies in it."""
     return Reader(path, patience_s)
 
 

@@ -37,7 +37,7 @@ def config_of(raw: dict[str, Any], problems: list[str], world_size: int) -> Conf
     try:
         if raw:
             config = validate(raw, world_size)
-            problems += has_no_directory(config)
+            problems += homeless_paths(config)
     except ConfigError as error:
         problems += error.problems
     if problems or config is None:
@@ -45,7 +45,7 @@ def config_of(raw: dict[str, Any], problems: list[str], world_size: int) -> Conf
     return config
 
 
-def has_no_directory(config: Config) -> list[str]:
+def homeless_paths(config: Config) -> list[str]:
     """Returns what is wrong with paths that begin with `~`: a user of a container may have no home."""
     paths = {"run.dir": config.run.dir, "data.cache": config.data.cache, "data.tokenizer": config.data.tokenizer}
     paths["model.weights"] = getattr(config.model, "weights", None) or ""

@@ -65,6 +65,6 @@ class Plugin(Section):
     """A section with options. User plugins subclass it as `Config` of their class and add their own keys."""
 
     name: str = Field(
-        description="Which option this is. Of model, objective, strategy, optimizer and schedule also "
+        description="Which option this is. Of model, objective, strategy, optimizer, schedule and transform also "
         "`package.module:Class` of a package in `run.plugins`."
     )

@@ -6,7 +6,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from pydantic import Field, create_model, field_validator
+from pydantic import Field, field_validator
 
 from trainer.config.section import Count, Plugin, Positive
 from trainer.errors import ConfigError
@@ -75,4 +75,15 @@ def transformed(name: str, section: type[Plugin]) -> type[Plugin]:
         return section
     if "transforms" in section.model_fields:
         raise ConfigError(f"model.name={name}: its key `transforms` is one that every model has; rename it")
-    return create_model(section.__name__, __base__=(section, Transformed), __module__=section.__module__)
+
+    class Made(section, Transformed):  # type: ignore[valid-type, misc]
+        def __reduce__(self) -> Any:  # no module has this class
+            return _made_anew, (name, section), self.__getstate__()
+
+    Made.__name__, Made.__module__ = section.__name__, section.__module__
+    return Made
+
+
+def _made_anew(name: str, section: type[Plugin]) -> Plugin:
+    made = transformed(name, section)
+    return made.__new__(made)

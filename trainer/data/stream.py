@@ -56,7 +56,7 @@ class Source(Protocol):
 
 
 class ExampleId(NamedTuple):
-    """A place in the run, and what comes there: unit `example_index` of source number `source`."""
+    """A place in the run, and what comes there: unit `unit` of source number `source`."""
 
     number: int
     source: int

@@ -157,7 +157,7 @@ class TokenLine:
             faults = []
             for i in np.flatnonzero(sizes % width).tolist():
                 key = self.shards.keys(number)[i]
-                cause = f"{place}: sample {key!r}: {sizes[i]} bytes are not whole number of {width}-byte token ids"
+                cause = f"{place}: sample {key!r}: {sizes[i]} bytes are not a whole number of {width}-byte token ids"
                 faults.append(vars(BadData(place, key, None, cause)))
                 if not self._tolerant:
                     raise DataError(cause, shard=place, key=key)

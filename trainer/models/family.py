@@ -44,7 +44,7 @@ class Family:
 
 
 def family_of(config: Config, tokenizer: Tokenizer) -> Family:
-    """What the class of the run's model says of itself (`trainer.models.Exportable`). Raises NoFamily."""
+    """What the class of the run's model says of itself (`trainer.models.Exportable`). Raises UnknownFamily."""
     family = getattr(plugin(config, "model"), "family", None)
     if family is None:
         raise UnknownFamily(f"model {config.model.name} is none of transformers")
@@ -65,7 +65,7 @@ def of_transformers(config: Config, tokenizer: Tokenizer) -> Family:
 
 
 def of_gpt(config: Config, tokenizer: Tokenizer) -> Family:
-    """Of our GPT, where it is GPT-2. Raises NoFamily where it is not, or transformers is not installed."""
+    """Of our GPT, where it is GPT-2. Raises UnknownFamily where it is not, or transformers is not installed."""
     model: GPT = config.model
     if other := model.unlike_gpt2():
         raise UnknownFamily(f"transformers has no such model; it is GPT-2 with {other}")

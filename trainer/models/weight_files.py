@@ -100,7 +100,7 @@ class TensorRef(NamedTuple):
 
 def find(path: Path) -> dict[str, TensorRef]:
     """Every tensor in a safetensors file, or in a folder that transformers or `write_folder` wrote, by name. Only
-    headers are read. Raises Unusable."""
+    headers are read. Raises UnusableWeights."""
     found: dict[str, TensorRef] = {}
     for file in files(path):
         try:
@@ -112,7 +112,7 @@ def find(path: Path) -> dict[str, TensorRef]:
 
 
 def files(path: Path) -> list[Path]:
-    """The files of the weights. Raises Unusable."""
+    """The files of the weights. Raises UnusableWeights."""
     if path.is_file() and path.suffix not in PICKLES:
         return [path]
     if (path / ONE).is_file():

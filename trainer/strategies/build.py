@@ -6,11 +6,12 @@ from functools import partial
 
 from trainer.config import Config
 from trainer.config import transforms as schema
+from trainer.errors import ConfigError
 from trainer.models import Fill
 from trainer.models.factory import model_factory
 from trainer.optim.build import build_optimizer
 from trainer.precision import Precision
-from trainer.registry import plugin
+from trainer.registry import OPTIONS, plugin
 from trainer.run_data import RunData
 from trainer.strategies.arithmetic import StepArithmetic, StepOptions
 from trainer.strategies.single import Single
@@ -35,7 +36,14 @@ def strategy_for(config: Config, topology: Topology, run_data: RunData, frozen: 
     train, kind, section = config.train, plugin(config, "strategy"), config.strategy
     if frozen and (instead := getattr(kind, "instead_for_frozen", None)):
         kind, section = instead()
-    strategy = (Single if topology.world_size == 1 and not kind.runs_alone else kind)(
+    casts_kept = getattr(kind, "casts_kept", True)
+    if topology.world_size == 1 and not getattr(kind, "runs_alone", True):
+        if config.strategy.name not in OPTIONS["strategy"]:  # what is a user's is not quietly another one
+            raise ConfigError(
+                f"strategy={config.strategy.name}: runs on 2 processes and more; nearest: strategy=single"
+            )
+        kind = Single
+    strategy = kind(
         section,
         topology,
         Precision.resolve(config.precision, topology.device),
@@ -48,5 +56,5 @@ def strategy_for(config: Config, topology: Topology, run_data: RunData, frozen: 
             unequal_micro_batches=run_data.stream.share.tolerant,
         ),
     )
-    strategy.casts_kept = kind.casts_kept  # gradients are rounded on one process as they are on many
+    strategy.casts_kept = casts_kept  # gradients are rounded on one process as they are on many
     return strategy

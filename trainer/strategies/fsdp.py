@@ -104,7 +104,7 @@ class HSDP(FSDP):
         if self.config.reduce == "last" or rounds_sums(self.precision, self.config.gather):
             return super().sync(last)
         self.model.set_requires_all_reduce(last)  # type: ignore[operator]
-        return are_gradients_released(self.model) if last else nullcontext()
+        return require_released_gradients(self.model) if last else nullcontext()
 
 
 def shard(
@@ -154,7 +154,7 @@ def rounds_sums(precision: Precision, gather: str) -> bool:
 
 
 @contextmanager
-def are_gradients_released(model: nn.Module) -> Iterator[None]:
+def require_released_gradients(model: nn.Module) -> Iterator[None]:
     """Around the last backward pass of a step. FSDP2 (torch 2.13) all-reduces the sums of a layer that this pass
     reaches; those of another layer would be lost, and be added to the next step's."""
     yield

@@ -34,7 +34,7 @@ from trainer.strategies.buffers import preserve_buffers
 from trainer.strategies.fsdp import shard
 from trainer.strategies.layers import wrap_layers
 from trainer.strategies.padding import num_rows, take_rows, trim_rows
-from trainer.strategies.stages import Stage, balance, cut_model, measure_costs, stage_rank
+from trainer.strategies.stages import Stage, balance, cut_model, measure_costs, stage_of
 from trainer.strategies.tensor_parallel import TensorParallel, global_norm, local_tensor
 from trainer.strategies.used_parameters import UsedParameters, all_reduce_any
 
@@ -61,14 +61,14 @@ class Pipeline(TensorParallel):
         self.position = self.mesh.get_local_rank("stage")
         self.measured = measure_costs(model_factory, self.precision.autocast(), device)
         self.parts = balance(self.measured, layout.stages * self.config.stages_per_rank)
-        local_stages = [part for part in range(len(self.parts)) if self.stage_rank(part) == self.position]
+        local_stages = [part for part in range(len(self.parts)) if self.stage_of(part) == self.position]
         first, last = local_stages[0] == 0, local_stages[-1] == len(self.parts) - 1
         with without_values():
             model = model_factory.build()
             self.names = [(name, value.shape, value.dtype) for name, value in model.state_dict().items()]
             self.trained = names(model)
             tied = cut_model(model, [block for part in local_stages for block in self.parts[part]], first, last)
-        split_over = self.stage_rank(0) != self.stage_rank(len(self.parts) - 1)
+        split_over = self.stage_of(0) != self.stage_of(len(self.parts) - 1)
         tied = [name for name in tied if name in self.trained]
         self.tied = tied if split_over and (first or last) else []
         self.reports_data = last and self.mesh.get_local_rank("tensor") == 0
@@ -113,8 +113,8 @@ class Pipeline(TensorParallel):
     def sharded(self) -> bool:
         return self.config.data_parallel == "fsdp" and self.topology.dp_size > 1
 
-    def stage_rank(self, part: int) -> int:
-        return stage_rank(self.config, self.topology.layout.stages, part)
+    def stage_of(self, part: int) -> int:
+        return stage_of(self.config, self.topology.layout.stages, part)
 
     def train_step(
         self, micro_batches: Sequence[Batch], objective: Objective | None = None, abandoned: bool = False
@@ -138,7 +138,7 @@ class Pipeline(TensorParallel):
         tells the others once."""
         if of not in self.sum_names:
             names = [list(sums)]
-            dist.broadcast_object_list(names, group=self.group, group_src=self.stage_rank(len(self.parts) - 1))
+            dist.broadcast_object_list(names, group=self.group, group_src=self.stage_of(len(self.parts) - 1))
             self.sum_names[of] = names[0]
         for name in self.sum_names[of]:
             sums.setdefault(name, torch.zeros((), dtype=torch.float64, device=self.topology.device))
@@ -307,7 +307,7 @@ class Pipeline(TensorParallel):
             outputs = self._tree([torch.empty_like(leaf, device=self.topology.device) for leaf in empty])
         outputs = tree_map(lambda leaf: self.full_tensor(leaf).contiguous(), outputs)
         for leaf in tree_leaves(outputs):
-            dist.broadcast(leaf, group=self.group, group_src=self.stage_rank(len(self.parts) - 1))
+            dist.broadcast(leaf, group=self.group, group_src=self.stage_of(len(self.parts) - 1))
         return outputs
 
     def _forward_stages(self, batch: Batch) -> tuple[Outputs | None, Batch]:
@@ -317,7 +317,7 @@ class Pipeline(TensorParallel):
         spare = None if rows else self.padding_row()
         filled = to_device(take_rows(batch, 0, rows or self.options.micro_batch, spare), self.topology.device)
         for part in range(len(self.parts)):
-            before, here = self.stage_rank(max(0, part - 1)), self.stage_rank(part)
+            before, here = self.stage_of(max(0, part - 1)), self.stage_of(part)
             if self.position == before != here:
                 dist.send(x, group=self.group, group_dst=here)  # type: ignore[arg-type]
             if self.position != here:
@@ -363,8 +363,8 @@ class Pipeline(TensorParallel):
         """The processes that have the two ends of one copy; every process takes part in making all of these groups."""
         ranks = self.mesh.mesh  # stage x data x tensor
         first, last = (
-            ranks[self.stage_rank(0)].flatten().tolist(),
-            ranks[self.stage_rank(len(self.parts) - 1)].flatten().tolist(),
+            ranks[self.stage_of(0)].flatten().tolist(),
+            ranks[self.stage_of(len(self.parts) - 1)].flatten().tolist(),
         )
         groups = {pair: dist.new_group(list(pair)) for pair in zip(first, last, strict=True)}
         return next((group for pair, group in groups.items() if self.topology.rank in pair), None)

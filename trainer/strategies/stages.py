@@ -147,7 +147,7 @@ def balance(measured: ModelCosts, parts: int) -> list[range]:
     return [range(first, last) for first, last in pairwise(edges)]
 
 
-def stage_rank(config: Pipeline, processes: int, part: int) -> int:
+def stage_of(config: Pipeline, processes: int, part: int) -> int:
     """The place in the pipeline of the process that has this part."""
     return min(part, 2 * processes - 1 - part) if SCHEDULES[config.schedule].v_shaped else part % processes
 

@@ -13,7 +13,7 @@ from trainer.tracking.base import Row, RunInfo, Tracker
 from trainer.tracking.jsonl import write_status
 from trainer.tracking.jsonl_tracker import JsonlTracker
 
-__all__ = ["JsonLines", "Row", "RunInfo", "Tracker", "Trackers", "now", "write_status"]
+__all__ = ["JsonlTracker", "Row", "RunInfo", "Tracker", "Trackers", "now", "write_status"]
 
 
 PrintLine = Callable[[str], None]

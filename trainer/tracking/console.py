@@ -14,7 +14,7 @@ from rich.table import Column
 from rich.text import Text
 
 from trainer.tracking.base import Row, RunInfo
-from trainer.tracking.jsonl import to_jsonable
+from trainer.tracking.jsonl import display_text
 
 COLORS = {
     "failed": "red",
@@ -130,5 +130,5 @@ def _parts(rows: list[Row]) -> Iterator[str]:
 
 
 def _short(value: Any) -> str:
-    text = f"{value:.4g}" if type(value) is float else to_jsonable(value)
+    text = f"{value:.4g}" if type(value) is float else display_text(value)
     return text if len(text) <= WIDTH else text[: WIDTH - 1] + "…"

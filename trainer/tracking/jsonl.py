@@ -31,7 +31,7 @@ def dumps(value: Any) -> str:
         return json.dumps(_finite(value), allow_nan=False)
 
 
-def to_jsonable(value: Any) -> str:
+def display_text(value: Any) -> str:
     """`value` for a person: text as it is, anything else as JSON."""
     return value if isinstance(value, str) else dumps(value)
 

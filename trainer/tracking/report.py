@@ -9,7 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from trainer.files import replace_file
 from trainer.tracking.base import Row
-from trainer.tracking.jsonl import to_jsonable
+from trainer.tracking.jsonl import display_text
 from trainer.tracking.plot import Mark, Plot, Points, Series, smooth
 from trainer.tracking.summary import Run, headline, load
 
@@ -86,7 +86,7 @@ def _waiting(row: Row) -> float | None:
 
 def _details(event: Row) -> str:
     fields = {name: value for name, value in event.items() if name not in ("time", "kind", "step")}
-    return " · ".join(f"{name} {to_jsonable(value)}" for name, value in fields.items())
+    return " · ".join(f"{name} {display_text(value)}" for name, value in fields.items())
 
 
 def _flat(tree: Row, prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -94,4 +94,4 @@ def _flat(tree: Row, prefix: str = "") -> Iterator[tuple[str, str]]:
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{name}.")
         else:
-            yield f"{prefix}{name}", to_jsonable(value)
+            yield f"{prefix}{name}", display_text(value)

@@ -1,6 +1,6 @@
 """Packing files into a data set: in parallel, resumable, and the same bytes whatever the number of processes.
 
-Inputs are parted into pieces by their bytes alone (`request`); `assemble` makes the shards of them.
+Inputs are parted into pieces by their bytes alone (`pack_request`); `assemble` makes the shards of them.
 All is written to a folder `.NAME.partial` beside the data set NAME, from which a killed command goes on.
 """
 
