@@ -18,7 +18,7 @@ from trainer.config import Config
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError
 from trainer.files import replace_file
-from trainer.models.factory import model_factory, without_transforms
+from trainer.models.factory import model_factory, reads_weights, without_transforms
 from trainer.models.family import Family
 from trainer.models.pretrained_files import CONFIG, TOKENIZER, TOKENIZER_CONFIG, Files, export_files
 from trainer.models.weight_files import LazyTensor, write_folder
@@ -55,8 +55,8 @@ class Plain:
         self.transforms = build_transforms(config)
         with without_values():
             self.model = model_factory(without_transforms(config), tokenizer).build()
-            apply(self.transforms, self.model)
-        self.not_saved: frozenset[str] = getattr(self.model, "not_saved", frozenset())
+            frozen = apply(self.transforms, self.model)
+        self.not_saved = frozen if reads_weights(config) else frozenset()
         self.factory = model_factory(config, tokenizer, pretrained=base_of(config, tokenizer, found))
 
     def held(self, name: str) -> Tensor:

@@ -22,12 +22,11 @@ from trainer.config import Config
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError
 from trainer.models import Fill
-from trainer.models.factory import model_factory, not_saved, without_transforms
+from trainer.models.factory import model_factory, not_saved, reads_weights, without_transforms
 from trainer.models.family import Family, UnknownFamily, family_of
 from trainer.models.pretrained_files import CONFIG, Files, files_beside, position_matters
 from trainer.models.weight_files import TensorRef, UnusableWeights, files, find, fingerprint
 from trainer.patches import without_values
-from trainer.registry import plugin
 from trainer.run_directory import CHECKPOINTS, is_restarted
 from trainer.topology import ALONE, Topology
 
@@ -66,9 +65,9 @@ def open_pretrained(config: Config, topology: Topology, tokenizer: Tokenizer) ->
     Raises ConfigError on all of them if any cannot use it. Where the weights are gone, but the run has a checkpoint
     with all parameters, the word of that is taken for what they were: they are not needed any more.
     """
-    weights = getattr(config.model, "weights", None)  # which the Config of a user's may not have, or mean otherwise
-    if weights is None or not hasattr(plugin(config, "model"), "family"):
+    if not reads_weights(config):
         return None
+    weights: str = config.model.weights  # type: ignore[attr-defined]
     key, path = f"model.weights={weights}", Path(weights).expanduser()
     recorded = None if path.exists() or not_saved(config, tokenizer) else _recorded_fingerprint(config)
     if recorded := topology.broadcast(recorded):
@@ -87,8 +86,8 @@ def open_pretrained(config: Config, topology: Topology, tokenizer: Tokenizer) ->
 
 
 def base_of(config: Config, tokenizer: Tokenizer, found: FoundCheckpoint) -> Fill | None:
-    """What gives a run's parameters that its checkpoint leaves out the values of `model.weights`; None where they are
-    drawn, or it leaves out none. Raises ConfigError where the weights are gone, or are others than the run began with.
+    """What gives a run's parameters that its checkpoint leaves out the values of `model.weights`; None where it leaves
+    out none. Raises ConfigError where the weights are gone, or are others than the run began with.
     """
     pretrained = open_pretrained(config, ALONE, tokenizer) if not_saved(config, tokenizer) else None
     if pretrained is None:

@@ -37,7 +37,7 @@ ADAPTED = {
     for name in ("attention.query_key_value", "attention.output", "mlp.input", "mlp.output")
     for leaf in ("lora_a", "lora_b")
 }
-LEFT = {  # what is trained
+TRAINED = {
     "freeze": {"norm.weight"}
     | {f"blocks.1.{name}.weight" for name in ("attention_norm", "attention.query_key_value")}
     | {f"blocks.1.{name}.weight" for name in ("attention.output", "mlp_norm")},
@@ -84,20 +84,10 @@ def test_one_curve_killed_and_resumed(transform: str, strategy: str, zoo: Zoo) -
     assert SAVED <= run.last_step() < KILLED
     assert_same_bits(train(zoo, killed, procs, *overrides), whole)
     weights = {path.removeprefix("model/") for path in whole.weights() if path.startswith("model/")}
-    assert weights == LEFT[transform]
+    assert weights > TRAINED[transform]
+    assert "token_embedding.weight" in weights  # drawn, on other processors to other bits
     optimized = {path.split("/", 2)[2] for path in whole.weights() if path.startswith("optimizer/")}
-    assert optimized == LEFT[transform]
-
-
-def test_a_checkpoint_is_as_large_as_what_is_trained(zoo: Zoo) -> None:
-    run = alone(zoo, "lora")
-    numbers = sum(tensor.numel() for path, tensor in run.weights().items() if path.startswith("model/"))
-    files = [
-        file for file in complete_checkpoints(run.folder / "checkpoints")[-1].iterdir() if file.suffix == ".safetensors"
-    ]
-    size, header = sum(file.stat().st_size for file in files), 16_384
-    assert numbers == 2 * 4 * ((32 + 96) + (32 + 32) + (32 + 128) + (128 + 32))
-    assert 3 * 4 * numbers <= size < 3 * 4 * numbers + header  # the weights, and AdamW's two moments of each
+    assert optimized == TRAINED[transform]
 
 
 @pytest.mark.slow
@@ -141,6 +131,15 @@ def tuned(zoo: Zoo) -> Run:
     base = train(zoo, "base", 1, *GPT2, "strategy=single", "run.seed=7")
     weights = export(base.folder, zoo.folder / "weights")
     return train(zoo, "tuned", 1, *GPT2, *TRANSFORMS["lora"], "strategy=single", f"model.weights={weights}")
+
+
+def test_a_checkpoint_is_as_large_as_what_is_trained(tuned: Run) -> None:
+    numbers = sum(tensor.numel() for path, tensor in tuned.weights().items() if path.startswith("model/"))
+    newest = complete_checkpoints(tuned.folder / "checkpoints")[-1]
+    files = [file for file in newest.iterdir() if file.suffix == ".safetensors"]
+    size, header = sum(file.stat().st_size for file in files), 16_384
+    assert numbers == 2 * 4 * ((32 + 96) + (32 + 32) + (32 + 128) + (128 + 32))
+    assert 3 * 4 * numbers <= size < 3 * 4 * numbers + header  # the weights, and AdamW's two moments of each
 
 
 def test_a_run_of_given_weights_is_read_and_exported_merged(tuned: Run, zoo: Zoo, tmp_path: Path) -> None:

@@ -53,7 +53,8 @@ class Transformed(Plugin):
         description="Changes of the model before it is sharded, one after the other: by name the keys of each, such as "
         "`model.transforms.lora.rank=8` or `'model.transforms={freeze: {modules: [token_embedding]}, lora: {}}'` "
         "(a list of them, each with its `name`, does as well). A transform of yours has any name, and says where its "
-        "class is: `model.transforms.mine.name=my_package.mine:Mine`. What they freeze is not saved.",
+        "class is: `model.transforms.mine.name=my_package.mine:Mine`. What they "
+        "freeze of `model.weights` is not saved.",
     )
 
     @field_validator("transforms", mode="before")

@@ -168,7 +168,7 @@ def _draw(
 
 def is_saved(model: nn.Module) -> Callable[[str], bool]:
     """Whether checkpoints hold the parameter or buffer of a name. They leave out the parameters in `model.not_saved`:
-    frozen ones, which always have their initial value."""
+    frozen ones, which always have the value of `model.weights`."""
     left_out: Any = getattr(model, "not_saved", frozenset())
     return lambda name: name not in left_out
 

@@ -12,7 +12,7 @@ from torch import nn
 from trainer.config import Config
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError
-from trainer.facts import Facts
+from trainer.facts import Facts, NoExample
 from trainer.models import Fill, ModelFactory, of_type
 from trainer.patches import without_values
 from trainer.precision import DTYPES
@@ -35,8 +35,10 @@ def model_factory(
     facts, changes = Facts.of(config, tokenizer, example), [*before, *build_transforms(config)]
 
     def make() -> nn.Module:
-        model = plugin(config, "model")(config.model, facts)
-        apply(changes, model)
+        model: Any = plugin(config, "model")(config.model, facts)
+        frozen = apply(changes, model)
+        if frozen and reads_weights(config):
+            model.not_saved = frozen
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ConfigError(f"model={config.model.name}: all of its parameters are frozen, nothing would be trained")
         return model if config.precision.param == "fp32" else of_type(model, DTYPES[config.precision.param])
@@ -49,9 +51,16 @@ def without_transforms(config: Config) -> Config:
     return config.model_copy(update={"model": config.model.model_copy(update={"transforms": {}})})
 
 
+def reads_weights(config: Config) -> bool:
+    """Whether the run starts with the values of `model.weights`, a key that the Config of a user's model may not have,
+    or mean otherwise."""
+    return getattr(config.model, "weights", None) is not None and hasattr(plugin(config, "model"), "family")
+
+
 def not_saved(config: Config, tokenizer: Tokenizer) -> frozenset[str]:
-    """The parameters that checkpoints of the run leave out: each life reads or draws their values again."""
-    if not config.model.transforms:
+    """The parameters that checkpoints of the run leave out: what transforms have frozen of `model.weights`, which each
+    life reads again. (Values that are drawn are saved: other processors draw other bits.)"""
+    if not (config.model.transforms and reads_weights(config)):
         return frozenset()
     with without_values():
         model: Any = model_factory(config, tokenizer).build()
@@ -61,5 +70,6 @@ def not_saved(config: Config, tokenizer: Tokenizer) -> frozenset[str]:
 def check_transforms(config: Config, tokenizer: Tokenizer) -> None:
     """Raises ConfigError where a transform does not fit the run's model. A model that looks at the data while it is
     made is not made here."""
-    with suppress(ValueError):
-        not_saved(config, tokenizer)
+    if config.model.transforms:
+        with suppress(NoExample), without_values():
+            model_factory(config, tokenizer).build()

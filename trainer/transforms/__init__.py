@@ -37,14 +37,12 @@ class Transform:
         return value
 
 
-def apply(transforms: Sequence[Transform], model: nn.Module) -> None:
-    """Applies them one after the other. What they have frozen need not be saved: it always has the value of
-    `model.weights`, or the one drawn from the run's seed."""
+def apply(transforms: Sequence[Transform], model: nn.Module) -> frozenset[str]:
+    """Applies them one after the other. Returns the names of the model's own parameters that they have frozen."""
     before = _trained(model)
     for transform in transforms:
         transform.apply(model)
-    if frozen := before - _trained(model):
-        model.not_saved = frozen  # type: ignore[assignment]
+    return before - _trained(model)
 
 
 def undone(transforms: Sequence[Transform], name: str, read: Callable[[str], Tensor], first: int = 0) -> Tensor | None:
