@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,14 @@ from trainer.checkpoint.format import read_manifest
 from trainer.checkpoint.load import FoundCheckpoint
 from trainer.checkpoint.retention import complete_checkpoints
 from trainer.config import Config
+from trainer.data.shared_work import team_of
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError
 from trainer.models import Fill
 from trainer.models.factory import model_factory, not_saved, reads_weights, without_transforms
 from trainer.models.family import Family, UnknownFamily, family_of
 from trainer.models.pretrained_files import CONFIG, Files, files_beside, position_matters
-from trainer.models.weight_files import TensorRef, UnusableWeights, files, find, fingerprint
+from trainer.models.weight_files import TensorRef, UnusableWeights, digest_of_contents, files, find, fingerprint
 from trainer.patches import without_values
 from trainer.run_directory import CHECKPOINTS, is_restarted
 from trainer.topology import ALONE, Topology
@@ -47,6 +48,7 @@ class PretrainedWeights:
     """Weights of Hugging Face's, for a run's model."""
 
     fingerprint: str
+    """Of a little of the numbers; of all of them where checkpoints leave some out."""
     family: Family
     places: dict[str, tuple[Path, str]]
     """By parameter: the file, and the tensor's name in it."""
@@ -82,14 +84,18 @@ def open_pretrained(config: Config, topology: Topology, tokenizer: Tokenizer) ->
     assert pretrained is not None
     if len(set(topology.gather(pretrained.fingerprint))) > 1:
         raise ConfigError(f"{key}: not the same on all machines")
+    if not_saved(config, tokenizer):  # read in each life: no number of them may be another
+        team, cache = team_of(config, topology), Path(config.data.cache).expanduser()
+        return replace(pretrained, fingerprint=digest_of_contents(files(path), team, cache))
     return pretrained
 
 
-def base_of(config: Config, tokenizer: Tokenizer, found: FoundCheckpoint) -> Fill | None:
+def base_of(config: Config, tokenizer: Tokenizer, found: FoundCheckpoint, topology: Topology = ALONE) -> Fill | None:
     """What gives a run's parameters that its checkpoint leaves out the values of `model.weights`; None where it leaves
-    out none. Raises ConfigError where the weights are gone, or are others than the run began with.
+    out none. All ranks of `topology` call it. Raises ConfigError where the weights are gone, or are others than the run
+    began with.
     """
-    pretrained = open_pretrained(config, ALONE, tokenizer) if not_saved(config, tokenizer) else None
+    pretrained = open_pretrained(config, topology, tokenizer) if not_saved(config, tokenizer) else None
     if pretrained is None:
         return None
     recorded = found.manifest.get("identity", {}).get("model", {}).get("weights", pretrained.fingerprint)

@@ -37,3 +37,10 @@ class Scales(onecurve.Transform):
         if name.endswith(".scale"):
             return None
         return value * read(name.replace(".weight", ".scale")) if "norm" in name else value
+
+
+class Weighted(torch.nn.Linear):
+    """A model with a key `weights` of its own, which says nothing of files."""
+
+    class Config(onecurve.Plugin):
+        weights: str

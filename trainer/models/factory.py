@@ -51,10 +51,15 @@ def without_transforms(config: Config) -> Config:
     return config.model_copy(update={"model": config.model.model_copy(update={"transforms": {}})})
 
 
+def knows_weights(config: Config) -> bool:
+    """Whether `model.weights` means weights of Hugging Face's to the run's model; that of a user's may lack the key, or
+    mean otherwise."""
+    return hasattr(plugin(config, "model"), "family")
+
+
 def reads_weights(config: Config) -> bool:
-    """Whether the run starts with the values of `model.weights`, a key that the Config of a user's model may not have,
-    or mean otherwise."""
-    return getattr(config.model, "weights", None) is not None and hasattr(plugin(config, "model"), "family")
+    """Whether the run starts with the values of `model.weights`."""
+    return getattr(config.model, "weights", None) is not None and knows_weights(config)
 
 
 def not_saved(config: Config, tokenizer: Tokenizer) -> frozenset[str]:
