@@ -22,6 +22,7 @@ from trainer.config import Config
 from trainer.data.shared_work import team_of
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError
+from trainer.facts import NoExample
 from trainer.models import Fill
 from trainer.models.factory import model_factory, not_saved, reads_weights, without_transforms
 from trainer.models.family import Family, UnknownFamily, family_of
@@ -77,6 +78,8 @@ def open_pretrained(config: Config, topology: Topology, tokenizer: Tokenizer) ->
     pretrained, problem = None, None
     try:
         pretrained = _check_weights(path, config, tokenizer, topology)
+    except NoExample:
+        problem = f"{key}: this model looks at the data while it is made, so it cannot start with given weights"
     except (UnknownFamily, UnusableWeights, OSError) as error:
         problem = f"{key}: {error}"
     if problems := sorted({found for found in topology.gather(problem) if found}):
@@ -90,19 +93,27 @@ def open_pretrained(config: Config, topology: Topology, tokenizer: Tokenizer) ->
     return pretrained
 
 
-def base_of(config: Config, tokenizer: Tokenizer, found: FoundCheckpoint, topology: Topology = ALONE) -> Fill | None:
+def base_of(
+    config: Config, tokenizer: Tokenizer, found: FoundCheckpoint, topology: Topology = ALONE, movable: bool = True
+) -> Fill | None:
     """What gives a run's parameters that its checkpoint leaves out the values of `model.weights`; None where it leaves
     out none. All ranks of `topology` call it. Raises ConfigError where the weights are gone, or are others than the run
-    began with.
+    began with. `movable`: whether the caller can be told where they are now.
     """
-    pretrained = open_pretrained(config, topology, tokenizer) if not_saved(config, tokenizer) else None
-    if pretrained is None:
+    if not not_saved(config, tokenizer):
         return None
+    restore = "restore them" + (", or say where they are now with model.weights=PATH" if movable else "")
+    try:
+        pretrained = open_pretrained(config, topology, tokenizer)
+    except ConfigError as error:
+        needed = f"{found.path}: does not hold frozen parameters, which are read from these weights; {restore}"
+        raise ConfigError([*error.problems, needed]) from None
+    assert pretrained is not None
     recorded = found.manifest.get("identity", {}).get("model", {}).get("weights", pretrained.fingerprint)
     if recorded != pretrained.fingerprint:
         raise ConfigError(
             f"model.weights={config.model.weights}: not the weights that the run of {found.path} began with, whose "
-            "frozen parameters its checkpoint does not hold; restore them"
+            f"frozen parameters its checkpoint does not hold; {restore}"
         )
     return pretrained.fill
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,7 +17,7 @@ from trainer.config.compose import load
 from trainer.data.tokenizer import ByteTokenizer
 from trainer.errors import ConfigError
 from trainer.models import ModelFactory, of_type
-from trainer.models.factory import model_factory, not_saved
+from trainer.models.factory import check_transforms, model_factory, not_saved
 from trainer.models.gpt import GPT
 from trainer.precision import Precision
 from trainer.strategies.arithmetic import StepOptions
@@ -334,3 +336,34 @@ def test_lora_on_layers_that_compute_in_fp8() -> None:
     layer(x).sum().backward()
     assert layer.weight.grad is None
     assert layer.lora_b.grad.abs().max() > 0
+
+
+def test_a_model_that_looks_at_the_data_is_made_with_it_alone(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "looks.yaml").write_text(f"name: {users.__name__}:Looks\n")
+    freeze = "model.transforms.freeze.modules=[bias]"
+    sections = ["model=looks", "run.plugins=[tests]", "data.tokenizer=bytes", "data.sequence_length=16", freeze]
+    config = load(sections, config_dir=str(tmp_path))
+    check_transforms(config, ByteTokenizer())
+    assert not_saved(config, ByteTokenizer()) == frozenset()
+    model = model_factory(config, ByteTokenizer(), lambda: {"inputs": torch.zeros(1, 3)}).build()
+    assert {name for name, value in model.named_parameters() if value.requires_grad} == {"weight"}
+
+
+def test_transforms_of_other_trained_models_are_checked_before_the_run_has_a_folder() -> None:
+    critic = "models.trained.critic={model: {transforms: {freeze: {modules: [nrm]}}}}"
+    with pytest.raises(ConfigError) as caught:
+        check_transforms(config_of(*GPT_SHAPE, critic), ByteTokenizer())
+    assert str(caught.value).startswith("models.trained.critic.model.transforms.freeze.modules: 'nrm' is not a part")
+
+
+def test_a_tied_parameter_has_one_initial_value_by_whatever_name() -> None:
+    read = []
+
+    def fill(name: str, value: Tensor) -> None:
+        read.append(name)
+        value.fill_(1.0)
+
+    factory = ModelFactory(Shared, seed=3, pretrained=fill)
+    assert factory.value(Shared(), "head.weight").eq(1).all()
+    assert read == ["table.weight"]

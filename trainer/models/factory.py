@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from trainer.config import Config
+from trainer.config.validate import in_trained
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError
 from trainer.facts import Facts, NoExample
@@ -67,14 +68,33 @@ def not_saved(config: Config, tokenizer: Tokenizer) -> frozenset[str]:
     life reads again. (Values that are drawn are saved: other processors draw other bits.)"""
     if not (config.model.transforms and reads_weights(config)):
         return frozenset()
-    with without_values():
-        model: Any = model_factory(config, tokenizer).build()
+    try:
+        with without_values():
+            model: Any = model_factory(config, tokenizer).build()
+    except NoExample:
+        raise ConfigError(
+            f"model.weights={config.model.weights}: {config.model.name} looks at the data while it is made "
+            "(`facts.example`), so it cannot start with given weights"
+        ) from None
     return getattr(model, "not_saved", frozenset())
 
 
 def check_transforms(config: Config, tokenizer: Tokenizer) -> None:
-    """Raises ConfigError where a transform does not fit the run's model. A model that looks at the data while it is
-    made is not made here."""
-    if config.model.transforms:
-        with suppress(NoExample), without_values():
-            model_factory(config, tokenizer).build()
+    """Raises ConfigError where a transform does not fit the run's model, or another one that is trained. A model that
+    looks at the data while it is made is not made here."""
+    problems = _unfit_transforms(config, tokenizer)
+    for name, other in sorted(config.models.trained.items()):
+        its = _unfit_transforms(config.model_copy(update={"model": other.model}), tokenizer)
+        problems += [in_trained(name, problem) for problem in its]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _unfit_transforms(config: Config, tokenizer: Tokenizer) -> list[str]:
+    try:
+        if config.model.transforms:
+            with suppress(NoExample), without_values():
+                model_factory(config, tokenizer).build()
+    except ConfigError as error:
+        return error.problems
+    return []
