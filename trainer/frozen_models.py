@@ -65,9 +65,9 @@ def open_frozen(config: Config, topology: Topology, tokenizer: Tokenizer) -> dic
     began with, or whose tokens are others.
     """
     opened, problems = dict[str, tuple[Path, Config, Tokenizer]](), []
-    for name, run_dir in sorted(config.models.frozen.items()):
+    for name, given in sorted(config.models.frozen.items()):
         try:
-            opened[name] = _open(name, run_dir, config, tokenizer)
+            opened[name] = _open(name, given, config, tokenizer)
         except ConfigError as error:
             problems += error.problems
     if problems := sorted({problem for of_rank in topology.gather(problems) for problem in of_rank}):

@@ -24,6 +24,7 @@ from trainer.files import replace_file, sync_folder
 ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 ENDS = 1 << 16  # bytes of numbers that a fingerprint takes
+READ = 1 << 24  # bytes at a time
 
 
 @dataclass(frozen=True)
@@ -171,8 +172,11 @@ def _digest_of(path: Path, cache: Path) -> str:
     with suppress(OSError, UnicodeDecodeError):
         if re.fullmatch("[0-9a-f]{64}", known := kept.read_text()):
             return known
+    hashed = hashlib.blake2b(digest_size=32)
     with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=32)).hexdigest()
+        while part := file.read(READ):
+            hashed.update(part)
+    digest = hashed.hexdigest()
     if _version_of(path) == before:
         with suppress(OSError):  # a folder that cannot be written only costs time
             kept.parent.mkdir(parents=True, exist_ok=True)
