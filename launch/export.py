@@ -17,6 +17,9 @@ def add_commands(commands: Any) -> None:
     )
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     parser.add_argument(
+        "overrides", nargs="*", metavar="model.weights=PATH", help="where the weights that it began with are now"
+    )
+    parser.add_argument(
         "--out",
         type=Path,
         help="folder to write (default: RUN_DIR/export), or a file that ends in .safetensors: the weights alone, under "
@@ -51,10 +54,10 @@ def export(arguments: argparse.Namespace) -> int:
     from trainer.models.pretrained_files import read_kept
     from trainer.models.weight_files import write_file
     from trainer.precision import DTYPES
-    from trainer.sampling import open_run
+    from trainer.sampling import open_run, where_weights_are
 
     folder, family, why = arguments.run_dir, None, "--out names one file"
-    config, tokenizer = open_run(folder, arguments.plugins)
+    config, tokenizer = open_run(folder, arguments.plugins, where_weights_are(arguments.overrides))
     found = checkpoint(folder, arguments.step)
     if arguments.out is None or arguments.out.suffix != ".safetensors":
         try:

@@ -46,7 +46,8 @@ def add_commands(commands: Any) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="where its data is, if not where its config.yaml says, such as data.shards=... with its secrets",
+        help="where its data or model.weights are, if not where its config.yaml says, such as data.shards=... with its "
+        "secrets",
     )
     parser.add_argument("--plugins", nargs="*", default=[], help="packages of yours that the run's classes come from")
     parser.set_defaults(func=replay)

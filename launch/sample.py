@@ -10,6 +10,9 @@ from typing import Any
 def add_commands(commands: Any) -> None:
     parser = commands.add_parser("sample", help="text from a run's newest checkpoint")
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="model.weights=PATH", help="where the weights that it began with are now"
+    )
     parser.add_argument("--prompt", help="text to continue (default: the run's sample.prompt)")
     parser.add_argument("--count", type=int, help="how many samples")
     parser.add_argument("--tokens", type=int, help="tokens of a sample")
@@ -24,7 +27,7 @@ def sample(arguments: argparse.Namespace) -> int:
     from trainer.config.schema import Sample
     from trainer.config.validate import validate_section
 
-    config, model, tokenizer = sampling.load_run(arguments.run_dir, arguments.plugins)
+    config, model, tokenizer = sampling.load_run(arguments.run_dir, arguments.plugins, arguments.overrides)
     asked = {name: value for name in Sample.model_fields if (value := getattr(arguments, name, None)) is not None}
     section = validate_section("sample", Sample, {**config.sample.model_dump(), **asked})
     config = config.model_copy(update={"sample": section})

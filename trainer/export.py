@@ -17,8 +17,9 @@ from trainer.checkpoint.state import DTYPES
 from trainer.config import Config
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError
+from trainer.facts import NoExample
 from trainer.files import replace_file
-from trainer.models.factory import model_factory, without_transforms
+from trainer.models.factory import model_factory, reads_weights, without_transforms
 from trainer.models.family import Family
 from trainer.models.pretrained_files import CONFIG, TOKENIZER, TOKENIZER_CONFIG, Files, export_files
 from trainer.models.weight_files import LazyTensor, write_folder
@@ -53,10 +54,16 @@ class Plain:
 
     def __init__(self, config: Config, tokenizer: Tokenizer, found: FoundCheckpoint):
         self.transforms = build_transforms(config)
-        with without_values():
-            self.model = model_factory(without_transforms(config), tokenizer).build()
-            apply(self.transforms, self.model)
-        self.not_saved: frozenset[str] = getattr(self.model, "not_saved", frozenset())
+        try:
+            with without_values():
+                self.model = model_factory(without_transforms(config), tokenizer).build()
+                frozen = apply(self.transforms, self.model)
+        except NoExample:
+            raise ConfigError(
+                f"model={config.model.name}: looks at the data while it is made (`facts.example`), so its transforms "
+                "cannot be merged into it"
+            ) from None
+        self.not_saved = frozen if reads_weights(config) else frozenset()
         self.factory = model_factory(config, tokenizer, pretrained=base_of(config, tokenizer, found))
 
     def held(self, name: str) -> Tensor:

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 TOO_EARLY = "objective: `facts.example` is what it makes of a row, so it is not there while it is made itself"
 
 
+class NoExample(ValueError):
+    """There is no data to take an example from."""
+
+
 @dataclass(frozen=True)
 class Facts:
     """Facts of a run, known before its model is made."""
@@ -46,5 +50,5 @@ class Facts:
         """A batch [1, ...] of the run, on the CPU, as the objective makes it: names, shapes and types count, its values
         are those of any row. It is read when it is first asked for; an objective may not ask while it is made."""
         if self.read_example is None:
-            raise ValueError("these facts were made without data")
+            raise NoExample("these facts were made without data")
         return self.read_example()

@@ -17,6 +17,7 @@ from trainer.checkpoint.load import FoundCheckpoint, find_newest, read_state
 from trainer.config import Config
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError
+from trainer.models import Fill
 from trainer.models.factory import model_factory, not_saved
 from trainer.pretrained import base_of
 from trainer.run_data import RunData
@@ -35,6 +36,8 @@ class FrozenModel:
     config: Config
     tokenizer: Tokenizer
     found: FoundCheckpoint
+    base: Fill | None
+    """Gives the values that the checkpoint leaves out."""
 
     @property
     def fingerprint(self) -> str:
@@ -58,15 +61,34 @@ class FrozenModel:
 def open_frozen(config: Config, topology: Topology, tokenizer: Tokenizer) -> dict[str, FrozenModel]:
     """Finds the models that the objective asks for, in the runs that `models.frozen` names. All ranks call it.
 
-    Raises ConfigError for one that has no checkpoint, or whose tokens are others.
+    Raises ConfigError on all of them for one that any cannot open, that has no checkpoint or lacks the weights that it
+    began with, or whose tokens are others.
     """
-    given = config.models.frozen
-    return {name: _open(name, Path(given[name]).expanduser(), config, topology, tokenizer) for name in sorted(given)}
+    opened, problems = dict[str, tuple[Path, Config, Tokenizer]](), []
+    for name, given in sorted(config.models.frozen.items()):
+        try:
+            opened[name] = _open(name, given, config, tokenizer)
+        except ConfigError as error:
+            problems += error.problems
+    if problems := sorted({problem for of_rank in topology.gather(problems) for problem in of_rank}):
+        raise ConfigError(problems)
+    models = {}
+    for name, (run_dir, of_run, theirs) in opened.items():
+        key = f"models.frozen.{name}={run_dir}"
+        found, _ = find_newest(run_dir / CHECKPOINTS, topology, set_aside=False)
+        if found is None:
+            raise ConfigError(f"{key}: has no checkpoint yet")
+        try:
+            models[name] = FrozenModel(of_run, theirs, found, base_of(of_run, theirs, found, topology, movable=False))
+        except ConfigError as error:
+            raise ConfigError([f"{key}: {problem}" for problem in error.problems]) from None
+    return models
 
 
-def _open(name: str, run_dir: Path, config: Config, topology: Topology, tokenizer: Tokenizer) -> FrozenModel:
+def _open(name: str, given: str, config: Config, tokenizer: Tokenizer) -> tuple[Path, Config, Tokenizer]:
+    run_dir = Path(given).expanduser()
     key = f"models.frozen.{name}={run_dir}"
-    if not config.models.frozen[name]:
+    if not given:
         raise ConfigError(f"models.frozen.{name}: should be the directory of a run")
     try:
         of_run, theirs = open_run(run_dir, config.run.plugins)
@@ -74,10 +96,7 @@ def _open(name: str, run_dir: Path, config: Config, topology: Topology, tokenize
         raise ConfigError([f"{key}: {problem}" for problem in error.problems]) from None
     if theirs.fingerprint != tokenizer.fingerprint:
         raise ConfigError(f"{key}: has another tokenizer than this run, so its tokens mean something else")
-    found, _ = find_newest(run_dir / CHECKPOINTS, topology, set_aside=False)
-    if found is None:
-        raise ConfigError(f"{key}: has no checkpoint yet")
-    return FrozenModel(of_run, theirs, found)
+    return run_dir, of_run, theirs
 
 
 def build_frozen(
@@ -90,8 +109,7 @@ def build_frozen(
 def _build(config: Config, topology: Topology, run_data: RunData, frozen: FrozenModel) -> Strategy:
     strategy = strategy_for(config, topology, run_data, frozen=True)
     theirs = frozen.config.model_copy(update={"precision": config.precision})
-    base = base_of(frozen.config, frozen.tokenizer, frozen.found)
-    factory = model_factory(theirs, frozen.tokenizer, run_data.stream.share.example, base)
+    factory = model_factory(theirs, frozen.tokenizer, run_data.stream.share.example, frozen.base)
     build, first = factory.build, [frozen.initialise, *factory.first]
     strategy.setup(replace(factory, build=lambda: build().requires_grad_(False), first=first), None)
     buffers = persistent_buffers(strategy.model)

@@ -76,7 +76,7 @@ def train_steps(job: Job, progress: Progress) -> Progress:
         sums, update = run_step(job.models, strategy.objective, data.micro_batches, finish, abandoned=data.abandoned)
         unread.take(data, sums, update)
         if config.track.fingerprint:
-            unread.fingerprints.append(fingerprint_of(job.models.state()))
+            unread.fingerprints.append(fingerprint_of(job.models.state(everything=True)))
         progress.step = clock.step = data.step
         job.logger.events(job.saver.poll())
         if _is_multiple(config.guard.replicas_every, progress.step):

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,16 @@ from trainer.checkpoint.format import read_manifest
 from trainer.checkpoint.load import FoundCheckpoint
 from trainer.checkpoint.retention import complete_checkpoints
 from trainer.config import Config
+from trainer.data.shared_work import team_of
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError
+from trainer.facts import NoExample
 from trainer.models import Fill
-from trainer.models.factory import model_factory, not_saved, without_transforms
+from trainer.models.factory import model_factory, not_saved, reads_weights, without_transforms
 from trainer.models.family import Family, UnknownFamily, family_of
 from trainer.models.pretrained_files import CONFIG, Files, files_beside, position_matters
-from trainer.models.weight_files import TensorRef, UnusableWeights, files, find, fingerprint
+from trainer.models.weight_files import TensorRef, UnusableWeights, digest_of_contents, files, find, fingerprint
 from trainer.patches import without_values
-from trainer.registry import plugin
 from trainer.run_directory import CHECKPOINTS, is_restarted
 from trainer.topology import ALONE, Topology
 
@@ -48,6 +49,7 @@ class PretrainedWeights:
     """Weights of Hugging Face's, for a run's model."""
 
     fingerprint: str
+    """Of a little of the numbers; of all of them where checkpoints leave some out."""
     family: Family
     places: dict[str, tuple[Path, str]]
     """By parameter: the file, and the tensor's name in it."""
@@ -66,9 +68,9 @@ def open_pretrained(config: Config, topology: Topology, tokenizer: Tokenizer) ->
     Raises ConfigError on all of them if any cannot use it. Where the weights are gone, but the run has a checkpoint
     with all parameters, the word of that is taken for what they were: they are not needed any more.
     """
-    weights = getattr(config.model, "weights", None)  # which the Config of a user's may not have, or mean otherwise
-    if weights is None or not hasattr(plugin(config, "model"), "family"):
+    if not reads_weights(config):
         return None
+    weights: str = config.model.weights  # type: ignore[attr-defined]
     key, path = f"model.weights={weights}", Path(weights).expanduser()
     recorded = None if path.exists() or not_saved(config, tokenizer) else _recorded_fingerprint(config)
     if recorded := topology.broadcast(recorded):
@@ -76,6 +78,8 @@ def open_pretrained(config: Config, topology: Topology, tokenizer: Tokenizer) ->
     pretrained, problem = None, None
     try:
         pretrained = _check_weights(path, config, tokenizer, topology)
+    except NoExample:
+        problem = f"{key}: this model looks at the data while it is made, so it cannot start with given weights"
     except (UnknownFamily, UnusableWeights, OSError) as error:
         problem = f"{key}: {error}"
     if problems := sorted({found for found in topology.gather(problem) if found}):
@@ -83,21 +87,33 @@ def open_pretrained(config: Config, topology: Topology, tokenizer: Tokenizer) ->
     assert pretrained is not None
     if len(set(topology.gather(pretrained.fingerprint))) > 1:
         raise ConfigError(f"{key}: not the same on all machines")
+    if not_saved(config, tokenizer):  # read in each life: no number of them may be another
+        team, cache = team_of(config, topology), Path(config.data.cache).expanduser()
+        return replace(pretrained, fingerprint=digest_of_contents(files(path), team, cache))
     return pretrained
 
 
-def base_of(config: Config, tokenizer: Tokenizer, found: FoundCheckpoint) -> Fill | None:
-    """What gives a run's parameters that its checkpoint leaves out the values of `model.weights`; None where they are
-    drawn, or it leaves out none. Raises ConfigError where the weights are gone, or are others than the run began with.
+def base_of(
+    config: Config, tokenizer: Tokenizer, found: FoundCheckpoint, topology: Topology = ALONE, movable: bool = True
+) -> Fill | None:
+    """What gives a run's parameters that its checkpoint leaves out the values of `model.weights`; None where it leaves
+    out none. All ranks of `topology` call it. Raises ConfigError where the weights are gone, or are others than the run
+    began with. `movable`: whether the caller can be told where they are now.
     """
-    pretrained = open_pretrained(config, ALONE, tokenizer) if not_saved(config, tokenizer) else None
-    if pretrained is None:
+    if not not_saved(config, tokenizer):
         return None
+    restore = "restore them" + (", or say where they are now with model.weights=PATH" if movable else "")
+    try:
+        pretrained = open_pretrained(config, topology, tokenizer)
+    except ConfigError as error:
+        needed = f"{found.path}: does not hold frozen parameters, which are read from these weights; {restore}"
+        raise ConfigError([*error.problems, needed]) from None
+    assert pretrained is not None
     recorded = found.manifest.get("identity", {}).get("model", {}).get("weights", pretrained.fingerprint)
     if recorded != pretrained.fingerprint:
         raise ConfigError(
             f"model.weights={config.model.weights}: not the weights that the run of {found.path} began with, whose "
-            "frozen parameters its checkpoint does not hold; restore them"
+            f"frozen parameters its checkpoint does not hold; {restore}"
         )
     return pretrained.fill
 
@@ -195,19 +211,19 @@ def _config_of(beside: Files, here: Any) -> Any:
         raise UnusableWeights(f"config.json cannot be read: {str(error).splitlines()[-1]}") from None
 
 
-def _differing_keys(theirs_shape: Any, here: Any, sizes: bool) -> dict[str, Any]:
+def _differing_keys(theirs_config: Any, here: Any, sizes: bool) -> dict[str, Any]:
     """What the weights' own config says that this model's does not, and would have to; it is not all to be seen in
     shapes. `sizes`: some differ."""
-    if theirs_shape is None:
+    if theirs_config is None:
         return {}
     from transformers import PreTrainedConfig  # an extra
 
     found = {}
     own = {first.name for first in fields(here)} - {first.name for first in fields(PreTrainedConfig)}
     for name in sorted(own):
-        ours, theirs = getattr(here, name), getattr(theirs_shape, name)
+        ours, theirs = getattr(here, name), getattr(theirs_config, name)
         if name == POSITIONS and name not in here.attribute_map:
-            differs = ours != theirs and position_matters(theirs_shape, ours, length=ours)
+            differs = ours != theirs and position_matters(theirs_config, ours, length=ours)
         else:
             differs = ours != theirs and (sizes or name not in SIZES) and not FREE.fullmatch(name)
         if differs:

@@ -152,9 +152,11 @@ def _left_out(folder: Path) -> frozenset[ExampleId]:
 
 def _reading_overrides(overrides: Sequence[str]) -> Sequence[str]:
     """Raises ConfigError for one that would make it another run."""
-    allowed = re.compile(r"data\.(shards|sources\.[^.=]+\.shards|cache|allow_pipe|patience_s)=")
+    allowed = re.compile(r"(model\.weights|data\.(shards|sources\.[^.=]+\.shards|cache|allow_pipe|patience_s))=")
     if other := [shown_override(text) for text in overrides if not allowed.match(text)]:
-        raise ConfigError(f"--set {', '.join(other)}: replay takes only where its data is, such as data.shards")
+        raise ConfigError(
+            f"--set {', '.join(other)}: replay takes only where its data and weights are, such as data.shards"
+        )
     return overrides
 
 

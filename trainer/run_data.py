@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -23,7 +22,7 @@ from trainer.data.prepared_source import PreparedSource
 from trainer.data.samples import Recipe, Samples
 from trainer.data.shard_spec import file_name
 from trainer.data.shards import Shards, from_json
-from trainer.data.shared_work import Problem, WorkSharing, problem_of, raise_problems
+from trainer.data.shared_work import Problem, problem_of, raise_problems, team_of
 from trainer.data.storage import Storage
 from trainer.data.stream import Batch, OrderedSource, RankStream, Source, Stream
 from trainer.data.tokenizer import Tokenizer
@@ -32,6 +31,7 @@ from trainer.data.validation import Validation
 from trainer.errors import ConfigError, DataError, OnecurveError
 from trainer.facts import TOO_EARLY, Facts
 from trainer.files import read_file
+from trainer.models.factory import knows_weights
 from trainer.objectives import Objective, prepares
 from trainer.objectives.by_source import SOURCE, by_source
 from trainer.plugin_checks import check_objective
@@ -51,8 +51,9 @@ HOW_DATA_IS_READ = {
     "processes", "on_error", "error_budget", "ledger", "cache", "cache_gb", "patience_s", "mmap", "allow_pipe",
 }  # fmt: skip
 
-# Keys of the model section that say by what means it is computed or where it is found, not what it is.
-HOW_MODEL_IS_COMPUTED = {"fused_norm", "weights"}
+# Keys of the model section that say by what means it is computed or where it is found, not what it is. Where `weights`
+# are those of a model that knows them, their fingerprint takes the place of the key.
+HOW_MODEL_IS_COMPUTED, FOUND = {"fused_norm"}, {"weights"}
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class FoundData:
         ramp = sorted(config.train.batch_ramp.items())
         starts = [0, *(end for end, _ in ramp)]
         begun = {str(end): size for start, (end, size) in zip(starts, ramp, strict=False) if start < until}
-        model = _identity_of(config.model)
+        model = _identity_of(config.model, FOUND if knows_weights(config) else set())
         return {
             "model": model | ({"weights": given} if given else {}),
             "objective": masked(config.objective.model_dump(mode="json")),
@@ -108,13 +109,13 @@ def _example(made: Sequence[RankStream]) -> Batch:
 
 def _others(config: Config, frozen: Mapping[str, str]) -> dict[str, Any]:
     """What a run is by its other models; nothing where there are none."""
-    trained = {name: _identity_of(other.model) for name, other in config.models.trained.items()}
+    trained = {name: _identity_of(other.model, FOUND) for name, other in config.models.trained.items()}
     return {"models": {"trained": trained, "frozen": dict(frozen)}} if trained or frozen else {}
 
 
-def _identity_of(model: Any) -> dict[str, Any]:
-    """What a run is by the section of a model; of its transforms the order counts, too."""
-    values = masked(model.model_dump(mode="json", exclude=HOW_MODEL_IS_COMPUTED))
+def _identity_of(model: Any, besides: set[str]) -> dict[str, Any]:
+    """What a run is by the section of a model but for these keys; of its transforms the order counts, too."""
+    values = masked(model.model_dump(mode="json", exclude=HOW_MODEL_IS_COMPUTED | besides))
     order = list(values["transforms"])
     return values | ({"transforms_order": order} if len(order) > 1 else {})
 
@@ -213,14 +214,7 @@ class _Opening:
 
     def __init__(self, config: Config, topology: Topology):
         self.config, self.topology = config, topology
-        self.team = WorkSharing(
-            topology.rank,
-            topology.world_size,
-            topology.gather,
-            topology.broadcast,
-            _progress_printer(topology),
-            heartbeat_s=min(10.0, config.launch.timeout_s / 3),
-        )
+        self.team = team_of(config, topology)
         self.cache = Path(config.data.cache).expanduser()
         self.tolerant = config.data.on_error == "quarantine"
         self.problems: list[Problem] = []
@@ -284,16 +278,6 @@ class _Opening:
             raise DataError(f"{', '.join(map(shown, shards.urls[:8]))}: no token to predict: the documents are empty")
         packing = "concat" if held_out else data.packing
         return Packed(line, data.sequence_length, packing=packing, document_mask=data.document_mask, team=self.team)
-
-
-def _progress_printer(topology: Topology) -> Callable[[str, int, int], None]:
-    """Returns a function that prints the progress of long work, on the main rank."""
-
-    def told(what: str, done: int, total: int) -> None:
-        if topology.is_main:
-            print(f"{what:27} {done:,}/{total:,}", file=sys.stderr, flush=True)
-
-    return told
 
 
 def _catalog(config: Config) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from trainer.config import Config
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError, Interrupted, OnecurveError, Outage, TrainingError
 from trainer.files import create_file, move, read_file, replace_file
+from trainer.models.factory import knows_weights
 from trainer.outage import is_outage
 from trainer.processes import record_attempt
 from trainer.resilience.interruption import STOP
@@ -220,10 +221,12 @@ def _refuse_other_run(
 ) -> list[dict[str, Any]]:
     """Events of going on with the run of manifest `then`. Raises ConfigError where this would be another run."""
     before, after = dict(_flat(masked(then["identity"]))), dict(_flat(identity))  # earlier versions wrote secrets
+    # Earlier versions did not record what a user's model calls `weights`.
+    unrecorded = not knows_weights(config) and "weights" not in then["identity"].get("model", {})
     differences = [
         _difference(name, before.get(name), after.get(name), path)
         for name in {**before, **after}
-        if before.get(name) != after.get(name)
+        if before.get(name) != after.get(name) and not (unrecorded and f"{name}.".startswith("model.weights."))
     ]
     if differences:
         advice = "undo the change to continue it, or choose another run.name, or run.fresh=true"

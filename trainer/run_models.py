@@ -38,11 +38,11 @@ class RunModels(Mapping[str, Strategy]):
     def __len__(self) -> int:
         return len(self._all)
 
-    def state(self) -> dict[str, Tensor | FlatShard]:
-        """Returns the state of all that is trained, as `Strategy.state` has it."""
-        state = dict(self.main.state())
+    def state(self, everything: bool = False) -> dict[str, Tensor | FlatShard]:
+        """Returns the state of all models that are trained, as `Strategy.state` has it."""
+        state = dict(self.main.state(everything))
         for name, model in self.trained.items():
-            state |= {f"{name}/{path}": tensor for path, tensor in model.state().items()}
+            state |= {f"{name}/{path}": tensor for path, tensor in model.state(everything).items()}
         return state
 
     def load_state(self, state: Mapping[str, Any]) -> None:

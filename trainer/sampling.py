@@ -26,6 +26,7 @@ from trainer.pretrained import base_of
 from trainer.randomness import key
 from trainer.registry import plugin
 from trainer.run_directory import CHECKPOINTS
+from trainer.secrets import shown_override
 from trainer.strategies.base import Strategy
 from trainer.topology import Topology
 
@@ -51,9 +52,12 @@ def open_run(folder: Path, plugins: Sequence[str] = (), overrides: Sequence[str]
     return config, tokenizers.load(str(own) if own.exists() else "bytes", data.separator, data.special_tokens)
 
 
-def load_run(folder: Path, plugins: Sequence[str] = ()) -> tuple[Config, nn.Module, Tokenizer]:
-    """Opens a run as `open_run` does, with its newest model on the CPU. Raises ConfigError if it has none yet, too."""
-    config, tokenizer = open_run(folder, plugins)
+def load_run(
+    folder: Path, plugins: Sequence[str] = (), overrides: Sequence[str] = ()
+) -> tuple[Config, nn.Module, Tokenizer]:
+    """Opens a run as `open_run` does, with its newest model on the CPU. `overrides`: `model.weights=PATH`, where the
+    weights that it began with have been moved. Raises ConfigError if it has no model yet, too."""
+    config, tokenizer = open_run(folder, plugins, where_weights_are(overrides))
     found, _ = find_newest(folder / CHECKPOINTS, set_aside=False)
     if found is None:
         raise ConfigError(f"{folder}: has no checkpoint yet")
@@ -61,6 +65,13 @@ def load_run(folder: Path, plugins: Sequence[str] = ()) -> tuple[Config, nn.Modu
     saved = is_saved(model)
     read_state(found, {f"model/{name}": tensor for name, tensor in model.state_dict().items() if saved(name)})
     return config, model, tokenizer
+
+
+def where_weights_are(overrides: Sequence[str]) -> Sequence[str]:
+    """Returns them. Raises ConfigError for one that says anything else: it would be another model."""
+    if other := [shown_override(text) for text in overrides if not text.startswith("model.weights=")]:
+        raise ConfigError(f"{', '.join(other)}: of a run that is there only model.weights=PATH can be said anew")
+    return overrides
 
 
 def with_weights(config: Config, tokenizer: Tokenizer, weights: Mapping[str, Tensor]) -> nn.Module:

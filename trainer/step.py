@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 
@@ -32,7 +33,7 @@ def run_step(
     sums, done = Sums(), list[tuple[str, UpdateResult]]()
     for update in objective.updates(batches, models):
         model = models[update.model]
-        point("step.weights", model.state)
+        point("step.weights", partial(model.state, everything=True))
         part = model.train_step(update.batches, update.objective, abandoned)
         point("step.after_backward")
         done.append((update.model, finish(update.model, update.objective, part)))

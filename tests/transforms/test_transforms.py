@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,7 +17,7 @@ from trainer.config.compose import load
 from trainer.data.tokenizer import ByteTokenizer
 from trainer.errors import ConfigError
 from trainer.models import ModelFactory, of_type
-from trainer.models.factory import model_factory, not_saved
+from trainer.models.factory import check_transforms, model_factory, not_saved
 from trainer.models.gpt import GPT
 from trainer.precision import Precision
 from trainer.strategies.arithmetic import StepOptions
@@ -66,9 +68,84 @@ def test_what_matches_nothing_is_refused() -> None:
     said = problems(*GPT_SHAPE, "model.transforms.lora.modules=[attention.outputs]")
     assert "model.transforms.lora.modules: 'attention.outputs' is not a part of the model; did you mean" in said
     assert "all of its parameters are frozen" in problems(*GPT_SHAPE, "model.transforms.freeze.modules=['*']")
-    assert "blocks.0.attention.output is adapted already" in problems(
-        *GPT_SHAPE, "model.transforms.lora={}", "model.transforms.again={name: lora, modules: [attention.output]}"
-    )
+
+
+def test_one_lora_a_model() -> None:
+    again = "model.transforms.again={name: lora, modules: [attention.output]}"
+    said = problems(*GPT_SHAPE, "model.transforms.lora.modules=[mlp.input]", again)
+    assert said.startswith("model.transforms.again: model.transforms.lora is a lora already")
+
+
+def test_an_earlier_freeze_says_what_is_trained_besides_adapters() -> None:
+    lora = "lora: {modules: [mlp.input]}"
+    but = f"model.transforms={{freeze: {{modules: ['*'], but: [norm, blocks.0.attention_norm]}}, {lora}}}"
+    adapters = {f"blocks.{layer}.mlp.input.lora_{leaf}" for layer in range(2) for leaf in "ab"}
+    assert trained(config_of(*GPT_SHAPE, but)) == adapters | {"norm.weight", "blocks.0.attention_norm.weight"}
+    assert trained(config_of(*GPT_SHAPE, f"model.transforms={{{lora}}}")) == adapters
+    after = f"model.transforms={{{lora}, freeze: {{modules: [blocks.0]}}}}"
+    assert trained(config_of(*GPT_SHAPE, after)) == {name for name in adapters if ".1." in name}
+    said = problems(*GPT_SHAPE, f"model.transforms={{mine: {{name: freeze, modules: [blocks.0]}}, {lora}}}")
+    assert said.startswith("model.transforms.lora.modules: blocks.1.mlp.input would be adapted, but an earlier")
+
+
+def test_messages_have_the_section_and_few_names() -> None:
+    said = problems(*GPT_SHAPE, "model.transforms.mine={name: freeze, modules: [xyzzy]}")
+    assert said.startswith("model.transforms.mine.modules: 'xyzzy' is not a part of the model; there are: ")
+    assert said.count(",") == 4
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.head = nn.Linear(8, 8)
+
+
+def test_layers_that_torch_does_not_call_are_refused() -> None:
+    (everywhere,) = build_transforms(config_of("model.transforms.lora={}"))
+    with pytest.raises(ConfigError, match=r"linear1, layer.linear2, layer.self_attn.out_proj cannot be adapted"):
+        apply([everywhere], Encoder())
+    (named,) = build_transforms(config_of("model.transforms.lora.modules=[head]"))
+    apply([named], model := Encoder())
+    assert hasattr(model.head, "lora_a")
+
+
+class Shared(nn.Module):
+    """A layer under two names, and an embedding that is a head, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(8, 4), nn.Linear(4, 8, bias=False)
+        self.head.weight = self.table.weight
+        self.first = nn.Linear(4, 4)
+        self.second = self.first
+
+
+def test_a_layer_under_two_names_is_merged_under_both() -> None:
+    (lora,) = build_transforms(config_of("model.transforms.lora={rank: 2, modules: [second]}"))
+    apply([lora], model := Shared())
+    with torch.no_grad():
+        for parameter in (model.first.lora_a, model.first.lora_b):
+            parameter.fill_(1.0)
+    values = {name: value.detach() for name, value in model.named_parameters(remove_duplicate=False)}
+    merged = [undone([lora], f"{name}.weight", values.__getitem__) for name in ("first", "second")]
+    assert all(torch.equal(value, values["first.weight"] + 2) for value in merged)  # type: ignore[arg-type]
+    assert torch.equal(undone([lora], "head.weight", values.__getitem__), values["table.weight"])  # type: ignore[arg-type]
+
+
+def test_an_adapted_head_that_is_the_embedding_has_no_plain_model() -> None:
+    (lora,) = build_transforms(config_of("model.transforms.lora={rank: 2, modules: [head]}"))
+    apply([lora], model := Shared())
+    values = dict(model.named_parameters(remove_duplicate=False))
+    with pytest.raises(ConfigError, match=r"head.weight is also the weight of table.weight, which has no adapters"):
+        undone([lora], "head.weight", values.__getitem__)
+
+
+def test_but_sees_all_names_of_a_tied_parameter() -> None:
+    (freeze,) = build_transforms(config_of("model.transforms.freeze={modules: ['*'], but: [head]}"))
+    apply([freeze], model := Shared())
+    assert model.table.weight.requires_grad
+    assert not model.first.weight.requires_grad
 
 
 @pytest.mark.parametrize(
@@ -198,11 +275,23 @@ def test_lora_is_what_plain_torch_computes() -> None:
         assert layer.b.abs().max() > 1e-3
     frozen = {name for name, value in ours.items() if "lora" not in name}
     assert all(torch.equal(ours[name], start[name]) for name in frozen)
-    assert {name.removeprefix("model/") for name in made.state() if name.startswith("model/")} == ours.keys() - frozen
+    assert {path.split("/", 2)[2] for path in made.state() if path.startswith("optimizer/")} == ours.keys() - frozen
 
 
-def test_a_checkpoint_gives_all_but_what_is_frozen() -> None:
-    config = config_of(*GPT_SHAPE, "model.transforms.lora.rank=2")
+def test_fingerprints_are_of_what_a_checkpoint_leaves_out_too() -> None:
+    model = GPT(ragged.SHAPE, ragged.FACTS)
+    model.not_saved = frozenset({"norm.weight"})  # type: ignore[assignment]
+    options = StepOptions(clip_norm=0.0, activation_checkpointing="none", compile=False, micro_batch=2)
+    made = Single(schema.Single(name="single"), ALONE, Precision(ALONE.device), ragged.Objective(), options)
+    made.setup(ModelFactory(lambda: model, seed=5), ragged.optimizer)
+    assert made.state(everything=True).keys() - made.state().keys() == {"model/norm.weight"}
+
+
+def test_a_checkpoint_gives_all_but_what_is_frozen_of_given_weights() -> None:
+    gpt2 = ("model.positions=learned", "model.activation=gelu", "model.bias=true")
+    lora = (*GPT_SHAPE, *gpt2, "model.transforms.lora.rank=2")
+    assert not not_saved(config_of(*lora), ByteTokenizer())  # drawn numbers differ between processors
+    config = config_of(*lora, "model.weights=weights")
     drawn = dict(model_factory(config, ByteTokenizer())().named_parameters())
     loaded = dict(model_factory(config, ByteTokenizer(), loaded=True)().named_parameters())
     frozen = not_saved(config, ByteTokenizer())
@@ -247,3 +336,34 @@ def test_lora_on_layers_that_compute_in_fp8() -> None:
     layer(x).sum().backward()
     assert layer.weight.grad is None
     assert layer.lora_b.grad.abs().max() > 0
+
+
+def test_a_model_that_looks_at_the_data_is_made_with_it_alone(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "looks.yaml").write_text(f"name: {users.__name__}:Looks\n")
+    freeze = "model.transforms.freeze.modules=[bias]"
+    sections = ["model=looks", "run.plugins=[tests]", "data.tokenizer=bytes", "data.sequence_length=16", freeze]
+    config = load(sections, config_dir=str(tmp_path))
+    check_transforms(config, ByteTokenizer())
+    assert not_saved(config, ByteTokenizer()) == frozenset()
+    model = model_factory(config, ByteTokenizer(), lambda: {"inputs": torch.zeros(1, 3)}).build()
+    assert {name for name, value in model.named_parameters() if value.requires_grad} == {"weight"}
+
+
+def test_transforms_of_other_trained_models_are_checked_before_the_run_has_a_folder() -> None:
+    critic = "models.trained.critic={model: {transforms: {freeze: {modules: [nrm]}}}}"
+    with pytest.raises(ConfigError) as caught:
+        check_transforms(config_of(*GPT_SHAPE, critic), ByteTokenizer())
+    assert str(caught.value).startswith("models.trained.critic.model.transforms.freeze.modules: 'nrm' is not a part")
+
+
+def test_a_tied_parameter_has_one_initial_value_by_whatever_name() -> None:
+    read = []
+
+    def fill(name: str, value: Tensor) -> None:
+        read.append(name)
+        value.fill_(1.0)
+
+    factory = ModelFactory(Shared, seed=3, pretrained=fill)
+    assert factory.value(Shared(), "head.weight").eq(1).all()
+    assert read == ["table.weight"]

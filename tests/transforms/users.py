@@ -37,3 +37,20 @@ class Scales(onecurve.Transform):
         if name.endswith(".scale"):
             return None
         return value * read(name.replace(".weight", ".scale")) if "norm" in name else value
+
+
+class Weighted(torch.nn.Linear):
+    """A model with a key `weights` of its own, which says nothing of files."""
+
+    class Config(onecurve.Plugin):
+        weights: str
+
+
+class Looks(torch.nn.Linear):
+    """A model that is as wide as the data."""
+
+    class Config(onecurve.Plugin):
+        pass
+
+    def __init__(self, config: Config, facts: onecurve.Facts):
+        super().__init__(facts.example["inputs"].shape[1], 1)

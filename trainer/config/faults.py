@@ -11,7 +11,7 @@ POINTS = {
     "start.restored": "the checkpoint is loaded, before the first step",
     "data.read": "before a sequence is read (not in data.processes)",
     "data.next": "before the loop takes the next batch",
-    "step.weights": "before each update of the step, all of its model that a checkpoint holds here",
+    "step.weights": "before each update of the step, all weights and state of its model that are here",
     "step.loss": "the loss of a micro-batch, before its backward pass",
     "step.after_backward": "between backward pass and update, of each update of the step",
     "step.after_update": "after each update of the step",

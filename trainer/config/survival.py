@@ -30,7 +30,8 @@ class Guard(Section):
     replicas_every: Int = Field(
         ge=0,
         description="Steps between two comparisons of weights that several processes hold, by fingerprint: where one "
-        "has others, the run goes back to the last checkpoint. 0: none.",
+        "has others, the run goes back to the last checkpoint; by a new start, if that leaves out weights that "
+        "transforms have frozen. 0: none.",
     )
 
 

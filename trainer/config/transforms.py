@@ -33,8 +33,9 @@ class LoRA(Plugin):
     modules: Patterns = Field(
         default=["*"],
         min_length=1,
-        description="Which linear layers are adapted: names as in `freeze`. All other parameters, and the matrices "
-        "themselves, are frozen.",
+        description="Which linear layers are adapted: names as in `freeze`. All of the model's own parameters are "
+        "frozen, unless a transform before it says what is: `{freeze: {modules: ['*'], but: [norm]}, lora: {}}` trains "
+        "the norms, too. The layers that are adapted have to be frozen.",
     )
 
 
@@ -51,9 +52,10 @@ class Transformed(Plugin):
     transforms: dict[str, Any] = Field(
         default={},
         description="Changes of the model before it is sharded, one after the other: by name the keys of each, such as "
-        "`model.transforms.lora.rank=8` or `'model.transforms={freeze: {modules: [token_embedding]}, lora: {}}'` "
+        "`model.transforms.lora.rank=8` or `'model.transforms={lora: {}, freeze: {modules: [blocks.0]}}'` "
         "(a list of them, each with its `name`, does as well). A transform of yours has any name, and says where its "
-        "class is: `model.transforms.mine.name=my_package.mine:Mine`. What they freeze is not saved.",
+        "class is: `model.transforms.mine.name=my_package.mine:Mine`. What they "
+        "freeze of `model.weights` is not saved.",
     )
 
     @field_validator("transforms", mode="before")

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trainer.diagnosis import advice_for
 from trainer.errors import ConfigError, OnecurveError, Outage
 from trainer.outage import is_outage
+
+if TYPE_CHECKING:
+    from trainer.config import Config
+    from trainer.topology import Topology
 
 THREADS = 8
 Problem = tuple[str | None, int, bool]
@@ -58,6 +63,17 @@ class WorkSharing:
 
 
 ALONE = WorkSharing()
+
+
+def team_of(config: Config, topology: Topology) -> WorkSharing:
+    """Returns the run's ranks as those who share work; the main one prints how far it is."""
+
+    def tell(what: str, done: int, total: int) -> None:
+        if topology.is_main:
+            print(f"{what:27} {done:,}/{total:,}", file=sys.stderr, flush=True)
+
+    heartbeat_s = min(10.0, config.launch.timeout_s / 3)
+    return WorkSharing(topology.rank, topology.world_size, topology.gather, topology.broadcast, tell, heartbeat_s)
 
 
 def raise_problems(problems: Iterable[Problem]) -> None:

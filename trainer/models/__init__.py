@@ -168,7 +168,7 @@ def _draw(
 
 def is_saved(model: nn.Module) -> Callable[[str], bool]:
     """Whether checkpoints hold the parameter or buffer of a name. They leave out the parameters in `model.not_saved`:
-    frozen ones, which always have their initial value."""
+    frozen ones, which always have the value of `model.weights`."""
     left_out: Any = getattr(model, "not_saved", frozenset())
     return lambda name: name not in left_out
 
@@ -244,9 +244,10 @@ class ModelFactory:
                 yield parameter, has_no_value(torch.empty(parameter.shape, dtype=torch.float32, device=device))
 
     def value(self, model: nn.Module, name: str) -> Tensor:
-        """What `fill` gives the parameter of that name, whole, on the CPU."""
+        """What `fill` gives the parameter of that name, or of another one that it is tied to, whole, on the CPU."""
         parameter = model.get_parameter(name)
-        return _draw(model, name, parameter, self.seed, self.pretrained, self.first).to(parameter.dtype)
+        first = next(other for other, tied in model.named_parameters() if tied is parameter)  # which `fill` goes by
+        return _draw(model, first, parameter, self.seed, self.pretrained, self.first).to(parameter.dtype)
 
     def _wanted(self, model: nn.Module) -> Callable[[str], bool]:
         saved = is_saved(model)

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from trainer.config import Config
+from trainer.config.validate import in_trained
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError
-from trainer.facts import Facts
+from trainer.facts import Facts, NoExample
 from trainer.models import Fill, ModelFactory, of_type
 from trainer.patches import without_values
 from trainer.precision import DTYPES
@@ -35,8 +36,10 @@ def model_factory(
     facts, changes = Facts.of(config, tokenizer, example), [*before, *build_transforms(config)]
 
     def make() -> nn.Module:
-        model = plugin(config, "model")(config.model, facts)
-        apply(changes, model)
+        model: Any = plugin(config, "model")(config.model, facts)
+        frozen = apply(changes, model)
+        if frozen and reads_weights(config):
+            model.not_saved = frozen
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ConfigError(f"model={config.model.name}: all of its parameters are frozen, nothing would be trained")
         return model if config.precision.param == "fp32" else of_type(model, DTYPES[config.precision.param])
@@ -49,17 +52,49 @@ def without_transforms(config: Config) -> Config:
     return config.model_copy(update={"model": config.model.model_copy(update={"transforms": {}})})
 
 
+def knows_weights(config: Config) -> bool:
+    """Whether `model.weights` means weights of Hugging Face's to the run's model; that of a user's may lack the key, or
+    mean otherwise."""
+    return hasattr(plugin(config, "model"), "family")
+
+
+def reads_weights(config: Config) -> bool:
+    """Whether the run starts with the values of `model.weights`."""
+    return getattr(config.model, "weights", None) is not None and knows_weights(config)
+
+
 def not_saved(config: Config, tokenizer: Tokenizer) -> frozenset[str]:
-    """The parameters that checkpoints of the run leave out: each life reads or draws their values again."""
-    if not config.model.transforms:
+    """The parameters that checkpoints of the run leave out: what transforms have frozen of `model.weights`, which each
+    life reads again. (Values that are drawn are saved: other processors draw other bits.)"""
+    if not (config.model.transforms and reads_weights(config)):
         return frozenset()
-    with without_values():
-        model: Any = model_factory(config, tokenizer).build()
+    try:
+        with without_values():
+            model: Any = model_factory(config, tokenizer).build()
+    except NoExample:
+        raise ConfigError(
+            f"model.weights={config.model.weights}: {config.model.name} looks at the data while it is made "
+            "(`facts.example`), so it cannot start with given weights"
+        ) from None
     return getattr(model, "not_saved", frozenset())
 
 
 def check_transforms(config: Config, tokenizer: Tokenizer) -> None:
-    """Raises ConfigError where a transform does not fit the run's model. A model that looks at the data while it is
-    made is not made here."""
-    with suppress(ValueError):
-        not_saved(config, tokenizer)
+    """Raises ConfigError where a transform does not fit the run's model, or another one that is trained. A model that
+    looks at the data while it is made is not made here."""
+    problems = _unfit_transforms(config, tokenizer)
+    for name, other in sorted(config.models.trained.items()):
+        its = _unfit_transforms(config.model_copy(update={"model": other.model}), tokenizer)
+        problems += [in_trained(name, problem) for problem in its]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _unfit_transforms(config: Config, tokenizer: Tokenizer) -> list[str]:
+    try:
+        if config.model.transforms:
+            with suppress(NoExample), without_values():
+                model_factory(config, tokenizer).build()
+    except ConfigError as error:
+        return error.problems
+    return []

@@ -8,7 +8,7 @@ from typing import Any
 from trainer.checkpoint.load import OPTIONAL, FoundCheckpoint, read_state
 from trainer.checkpoint.state import local_values, model_of
 from trainer.data.stream import StepData
-from trainer.errors import TrainingError
+from trainer.errors import Crashed, TrainingError
 from trainer.job import Job
 from trainer.resilience.guard import Rollback
 from trainer.run_models import RunModels
@@ -90,20 +90,24 @@ def handle_bad_steps(job: Job, rows: list[dict[str, Any]], bad: list[bool], step
 
 
 def raise_ranks_disagree(job: Job, step: int, count: int) -> None:
-    """Raises Rollback or TrainingError because some ranks did an update that others did not: one computes wrongly."""
-    wait_for_save(job)
-    job.logger.event(**job.resilience.guard.handle_corruption(step, [], may_go_back=job.saver.newest is not None))
-    raise Rollback(f"{count} of {job.topology.world_size} processes left a step out")
+    """Raises Rollback, Crashed or TrainingError because some ranks did an update that others did not: one computes
+    wrongly."""
+    _go_back(job, step, [], f"{count} of {job.topology.world_size} processes left a step out")
 
 
 def compare_replicas(job: Job, step: int) -> None:
-    """Raises Rollback where a process has other weights than those it shares them with; or TrainingError."""
-    if differing := job.resilience.replicas.find_differing(job.models.state()):
-        wait_for_save(job)
-        job.logger.event(
-            **job.resilience.guard.handle_corruption(step, differing, may_go_back=job.saver.newest is not None)
-        )
-        raise Rollback
+    """Raises Rollback or Crashed where a process has other weights than those it shares them with; or TrainingError."""
+    if differing := job.resilience.replicas.find_differing(job.models.state(everything=True)):
+        _go_back(job, step, differing, "replicas differ")
+
+
+def _go_back(job: Job, step: int, differing: list[int], why: str) -> None:
+    wait_for_save(job)
+    event = job.resilience.guard.handle_corruption(step, differing, may_go_back=job.saver.newest is not None)
+    job.logger.event(**event)
+    if job.models.state(everything=True).keys() - job.models.state().keys():  # not in the checkpoint: maybe those
+        raise Crashed(f"{event['reason']}. A new start reads frozen weights again; run the same command to continue")
+    raise Rollback(why)
 
 
 def wait_for_save(job: Job) -> None:

@@ -291,14 +291,14 @@ class StepArithmetic:
         stacked = torch.stack([sums[name].to(self.topology.device, torch.float64) for name in names])
         return dict(zip(names, self.all_reduce(stacked).tolist(), strict=True))
 
-    def state(self) -> Mapping[str, Tensor | FlatShard]:
-        return {name: plain_tensor(tensor) for name, tensor in self._tensors().items()}
+    def state(self, everything: bool = False) -> Mapping[str, Tensor | FlatShard]:
+        return {name: plain_tensor(tensor) for name, tensor in self._tensors(everything).items()}
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def _tensors(self, everything: bool = False) -> dict[str, Tensor]:
         """Returns the tensors of `state` as this rank holds them."""
         self._materialize()
         tensors, saved = self.model.state_dict(), is_saved(self.model)
-        state = {f"model/{name}": tensor.detach() for name, tensor in tensors.items() if saved(name)}
+        state = {f"model/{name}": tensor.detach() for name, tensor in tensors.items() if everything or saved(name)}
         for name, parameter in self.model.named_parameters():
             for kind, value in self.optimizer.state.get(parameter, {}).items():
                 state[f"optimizer/{kind}/{name}"] = value

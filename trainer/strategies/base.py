@@ -59,8 +59,9 @@ class Strategy(Model, Protocol):
         """Adds up vectors of one length over all data-parallel ranks: the one collective of metrics and votes."""
         ...
 
-    def state(self) -> Mapping[str, Tensor | FlatShard]:
-        """The canonical form: `model/<name>`, `optimizer/<kind>/<name>`, `scaler/<kind>` -> what this process holds."""
+    def state(self, everything: bool = False) -> Mapping[str, Tensor | FlatShard]:
+        """The canonical form: `model/<name>`, `optimizer/<kind>/<name>`, `scaler/<kind>` -> what this process holds.
+        `everything`: also weights that checkpoints leave out."""
         ...
 
     def load_state(self, state: Mapping[str, Any]) -> None:

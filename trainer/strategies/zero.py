@@ -159,12 +159,12 @@ class Zero(StepArithmetic):
         bad, empty = self.check_norm(self.measured, self.limit)
         return not bool(bad | empty)
 
-    def state(self) -> dict[str, Tensor | FlatShard]:
+    def state(self, everything: bool = False) -> dict[str, Tensor | FlatShard]:
         """What lies here, as it lies here: nothing is sent, nothing copied but counts of steps."""
         self._end_update()
         tensors, saved = self.model.state_dict(keep_vars=True), is_saved(self.model)
         state: dict[str, Tensor | FlatShard] = {
-            f"model/{name}": self._weight(tensor) for name, tensor in tensors.items() if saved(name)
+            f"model/{name}": self._weight(tensor) for name, tensor in tensors.items() if everything or saved(name)
         }
         for name, parameter in self.model.named_parameters():
             for kind, value in self._optimizer_state(parameter).items():

@@ -4,6 +4,7 @@ transform adds has names of its own. It owns the values of what it adds, and say
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -13,11 +14,14 @@ from torch import Tensor, nn
 from trainer.config.validate import nearest_hint
 from trainer.errors import ConfigError
 
+NEAREST = 5  # names in a message
 Read = Callable[[str], Tensor]  # the value of the parameter of that name, whole
 
 
 class Transform:
     """One change of a model. It is made of its section of `model.transforms`, and belongs to one run."""
+
+    key = "model.transforms"  # of its section, for messages
 
     def __init__(self, config: Any):
         self.config = config
@@ -37,14 +41,13 @@ class Transform:
         return value
 
 
-def apply(transforms: Sequence[Transform], model: nn.Module) -> None:
-    """Applies them one after the other. What they have frozen need not be saved: it always has the value of
-    `model.weights`, or the one drawn from the run's seed."""
+def apply(transforms: Sequence[Transform], model: nn.Module) -> frozenset[str]:
+    """Applies them one after the other. Returns the names of the model's own parameters that they have frozen."""
     before = _trained(model)
     for transform in transforms:
         transform.apply(model)
-    if frozen := before - _trained(model):
-        model.not_saved = frozen  # type: ignore[assignment]
+        model.frozen_by_transforms = before - _trained(model)  # type: ignore[assignment]
+    return before - _trained(model)
 
 
 def undone(transforms: Sequence[Transform], name: str, read: Callable[[str], Tensor], first: int = 0) -> Tensor | None:
@@ -71,11 +74,12 @@ def matching(key: str, patterns: Iterable[str], names: Iterable[str]) -> set[str
     """Returns those of the dotted names that a pattern (`*`, `?`, `[01]`) matches, as a whole or from one of their dots
     on. Raises ConfigError for patterns that match none. `key`: of the config."""
     names, found, problems = list(names), set[str](), []
+    known = {name for full in names for name in (full, full.rpartition(".")[2])}
     for pattern in patterns:
         matched = {name for name in names if fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")}
         if not matched:
-            known = {name for full in names for name in (full, full.rpartition(".")[2])}
-            problems.append(f"{key}: '{pattern}' is not a part of the model{nearest_hint(pattern, known)}")
+            near = get_close_matches(pattern, known, n=NEAREST, cutoff=0.0)
+            problems.append(f"{key}: '{pattern}' is not a part of the model{nearest_hint(pattern, near)}")
         found |= matched
     if problems:
         raise ConfigError(problems)

@@ -10,7 +10,7 @@ from trainer.transforms import Transform
 
 def build_transforms(config: Config) -> list[Transform]:
     """Returns the transforms of the run's model, in their order."""
-    made = []
+    made = list[Transform]()
     for label, section in config.model.transforms.items():
         if section.name in TRANSFORMS:
             kind = load(TRANSFORMS[section.name].target)
@@ -21,4 +21,5 @@ def build_transforms(config: Config) -> list[Transform]:
             if kind.apply is Transform.apply:
                 raise ConfigError(f"{key}={section.name}: has no method `apply(model)` of its own")
         made.append(kind(section))
+        made[-1].key = f"model.transforms.{label}"
     return made

@@ -13,12 +13,13 @@ class Freeze(Transform):
     config: schema.Freeze
 
     def apply(self, model: nn.Module) -> None:
-        parts = [name for name, _ in model.named_modules() if name]
+        parts = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
         parts += [name for name, _ in model.named_parameters(remove_duplicate=False)]
-        frozen = matching("model.transforms.freeze.modules", self.config.modules, parts)
-        kept = matching("model.transforms.freeze.but", self.config.but, parts)
-        trained = {id(parameter) for name, parameter in model.named_parameters() if _within(name, kept)}
-        for name, parameter in model.named_parameters(remove_duplicate=False):
+        frozen = matching(f"{self.key}.modules", self.config.modules, parts)
+        kept = matching(f"{self.key}.but", self.config.but, parts)
+        named = list(model.named_parameters(remove_duplicate=False))
+        trained = {id(parameter) for name, parameter in named if _within(name, kept)}  # by any name of tied ones
+        for name, parameter in named:
             if _within(name, frozen) and id(parameter) not in trained:
                 parameter.requires_grad_(False)
 

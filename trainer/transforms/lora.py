@@ -7,6 +7,7 @@ Both are parameters of the linear layer itself, so `weight` keeps its name for s
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
 
@@ -16,9 +17,10 @@ from torch import Tensor, nn
 
 from trainer.config import transforms as schema
 from trainer.errors import ConfigError
-from trainer.transforms import Read, Transform, matching
+from trainer.transforms import NEAREST, Read, Transform, matching
 
 A, B = "lora_a", "lora_b"
+NEVER_CALLED = {nn.MultiheadAttention: ("out_proj",), nn.TransformerEncoderLayer: ("linear1", "linear2")}
 TRANSPOSED = "Conv1D"  # a linear layer of transformers' GPT-2, whose weight is [in, out]
 
 
@@ -30,26 +32,58 @@ class LoRA(Transform):
         super().__init__(config)
         self.scale = (config.alpha or config.rank) / config.rank
         self.transposed: dict[str, bool] = {}  # by the name of each layer that is adapted
+        self.tied: dict[str, str] = {}  # such a layer: another one that has the same weight, and no adapters
 
     def apply(self, model: nn.Module) -> None:
-        linear = {name: module for name, module in model.named_modules() if _is_linear(module)}
+        """What an earlier transform has frozen is frozen, and the rest trained; the whole model is frozen if none has
+        frozen anything."""
+        parts = list(model.named_modules(remove_duplicate=False))
+        linear = {name: module for name, module in parts if _is_linear(module)}
         if not linear:
-            raise ConfigError("model.transforms.lora: the model has no linear layers")
-        adapted = matching("model.transforms.lora.modules", self.config.modules, linear)
-        model.requires_grad_(False)
-        for name in sorted(adapted):
-            self.transposed[name] = type(linear[name]).__name__ == TRANSPOSED
-            self._adapt(name, linear[name], self.transposed[name])
+            raise ConfigError(f"{self.key}: the model has no linear layers")
+        if adapted := next((module for _, module in parts if isinstance(module, _Adapted)), None):
+            raise ConfigError(
+                f"{self.key}: {adapted.lora_key} is a lora already, and a model has one; name all layers there"
+            )
+        names = sorted(matching(f"{self.key}.modules", self.config.modules, linear))
+        if not getattr(model, "frozen_by_transforms", None):
+            model.requires_grad_(False)
+        self._refuse(names, linear, _never_called(parts))
+        layers = {linear[name]: name for name in reversed(names)}
+        for name, module in linear.items():
+            if module in layers:  # by all of its names
+                self.transposed[name] = type(module).__name__ == TRANSPOSED
+        weights = {layer.weight: layer for layer in layers}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            layer = weights.get(parameter)  # type: ignore[call-overload]
+            if layer is not None and linear.get(name.removesuffix(".weight")) is not layer:
+                self.tied |= {own: name for own in self.transposed if linear[own] is layer}
+        for layer, name in layers.items():
+            self._adapt(layer, self.transposed[name])
 
-    def _adapt(self, name: str, layer: nn.Module, transposed: bool) -> None:
-        if isinstance(layer, _Adapted):
-            raise ConfigError(f"model.transforms.lora: {name} is adapted already; one lora a model")
+    def _refuse(self, names: Iterable[str], linear: dict[str, nn.Module], never_called: set[str]) -> None:
+        """Raises ConfigError for layers whose adapters would not be used, or not be all that is trained of them."""
+        problems = []
+        if unused := [name for name in names if name in never_called]:
+            problems.append(
+                f"{self.key}.modules: {_some(unused)} cannot be adapted: torch computes with their weights without "
+                "calling them (nn.MultiheadAttention, nn.TransformerEncoderLayer); name other layers"
+            )
+        if trained := [name for name in names if linear[name].weight.requires_grad]:  # type: ignore[union-attr]
+            problems.append(
+                f"{self.key}.modules: {_some(trained)} would be adapted, but an earlier transform leaves them trained "
+                "themselves; freeze them, too (freeze.modules=['*'], and in freeze.but what is trained), or name others"
+            )
+        if problems:
+            raise ConfigError(problems)
+
+    def _adapt(self, layer: nn.Module, transposed: bool) -> None:
         weight: Any = layer.weight
         outputs, inputs = reversed(weight.shape) if transposed else weight.shape
         for leaf, shape in ((A, (self.config.rank, inputs)), (B, (outputs, self.config.rank))):
             layer.register_parameter(leaf, nn.Parameter(torch.empty(shape, dtype=weight.dtype, device=weight.device)))
         layer.__class__ = _adapted(type(layer))  # type: ignore[arg-type]
-        layer.lora_scale = self.scale  # type: ignore[assignment]
+        layer.lora_scale, layer.lora_key = self.scale, self.key  # type: ignore[assignment]
 
     def initialise(self, name: str, value: Tensor, generator: torch.Generator) -> bool:
         """A as `nn.Linear` draws a matrix."""
@@ -67,6 +101,11 @@ class LoRA(Transform):
             return None
         if leaf != "weight" or layer not in self.transposed:
             return value
+        if layer in self.tied:
+            raise ConfigError(
+                f"{self.key}: {name} is also the weight of {self.tied[layer]}, which has no adapters: no plain "
+                "model computes the same, so this run cannot be exported; name the other layers in lora.modules"
+            )
         a, b = read(f"{layer}.{A}").double(), read(f"{layer}.{B}").double()
         added = self.scale * (b @ a)
         return (value.double() + (added.T if self.transposed[layer] else added)).to(value.dtype)
@@ -76,6 +115,7 @@ class _Adapted(nn.Module):
     lora_a: Tensor
     lora_b: Tensor
     lora_scale: float
+    lora_key: str  # of the section that has adapted it
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) + self.lora_scale * F.linear(F.linear(x, self.lora_a), self.lora_b)  # type: ignore[misc]
@@ -89,3 +129,20 @@ def _adapted(kind: type[nn.Module]) -> type[nn.Module]:
 
 def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == TRANSPOSED
+
+
+def _never_called(parts: Iterable[tuple[str, nn.Module]]) -> set[str]:
+    """The names of layers whose forward pass torch leaves out: of attention always, of encoder layers when they are
+    evaluated."""
+    return {
+        f"{name}.{layer}".removeprefix(".")
+        for name, module in parts
+        for kind, layers in NEVER_CALLED.items()
+        if isinstance(module, kind)
+        for layer in layers
+    }
+
+
+def _some(names: Sequence[str]) -> str:
+    more = len(names) - NEAREST
+    return ", ".join(names[:NEAREST]) + (f" and {more} more" if more > 0 else "")
