@@ -30,7 +30,7 @@ test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadscope
 
 test-all: lint
-	$(BIN)/python -m pytest -n 2 --dist loadscope -m "slow or not slow"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow or not slow"
 
 # A real Slurm of its own, on this machine: minutes. Part of test-all.
 test-slurm: $(VENV)/.dev

@@ -193,7 +193,7 @@ class _Turns:
 
     def next(self, count: int) -> Numbers:
         """The samples that come next, int64 [<= count]; none where the pass ends."""
-        numbers = self._asked + self._first + self._stride * np.arange(count)
+        numbers: Numbers = self._asked + self._first + self._stride * np.arange(count)
         if self._until:
             numbers = numbers[numbers < self._until]
         self._asked += self._stride * count

@@ -248,7 +248,8 @@ def _contents(work: Path, shard: Shard) -> Iterator[bytes]:
 def _index(work: Path, shard: Shard, path: Path) -> ShardIndex:
     """The index of a shard, from the tables of its pieces."""
     keys: list[str] = []
-    starts, tables, extensions = [np.zeros(1, np.int64)], [], dict[str, int]()
+    starts: list[Numbers] = [np.zeros(1, np.int64)]
+    tables, extensions = [], dict[str, int]()
     at = rows = 0
     for span in shard.spans:
         piece = _read_table(work, span.piece, shard.split)
