@@ -57,7 +57,7 @@ def test_config(tmp_path: Path) -> None:
 def test_what_this_machine_does_not_have(tmp_path: Path) -> None:
     wanted = ("precision=fp8", "optimizer.implementation=apex", "model.bias=true", "model.fused_norm=true")
     kept = [override for override in TINY if not override.startswith("precision")]
-    fp8, apex, norm = refused(trainer(*kept, *wanted), tmp_path)
+    fp8, norm, apex = refused(trainer(*kept, *wanted), tmp_path)
     assert fp8.startswith("precision.compute=fp8: needs a GPU with fp8 units")
     assert fp8.endswith("here: no GPU; nearest: precision=bf16")
     assert apex.startswith("optimizer.implementation=apex: NVIDIA Apex is not installed")
