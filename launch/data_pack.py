@@ -112,7 +112,8 @@ def _tell(out: Path, asked: str) -> None:
     else:
         label = ", label: cls" if "classes" in made else ""
         fields = f'data.fields={{image: "{_images(out, made)}"{label}}}'
-        data = ["data=samples", *places, fields, "data.image.size=224"]
+        classes = [f"data.classes={out / 'classes.json'}"] if "classes" in made else []
+        data = ["data=samples", *places, fields, *classes, "data.image.size=224"]
         print(f"train a model of yours on it: onecurve train {shlex.join(data)} model.name=... objective.name=...")
 
 

@@ -33,13 +33,22 @@ class Facts:
     """`train.steps`."""
     tokenizer: Tokenizer | None = None
     """The data's tokenizer; `token_bytes` and `token_chars` say how much text each token stands for."""
+    classes: tuple[str, ...] = ()
+    """Names of the classes that labels are numbers of, by `data.classes`; none where that is null."""
     read_example: Callable[[], dict[str, Tensor]] | None = None
 
     @classmethod
     def of(
         cls, config: Config, tokenizer: Tokenizer, read_example: Callable[[], dict[str, Tensor]] | None = None
     ) -> Facts:
-        return cls(tokenizer.vocab_size, config.data.sequence_length, config.train.steps, tokenizer, read_example)
+        return cls(
+            tokenizer.vocab_size,
+            config.data.sequence_length,
+            config.train.steps,
+            tokenizer,
+            tuple(config.data.classes or ()),
+            read_example,
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the example: where an objective is sent to, its examples are made, and none is asked for."""

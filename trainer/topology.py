@@ -79,12 +79,14 @@ class Topology:
         return replace(other, dp_rank=other.dp_ranks[self.rank])
 
     def mesh(self) -> DeviceMesh:
-        """All processes as stages x copies x tensor: neighbors share the matrices of a layer, stages lie farthest
-        apart."""
-        return self.mesh_of(stage=self.layout.stages, data=self.dp_size, tensor=self.layout.tensor)
+        """Returns all processes as pp x dp x tp (pipeline, data and tensor parallel, torch's names of mesh dimensions):
+        neighbors share the matrices of a layer, stages lie farthest apart. Strategies that cut one of them further
+        (dp into dp_replicate x dp_shard) ask `mesh_of`."""
+        return self.mesh_of(pp=self.layout.stages, dp=self.dp_size, tp=self.layout.tensor)
 
     def mesh_of(self, **sizes: int) -> DeviceMesh:
-        """All processes, in rows of these sizes. Its groups are made once, and are there until `close`."""
+        """Returns all processes as a mesh of these dimensions, the last of neighbors. Its groups are made once, and are
+        there until `close`."""
         return _mesh(self.device.type, *sizes.items())
 
     def describe(self) -> dict[str, Any]:

@@ -296,7 +296,7 @@ class BuiltModel:
 
         dist.init_process_group("fake", rank=0, world_size=self.tensor, store=FakeStore())
         try:
-            self.mesh = init_device_mesh("cpu", (self.tensor,), mesh_dim_names=("tensor",))
+            self.mesh = init_device_mesh("cpu", (self.tensor,), mesh_dim_names=("tp",))
             yield self.mesh
         finally:
             dist.destroy_process_group()

@@ -220,10 +220,10 @@ def sharded_twice(whole: torch.Tensor, data: int, tensor: int) -> DTensor:
     layer.weight.data.copy_(whole)
     module, mesh = (
         torch.nn.Sequential(layer),
-        init_device_mesh("cpu", (data, tensor), mesh_dim_names=("data", "tensor")),
+        init_device_mesh("cpu", (data, tensor), mesh_dim_names=("dp", "tp")),
     )
-    parallelize_module(module, mesh["tensor"], {"0": ColwiseParallel()}, src_data_rank=None)
-    fully_shard(module, mesh=mesh["data"])
+    parallelize_module(module, mesh["tp"], {"0": ColwiseParallel()}, src_data_rank=None)
+    fully_shard(module, mesh=mesh["dp"])
     assert isinstance(layer.weight, DTensor)
     assert isinstance(layer.weight.placements[0], _StridedShard)
     return layer.weight.detach()

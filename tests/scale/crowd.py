@@ -85,18 +85,18 @@ def ddp(shapes: Shapes, rank: int, world: int) -> State:
 
 
 def fsdp(shapes: Shapes, rank: int, world: int) -> State:
-    return adamw(shapes, on(mesh(data=world), (Shard(0),)))
+    return adamw(shapes, on(mesh(dp=world), (Shard(0),)))
 
 
 def hsdp(shapes: Shapes, rank: int, world: int) -> State:
-    return adamw(shapes, on(mesh(replicate=world // 8, shard=8), (Replicate(), Shard(0))))
+    return adamw(shapes, on(mesh(dp_replicate=world // 8, dp_shard=8), (Replicate(), Shard(0))))
 
 
 def pipeline(shapes: Shapes, rank: int, world: int) -> State:
     """8 stages x fsdp, which share the embedding's matrix: the first and the last stage hold it."""
-    rows = mesh(stage=8, data=world // 8)
+    rows = mesh(pp=8, dp=world // 8)
     stage = rank // (world // 8)
-    return adamw(part_of(shapes, stage), on(rows["data"], (Shard(0),)))
+    return adamw(part_of(shapes, stage), on(rows["dp"], (Shard(0),)))
 
 
 def part_of(shapes: Shapes, stage: int) -> Shapes:

@@ -33,7 +33,7 @@ class Optional(nn.Module):
 @pytest.fixture
 def mesh() -> Iterator[DeviceMesh]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1, 1), mesh_dim_names=("replicate", "shard"))
+    yield init_device_mesh("cpu", (1, 1), mesh_dim_names=("dp_replicate", "dp_shard"))
     dist.destroy_process_group()
 
 

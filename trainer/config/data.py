@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from trainer.config.section import Count, Float, Int, Positive, Section
 from trainer.config.tokenization import Tokenization
@@ -13,6 +15,28 @@ from trainer.config.tokenization import Tokenization
 SMALLEST_SHARE = 2**-14  # of a source in a mixture: one sequence in a cycle (trainer.data.mixture.LONGEST_CYCLE)
 TOKENS = "tokens"  # the field of decoded samples whose text becomes inputs and targets
 IMAGES = {"jpg", "jpeg", "png", "webp", "ppm", "pgm", "pbm"}
+
+
+def _class_names(value: Any) -> Any:
+    """Returns the names that a file gives, so that the config has them from then on and the file is not asked again."""
+    if not isinstance(value, str):
+        return value
+    try:
+        numbers = json.loads(Path(value).expanduser().read_text(encoding="utf-8"))
+        names = [name for _, name in sorted((number, name) for name, number in numbers.items())]
+        if sorted(numbers.values()) != list(range(len(names))):
+            raise ValueError("classes are not numbered from 0 on")
+    except OSError as error:
+        raise ValueError(f"{value}: {error.strerror or error}") from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{value}: should be JSON as onecurve data pack writes it, {{NAME: NUMBER}}: {error}") from error
+    return names
+
+
+def _distinct(names: list[str]) -> list[str]:
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"names a class twice: {', '.join(twice)}")
+    return names
 
 
 class DataSource(Section):
@@ -41,6 +65,11 @@ class Data(Tokenization):
     )
     validation: str | list[str] | None = Field(description="Validation shards, likewise. null: no evaluation.")
     sequence_length: Count = Field(description="Tokens of a sequence.")
+    classes: Annotated[list[str], AfterValidator(_distinct), BeforeValidator(_class_names)] | None = Field(
+        default=None,  # sections of earlier runs do not have it
+        description="Names of the classes in the order of their numbers, or the `classes.json` that has them. Models "
+        "and objectives find them in `facts.classes`. Part of what the run is.",
+    )
     workers: Int = Field(ge=0, description="Threads that read ahead. 0: read in the training thread.")
     processes: bool = Field(description="The workers are processes instead: for decoding that keeps a core busy.")
     lanes: Count = Field(

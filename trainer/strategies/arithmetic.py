@@ -75,7 +75,7 @@ class StepArithmetic:
         self.example = cache(model_factory.example) if model_factory.example else None  # it is read from the data
         self.model = self.build(model_factory)
         layout = self.topology.layout
-        self.replicas = self.topology.mesh()["data"].get_group() if layout.processes > 1 else None
+        self.replicas = self.topology.mesh()["dp"].get_group() if layout.processes > 1 else None
         if optimizer_factory is None:
             self.wrapped = self.model.eval()
             return

@@ -44,7 +44,7 @@ class FSDP(TensorParallel):
         with without_values():
             model = model_factory.build()
         wrap_layers(model, self.options.activation_checkpointing, self.options.compile)
-        self.split(model, mesh["tensor"])
+        self.split(model, mesh["tp"])
         shard(
             model,
             getattr(model, "blocks", []),
@@ -75,7 +75,7 @@ class FSDP(TensorParallel):
 
     def copies(self, mesh: DeviceMesh) -> DeviceMesh:
         """The processes that the model is sharded over: all in a row."""
-        return mesh["data"]
+        return mesh["dp"]
 
     def sync(self, last: bool) -> AbstractContextManager[object]:
         if self.config.reduce == "last":
@@ -97,7 +97,7 @@ class HSDP(FSDP):
     def copies(self, mesh: DeviceMesh) -> DeviceMesh:
         """Copies x shards of one."""
         size = self.config.shard_size or self.topology.local_size
-        return self.topology.mesh_of(replicate=self.topology.dp_size // size, shard=size)
+        return self.topology.mesh_of(dp_replicate=self.topology.dp_size // size, dp_shard=size)
 
     def sync(self, last: bool) -> AbstractContextManager[object]:
         """Groups of processes send to each other once a step: until then each adds up its own micro-batches."""

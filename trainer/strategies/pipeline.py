@@ -57,8 +57,8 @@ class Pipeline(TensorParallel):
         topology, layout, device = self.topology, self.topology.layout, self.topology.device
         self.num_averaged_ranks = 1  # gradients are summed
         self.schedule, self.mesh = SCHEDULES[self.config.schedule], topology.mesh()
-        self.group, self.replica_mesh = self.mesh["stage"].get_group(), self.mesh["data"]
-        self.position = self.mesh.get_local_rank("stage")
+        self.group, self.replica_mesh = self.mesh["pp"].get_group(), self.mesh["dp"]
+        self.position = self.mesh.get_local_rank("pp")
         self.measured = measure_costs(model_factory, self.precision.autocast(), device)
         self.parts = balance(self.measured, layout.stages * self.config.stages_per_rank)
         local_stages = [part for part in range(len(self.parts)) if self.stage_of(part) == self.position]
@@ -71,9 +71,9 @@ class Pipeline(TensorParallel):
         split_over = self.stage_of(0) != self.stage_of(len(self.parts) - 1)
         tied = [name for name in tied if name in self.trained]
         self.tied = tied if split_over and (first or last) else []
-        self.reports_data = last and self.mesh.get_local_rank("tensor") == 0
+        self.reports_data = last and self.mesh.get_local_rank("tp") == 0
         wrap_layers(model, self.options.activation_checkpointing, self.options.compile)
-        self.split(model, self.mesh["tensor"])
+        self.split(model, self.mesh["tp"])
         self.stages = {
             part: Stage(model, self.parts[part], part == 0, part == len(self.parts) - 1, self.precision.autocast)
             for part in local_stages
@@ -173,7 +173,7 @@ class Pipeline(TensorParallel):
     def _all_reduce_within_layers(self) -> None:
         """Sums over the processes that share a layer, of parameters that all of them keep (norms, where they share the
         sequence): together, where DTensor would send each gradient alone."""
-        mesh = self.mesh["tensor"]
+        mesh = self.mesh["tp"]
         partial = [parameter for parameter in self.model.parameters() if _is_partial(parameter, mesh)]
         gradients = [local_tensor(parameter.grad) for parameter in partial]  # type: ignore[arg-type]
         if gradients:
@@ -343,7 +343,7 @@ class Pipeline(TensorParallel):
         for index, (name, shape, dtype) in enumerate(self.names):
             owner = next(place for place, num_present in enumerate(everywhere) if num_present[index])
             value = self.full_tensor(own[name].detach()) if self.position == owner else None
-            if owner and self.topology.dp_rank == 0 and self.mesh.get_local_rank("tensor") == 0:
+            if owner and self.topology.dp_rank == 0 and self.mesh.get_local_rank("tp") == 0:
                 if self.position == owner:
                     dist.send(value.contiguous(), group=self.group, group_dst=0)  # type: ignore[union-attr]
                 elif self.position == 0:
@@ -354,14 +354,14 @@ class Pipeline(TensorParallel):
 
     def _peers(self) -> dist.ProcessGroup | None:
         """The processes with the same parts of the model, or with shards of them."""
-        data, tensor = self.mesh["data"], self.mesh["tensor"]
-        if data.size() > 1 and tensor.size() > 1:
-            return self.topology.mesh_of(stage=self.mesh.size(0), peer=data.size() * tensor.size())["peer"].get_group()
-        return next((mesh.get_group() for mesh in (data, tensor) if mesh.size() > 1), None)
+        dp, tp = self.mesh["dp"], self.mesh["tp"]
+        if dp.size() > 1 and tp.size() > 1:
+            return self.topology.mesh_of(pp=self.mesh.size(0), dp_tp=dp.size() * tp.size())["dp_tp"].get_group()
+        return next((mesh.get_group() for mesh in (dp, tp) if mesh.size() > 1), None)
 
     def _group_of_ends(self) -> dist.ProcessGroup | None:
         """The processes that have the two ends of one copy; every process takes part in making all of these groups."""
-        ranks = self.mesh.mesh  # stage x data x tensor
+        ranks = self.mesh.mesh  # pp x dp x tp
         first, last = (
             ranks[self.stage_of(0)].flatten().tolist(),
             ranks[self.stage_of(len(self.parts) - 1)].flatten().tolist(),
