@@ -38,12 +38,12 @@ from trainer.checkpoint.retention import Retention
 from trainer.checkpoint.save import Saver
 
 State = dict[str, torch.Tensor]
-Way = Callable[[State, Path], tuple[float, Callable[[], None]]]  # saves; gives the stall, and what waits for the end
+Way = Callable[[State, Path], tuple[float, Callable[[], None]]]  # saves; returns the stall, and a wait for the end
 TURNS, STEPS = 4, 10
 
 
 def large() -> State:
-    """500 MB: 40 matrices and what AdamW keeps of them."""
+    """Returns 500 MB: 40 matrices and AdamW's state of them."""
     return {
         f"{kind}/{i}": torch.randn(1024, 1040) for i in range(40) for kind in ("model", "optimizer/m", "optimizer/v")
     }
@@ -91,28 +91,28 @@ def ways(ranks: topology.Topology, folder: Path) -> dict[str, Way]:
         future: Any = dcp.async_save(state, checkpoint_id=path, process_group=saving)
         return time.monotonic() - started, lambda: future.result() and None
 
-    def ours(asynchronous: bool, hashed: bool) -> Way:
+    def onecurve_way(asynchronous: bool, hashed: bool) -> Way:
         makers: dict[Path, Saver] = {}
 
         def save(state: State, path: Path) -> tuple[float, Callable[[], None]]:
-            own = folder / f"ours-{asynchronous}-{hashed}"
-            own.mkdir(exist_ok=True)
-            if own not in makers:
-                makers[own] = Saver(own, ranks, Retention(), asynchronous=asynchronous)
-            saver, number = makers[own], int(path.name)
-            nothing = mock.patch("trainer.checkpoint.format.xxhash.xxh3_128", NoHash)
-            nothing.start() if not hashed else None
+            saver_folder = folder / f"ours-{asynchronous}-{hashed}"
+            saver_folder.mkdir(exist_ok=True)
+            if saver_folder not in makers:
+                makers[saver_folder] = Saver(saver_folder, ranks, Retention(), asynchronous=asynchronous)
+            saver, number = makers[saver_folder], int(path.name)
+            no_hash = mock.patch("trainer.checkpoint.format.xxhash.xxh3_128", NoHash)
+            no_hash.start() if not hashed else None
             started = time.monotonic()
             saver.save(number, state, {})
             stall = time.monotonic() - started
 
             def wait() -> None:
                 saver.wait()
-                nothing.stop() if not hashed else None
+                no_hash.stop() if not hashed else None
                 assert saver.problem is None
                 ranks.barrier()
                 if ranks.is_main and hashed:
-                    shutil.copytree(own / f"step-{number:08d}", path, copy_function=os.link)
+                    shutil.copytree(saver_folder / f"step-{number:08d}", path, copy_function=os.link)
                 ranks.barrier()
 
             return stall, wait
@@ -123,9 +123,9 @@ def ways(ranks: topology.Topology, folder: Path) -> dict[str, Way]:
         "torch.save on rank 0": torch_save,
         "dcp.save": dcp_save,
         "dcp.async_save": dcp_async,
-        "onecurve, blocking": ours(False, True),
-        "onecurve": ours(True, True),
-        "onecurve without hashes": ours(True, False),
+        "onecurve, blocking": onecurve_way(False, True),
+        "onecurve": onecurve_way(True, True),
+        "onecurve without hashes": onecurve_way(True, False),
     }
 
 
@@ -147,42 +147,42 @@ def measure(ranks: topology.Topology, folder: Path, state: State, steps: int) ->
     started = time.monotonic()
     for _ in range(2 * steps):
         step(state, work)
-    alone = (time.monotonic() - started) / max(1, 2 * steps)
-    found: dict[str, dict[str, Any]] = {name: {"stall": [], "ten": [], "total": []} for name in ways(ranks, folder)}
-    made = ways(ranks, folder)
+    plain_step_s = (time.monotonic() - started) / max(1, 2 * steps)
+    results: dict[str, dict[str, Any]] = {name: {"stall": [], "ten": [], "total": []} for name in ways(ranks, folder)}
+    ways_by_name = ways(ranks, folder)
     for turn in range(TURNS):
-        for name, way in made.items():
+        for name, way in ways_by_name.items():
             path = folder / name.replace(" ", "-") / str(turn + 1)
             if ranks.is_main:
                 path.parent.mkdir(exist_ok=True)
                 os.sync()
             ranks.barrier()
-            before, begun = _rss(), time.monotonic()
+            rss_before, way_start = _rss(), time.monotonic()
             stall, wait = way(state, path)
             for _ in range(steps):
                 step(state, work)
-            found[name]["ten"].append((time.monotonic() - begun - stall) / max(1, steps))
+            results[name]["ten"].append((time.monotonic() - way_start - stall) / max(1, steps))
             wait()
-            found[name]["total"].append(time.monotonic() - begun)
-            found[name]["stall"].append(stall)
-            found[name]["memory"] = max(found[name].get("memory", 0), _rss() - before)
+            results[name]["total"].append(time.monotonic() - way_start)
+            results[name]["stall"].append(stall)
+            results[name]["memory"] = max(results[name].get("memory", 0), _rss() - rss_before)
             if turn == TURNS - 1 and "without" not in name:
-                begun = time.monotonic()
+                way_start = time.monotonic()
                 load(name, state, path)
-                found[name]["load_s"] = round(time.monotonic() - begun, 3)
-                found[name]["mb"] = round(sum(file.stat().st_size for file in path.iterdir()) / 1e6, 1)
+                results[name]["load_s"] = round(time.monotonic() - way_start, 3)
+                results[name]["mb"] = round(sum(file.stat().st_size for file in path.iterdir()) / 1e6, 1)
             ranks.barrier()
             if ranks.is_main:
                 shutil.rmtree(path, ignore_errors=True)
-    for its in found.values():
-        its["first_stall_s"] = round(its["stall"][0], 4)
-        its["stall_s"] = round(statistics.median(its.pop("stall")[1:]), 4)
-        ten = statistics.median(its.pop("ten")[1:])
+    for numbers in results.values():
+        numbers["first_stall_s"] = round(numbers["stall"][0], 4)
+        numbers["stall_s"] = round(statistics.median(numbers.pop("stall")[1:]), 4)
+        ten = statistics.median(numbers.pop("ten")[1:])
         if steps:
-            its["slower"] = round(ten / alone, 3)
-        its["written_s"] = round(statistics.median(its.pop("total")[1:]), 3)
-        its["held_mb"] = round(its.pop("memory") / 1e6)
-    return {"step_s": round(alone, 4), "ways": found}
+            numbers["slower"] = round(ten / plain_step_s, 3)
+        numbers["written_s"] = round(statistics.median(numbers.pop("total")[1:]), 3)
+        numbers["held_mb"] = round(numbers.pop("memory") / 1e6)
+    return {"step_s": round(plain_step_s, 4), "ways": results}
 
 
 def _rss() -> int:
@@ -195,10 +195,10 @@ def rank(out: Path) -> None:
     with tempfile.TemporaryDirectory(dir=out.parent) if ranks.is_main else mock.MagicMock() as name:
         folder = Path(ranks.broadcast(str(name)))
         result = {"cpus": os.cpu_count(), "processes": ranks.world_size, "torch": torch.__version__}
-        for what, state, steps in (("500 MB", large(), STEPS), ("20,000 tensors", small(), 0)):
-            (folder / what).mkdir() if ranks.is_main else None
+        for title, state, steps in (("500 MB", large(), STEPS), ("20,000 tensors", small(), 0)):
+            (folder / title).mkdir() if ranks.is_main else None
             ranks.barrier()
-            result[what] = measure(ranks, folder / what, state, steps)
+            result[title] = measure(ranks, folder / title, state, steps)
         ranks.barrier()
     if ranks.is_main:
         out.write_text(json.dumps(result, indent=1) + "\n")
@@ -209,10 +209,10 @@ def main() -> None:
     out = Path(__file__).with_suffix(".json")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     subprocess.run([*launcher, __file__, "rank", str(out)], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    for what in ("500 MB", "20,000 tensors"):
-        print(what)
-        for name, its in json.loads(out.read_text())[what]["ways"].items():
-            print(f"  {name:26}", "  ".join(f"{key} {value}" for key, value in its.items()))
+    for title in ("500 MB", "20,000 tensors"):
+        print(title)
+        for name, numbers in json.loads(out.read_text())[title]["ways"].items():
+            print(f"  {name:26}", "  ".join(f"{key} {value}" for key, value in numbers.items()))
 
 
 if __name__ == "__main__":

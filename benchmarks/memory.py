@@ -38,26 +38,26 @@ COMMON = [
 
 
 def peaks(overrides: list[str]) -> list[float]:
-    """The most resident memory of each rank up to its second step, MB."""
+    """Returns the most resident memory of each rank up to its second step, MB."""
     with tempfile.TemporaryDirectory() as folder:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}"]
         command = [sys.executable, *launcher, "-m", "trainer", *COMMON, *overrides, f"run.dir={folder}/run"]
         environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"}
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
-        seen: dict[int, float] = {}
+        peak_of_process: dict[int, float] = {}
         metrics, steps = Path(folder) / "run" / "metrics.jsonl", 0
         while process.poll() is None:
             if steps < 2:  # behind the last one comes a checkpoint, which is a copy
-                seen |= dict(ranks(process.pid))
+                peak_of_process |= dict(ranks(process.pid))
                 steps = len(metrics.read_text().splitlines()) if metrics.exists() else 0
             time.sleep(0.02)
         if process.returncode:
             raise SystemExit(f"{' '.join(command)}: exit code {process.returncode}")
-    return sorted(seen.values())[-PROCESSES:]
+    return sorted(peak_of_process.values())[-PROCESSES:]
 
 
 def ranks(launcher: int) -> Iterator[tuple[int, float]]:
-    """(process, its peak so far in MB) of the launcher's children."""
+    """Yields (process, its peak so far in MB) of the launcher's children."""
     for status in Path("/proc").glob("[0-9]*/status"):
         with suppress(OSError, TypeError):
             text = status.read_text()
@@ -68,11 +68,11 @@ def ranks(launcher: int) -> Iterator[tuple[int, float]]:
 def main() -> None:
     small = statistics.median(peaks(["strategy=ddp", "model.layers=1", "model.width=32", "model.heads=1"]))
     shape = [f"model.layers={LAYERS}", f"model.width={WIDTH}", "model.heads=12"]
-    found = {}
+    above_mb = {}
     for name, overrides in STRATEGIES.items():
-        found[name] = [round(peak - small) for peak in peaks([*overrides, *shape])]
-        print(f"{name:12} {found[name]} MB a process above {small:.0f} MB")
-    result = {"cpus": os.cpu_count(), "processes": PROCESSES, "own_mb": round(small), "above_mb": found}
+        above_mb[name] = [round(peak - small) for peak in peaks([*overrides, *shape])]
+        print(f"{name:12} {above_mb[name]} MB a process above {small:.0f} MB")
+    result = {"cpus": os.cpu_count(), "processes": PROCESSES, "own_mb": round(small), "above_mb": above_mb}
     Path(__file__).with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
 
 

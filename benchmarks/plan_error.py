@@ -107,7 +107,7 @@ def on_gpu() -> bool:
 
 @cache
 def vocabulary(size: str) -> str:
-    """A tokenizer.json of that many tokens."""
+    """Writes a tokenizer.json of that many tokens and returns its path."""
     from tokenizers import Tokenizer, models
 
     words = {"<|endoftext|>": 0, **{f"w{number}": number for number in range(1, int(size))}}
@@ -121,8 +121,8 @@ def _scratch() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory()
 
 
-def planned(procs: int, overrides: tuple[str, ...]) -> list[int]:
-    """Bytes of each place, for the device that is here."""
+def plan_bytes(procs: int, overrides: tuple[str, ...]) -> list[int]:
+    """Returns the planned bytes of each stage, for the device of this machine."""
     from launch.planning.memory import accountant
     from launch.planning.planned_model import PlannedModel
     from trainer.config.compose import load
@@ -131,25 +131,25 @@ def planned(procs: int, overrides: tuple[str, ...]) -> list[int]:
     config = load([*COMMON, *overrides], procs)
     import torch
 
-    here = Precision.resolve(config.precision, torch.device("cuda" if on_gpu() else "cpu"))
-    precision = Precision(torch.device("cpu"), here.compute, here.param, here.reduce)
+    resolved = Precision.resolve(config.precision, torch.device("cuda" if on_gpu() else "cpu"))
+    precision = Precision(torch.device("cpu"), resolved.compute, resolved.param, resolved.reduce)
     return [parts.total for parts in accountant(PlannedModel(config, precision), config, procs).peaks()]
 
 
-def measured(procs: int, overrides: tuple[str, ...]) -> list[float]:
-    """Bytes of each rank."""
+def measure_bytes(procs: int, overrides: tuple[str, ...]) -> list[float]:
+    """Runs two steps and returns the measured bytes of each rank."""
     with tempfile.TemporaryDirectory() as folder:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={procs}"] if procs > 1 else []
         command = [sys.executable, *launcher, __file__, "--rank", folder, *COMMON, *overrides]
         glibc = {"MALLOC_MMAP_THRESHOLD_": "32768"}
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **glibc})
-        if done.returncode:
-            raise SystemExit(f"{' '.join(command)}: exit code {done.returncode}\n{done.stderr[-3000:]}")
+        process = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **glibc})
+        if process.returncode:
+            raise SystemExit(f"{' '.join(command)}: exit code {process.returncode}\n{process.stderr[-3000:]}")
         return [float((Path(folder) / str(rank)).read_text()) for rank in range(procs)]
 
 
 def rank(folder: str, *overrides: str) -> None:
-    """One rank: two steps of its strategy, without a loop and without data."""
+    """Runs one rank: two steps of its strategy, without a loop and without data."""
     import torch
 
     from launch.planning.planned_model import example
@@ -166,29 +166,29 @@ def rank(folder: str, *overrides: str) -> None:
     rows = config.train.global_batch // ranks.dp_size
     micro = min(config.train.micro_batch or rows, rows)
     batch = {name: value.expand(micro, *value.shape[1:]).clone() for name, value in example(config).items()}
-    before = given_out()[0]
+    bytes_before = mapped_bytes()[0]
     strategy = build_strategy(config, ranks, cast(Any, inputs))
     for _ in range(2):
         strategy.train_step([batch] * (rows // micro))
         strategy.update(1e-4)
-    found = torch.cuda.max_memory_allocated() if on_gpu() else given_out()[1] - before
-    (Path(folder) / str(ranks.rank)).write_text(str(found))
+    most_bytes = torch.cuda.max_memory_allocated() if on_gpu() else mapped_bytes()[1] - bytes_before
+    (Path(folder) / str(ranks.rank)).write_text(str(most_bytes))
     strategy.close()
     ranks.close()
 
 
-def given_out() -> tuple[int, int]:
-    """Bytes that glibc has mapped for this process now, and the most that they ever were."""
+def mapped_bytes() -> tuple[int, int]:
+    """Returns the bytes that glibc has mapped for this process now, and the most that they ever were."""
     with tempfile.TemporaryFile() as file:
-        saved = os.dup(2)
+        stderr = os.dup(2)
         os.dup2(file.fileno(), 2)
         ctypes.CDLL(None).malloc_stats()
-        os.dup2(saved, 2)
-        os.close(saved)
+        os.dup2(stderr, 2)
+        os.close(stderr)
         file.seek(0)
         text = file.read().decode()
     most = int(re.findall(r"max mmap bytes\s*=\s*(\d+)", text)[-1])
-    return mapped(), most
+    return mapped_now(), most
 
 
 class _Mallinfo(ctypes.Structure):
@@ -198,24 +198,24 @@ class _Mallinfo(ctypes.Structure):
     _fields_ = [(name, ctypes.c_size_t) for name in _names_.split()]
 
 
-def mapped() -> int:
+def mapped_now() -> int:
     libc = ctypes.CDLL(None)
     libc.mallinfo2.restype = _Mallinfo
     return int(libc.mallinfo2().hblkhd)
 
 
-def main(names: list[str], again: bool) -> None:
-    """`again`: only plan again, and compare with what was measured before."""
+def main(names: list[str], only_plan: bool) -> None:
+    """Measures the cases; with `only_plan`, plans again and compares with earlier measurements."""
     path = Path(__file__).with_name("plan_error_gpu.json" if on_gpu() else "plan_error.json")
-    result = json.loads(path.read_text()) if path.exists() and (names or again) else {"cases": {}}
-    for name, (procs, written) in (GPU_CASES if on_gpu() else CASES).items():
-        overrides = tuple(re.sub("@([0-9]+)$", lambda found: vocabulary(found[1]), part) for part in written)
+    result = json.loads(path.read_text()) if path.exists() and (names or only_plan) else {"cases": {}}
+    for name, (procs, words) in (GPU_CASES if on_gpu() else CASES).items():
+        overrides = tuple(re.sub("@([0-9]+)$", lambda match: vocabulary(match[1]), part) for part in words)
         row = result["cases"].get(name, {})
-        if (names and not any(wanted in name for wanted in names)) or (again and not row):
+        if (names and not any(text in name for text in names)) or (only_plan and not row):
             continue
-        row |= {"processes": procs, "planned_mb": max(planned(procs, overrides)) / 1e6}
-        if not again:
-            row["measured_mb"] = max(measured(procs, overrides)) / 1e6
+        row |= {"processes": procs, "planned_mb": max(plan_bytes(procs, overrides)) / 1e6}
+        if not only_plan:
+            row["measured_mb"] = max(measure_bytes(procs, overrides)) / 1e6
         row["error"] = row["planned_mb"] / row["measured_mb"] - 1
         result["cases"][name] = {key: round(value, 4) for key, value in row.items()}
         print(

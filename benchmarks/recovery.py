@@ -75,32 +75,33 @@ while True:
 
 def onecurve(folder: Path) -> dict[str, float]:
     run, python = folder / "run", [sys.executable, "-c", "from launch.cli import main; main()"]
-    started = time.time()
+    started_at = time.time()
     process = launch([*python, "train", "-n", "2", *OURS, f"run.dir={run}"], folder)
     try:
         metrics = run / "metrics.jsonl"
-        wait(lambda: last(metrics) >= 1)
-        fresh = time.time() - started
-        wait(lambda: last(metrics) >= KILLED_AT)
-        old = ranks(process.pid)
-        killed = time.time()
-        os.kill(old["1"], signal.SIGKILL)
-        wait(lambda: not any(alive(pid) for pid in old.values()))
-        dead = time.time()
-        wait(lambda: len(new := ranks(process.pid)) == 2 and not set(new.values()) & set(old.values()))
-        forked = time.time()
-        wait(lambda: resumed(run / "events.jsonl") is not None)
-        base = resumed(run / "events.jsonl") or 0
-        wait(lambda: last(metrics) > base)
-        stepped = time.time()
-        taken_up = restored(run / "goodput.jsonl")
-        opened = logged(run / "logs" / "rank-1.log", killed)
+        wait(lambda: last_step(metrics) >= 1)
+        fresh = time.time() - started_at
+        wait(lambda: last_step(metrics) >= KILLED_AT)
+        old_ranks = ranks(process.pid)
+        killed_at = time.time()
+        os.kill(old_ranks["1"], signal.SIGKILL)
+        wait(lambda: not any(alive(pid) for pid in old_ranks.values()))
+        dead_at = time.time()
+        old_pids = set(old_ranks.values())
+        wait(lambda: len(new_ranks := ranks(process.pid)) == 2 and not set(new_ranks.values()) & old_pids)
+        forked_at = time.time()
+        wait(lambda: resumed_step(run / "events.jsonl") is not None)
+        resumed_at = resumed_step(run / "events.jsonl") or 0
+        wait(lambda: last_step(metrics) > resumed_at)
+        stepped_at = time.time()
+        restored_at = restore_time(run / "goodput.jsonl")
+        opened_at = log_time(run / "logs" / "rank-1.log", killed_at)
     finally:
         end(process)
     return {
-        "fresh": fresh, "all": stepped - killed, "noticed, others ended": dead - killed, "new processes": forked - dead,
-        "joined, data opened": opened - forked, "model built, checkpoint loaded": taken_up - opened,
-        "first step": stepped - taken_up,
+        "fresh": fresh, "all": stepped_at - killed_at, "noticed, others ended": dead_at - killed_at,
+        "new processes": forked_at - dead_at, "joined, data opened": opened_at - forked_at,
+        "model built, checkpoint loaded": restored_at - opened_at, "first step": stepped_at - restored_at,
     }  # fmt: skip
 
 
@@ -108,27 +109,27 @@ def torchrun(folder: Path) -> dict[str, float]:
     script, steps = folder / "plain.py", folder / "steps"
     script.write_text(PLAIN)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=9"]
-    started = time.time()
+    started_at = time.time()
     environment = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     process = launch([*command, str(script), str(folder), *OURS], folder, environment)
     try:
         wait(lambda: steps.exists() and bool(lines(steps)))
-        fresh = time.time() - started
+        fresh = time.time() - started_at
         wait(lambda: lines(steps)[-1:] >= [KILLED_AT])
         count = len(lines(steps))
         victim = children(process.pid)[1]
-        killed = time.time()
+        killed_at = time.time()
         os.kill(victim, signal.SIGKILL)
         wait(lambda: len(lines(steps)) > count and lines(steps)[-1] < lines(steps)[count - 1])
-        stepped = time.time()
+        stepped_at = time.time()
     finally:
         end(process)
-    return {"fresh": fresh, "all": stepped - killed}
+    return {"fresh": fresh, "all": stepped_at - killed_at}
 
 
-def launch(command: list[str], folder: Path, more: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
+def launch(command: list[str], folder: Path, extra: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
     quiet = subprocess.DEVNULL
-    return subprocess.Popen(command, cwd=folder, env={**ENVIRONMENT, **(more or {})}, stdout=quiet, stderr=quiet)
+    return subprocess.Popen(command, cwd=folder, env={**ENVIRONMENT, **(extra or {})}, stdout=quiet, stderr=quiet)
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
@@ -146,15 +147,15 @@ def wait(condition: Callable[[], bool]) -> None:
         time.sleep(0.002)
 
 
-def last(metrics: Path) -> int:
-    """The newest step recorded."""
+def last_step(metrics: Path) -> int:
+    """Returns the newest step that was recorded."""
     with suppress(OSError, ValueError, IndexError):
         return json.loads(metrics.read_bytes().split(b"\n")[-2])["step"]
     return 0
 
 
-def resumed(events: Path) -> int | None:
-    """The step from which the run went on; by then its record is cut back to it."""
+def resumed_step(events: Path) -> int | None:
+    """Returns the step from which the run went on; by then its record is cut back to it."""
     rows = [json.loads(line) for line in events.read_text().split("\n")[:-1]]
     return next((row["step"] for row in rows if row["kind"] == "resume"), None)
 
@@ -163,35 +164,35 @@ def lines(steps: Path) -> list[int]:
     return [int(line) for line in steps.read_text().split("\n")[:-1]]
 
 
-def restored(goodput: Path) -> float:
-    """When the newest life had its checkpoint loaded."""
+def restore_time(goodput: Path) -> float:
+    """Returns when the newest life had its checkpoint loaded."""
     rows = [json.loads(line) for line in goodput.read_text().splitlines()]
     return datetime.fromisoformat([row["time"] for row in rows if row.get("restored")][-1]).timestamp()
 
 
-def logged(log: Path, since: float) -> float:
-    """When a rank first opened its log behind `since`: it has joined, opened the data, taken the folder."""
+def log_time(log: Path, since: float) -> float:
+    """Returns when a rank first opened its log after `since`: it has joined, opened the data and taken the folder."""
     stamps = re.findall(r"^(\S+ \S+),(\d+) INFO rank", log.read_text(), re.M)
     times = [datetime.strptime(stamp, "%Y-%m-%d %H:%M:%S").timestamp() + int(part) / 1000 for stamp, part in stamps]
     return next(stamp for stamp in times if stamp > since)
 
 
 def ranks(pid: int) -> dict[str, int]:
-    found = {}
+    pids = {}
     for child in children(pid):
         with suppress(OSError):
             if match := re.fullmatch(r"onecurve-(\d+)\n", Path(f"/proc/{child}/comm").read_text()):
-                found[match[1]] = child
-    return found
+                pids[match[1]] = child
+    return pids
 
 
 def children(pid: int) -> list[int]:
-    """All below it."""
+    """Returns all descendants of a process."""
     try:
-        own = list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+        direct = list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
     except OSError:
         return []
-    return [*own, *(below for child in own for below in children(child))]
+    return [*direct, *(descendant for child in direct for descendant in children(child))]
 
 
 def alive(pid: int) -> bool:
@@ -201,22 +202,22 @@ def alive(pid: int) -> bool:
 
 
 def main() -> None:
-    found: dict[str, list[dict[str, float]]] = {"onecurve": [], "torchrun": []}
+    results: dict[str, list[dict[str, float]]] = {"onecurve": [], "torchrun": []}
     for turn in range(TURNS):
         for name, way in (("onecurve", onecurve), ("torchrun", torchrun)):
             with tempfile.TemporaryDirectory() as folder:
-                found[name].append(way(Path(folder)))
-                print(turn, name, {part: round(value, 3) for part, value in found[name][-1].items()}, flush=True)
+                results[name].append(way(Path(folder)))
+                print(turn, name, {part: round(value, 3) for part, value in results[name][-1].items()}, flush=True)
     table = {
         name: {part: round(statistics.median(turn[part] for turn in turns), 3) for part in turns[0]}
-        for name, turns in found.items()
+        for name, turns in results.items()
     }
     result = {
         "what": "seconds, medians of 5 turns, 2 processes",
         "seconds": table,
         "to the first new step, in fresh starts": {name: round(t["all"] / t["fresh"], 2) for name, t in table.items()},
         "torchrun / onecurve": round(table["torchrun"]["all"] / table["onecurve"]["all"], 2),
-        "turns": found,
+        "turns": results,
     }
     Path(__file__).with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps({name: part for name, part in result.items() if name != "turns"}, indent=1))

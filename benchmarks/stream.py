@@ -49,7 +49,7 @@ ROUNDS, ROUND_S = 7, 0.7
 
 
 def write(folder: Path, samples: int, size: int) -> None:
-    """The same random samples as tar shards and as MDS ones."""
+    """Writes the same random samples as tar shards and as MDS shards."""
     generator = random.Random(0)
     content = [generator.randbytes(size) for _ in range(samples)]
     pack(((f"{i:08d}", {"bin": payload}) for i, payload in enumerate(content)), folder / "tar", shard_bytes=SHARD_BYTES)
@@ -61,7 +61,7 @@ def write(folder: Path, samples: int, size: int) -> None:
 
 
 def import_streaming() -> Any:
-    """mosaicml-streaming, or None. Its vision part imports torchvision, which nothing here uses."""
+    """Imports mosaicml-streaming, or returns None. Its vision part imports torchvision, which nothing here uses."""
     with suppress(ImportError):
         import torchvision  # noqa: F401
     if "torchvision" not in sys.modules:
@@ -79,12 +79,12 @@ def import_streaming() -> Any:
 
 
 def stack(payloads: Sequence[Any]) -> torch.Tensor:
-    """A batch [samples, bytes], the same way for all readers but our stream, which has its own."""
+    """Makes a batch [samples, bytes], in the same way for all readers but our stream, which has its own."""
     return torch.frombuffer(bytearray().join(payloads), dtype=torch.uint8).view(len(payloads), -1)
 
 
 class Raw:
-    """The shards from end to end into a buffer of 1 MiB, nothing looked at."""
+    """Reads the shards from end to end into a buffer of 1 MiB, without parsing them."""
 
     def __init__(self, folder: Path, samples: int):
         self.paths = sorted((folder / "tar").glob("*.tar"))
@@ -128,8 +128,10 @@ class Batched(IterableDataset):
             yield stack([sample["bin"] for sample in itertools.islice(samples, self.batch)])
 
 
-def ours(folder: Path, batch: int, workers: int, *, mmap: bool, processes: bool = False) -> Iterator[float]:
-    """The stream of the trainer."""
+def read_with_trainer(
+    folder: Path, batch: int, workers: int, *, mmap: bool, processes: bool = False
+) -> Iterator[float]:
+    """Reads with the trainer's stream."""
     storage = Storage(folder / "cache", mmap=mmap)
     shards = Shards.open(str(folder / "tar" / "*.tar"), "bin", storage)
     part = OrderedSource(Payloads(shards), lanes=4, window=8, seed=0)
@@ -142,15 +144,15 @@ def ours(folder: Path, batch: int, workers: int, *, mmap: bool, processes: bool 
         stream.close()
 
 
-def ours_as_stage(folder: Path, batch: int, workers: int, *, mmap: bool) -> Iterator[float]:
-    """Our stage for webdataset's pipelines, in torch's DataLoader."""
+def read_as_stage(folder: Path, batch: int, workers: int, *, mmap: bool) -> Iterator[float]:
+    """Reads with our stage for webdataset's pipelines, in torch's DataLoader."""
     storage = Storage(folder / "cache", mmap=mmap)
     samples = OrderedSamples(str(folder / "tar" / "*.tar"), seed=0, lanes=4, storage=storage)
     yield from sizes(Batched(samples, batch), workers)
 
 
 def sizes(batches: IterableDataset, workers: int) -> Iterator[float]:
-    """How many samples each batch has. Without workers there is no DataLoader in between."""
+    """Yields how many samples each batch has. Without workers there is no DataLoader in between."""
     loader = DataLoader(batches, batch_size=None, num_workers=workers) if workers else batches
     yield from map(len, loader)
 
@@ -165,20 +167,20 @@ class Bulk(IterableDataset):
         yield from map(stack, self.stage.payloads("bin", self.batch))
 
 
-def ours_in_bulk(folder: Path, batch: int, workers: int, *, mmap: bool) -> Iterator[float]:
-    """Our stage, asked for lists of payloads."""
+def read_in_bulk(folder: Path, batch: int, workers: int, *, mmap: bool) -> Iterator[float]:
+    """Reads lists of payloads from our stage."""
     storage = Storage(folder / "cache", mmap=mmap)
     stage = OrderedSamples(str(folder / "tar" / "*.tar"), seed=0, lanes=4, storage=storage)
     yield from sizes(Bulk(stage, batch), workers)
 
 
-def by_webdataset(folder: Path, batch: int, workers: int) -> Iterator[float]:
+def read_with_webdataset(folder: Path, batch: int, workers: int) -> Iterator[float]:
     paths = sorted(map(str, (folder / "tar").glob("*.tar")))
     samples = webdataset.WebDataset(paths, shardshuffle=len(paths), seed=0).shuffle(1000).repeat()
     yield from sizes(Batched(samples, batch), workers)
 
 
-def by_streaming(folder: Path, batch: int, workers: int) -> Iterator[float]:
+def read_with_streaming(folder: Path, batch: int, workers: int) -> Iterator[float]:
     dataset = import_streaming().StreamingDataset(local=str(folder / "mds"), shuffle=True, batch_size=batch)
     loader = DataLoader(
         dataset, batch_size=batch, num_workers=workers, collate_fn=lambda rows: stack([row["bin"] for row in rows])
@@ -189,7 +191,7 @@ def by_streaming(folder: Path, batch: int, workers: int) -> Iterator[float]:
 
 
 def rate(samples: Iterator[float]) -> float:
-    """Samples a second over `ROUND_S`, from where the iterator stands."""
+    """Returns samples a second over `ROUND_S`, from where the iterator stands."""
     count, start = 0.0, time.perf_counter()
     while (elapsed := time.perf_counter() - start) < ROUND_S:
         count += next(samples)
@@ -197,7 +199,7 @@ def rate(samples: Iterator[float]) -> float:
 
 
 def measure(readers: dict[str, Callable[[], Iterator[float]]]) -> dict[str, float]:
-    """The median rate of each, in rounds that alternate; what an iterator costs to start is left out."""
+    """Returns the median rate of each reader, in rounds that alternate; the start of an iterator is not counted."""
     rates: dict[str, list[float]] = {name: [] for name in readers}
     for _ in range(ROUNDS):
         for name, reader in readers.items():
@@ -206,37 +208,39 @@ def measure(readers: dict[str, Callable[[], Iterator[float]]]) -> dict[str, floa
                 next(samples)
             rates[name].append(rate(samples))
             samples.close()  # type: ignore[attr-defined]
-    return {name: statistics.median(found) for name, found in rates.items()}
+    return {name: statistics.median(rounds) for name, rounds in rates.items()}
 
 
 def compare(folder: Path, samples: int, size: int, batch: int) -> dict[str, Any]:
     write(folder, samples, size)
     readers: dict[str, Callable[[], Iterator[float]]] = {"raw": lambda: iter(Raw(folder, samples))}
     for workers in WORKERS:
-        named = f"{workers} workers" if workers else "no workers"
-        known: dict[str, Callable[[int], Iterator[float]]] = {
-            "our stage in bulk, mmap": lambda w: ours_in_bulk(folder, batch, w, mmap=True),
-            "our stage in bulk": lambda w: ours_in_bulk(folder, batch, w, mmap=False),
-            "our stage, mmap": lambda w: ours_as_stage(folder, batch, w, mmap=True),
-            "our trainer's stream, mmap": lambda w: ours(folder, batch, w, mmap=True),
-            "our trainer's stream": lambda w: ours(folder, batch, w, mmap=False),
-            "webdataset": lambda w: by_webdataset(folder, batch, w),
+        suffix = f"{workers} workers" if workers else "no workers"
+        makers: dict[str, Callable[[int], Iterator[float]]] = {
+            "our stage in bulk, mmap": lambda w: read_in_bulk(folder, batch, w, mmap=True),
+            "our stage in bulk": lambda w: read_in_bulk(folder, batch, w, mmap=False),
+            "our stage, mmap": lambda w: read_as_stage(folder, batch, w, mmap=True),
+            "our trainer's stream, mmap": lambda w: read_with_trainer(folder, batch, w, mmap=True),
+            "our trainer's stream": lambda w: read_with_trainer(folder, batch, w, mmap=False),
+            "webdataset": lambda w: read_with_webdataset(folder, batch, w),
         }
         if workers:
-            known["our trainer's stream, processes"] = lambda w: ours(folder, batch, w, mmap=True, processes=True)
+            makers["our trainer's stream, processes"] = lambda w: read_with_trainer(
+                folder, batch, w, mmap=True, processes=True
+            )
         if import_streaming():
-            known["mosaicml-streaming"] = lambda w: by_streaming(folder, batch, w)
-        readers |= {f"{name}, {named}": lambda f=f, w=workers: f(w) for name, f in known.items()}
+            makers["mosaicml-streaming"] = lambda w: read_with_streaming(folder, batch, w)
+        readers |= {f"{name}, {suffix}": lambda f=f, w=workers: f(w) for name, f in makers.items()}
     rates = measure(readers)
     plain = rates["webdataset, no workers"]
     return {
         name: {
-            "samples_per_s": round(found),
-            "mb_per_s": round(found * size / 1e6),
-            "of_raw": round(found / rates["raw"], 3),
-            "of_webdataset": round(found / plain, 2),
+            "samples_per_s": round(per_second),
+            "mb_per_s": round(per_second * size / 1e6),
+            "of_raw": round(per_second / rates["raw"], 3),
+            "of_webdataset": round(per_second / plain, 2),
         }
-        for name, found in rates.items()
+        for name, per_second in rates.items()
     }
 
 
@@ -251,10 +255,10 @@ def main() -> None:
         for number, (name, (samples, size, batch)) in enumerate(SETS.items()):
             result[name] = compare(Path(scratch) / str(number), samples, size, batch)
             print(f"{name}\n{'':42}{'samples/s':>12}{'MB/s':>8}{'of raw':>8}{'of webdataset':>15}")
-            for reader, found in result[name].items():
+            for reader, numbers in result[name].items():
                 print(
-                    f"  {reader:40}{found['samples_per_s']:12,}{found['mb_per_s']:8,}{found['of_raw']:8.2f}"
-                    f"{found['of_webdataset']:15.1f}"
+                    f"  {reader:40}{numbers['samples_per_s']:12,}{numbers['mb_per_s']:8,}{numbers['of_raw']:8.2f}"
+                    f"{numbers['of_webdataset']:15.1f}"
                 )
     out.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -44,13 +44,13 @@ class Switching:
         self.loss_s, mean_loss = 0.0, loop.mean_loss
 
         def timed(*arguments: Any) -> float:
-            begun = time.perf_counter()
+            loss_start = time.perf_counter()
             loss = mean_loss(*arguments)
-            self.loss_s += time.perf_counter() - begun
+            self.loss_s += time.perf_counter() - loss_start
             return loss
 
         loop.mean_loss = timed
-        self.guards, self.steps, self.begun = job.resilience.guard.rolling, 0, (0.0, 0.0)
+        self.guards, self.steps, self.block_start = job.resilience.guard.windows, 0, (0.0, 0.0)
         self.blocks: list[tuple[float, float]] = []  # seconds by the clock and of the processor; odd ones are guarded
 
     def __getattr__(self, name: str) -> Any:
@@ -60,34 +60,34 @@ class Switching:
         if self.steps % BLOCK == 0:
             now = time.perf_counter(), time.process_time()
             if self.steps:
-                self.blocks.append((now[0] - self.begun[0], now[1] - self.begun[1]))
+                self.blocks.append((now[0] - self.block_start[0], now[1] - self.block_start[1]))
             guarded = len(self.blocks) % 2 == 1
-            self.job.resilience.guard.rolling = self.guards if guarded else {}
+            self.job.resilience.guard.windows = self.guards if guarded else {}
             self.watchdog.activities[:] = self.activities if guarded else []
-            self.begun = time.perf_counter(), time.process_time()
+            self.block_start = time.perf_counter(), time.process_time()
             self.watchdog_share = thread_seconds("watchdog") / (time.perf_counter() - self.started_at)
         self.steps += 1
         return next(self.stream)
 
 
 def measure() -> dict[str, Any]:
-    found: list[Switching] = []
+    streams: list[Switching] = []
 
-    def built(*arguments: Any) -> Job:
+    def build_switching(*arguments: Any) -> Job:
         job, watchdog = build(*arguments), arguments[7]
         job.stream = Switching(job.stream, job, watchdog)  # type: ignore[assignment]
-        found.append(job.stream)  # type: ignore[arg-type]
+        streams.append(job.stream)  # type: ignore[arg-type]
         return job
 
-    run.build = built  # type: ignore[assignment]
+    run.build = build_switching  # type: ignore[assignment]
     with tempfile.TemporaryDirectory() as folder:
         run.run(load([*CONFIG, f"run.dir={folder}/run"]), time.monotonic())
-    blocks = found[0].blocks[1:]  # the first one warms up
+    blocks = streams[0].blocks[1:]  # the first one warms up
     pairs = [(blocks[i], blocks[i + 1]) if i % 2 else (blocks[i + 1], blocks[i]) for i in range(len(blocks) - 1)]
     step_s = statistics.median(off[0] for off, _ in pairs) / BLOCK
     parts = {
-        "guards": 100 * (guard_s() + found[0].loss_s / found[0].steps * 2) / step_s,  # every other block has them
-        "watchdog": 100 * found[0].watchdog_share,
+        "guards": 100 * (guard_s() + streams[0].loss_s / streams[0].steps * 2) / step_s,  # every other block has them
+        "watchdog": 100 * streams[0].watchdog_share,
         "fault points": 100 * POINTS_A_STEP * call_s() / step_s,
     }
     return {
@@ -100,20 +100,20 @@ def measure() -> dict[str, Any]:
 
 
 def thread_seconds(name: str) -> float:
-    """Processor time of a thread so far."""
+    """Returns the processor time of a thread so far, in seconds."""
     (thread,) = [thread for thread in threading.enumerate() if thread.name == name]
     fields = Path(f"/proc/self/task/{thread.native_id}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def percent(ratios: list[float]) -> dict[str, float]:
-    """The median, and the error of a mean of so many."""
+    """Returns the median, and the standard error of the mean."""
     error = statistics.stdev(ratios) / len(ratios) ** 0.5
     return {"median": round(100 * (statistics.median(ratios) - 1), 3), "standard error": round(100 * error, 3)}
 
 
 def call_s() -> float:
-    """Of a point where nothing is armed."""
+    """Returns the seconds of a call of a fault point where nothing is armed."""
     begin = time.perf_counter()
     for _ in range(1_000_000):
         fault_points.point("step.after_update")

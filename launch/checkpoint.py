@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch import checkpoint_prune, checkpoint_restore
-from launch.checkpoint_names import named, of_step, readable, saved, shown, step_in
+from launch.checkpoint_names import (
+    find_checkpoint,
+    list_checkpoints,
+    pick_step,
+    printable,
+    raise_as_config_error,
+    step_of,
+)
 from launch.sizes import size
 from trainer.errors import TrainingError
 
@@ -47,94 +54,96 @@ def add_commands(subparsers: Any) -> None:
 
 
 def ls(arguments: argparse.Namespace) -> int:
-    """Prints a table of all, also of those set aside, in rising order of steps."""
+    """Prints a table of all checkpoints in rising order of steps, including those that were set aside."""
     from trainer.checkpoint import inspection
     from trainer.tracking.jsonl import dumps
 
-    with readable("RUN_DIR", arguments.run_dir):
-        found = [it for path in saved(arguments.run_dir, aside=True) if (it := inspection.inspect_checkpoint(path))]
+    with raise_as_config_error("RUN_DIR", arguments.run_dir):
+        paths = list_checkpoints(arguments.run_dir, set_aside=True)
+        infos = [info for path in paths if (info := inspection.inspect_checkpoint(path))]
     if arguments.json:
-        for it in found:
-            print(dumps(_row(it)))
+        for info in infos:
+            print(dumps(_row(info)))
         return 0
     table = [("step", "bytes", "tensors", "written", "saved on", "strategy", "loss", "state")]
-    for line in _aligned([*table, *(_cells(_row(it)) for it in found)], right=3):
+    for line in _aligned([*table, *(_cells(_row(info)) for info in infos)], right=3):
         print(line)
-    print(f"{size(sum(it.bytes for it in found))}; of `whole` ones only sizes were checked: verify reads every byte")
+    total = size(sum(info.bytes for info in infos))
+    print(f"{total}; of `whole` ones only sizes were checked: verify reads every byte")
     return 0
 
 
 def verify(arguments: argparse.Namespace) -> int:
-    """Prints one line a checkpoint. Exit code 4 if one does not count."""
+    """Prints one line for each checkpoint; returns exit code 4 if one of them is damaged."""
     from trainer.checkpoint import inspection
 
     damaged = False
-    with readable("RUN_DIR", arguments.run_dir):
-        paths = saved(arguments.run_dir)
-        for path in paths if arguments.step is None else [of_step(paths, arguments.step, "--step ")]:
-            if it := inspection.inspect_checkpoint(path, contents=not arguments.fast):
+    with raise_as_config_error("RUN_DIR", arguments.run_dir):
+        paths = list_checkpoints(arguments.run_dir)
+        for path in paths if arguments.step is None else [pick_step(paths, arguments.step, "--step ")]:
+            if info := inspection.inspect_checkpoint(path, contents=not arguments.fast):
                 how = "sizes only" if arguments.fast else "every byte checked"
-                whole = f"whole ({how}, {size(it.bytes)})"
-                print(f"{path.name}: {f'damaged: {shown(it.problem)}' if it.problem else whole}", flush=True)
-                damaged |= it.problem is not None
+                whole = f"whole ({how}, {size(info.bytes)})"
+                print(f"{path.name}: {f'damaged: {printable(info.problem)}' if info.problem else whole}", flush=True)
+                damaged |= info.problem is not None
     return TrainingError.exit_code if damaged else 0
 
 
 def diff(arguments: argparse.Namespace) -> int:
-    """Prints what differs. Exit code 1 if a tensor does."""
+    """Prints what differs between two checkpoints; returns exit code 1 if a tensor does."""
     from trainer.checkpoint import inspection
     from trainer.tracking.jsonl import read as read_rows
 
-    a, b = named("A", arguments.A), named("B", arguments.B)
+    a, b = find_checkpoint("A", arguments.A), find_checkpoint("B", arguments.B)
     print(f"A  {a.path}\nB  {b.path}")
     for name, *sides in inspection.changes(a.manifest, b.manifest):
         before, after = (json.dumps(side[0]) if side else "(none)" for side in sides)
-        print(f"{shown(name)}: {before} -> {after}")
-    metrics = [found.path.parents[1] / "metrics.jsonl" for found in (a, b)]
-    if metrics[0] != metrics[1] and (apart := inspection.split_step(*map(read_rows, metrics))):
-        print(f"the runs part at step {apart[0]}: the first difference is in {apart[1]}")
-    with readable("A or B", f"{a.path}, {b.path}"):
-        compared = inspection.compare(a, b)
-    for line in _told(compared):
+        print(f"{printable(name)}: {before} -> {after}")
+    metrics = [checkpoint.path.parents[1] / "metrics.jsonl" for checkpoint in (a, b)]
+    if metrics[0] != metrics[1] and (split := inspection.split_step(*map(read_rows, metrics))):
+        print(f"the runs part at step {split[0]}: the first difference is in {split[1]}")
+    with raise_as_config_error("A or B", f"{a.path}, {b.path}"):
+        comparison = inspection.compare(a, b)
+    for line in _tensor_lines(comparison):
         print(line)
-    return 0 if compared.same else 1
+    return 0 if comparison.same else 1
 
 
-def _row(it: CheckpointInfo) -> dict[str, Any]:
-    """What `ls` tells of a checkpoint. The state is `whole`, `damaged` or `set aside`, `problem` the reason."""
-    aside, strategy = it.path.name.startswith("."), it.value_of("config.strategy.name")
+def _row(info: CheckpointInfo) -> dict[str, Any]:
+    """Returns what `ls` says of a checkpoint: `state` is `whole`, `damaged` or `set aside`, `problem` the reason."""
+    is_set_aside, strategy = info.path.name.startswith("."), info.value_of("config.strategy.name")
     return {
-        "checkpoint": it.path.name,
-        "step": step_in(it.path),
-        "bytes": it.bytes,
-        "tensors": it.tensors,
-        "written": it.written and datetime.fromtimestamp(it.written).astimezone().isoformat(timespec="seconds"),
-        "topology": it.value_of("topology"),
+        "checkpoint": info.path.name,
+        "step": step_of(info.path),
+        "bytes": info.bytes,
+        "tensors": info.tensors,
+        "written": info.saved_at and datetime.fromtimestamp(info.saved_at).astimezone().isoformat(timespec="seconds"),
+        "topology": info.value_of("topology"),
         "strategy": strategy,
-        "evaluation": it.evaluation or None,
-        "state": "set aside" if aside else "damaged" if it.problem else "whole",
-        "problem": it.problem,
+        "evaluation": info.evaluation or None,
+        "state": "set aside" if is_set_aside else "damaged" if info.problem else "whole",
+        "problem": info.problem,
     }
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    """A row of the table."""
-    at, loss = row["topology"], (row["evaluation"] or {}).get("loss")
+    """Returns the cells of a row of the table."""
+    topology, loss = row["topology"], (row["evaluation"] or {}).get("loss")
     state = f"set aside as {row['checkpoint']}" if row["state"] == "set aside" else row["state"]
     return [
         str(row["step"]),
         size(row["bytes"]),
         "-" if row["tensors"] is None else str(row["tensors"]),
         "-" if row["written"] is None else row["written"][:19].replace("T", " "),
-        shown(f"{at.get('processes')} x {at.get('device')}") if isinstance(at, dict) else "-",
-        shown(row["strategy"] or "-"),
+        printable(f"{topology.get('processes')} x {topology.get('device')}") if isinstance(topology, dict) else "-",
+        printable(row["strategy"] or "-"),
         f"{loss:.4f}" if isinstance(loss, (int, float)) else "-",
-        f"{state}: {shown(row['problem'])}" if row["problem"] else state,
+        f"{state}: {printable(row['problem'])}" if row["problem"] else state,
     ]
 
 
 def _aligned(rows: Sequence[Sequence[str]], right: int) -> Iterator[str]:
-    """Columns, the first of them to the right."""
+    """Yields rows as columns of equal width, of which the first `right` ones are aligned to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = [
@@ -144,15 +153,15 @@ def _aligned(rows: Sequence[Sequence[str]], right: int) -> Iterator[str]:
         yield "  ".join(cells).rstrip()
 
 
-def _told(compared: Comparison) -> Iterator[str]:
-    """The lines on tensors."""
-    for side, names in zip("AB", compared.only, strict=True):
-        yield from (f"only in {side}: {shown(name)}" for name in names)
-    for name, a, b in compared.reshaped:
-        yield f"{shown(name)}: {a.dtype} {list(a.shape)} -> {b.dtype} {list(b.shape)}"
-    count = len(compared.equal) + len(compared.different)
-    yield f"{len(compared.equal)} of {count} common tensors are equal to the bit"
-    if worst := compared.different[:WORST]:
-        yield f"the largest differences of {len(compared.different)}, relative to the tensor's largest number:"
-        rows = [(f"{it.relative:.3g}", f"{it.absolute:.3g}", shown(it.name)) for it in worst]
+def _tensor_lines(comparison: Comparison) -> Iterator[str]:
+    """Yields the lines that compare tensors."""
+    for side, names in zip("AB", comparison.only, strict=True):
+        yield from (f"only in {side}: {printable(name)}" for name in names)
+    for name, a, b in comparison.reshaped:
+        yield f"{printable(name)}: {a.dtype} {list(a.shape)} -> {b.dtype} {list(b.shape)}"
+    count = len(comparison.equal) + len(comparison.different)
+    yield f"{len(comparison.equal)} of {count} common tensors are equal to the bit"
+    if worst := comparison.different[:WORST]:
+        yield f"the largest differences of {len(comparison.different)}, relative to the tensor's largest number:"
+        rows = [(f"{tensor.relative:.3g}", f"{tensor.absolute:.3g}", printable(tensor.name)) for tensor in worst]
         yield from _aligned([("relative", "absolute", "name"), *rows], right=2)

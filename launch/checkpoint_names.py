@@ -1,4 +1,4 @@
-"""What the arguments of `onecurve checkpoint` name: runs, checkpoints."""
+"""Finds the runs and checkpoints that the arguments of `onecurve checkpoint` name."""
 
 from __future__ import annotations
 
@@ -18,79 +18,80 @@ if TYPE_CHECKING:
     from trainer.checkpoint.load import FoundCheckpoint
 
 
-def checkpoints(run_dir: Path) -> Path:
+def checkpoints_folder(run_dir: Path) -> Path:
     from trainer.run_directory import CHECKPOINTS
 
     return run_dir / CHECKPOINTS
 
 
-def step_in(path: Path) -> int:
+def step_of(path: Path) -> int:
     """Returns the step of a checkpoint's folder, also of one that was set aside (`.damaged-step-00000100-1`)."""
-    found = re.search(r"step-(\d+)", path.name)
-    return int(found[1]) if found else -1
+    match = re.search(r"step-(\d+)", path.name)
+    return int(match[1]) if match else -1
 
 
-def saved(run_dir: Path, argument: str = "RUN_DIR", aside: bool = False) -> list[Path]:
-    """All with a checkpoint's name in rising order of steps, also those set `aside`; at least one.
+def list_checkpoints(run_dir: Path, argument: str = "RUN_DIR", set_aside: bool = False) -> list[Path]:
+    """Returns the folders of a run's checkpoints in rising order of steps, with `set_aside` also damaged ones.
 
-    Raises ConfigError; OSError.
+    Raises ConfigError where there is none; OSError.
     """
     from trainer.checkpoint.retention import complete_checkpoints, damaged_in
 
-    folder = checkpoints(run_dir)
+    folder = checkpoints_folder(run_dir)
     if not folder.is_dir():
         why = "has no checkpoints/ in it: name the folder of a run" if run_dir.is_dir() else "no such folder"
         raise ConfigError(f"{argument} {run_dir}: {why}")
     damaged = damaged_in(folder)
-    if paths := [*complete_checkpoints(folder), *damaged] if aside else complete_checkpoints(folder):
-        return sorted(paths, key=step_in)
+    if paths := [*complete_checkpoints(folder), *damaged] if set_aside else complete_checkpoints(folder):
+        return sorted(paths, key=step_of)
     why = " but damaged ones that were set aside: see `ls`, `restore`" if damaged else " yet: train until one is saved"
     raise ConfigError(f"{argument} {run_dir}: has no checkpoint{why}")
 
 
-def of_step(paths: Sequence[Path], step: int, argument: str) -> Path:
-    if found := [path for path in paths if step_in(path) == step]:
-        return found[0]
-    there = ", ".join(str(step_in(path)) for path in paths)
-    raise ConfigError(f"{argument}{step}: no checkpoint of this step; there are {there}")
+def pick_step(paths: Sequence[Path], step: int, argument: str) -> Path:
+    """Returns the first of `paths` that is a checkpoint of `step`. Raises ConfigError."""
+    if matches := [path for path in paths if step_of(path) == step]:
+        return matches[0]
+    steps = ", ".join(str(step_of(path)) for path in paths)
+    raise ConfigError(f"{argument}{step}: no checkpoint of this step; there are {steps}")
 
 
-def named(argument: str, given: str) -> FoundCheckpoint:
-    """The checkpoint that `given` names, verified. Raises ConfigError."""
+def find_checkpoint(argument: str, value: str) -> FoundCheckpoint:
+    """Verifies and returns the checkpoint of a folder, RUN_DIR or RUN_DIR:STEP. Raises ConfigError."""
     from trainer.checkpoint import format
     from trainer.checkpoint.load import FoundCheckpoint, find_newest
 
-    path, (run_dir, _, step) = Path(given), given.rpartition(":")
-    with readable(argument, given):
+    path, (run_dir, _, step) = Path(value), value.rpartition(":")
+    with raise_as_config_error(argument, value):
         try:
-            if checkpoints(path).is_dir() and saved(path, argument):
-                found, _ = find_newest(checkpoints(path), set_aside=False)
-                assert found  # there are some, and where none is whole it raises
-                return found
+            if checkpoints_folder(path).is_dir() and list_checkpoints(path, argument):
+                checkpoint, _ = find_newest(checkpoints_folder(path), set_aside=False)
+                assert checkpoint  # there are some, and where none is whole it raises
+                return checkpoint
             if run_dir and step.isdecimal() and not path.exists():
-                path = of_step(saved(Path(run_dir), argument), int(step), f"{argument} {run_dir}:")
+                path = pick_step(list_checkpoints(Path(run_dir), argument), int(step), f"{argument} {run_dir}:")
             if path.is_dir():
                 return FoundCheckpoint(path, format.verify(path))
         except (format.DamagedCheckpoint, TrainingError) as error:
-            raise ConfigError(f"{argument} {given}: {error}; name another one, which is whole") from None
-    raise ConfigError(f"{argument} {given}: no such folder; name a checkpoint's, RUN_DIR or RUN_DIR:STEP")
+            raise ConfigError(f"{argument} {value}: {error}; name another one, which is whole") from None
+    raise ConfigError(f"{argument} {value}: no such folder; name a checkpoint's, RUN_DIR or RUN_DIR:STEP")
 
 
 @contextmanager
-def readable(argument: str, given: object) -> Iterator[None]:
-    """What the storage refuses is a problem of the argument."""
+def raise_as_config_error(argument: str, value: object) -> Iterator[None]:
+    """Raises a ConfigError that names the argument for what the storage refuses in the block."""
     try:
         yield
-    except BrokenPipeError:  # of who reads what is printed
+    except BrokenPipeError:  # the reader of what is printed went away
         raise
     except OSError as error:
-        what = f"{error.filename or 'a file'}: {error.strerror or error}"
-        raise ConfigError(f"{argument} {given}: {what}; see to its permissions and its storage") from error
+        problem = f"{error.filename or 'a file'}: {error.strerror or error}"
+        raise ConfigError(f"{argument} {value}: {problem}; see to its permissions and its storage") from error
 
 
 @contextmanager
-def nobody_trains(run_dir: Path) -> Iterator[None]:
-    """Holds the run's lock meanwhile. Raises ConfigError where a run has it, or there can be none."""
+def hold_run_lock(run_dir: Path) -> Iterator[None]:
+    """Holds the run's lock during the block. Raises ConfigError if a run holds it or it cannot be taken."""
     try:
         lock = locks.acquire_run(run_dir)
     except Timeout:
@@ -101,6 +102,6 @@ def nobody_trains(run_dir: Path) -> Iterator[None]:
         lock.release()
 
 
-def shown(text: object) -> str:
-    """Names come from files: none may steer a terminal."""
+def printable(text: object) -> str:
+    """Returns the text such that it cannot steer a terminal: names come from files."""
     return str(text) if str(text).isprintable() else json.dumps(str(text))

@@ -1,4 +1,4 @@
-"""`onecurve checkpoint restore RUN_DIR [STEP]`: what was set aside as damaged and is whole counts again."""
+"""`onecurve checkpoint restore RUN_DIR [STEP]`: brings back whole checkpoints that were set aside as damaged."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from launch.checkpoint_names import checkpoints, nobody_trains, readable, shown, step_in
+from launch.checkpoint_names import checkpoints_folder, hold_run_lock, printable, raise_as_config_error, step_of
 from trainer.errors import ConfigError, TrainingError
 
 
@@ -21,44 +21,44 @@ def add_command(commands: Any) -> None:
 
 
 def restore(arguments: argparse.Namespace) -> int:
-    """Prints a line for each that was set aside. Exit code 4 if one of them is damaged."""
+    """Prints a line for each checkpoint that was set aside; returns exit code 4 if one of them is damaged."""
     run_dir, code = arguments.run_dir, 0
-    with readable("RUN_DIR", run_dir), nobody_trains(run_dir):
-        for path in _set_aside(run_dir, arguments.step):
-            told, damaged = _restored(path)
-            print(f"{path.name}: {told}", flush=True)
+    with raise_as_config_error("RUN_DIR", run_dir), hold_run_lock(run_dir):
+        for path in _list_set_aside(run_dir, arguments.step):
+            message, damaged = _restore(path)
+            print(f"{path.name}: {message}", flush=True)
             code = TrainingError.exit_code if damaged else code
     return code
 
 
-def _set_aside(run_dir: Path, step: int | None) -> list[Path]:
-    """Raises ConfigError where there is none."""
+def _list_set_aside(run_dir: Path, step: int | None) -> list[Path]:
+    """Returns the checkpoints that were set aside, or those of `step`. Raises ConfigError where there is none."""
     from trainer.checkpoint.retention import damaged_in
 
-    folder = checkpoints(run_dir)
+    folder = checkpoints_folder(run_dir)
     if not folder.is_dir():
         raise ConfigError(f"RUN_DIR {run_dir}: has no checkpoints/ in it: name the folder of a run")
-    found = damaged_in(folder)
-    if wanted := [path for path in found if step in (None, step_in(path))]:
-        return wanted
-    there = ", ".join(sorted({str(step_in(path)) for path in found}, key=int))
+    folders = damaged_in(folder)
+    if matches := [path for path in folders if step in (None, step_of(path))]:
+        return matches
+    steps = ", ".join(sorted({str(step_of(path)) for path in folders}, key=int))
     if step is None:
         raise ConfigError(f"RUN_DIR {run_dir}: no checkpoint was set aside")
-    raise ConfigError(f"STEP {step}: no checkpoint of this step was set aside; there are: {there or 'none'}")
+    raise ConfigError(f"STEP {step}: no checkpoint of this step was set aside; there are: {steps or 'none'}")
 
 
-def _restored(path: Path) -> tuple[str, bool]:
-    """What became of a checkpoint that was set aside, and whether it is damaged."""
+def _restore(path: Path) -> tuple[str, bool]:
+    """Restores a checkpoint if it is whole; returns what became of it, and whether it is damaged."""
     from trainer.checkpoint import format
     from trainer.files import move_folder
 
-    final = path.with_name(format.folder_name(step_in(path)))
+    final = path.with_name(format.folder_name(step_of(path)))
     try:
         manifest = format.verify(path)
-        if manifest.get("step") != step_in(path):
+        if manifest.get("step") != step_of(path):
             raise format.DamagedCheckpoint(f"it is of step {manifest.get('step')}")
     except (format.DamagedCheckpoint, TrainingError) as damage:
-        return f"damaged, stays set aside: {shown(damage)}", True
+        return f"damaged, stays set aside: {printable(damage)}", True
     if final.exists():
         return f"whole, but {final.name} is there already: stays set aside", False
     move_folder(path, final)

@@ -33,6 +33,6 @@ def order(arguments: argparse.Namespace) -> int:
 
     share = open_run_data(config, ALONE, open_shards(config, ALONE)).stream.share
     for step in range(int(steps[1]), int(steps[2]) + 1):
-        entries = [share.parts[part].source.entry(unit) for _, part, unit in share.units(step - 1)]
+        entries = [share.parts[part].source.entry(unit) for _, part, unit in share.example_ids(step - 1)]
         print(json.dumps({"step": step, "samples": entries}))
     return 0

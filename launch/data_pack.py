@@ -47,7 +47,7 @@ def add_command(commands: Any) -> None:
 
 
 def pack(arguments: argparse.Namespace) -> int:
-    """Packs, then prints what came of it."""
+    """Packs the inputs into shards and prints the result."""
     from trainer.data.tools.pack import Options, pack_inputs
     from trainer.data.tools.parallel import cores
 
@@ -71,83 +71,82 @@ def pack(arguments: argparse.Namespace) -> int:
     )
     workers = arguments.workers or cores()
     try:
-        with progress() as told:
+        with progress() as report:
             left_out = pack_inputs(
-                arguments.inputs, arguments.out, options, workers=workers, restart=arguments.restart, report=told
+                arguments.inputs, arguments.out, options, workers=workers, restart=arguments.restart, report=report
             )
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from what is finished", file=sys.stderr)
         raise
     if left_out:
         print(f"left out: {len(left_out)} files of other kinds, such as {left_out[0]}", file=sys.stderr)
-    _tell(arguments.out, arguments.tokenizer)
+    _print_result(arguments.out, arguments.tokenizer)
     return 0
 
 
-def _tell(out: Path, asked: str) -> None:
-    """What was made, and the command that trains on it."""
-    made = json.loads((out.expanduser() / "dataset.json").read_text(encoding="utf-8"))
-    if skipped := made.get("skipped"):
+def _print_result(out: Path, tokenizer: str) -> None:
+    """Prints what was packed, and the command that trains on it."""
+    dataset = json.loads((out.expanduser() / "dataset.json").read_text(encoding="utf-8"))
+    if skipped := dataset.get("skipped"):
         print(f"skipped: {skipped['documents']} documents that cannot be read, such as", file=sys.stderr)
         print("\n".join(f"  {cause}" for cause in skipped["such_as"]), file=sys.stderr)
-    shards = {name: str(out / split["shards"]) for name, split in made["splits"].items() if split["shards"]}
-    for name, split in made["splits"].items():
+    shards = {name: str(out / split["shards"]) for name, split in dataset["splits"].items() if split["shards"]}
+    for name, split in dataset["splits"].items():
         if split["shards"]:
-            print(
-                f"{name}: {split['samples']} samples, {size(split['bytes'])}{_tokens(out, name, made)}, {shards[name]}"
-            )
-    if "tokenizer" in made:
-        wanted, has = asked.removeprefix("bpe:"), made["tokenizer"]["vocab_size"]
-        fewer = wanted.isdecimal() and int(wanted) > has
-        why = f" (not {wanted}: the texts have no more pairs to merge)" if fewer else ""
-        print(f"tokenizer: {_tokenizer(out, made)}, {has} tokens{why}")
-    if "classes" in made:
-        print(f"classes: {out / 'classes.json'}, {made['classes']} of them")
-    places = [f"data.shards={shards['train']}"]
-    places += [f"data.validation={shards['validation']}"] if "validation" in shards else []
-    if "tokenizer" in made:
-        field = [f"data.field={made['field']}"] if made["field"] != "txt" else []
-        data = ["data=webdataset", *places, f"data.tokenizer={_tokenizer(out, made)}", *field]
+            tokens = _tokens(out, name, dataset)
+            print(f"{name}: {split['samples']} samples, {size(split['bytes'])}{tokens}, {shards[name]}")
+    if "tokenizer" in dataset:
+        target, vocab_size = tokenizer.removeprefix("bpe:"), dataset["tokenizer"]["vocab_size"]
+        fewer = target.isdecimal() and int(target) > vocab_size
+        why = f" (not {target}: the texts have no more pairs to merge)" if fewer else ""
+        print(f"tokenizer: {_tokenizer(out, dataset)}, {vocab_size} tokens{why}")
+    if "classes" in dataset:
+        print(f"classes: {out / 'classes.json'}, {dataset['classes']} of them")
+    overrides = [f"data.shards={shards['train']}"]
+    overrides += [f"data.validation={shards['validation']}"] if "validation" in shards else []
+    if "tokenizer" in dataset:
+        field = [f"data.field={dataset['field']}"] if dataset["field"] != "txt" else []
+        data = ["data=webdataset", *overrides, f"data.tokenizer={_tokenizer(out, dataset)}", *field]
         print(f"train on it: onecurve train {shlex.join(data)}")
     else:
-        label = ", label: cls" if "classes" in made else ""
-        fields = f'data.fields={{image: "{_images(out, made)}"{label}}}'
-        classes = [f"data.classes={out / 'classes.json'}"] if "classes" in made else []
-        data = ["data=samples", *places, fields, *classes, "data.image.size=224"]
+        label = ", label: cls" if "classes" in dataset else ""
+        fields = f'data.fields={{image: "{_images(out, dataset)}"{label}}}'
+        classes = [f"data.classes={out / 'classes.json'}"] if "classes" in dataset else []
+        data = ["data=samples", *overrides, fields, *classes, "data.image.size=224"]
         print(f"train a model of yours on it: onecurve train {shlex.join(data)} model.name=... objective.name=...")
 
 
-def _tokenizer(out: Path, made: dict[str, Any]) -> str:
-    load = made["tokenizer"]["load"]
+def _tokenizer(out: Path, dataset: dict[str, Any]) -> str:
+    load = dataset["tokenizer"]["load"]
     return load if load == "bytes" else str(out / load)
 
 
-def _tokens(out: Path, split: str, made: dict[str, Any]) -> str:
-    """How many tokens a split of text has: counted, or by a part of it."""
+def _tokens(out: Path, split: str, dataset: dict[str, Any]) -> str:
+    """Says how many tokens a split of text has: counted, or estimated from a part of it."""
     from trainer.data.shards import Shards
     from trainer.data.storage import Storage
     from trainer.data.tokenizer import load
     from trainer.data.tools.measure import about_tokens
 
-    about = made["splits"][split]
-    if "tokens" in about:
-        return f", {about['tokens']} tokens"
-    if "tokenizer" not in made:
+    split_entry = dataset["splits"][split]
+    if "tokens" in split_entry:
+        return f", {split_entry['tokens']} tokens"
+    if "tokenizer" not in dataset:
         return ""
     folder = out.expanduser()
-    shards = Shards.open(str(folder / about["shards"]), made["field"], Storage(folder))
-    tokens = about_tokens(shards, load(_tokenizer(folder, made)))
+    shards = Shards.open(str(folder / split_entry["shards"]), dataset["field"], Storage(folder))
+    tokens = about_tokens(shards, load(_tokenizer(folder, dataset)))
     shards.close()
     return f", about {tokens} tokens"
 
 
-def _images(out: Path, made: dict[str, Any]) -> str:
-    """The extensions of the images, as a field of `data=samples` names them."""
+def _images(out: Path, dataset: dict[str, Any]) -> str:
+    """Returns the extensions of the images, as a field of `data=samples` names them."""
     from trainer.data.images import EXTENSIONS
     from trainer.data.shards import Shards
     from trainer.data.storage import Storage
 
     folder = out.expanduser()
-    shards = Shards.open(str(folder / made["splits"]["train"]["shards"]), None, Storage(folder))
-    found = {name for summary in shards.summaries for name in summary.fields if name in EXTENSIONS}
-    return ";".join(sorted(found)) or "jpg"
+    shards = Shards.open(str(folder / dataset["splits"]["train"]["shards"]), None, Storage(folder))
+    extensions = {name for summary in shards.summaries for name in summary.fields if name in EXTENSIONS}
+    return ";".join(sorted(extensions)) or "jpg"

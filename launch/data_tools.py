@@ -46,10 +46,10 @@ def _add_shards(parser: argparse.ArgumentParser) -> None:
 
 
 def index(arguments: argparse.Namespace) -> int:
-    """Makes the indexes that are not there; one line a shard, then the sums."""
+    """Makes the indexes that are missing; prints one line for each shard, then the sums."""
     parts, damaged = [], 0
-    with _each(arguments, _index, "indexing") as made:
-        for url, (line, part) in made:
+    with _map_shards(arguments, _index, "indexing") as results:
+        for url, (line, part) in results:
             print(f"{url}: {line}" if part else line)
             parts += [part] if part else []
             damaged += part is None
@@ -58,7 +58,7 @@ def index(arguments: argparse.Namespace) -> int:
 
 
 def _index(url: str, storage: Any) -> tuple[str, tuple[int, int, dict[str, int]] | None]:
-    """What to say of a shard; samples, bytes, fields of it, or None if it is damaged."""
+    """Returns the line to print about a shard, and its samples, bytes and fields, or None if it is damaged."""
     from trainer.data.index import SIDECAR, ShardIndex, places
     from trainer.data.storage import shown
     from trainer.data.storage.urls import local_path
@@ -67,22 +67,22 @@ def _index(url: str, storage: Any) -> tuple[str, tuple[int, int, dict[str, int]]
         index = ShardIndex.open(url, storage)
     except DataError as error:
         return str(error), None
-    kept = next((place for place in places(url, storage) if ShardIndex.load(place, url, index.stamp)), None)
-    if kept is None:
+    index_path = next((place for place in places(url, storage) if ShardIndex.load(place, url, index.stamp)), None)
+    if index_path is None:
         raise ConfigError(f"{shown(url)}: its index can be written neither beside it nor in --cache {storage.cache}")
     fields = {name: count for name, (count, _) in index.summary.fields.items()}
     part = len(index.keys), index.size, fields
-    where = "" if kept == Path(local_path(url) + SIDECAR) else f"; index in {kept}"
-    return _summary([part]) + where, part
+    suffix = "" if index_path == Path(local_path(url) + SIDECAR) else f"; index in {index_path}"
+    return _summary([part]) + suffix, part
 
 
 def check(arguments: argparse.Namespace) -> int:
-    """Prints all that is wrong, one problem a line, and the sums. Exit code 3 if there was any."""
+    """Prints one problem a line, then the sums; returns exit code 3 if there is a problem."""
     from trainer.data.tools.verify import verify
 
     parts, damaged, not_decoded = [], 0, set[str]()
-    with _each(arguments, verify, "checking", arguments.decode) as made:
-        for _, verdict in made:
+    with _map_shards(arguments, verify, "checking", arguments.decode) as results:
+        for _, verdict in results:
             for problem in verdict.problems:
                 print(problem)
             damaged += bool(verdict.problems)
@@ -100,18 +100,18 @@ def stats(arguments: argparse.Namespace) -> int:
     from trainer.data.tools.measure import measure, sum_measured
 
     if arguments.tokenizer:
-        load(arguments.tokenizer)  # what is wrong with it is told once
+        load(arguments.tokenizer)  # a problem with it is reported once
     parts = []
-    with _each(arguments, measure, "measuring", arguments.field, arguments.tokenizer) as made:
-        parts = [part for _, part in made]
+    with _map_shards(arguments, measure, "measuring", arguments.field, arguments.tokenizer) as results:
+        parts = [part for _, part in results]
     sums = sum_measured(parts)
     if arguments.json:
         print(json.dumps(sums))
         return 0
     print(f"{sums['shards']} shards, {sums['samples']} samples, {size(sums['bytes'])}")
-    for name, of in sums["fields"].items():
-        some = "" if of["samples"] == sums["samples"] else f" in {of['samples']} samples"
-        print(f"  {name}: {size(of['bytes'])}{some}")
+    for name, field in sums["fields"].items():
+        some = "" if field["samples"] == sums["samples"] else f" in {field['samples']} samples"
+        print(f"  {name}: {size(field['bytes'])}{some}")
     if "tokens" in sums:
         print(f"{sums['tokens']} tokens")
     if "sample_bytes" in sums:
@@ -125,11 +125,11 @@ def stats(arguments: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _each(
-    arguments: argparse.Namespace, function: Callable[..., T], what: str, *more: Any
+def _map_shards(
+    arguments: argparse.Namespace, function: Callable[..., T], title: str, *more: Any
 ) -> Iterator[Iterator[tuple[str, T]]]:
-    """What a function makes of every shard, in their order, made in parallel: its URL as messages may show it, and the
-    result."""
+    """Calls a function with every shard, in parallel; yields each shard's URL as messages may show it and the result,
+    in the order of the shards."""
     from trainer.data.shard_spec import expand
     from trainer.data.storage import Storage, default_cache, shown, unpack
     from trainer.data.storage.urls import PIPE
@@ -146,19 +146,19 @@ def _each(
         for url in urls:
             if url.startswith(PIPE):
                 stack.callback(unpack.forget, storage, url)
-        told, workers = stack.enter_context(progress()), stack.enter_context(Workers(count))
+        report, workers = stack.enter_context(progress()), stack.enter_context(Workers(count))
         results = workers.in_order(function, ((url, storage, *more) for url in urls))
 
-        def told_of() -> Iterator[tuple[str, T]]:
+        def with_progress() -> Iterator[tuple[str, T]]:
             for number, (url, result) in enumerate(zip(urls, results, strict=True), 1):
-                told(what, number, len(urls))
+                report(title, number, len(urls))
                 yield shown(url), result
 
-        yield told_of()
+        yield with_progress()
 
 
 def _summary(parts: list[tuple[int, int, dict[str, int]]]) -> str:
-    """Samples, bytes and fields; a field that some samples lack, with their number."""
+    """Returns samples, bytes and fields as text; a field that some samples lack has the number of those with it."""
     samples, counts = sum(part[0] for part in parts), Counter[str]()
     for _, _, fields in parts:
         counts.update(fields)

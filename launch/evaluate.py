@@ -24,17 +24,17 @@ def add_commands(commands: Any) -> None:
 def evaluate(arguments: argparse.Namespace) -> int:
     from trainer.evaluate import evaluate_run
 
-    def tell(batches: int) -> None:
+    def report(batches: int) -> None:
         if sys.stderr.isatty():
             print(f"\r{batches} batches", end="", file=sys.stderr, flush=True)
 
     overrides = [*arguments.overrides, *(word for word in arguments.plugins if "=" in word)]  # behind --plugins
     plugins = [word for word in arguments.plugins if "=" not in word]
-    step, measured = evaluate_run(arguments.run_dir, overrides, plugins=plugins, step=arguments.step, tell=tell)
+    step, metrics = evaluate_run(arguments.run_dir, overrides, plugins=plugins, step=arguments.step, report=report)
     if sys.stderr.isatty():
         print("\r", end="", file=sys.stderr)
     if arguments.json:
-        print(json.dumps({"step": step, **measured}))
+        print(json.dumps({"step": step, **metrics}))
         return 0
-    print(f"step {step}: {'  '.join(f'{name} {value:.6g}' for name, value in measured.items())}")
+    print(f"step {step}: {'  '.join(f'{name} {value:.6g}' for name, value in metrics.items())}")
     return 0

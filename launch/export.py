@@ -40,7 +40,7 @@ def add_commands(commands: Any) -> None:
 
 
 def size(text: str) -> int:
-    """`500MB`, `2GB`: a number of bytes."""
+    """Parses a size such as `500MB` or `2GB` into a number of bytes."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]B)", text.strip(), re.IGNORECASE)
     if match is None or not (count := int(float(match[1]) * UNITS[match[2].upper()])):
         raise argparse.ArgumentTypeError(f"{text!r} is not a size; write 500MB or 2GB")
@@ -49,7 +49,7 @@ def size(text: str) -> int:
 
 def export(arguments: argparse.Namespace) -> int:
     from trainer.errors import ConfigError
-    from trainer.export import Plain, Weights, checkpoint, numbers, to_transformers
+    from trainer.export import PlainModel, Weights, count_elements, find_checkpoint, to_transformers
     from trainer.models.family import UnknownFamily, family_of
     from trainer.models.pretrained_files import read_kept
     from trainer.models.weight_files import write_file
@@ -58,14 +58,14 @@ def export(arguments: argparse.Namespace) -> int:
 
     folder, family, why = arguments.run_dir, None, "--out names one file"
     config, tokenizer = open_run(folder, arguments.plugins, where_weights_are(arguments.overrides))
-    found = checkpoint(folder, arguments.step)
+    source = find_checkpoint(folder, arguments.step)
     if arguments.out is None or arguments.out.suffix != ".safetensors":
         try:
             family = family_of(config, tokenizer)
         except UnknownFamily as reason:
             why = str(reason)
-    plain = Plain(config, tokenizer, found) if config.model.transforms else None
-    tensors = Weights(found, arguments.ema, DTYPES.get(arguments.dtype), plain).tensors(family)
+    plain = PlainModel(config, tokenizer, source) if config.model.transforms else None
+    tensors = Weights(source, arguments.ema, DTYPES.get(arguments.dtype), plain).tensors(family)
     out = arguments.out or folder / ("export" if family else "model.safetensors")
     try:
         if family:
@@ -79,6 +79,6 @@ def export(arguments: argparse.Namespace) -> int:
             write_file(out, tensors, {"run": config.run.name})
     except OSError as error:
         raise ConfigError(f"--out {out}: cannot be written: {error.strerror}") from error
-    print(f"{out}: {len(tensors)} tensors, {numbers(tensors):,} numbers, of step {found.manifest['step']}")
+    print(f"{out}: {len(tensors)} tensors, {count_elements(tensors):,} numbers, of step {source.manifest['step']}")
     print(f"transformers.AutoModelForCausalLM.from_pretrained('{out}')" if family else f"no config.json: {why}")
     return 0

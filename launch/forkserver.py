@@ -30,7 +30,7 @@ _PR_SET_NAME = 15
 
 
 def main() -> None:
-    """`python -m launch.forkserver SOCKET_FD`. Returns in the ranks, too, and ends each as its own process."""
+    """Runs `python -m launch.forkserver SOCKET_FD`: serves, and in each forked rank trains and ends its process."""
     make_printing_safe()
     signal.pthread_sigmask(signal.SIG_BLOCK, OURS)  # what is sent to a rank before it is one waits for it
     import_module("torch._dynamo")  # which optimizers import
@@ -48,8 +48,8 @@ def main() -> None:
 
 
 def end(code: int) -> None:
-    """Ends as multiprocessing's forks do: what was registered is run, but the interpreter not taken apart, in which
-    threads of libraries may be caught and abort."""
+    """Ends the process as multiprocessing's forks do: exit functions run, but the interpreter is not finalized, during
+    which threads of libraries may abort."""
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     sys.stdout.flush()
@@ -58,7 +58,7 @@ def end(code: int) -> None:
 
 
 class BecomeRank(Exception):  # no error: leaves the server's loop in the child
-    """This process is a rank from now on."""
+    """Turns this process into a rank, with its arguments and environment."""
 
     def __init__(self, arguments: list[str], environment: dict[str, str], parent: int):
         self.arguments, self.environment, self.parent = arguments, environment, parent
@@ -83,13 +83,13 @@ class Server:
         self._unread = b""
 
     def serve(self) -> None:
-        """Until the other end is closed. Raises Forked in the ranks."""
+        """Obeys orders until the other end is closed. Raises BecomeRank in the ranks."""
         try:
             while True:
                 commands = self.connection.fileno()
                 ready, _, _ = select.select([commands, *self.watched], [], [], 0.2 if self.leftovers else None)
                 for descriptor in set(ready) & self.watched.keys():
-                    self._ended(descriptor)
+                    self._report_end(descriptor)
                 self._clear(time.monotonic())
                 for order in self._orders() if commands in ready else ():
                     self._obey(order)
@@ -125,13 +125,13 @@ class Server:
             self.watched[os.pidfd_open(process)] = process
         os.close(store)
 
-    def _ended(self, descriptor: int) -> None:
+    def _report_end(self, descriptor: int) -> None:
         process = self.watched.pop(descriptor)
         os.close(descriptor)
         _, status = os.waitpid(process, 0)
         self.leftovers[process] = time.monotonic() + LEFTOVERS_S
-        told = {"rank": self.ranks.pop(process), "code": os.waitstatus_to_exitcode(status)}
-        self.connection.sendall((json.dumps(told) + "\n").encode())
+        report = {"rank": self.ranks.pop(process), "code": os.waitstatus_to_exitcode(status)}
+        self.connection.sendall((json.dumps(report) + "\n").encode())
 
     def _clear(self, now: float) -> None:
         for group, deadline in list(self.leftovers.items()):

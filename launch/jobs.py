@@ -24,12 +24,12 @@ POLL_S = 0.5
 
 def add_commands(commands: Any) -> None:
     status = commands.add_parser("status", help="how far a run is, and its jobs of Slurm")
-    status.set_defaults(func=tell_status)
+    status.set_defaults(func=print_status)
     logs = commands.add_parser("logs", help="what a run wrote")
     logs.add_argument("-f", "--follow", action="store_true", help="go on as it writes, until the run ends")
     logs.add_argument("-n", "--lines", type=int, default=40, help="of the end (default: 40)")
     logs.add_argument("--rank", type=int, help="the log of one process, instead of the job's or the main one's")
-    logs.set_defaults(func=tell_logs)
+    logs.set_defaults(func=print_logs)
     stop = commands.add_parser("cancel", help="save and stop; what is queued is taken from the queue")
     stop.add_argument("--now", action="store_true", help="do not wait for it to save")
     stop.set_defaults(func=cancel)
@@ -37,7 +37,7 @@ def add_commands(commands: Any) -> None:
         parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
 
 
-def tell_status(arguments: argparse.Namespace) -> int:
+def print_status(arguments: argparse.Namespace) -> int:
     folder = _run_folder(arguments.run_dir)
     for run in runs_in(folder):
         print(f"{run.relative_to(folder.parent)}: {summary(run)}")
@@ -54,32 +54,32 @@ def tell_status(arguments: argparse.Namespace) -> int:
 
 
 def summary(run: Path) -> str:
-    """In one line: state, step, loss, what is left."""
+    """Returns a run's state, step, loss and remaining time in one line."""
     status = read_status(run)
     if not status:
         return "has not begun"
     if (since := liveness.dead_since(run)) is not None:
         status |= {"state": "dead", "reason": liveness.describe_death(since)}
-    told = f"{status['state']}, step {status['step']}/{status['steps']}"
+    line = f"{status['state']}, step {status['step']}/{status['steps']}"
     with suppress(ConfigError, OSError, KeyError, IndexError, TypeError):
         rows = read(run / "metrics.jsonl")[-20:]
         row, left = rows[-1], status["steps"] - rows[-1]["step"]
-        told = f"{status['state']}, step {row['step']}/{status['steps']}, loss {row['loss']:.4f}"
+        line = f"{status['state']}, step {row['step']}/{status['steps']}, loss {row['loss']:.4f}"
         if status["state"] == "running" and left:
             pace = sum(row["step_s"] for row in rows) / len(rows)
-            told += f", {row['tokens_per_s']:,.0f} tok/s, about {_duration(left * pace)} left"
+            line += f", {row['tokens_per_s']:,.0f} tok/s, about {_duration(left * pace)} left"
     reason = status.get("reason")
-    return f"{told}{f' ({display_text(reason)})' if reason else ''}"
+    return f"{line}{f' ({display_text(reason)})' if reason else ''}"
 
 
-def tell_logs(arguments: argparse.Namespace) -> int:
+def print_logs(arguments: argparse.Namespace) -> int:
     folder = _run_folder(arguments.run_dir)
     log = _log(folder, arguments.rank)
     with log.open(errors="replace") as file:
         print(f"==> {log} <==")
         print(*deque(file, arguments.lines), sep="", end="", flush=True)
         if arguments.follow:
-            for text in _grows(file, folder):
+            for text in _follow(file, folder):
                 print(text, end="", flush=True)
     return 0
 
@@ -107,7 +107,7 @@ def cancel(arguments: argparse.Namespace) -> int:
 
 
 def runs_in(folder: Path) -> list[Path]:
-    """The run in `folder`, or the runs of a sweep."""
+    """Returns the folder itself if it is a run's, or the folders of a sweep's runs."""
     if is_sweep(folder):
         return sorted(child for child in folder.iterdir() if (child / "slurm").is_dir() or read_status(child))
     return [folder]
@@ -122,25 +122,25 @@ def _run_folder(folder: Path) -> Path:
 
 def _log(folder: Path, rank: int | None) -> Path:
     if rank is not None:
-        pattern, what = f"logs/rank-{rank}.log", f"no log of rank {rank}"
+        pattern, problem = f"logs/rank-{rank}.log", f"no log of rank {rank}"
     elif jobs_of(folder):
-        pattern, what = "logs/slurm-*.log", "no log yet: its job has not started"
+        pattern, problem = "logs/slurm-*.log", "no log yet: its job has not started"
     else:
-        pattern, what = "logs/rank-0.log", "no log yet"
-    found = sorted(folder.glob(pattern), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise ConfigError(f"{folder / pattern}: {what}")
-    return found[-1]
+        pattern, problem = "logs/rank-0.log", "no log yet"
+    logs = sorted(folder.glob(pattern), key=lambda path: path.stat().st_mtime)
+    if not logs:
+        raise ConfigError(f"{folder / pattern}: {problem}")
+    return logs[-1]
 
 
-def _grows(file: IO[str], folder: Path) -> Iterator[str]:
-    """What is written from now on, until the run has ended, or died, and no job of it is left."""
-    looked = -math.inf  # at once, where nothing is written
+def _follow(file: IO[str], folder: Path) -> Iterator[str]:
+    """Yields what is written from now on, until the run has ended or died and none of its jobs is left."""
+    last_check = -math.inf  # at once, where nothing is written
     while True:
         if text := file.read():
             yield text
-        elif time.monotonic() > looked + 5:
-            looked = time.monotonic()
+        elif time.monotonic() > last_check + 5:
+            last_check = time.monotonic()
             queued = True
             with suppress(ConfigError):  # Slurm may be busy
                 queued = bool(slurm_queue.active(jobs_of(folder)))

@@ -1,4 +1,4 @@
-"""The script of a Slurm job: what differs from job to job, in front of slurm/job.sh, which does not."""
+"""Writes the script of a Slurm job: what differs from job to job, followed by slurm/job.sh, which does not."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Task(NamedTuple):
 
 
 def render(launch: Slurm, name: str, tasks: Sequence[Task], log: Path, folder: Path, array: bool = False) -> str:
-    """A script for sbatch: of one run, or of a job array with several. `log`: with sbatch's `%` patterns;
-    `folder`: where the job works. All paths absolute."""
+    """Returns a script for sbatch, for one run or for a job array of several. `log` has sbatch's `%` patterns; the job
+    works in `folder`. All paths are absolute."""
     blocks = [
         "#!/bin/bash",
         f"# {name}, by `onecurve submit`. `sbatch` of this file submits it again, and the run goes on where it stands.",
@@ -37,8 +37,8 @@ def render(launch: Slurm, name: str, tasks: Sequence[Task], log: Path, folder: P
 
 
 def options(launch: Slurm, name: str, log: Path, folder: Path, tasks: int) -> Iterator[str]:
-    """sbatch's. `tasks`: of a job array; 0: it is none."""
-    if launch.chain > 1:  # which goes by the name: another run of this name is not a part of it
+    """Yields the options of sbatch. `tasks` is the size of a job array, or 0 if it is not one."""
+    if launch.chain > 1:  # `singleton` goes by the name: another run of this name must not count
         yield f"--job-name={name}-{hashlib.sha256(os.fspath(log).encode()).hexdigest()[:8]}"
         yield "--dependency=singleton"
     else:
@@ -51,8 +51,8 @@ def options(launch: Slurm, name: str, log: Path, folder: Path, tasks: int) -> It
     yield f"--signal=B:USR1@{launch.lead_s}"
     yield "--requeue" if launch.requeue else "--no-requeue"
     yield "--open-mode=append"
-    yield f"--chdir={_quoted(folder)}"
-    yield f"--output={_quoted(log)}"
+    yield f"--chdir={_quote(folder)}"
+    yield f"--output={_quote(log)}"
     if tasks:
         yield f"--array=0-{tasks - 1}" + (f"%{launch.max_parallel}" if launch.max_parallel else "")
     for key in ("account", "partition", "qos", "constraint", "reservation", "exclude"):
@@ -68,7 +68,7 @@ def options(launch: Slurm, name: str, log: Path, folder: Path, tasks: int) -> It
 
 
 def settings(launch: Slurm, tasks: Sequence[Task], folder: Path) -> Iterator[str]:
-    """Lines of shell: the variables that job.sh reads, the environment of the ranks, the user's own lines."""
+    """Yields lines of shell: variables that job.sh reads, the environment of the ranks, the user's own lines."""
     runtime = launch.container.runtime
     python = launch.python or ("python3" if runtime else sys.executable)
     yield _array("run_dirs", [str(task.folder) for task in tasks])
@@ -84,22 +84,22 @@ def settings(launch: Slurm, tasks: Sequence[Task], folder: Path) -> Iterator[str
 
 
 def environment(launch: Slurm) -> dict[str, str]:
-    """Variables of the ranks."""
-    found: dict[str, str] = {"NCCL_DEBUG": launch.nccl_debug}
+    """Returns the environment variables of the ranks."""
+    variables: dict[str, str] = {"NCCL_DEBUG": launch.nccl_debug}
     if launch.interface:
-        found |= {"NCCL_SOCKET_IFNAME": launch.interface, "GLOO_SOCKET_IFNAME": launch.interface}
+        variables |= {"NCCL_SOCKET_IFNAME": launch.interface, "GLOO_SOCKET_IFNAME": launch.interface}
     if launch.ib_devices:
-        found["NCCL_IB_HCA"] = launch.ib_devices
+        variables["NCCL_IB_HCA"] = launch.ib_devices
     if launch.cpus_per_task:
-        found["OMP_NUM_THREADS"] = str(max(1, launch.cpus_per_task // launch.local_processes))
-    return found | launch.env
+        variables["OMP_NUM_THREADS"] = str(max(1, launch.cpus_per_task // launch.local_processes))
+    return variables | launch.env
 
 
 def _container(launch: Slurm, tasks: Sequence[Task], folder: Path) -> Iterator[str]:
-    """What srun (pyxis) or the command (apptainer) gets."""
+    """Yields the container's arguments for srun (pyxis) or the command to run in it (apptainer)."""
     container = launch.container
-    own = dict.fromkeys([str(folder), *(str(task.folder) for task in tasks)])
-    mounts = ",".join([*(f"{path}:{path}" for path in own), *container.mounts])
+    folders = dict.fromkeys([str(folder), *(str(task.folder) for task in tasks)])
+    mounts = ",".join([*(f"{path}:{path}" for path in folders), *container.mounts])
     image, srun, command = container.image or "", list[str](), list[str]()
     if container.runtime == "pyxis":
         srun = [f"--container-image={image}", f"--container-mounts={mounts}", f"--container-workdir={folder}"]
@@ -114,6 +114,6 @@ def _array(name: str, values: Sequence[str]) -> str:
     return f"{name}=({shlex.join(values)})"
 
 
-def _quoted(path: Path) -> str:
-    """For a line of #SBATCH, where a backslash escapes and no shell expands."""
+def _quote(path: Path) -> str:
+    """Quotes a path for a line of #SBATCH, where a backslash escapes and no shell expands."""
     return shlex.quote(os.fspath(path))

@@ -1,4 +1,4 @@
-"""Does anybody train in a run's folder? The status cannot say that its process was killed; the folder's lock can."""
+"""Finds out whether a run is alive. Its status cannot say that its process was killed; the lock of its folder can."""
 
 from __future__ import annotations
 
@@ -21,13 +21,18 @@ SIGNS = ("status.json", "metrics.jsonl", "events.jsonl", "goodput.jsonl", "logs/
 
 
 def dead_since(run: Path) -> float | None:
-    """Returns when a run gave its last sign (`time.time()`) that says it is running, though nobody trains there. None
-    where somebody does or may, where it has ended in order, for jobs of Slurm, which tells of them itself, and for runs
-    of another machine, whose lock may not be seen here.
+    """Returns when a run that claims to be running, though no process trains it, gave its last sign (`time.time()`).
 
-    The lock is only tried where there was no sign for a while: whoever starts the run meanwhile would find it taken.
+    Returns None if a process trains it or may, if it has ended in order, for jobs of Slurm, which reports them itself,
+    and for runs of another machine, whose lock may not be visible here. The lock is only tried where there was no sign
+    for a while: a process that starts the run at that moment would find it taken.
     """
-    if read_status(run).get("state") != "running" or jobs_of(run) or not _is_of_this_machine(run) or _is_there(run):
+    if (
+        read_status(run).get("state") != "running"
+        or jobs_of(run)
+        or not _is_of_this_machine(run)
+        or _is_process_alive(run)
+    ):
         return None
     sign = last_sign(run)
     if time.time() < sign + PATIENCE_S:
@@ -39,24 +44,24 @@ def dead_since(run: Path) -> float | None:
 
 
 def _is_of_this_machine(run: Path) -> bool:
-    """Returns whether the run's last attempt was here, or it does not say where."""
-    told = _told(run / ATTEMPT) or _told(run / "environment.json")  # which earlier versions have alone
-    return told.get("host", platform.node()) == platform.node()
+    """Returns whether the run's last attempt was on this machine, or does not say where it was."""
+    attempt = _read_json(run / ATTEMPT) or _read_json(run / "environment.json")  # earlier versions write only this file
+    return attempt.get("host", platform.node()) == platform.node()
 
 
-def _is_there(run: Path) -> bool:
-    """Returns whether the process of the last attempt is still there, though it may not have the lock yet."""
-    told = _told(run / ATTEMPT)
+def _is_process_alive(run: Path) -> bool:
+    """Returns whether the process of the last attempt still exists, though it may not have the lock yet."""
+    attempt = _read_json(run / ATTEMPT)
     try:
-        return told["boot"] == boot_id() and process_exists(int(told["pid"]), told["started"])
+        return attempt["boot"] == boot_id() and process_exists(int(attempt["pid"]), attempt["started"])
     except (KeyError, TypeError, ValueError):
         return False
 
 
-def _told(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     with suppress(OSError, ValueError):
-        found = json.loads(path.read_bytes())
-        return found if isinstance(found, dict) else {}
+        values = json.loads(path.read_bytes())
+        return values if isinstance(values, dict) else {}
     return {}
 
 
@@ -70,7 +75,7 @@ def last_sign(run: Path) -> float:
 
 
 def describe_death(since: float) -> str:
-    """Says since when a run is dead, and what to do."""
+    """Returns a sentence on how long a run has been dead, and what to do."""
     ago, when = time.time() - since, time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(since))
-    took = f"{ago / 3600:.1f} h" if ago >= 5400 else f"{ago / 60:.0f} min"
-    return f"since {when}: no sign for {took}, and no process has its folder; run the same command again to continue"
+    silence = f"{ago / 3600:.1f} h" if ago >= 5400 else f"{ago / 60:.0f} min"
+    return f"since {when}: no sign for {silence}, and no process has its folder; run the same command again to continue"

@@ -47,29 +47,29 @@ def plan(arguments: argparse.Namespace) -> int:
 def lines(
     config: Config, procs: int, gpu: Gpu | None = None, overrides: Sequence[str] = (), config_dir: str | None = None
 ) -> Iterator[Line]:
-    """(title, text) of each line. Without a `gpu` nothing is proposed."""
+    """Yields (title, text) of each line of the plan. Without a `gpu` nothing is proposed."""
     yield from batch(config, procs)
     from launch.planning.gpus import target as default  # late: torch takes seconds, and problems should show at once
     from launch.planning.planned_model import planned_model
 
-    given = gpu or default(None, None)
-    subject = planned_model(config, given.bf16)
+    gpu_or_default = gpu or default(None, None)
+    subject = planned_model(config, gpu_or_default.bf16)
     yield from _model(config, subject)
     yield from _schedule(config)
-    traced = yield from _memory_and_more(config, procs, subject, given)
+    traced = yield from _memory_and_traffic(config, procs, subject, gpu_or_default)
     if gpu is not None and traced:
-        yield from _proposed(config, procs, subject, gpu, overrides, config_dir)
+        yield from _proposals(config, procs, subject, gpu, overrides, config_dir)
 
 
 def batch(config: Config, procs: int) -> Iterator[Line]:
-    """What needs no model: processes, sequences, steps."""
+    """Yields the lines that need no model: processes, sequences, steps."""
     layout, train = config.layout(procs), config.train
-    copies = procs // layout.processes
-    share = train.global_batch // copies
+    replicas = procs // layout.processes
+    share = train.global_batch // replicas
     micro = min(train.micro_batch or share, share)
     tokens = train.global_batch * config.data.sequence_length
-    yield "processes", f"{procs} = {copies} x {layout.processes} that share a copy of the model"
-    passes = f"{copies} x {share // micro} x train.micro_batch of {micro}"
+    yield "processes", f"{procs} = {replicas} x {layout.processes} that share a copy of the model"
+    passes = f"{replicas} x {share // micro} x train.micro_batch of {micro}"
     yield "batch", f"{train.global_batch} sequences = {passes}; {tokens:,} tokens"
     yield "steps", f"{train.steps:,}: {train.steps * tokens:,} tokens, if no batch is smaller"
 
@@ -78,10 +78,10 @@ def _model(config: Config, subject: PlannedModel) -> Iterator[Line]:
     precision, parameters = subject.precision, subject.whole.parameters
     types = f"held in {precision.param}, computed with in {precision.compute}, gradients added up in {precision.reduce}"
     yield "model", f"{sum(parameter.numel for parameter in parameters):,} parameters, {types}"
-    saved, kept = subject.checkpoint, config.checkpoint
-    more = "".join(f", and those of {key}" for key in ("keep_every", "keep_best") if getattr(kept, key))
-    disk = f"{kept.keep} are kept{more}, one more is written: {size(saved * (kept.keep + 1))} of disk"
-    yield "checkpoint", f"{size(saved)} every {kept.every}; {disk}"
+    nbytes, retention = subject.checkpoint, config.checkpoint
+    more = "".join(f", and those of {key}" for key in ("keep_every", "keep_best") if getattr(retention, key))
+    disk = f"{retention.keep} are kept{more}, one more is written: {size(nbytes * (retention.keep + 1))} of disk"
+    yield "checkpoint", f"{size(nbytes)} every {retention.every}; {disk}"
 
 
 def _schedule(config: Config) -> Iterator[Line]:
@@ -90,26 +90,27 @@ def _schedule(config: Config) -> Iterator[Line]:
 
     steps = config.train.steps
     curve = plugin(config, "schedule")(config.schedule, config.optimizer.lr, steps)
-    what = f"{config.schedule.name}: {curve(1):.2e} at step 1, {curve(steps):.2e} at step {steps:,}"
-    yield "schedule", f"{what}, at most {config.optimizer.lr:.2e}"
+    summary = f"{config.schedule.name}: {curve(1):.2e} at step 1, {curve(steps):.2e} at step {steps:,}"
+    yield "schedule", f"{summary}, at most {config.optimizer.lr:.2e}"
     for row in rows(curve, steps):
         yield "", row
 
 
-def _memory_and_more(config: Config, procs: int, subject: PlannedModel, gpu: Gpu) -> Generator[Line, None, bool]:
-    """Gives at the end whether the model can be traced."""
+def _memory_and_traffic(config: Config, procs: int, subject: PlannedModel, gpu: Gpu) -> Generator[Line, None, bool]:
+    """Yields the lines that need a traced model; returns whether it can be traced."""
     from launch.planning.memory import accountant
 
-    of = accountant(subject, config, procs)
+    estimate = accountant(subject, config, procs)
     try:
-        peaks = of.peaks()
+        peaks = estimate.peaks()
     except ConfigError:
         raise
     except Exception as error:  # of the user's code: it looks at values, or computes with them on its own
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         yield "memory", f"not known: the model or the objective cannot be traced without values ({reason[:160]})"
         return False
-    flops = sum(of.flops(position) for position in range(of.layout.stages)) * (procs // of.layout.stages)
+    stages = estimate.layout.stages
+    flops = sum(estimate.flops(position) for position in range(stages)) * (procs // stages)
     tokens = config.train.global_batch * config.data.sequence_length
     yield (
         "arithmetic",
@@ -118,7 +119,7 @@ def _memory_and_more(config: Config, procs: int, subject: PlannedModel, gpu: Gpu
             f"{flops * config.train.steps:.3g} in all"
         ),
     )
-    yield from of.details()
+    yield from estimate.details()
     fullest = max(peaks, key=lambda parts: parts.total)
     fits = "fits" if fullest.total <= gpu.usable else "does NOT fit"
     yield (
@@ -128,34 +129,35 @@ def _memory_and_more(config: Config, procs: int, subject: PlannedModel, gpu: Gpu
     columns = fullest._fields
     yield "", "".join(f"{name:>14}" for name in ("", *columns, "total"))
     for first, last in _runs([parts.total for parts in peaks]):
-        of_process = "each" if len(peaks) == 1 else f"stage {first}" + (f"-{last}" if last > first else "")
+        scope = "each" if len(peaks) == 1 else f"stage {first}" + (f"-{last}" if last > first else "")
         cells = [size(value) for value in (*peaks[first], peaks[first].total)]
-        yield "", "".join(f"{cell:>14}" for cell in (of_process, *cells))
-    for sent in of.traffic():
-        how = "while it waits" if sent.waits else "while it computes"
-        yield "sent", f"{size(sent.nbytes)} a step by each process: {sent.what}, among {sent.processes}, {how}"
+        yield "", "".join(f"{cell:>14}" for cell in (scope, *cells))
+    for transfer in estimate.traffic():
+        how = "while it waits" if transfer.waits else "while it computes"
+        text = f"{size(transfer.nbytes)} a step by each process: {transfer.name}, among {transfer.processes}, {how}"
+        yield "sent", text
     return True
 
 
 def _runs(values: list[int]) -> Iterator[tuple[int, int]]:
-    """(first, last) of what is the same in a row."""
+    """Yields (first, last) of each run of equal values."""
     first = 0
-    for here in range(1, len(values) + 1):
-        if here == len(values) or values[here] != values[first]:
-            yield first, here - 1
-            first = here
+    for end in range(1, len(values) + 1):
+        if end == len(values) or values[end] != values[first]:
+            yield first, end - 1
+            first = end
 
 
-def _proposed(
+def _proposals(
     config: Config, procs: int, subject: PlannedModel, gpu: Gpu, overrides: Sequence[str], config_dir: str | None
 ) -> Iterator[Line]:
     from launch.planning.propose import command, proposals
 
     fit, too_large = proposals(subject, config, procs, gpu)
-    for one in fit:
-        yield "fits", f"{size(one.parts.total):>10}  {' '.join(one.overrides)}"
-    for one in too_large:
-        yield "too large", f"{size(one.parts.total):>10}  {' '.join(one.overrides)}"
+    for proposal in fit:
+        yield "fits", f"{size(proposal.parts.total):>10}  {' '.join(proposal.overrides)}"
+    for proposal in too_large:
+        yield "too large", f"{size(proposal.parts.total):>10}  {' '.join(proposal.overrides)}"
     if fit:
         folder = f" --config-dir {config_dir}" if config_dir else ""
         start = config.launch.command_line(procs)

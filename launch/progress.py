@@ -11,9 +11,9 @@ ReportProgress = Callable[[str, int, int], None]
 
 @contextmanager
 def progress() -> Iterator[ReportProgress]:
-    """What to tell: a name, how much of it is done, and how much there is. A bar for each name."""
+    """Yields a function of a name, how much of it is done and how much there is, which shows a bar for each name."""
     if not sys.stderr.isatty():
-        yield lambda what, done, total: None
+        yield lambda name, num_done, total: None
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -23,9 +23,9 @@ def progress() -> Iterator[ReportProgress]:
     with Progress(*columns, console=Console(stderr=True), redirect_stdout=sys.stdout.isatty()) as bars:
         tasks: dict[str, int] = {}
 
-        def tell(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = int(bars.add_task(what))
-            bars.update(tasks[what], completed=done, total=total)  # type: ignore[arg-type]
+        def report(name: str, num_done: int, total: int) -> None:
+            if name not in tasks:
+                tasks[name] = int(bars.add_task(name))
+            bars.update(tasks[name], completed=num_done, total=total)  # type: ignore[arg-type]
 
-        yield tell
+        yield report

@@ -27,11 +27,11 @@ def show(arguments: argparse.Namespace) -> int:
 
     if arguments.config_dir and not arguments.config_dir.is_dir():
         raise ConfigError(f"--config-dir {arguments.config_dir}: no such folder")
-    found = recipes(arguments.config_dir)
+    experiments = recipes(arguments.config_dir)
     if arguments.json:
-        print(json.dumps(list(map(asdict, found)), indent=2))
+        print(json.dumps(list(map(asdict, experiments)), indent=2))
         return 0
-    for recipe in found:
+    for recipe in experiments:
         print(f"experiment={recipe.name}: {recipe.what}")
         for name, value in _facts(recipe):
             print(f"    {name:9} {value}")
@@ -53,12 +53,12 @@ def _target(recipe: Recipe) -> str:
     return f"{recipe.metric} {recipe.target:g}" if recipe.target is not None else recipe.metric
 
 
-def renewed(page: str) -> str:
-    """Returns README with the table between its marks as it is now."""
+def renew_table(page: str) -> str:
+    """Returns the text of README with the table between its marks brought up to date."""
     from trainer.config.recipes import recipes
 
-    before, begin, rest = page.partition("<!-- recipes -->\n")
-    _, end, after = rest.partition("<!-- end of recipes -->")
+    before, begin, remainder = page.partition("<!-- recipes -->\n")
+    _, end, after = remainder.partition("<!-- end of recipes -->")
     if not (begin and end):
         raise ValueError("the page has no marks of recipes")
     return before + begin + "\n".join(table(recipes())) + "\n" + end + after
@@ -76,4 +76,4 @@ def table(recipes: Iterable[Recipe]) -> list[str]:
 
 if __name__ == "__main__":
     readme = Path(sys.argv[1])
-    readme.write_text(renewed(readme.read_text()))
+    readme.write_text(renew_table(readme.read_text()))

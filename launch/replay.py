@@ -1,4 +1,4 @@
-"""`onecurve replay RUN_DIR --step K`: a step of a run again, sample by sample, and which of them drives a spike."""
+"""`onecurve replay RUN_DIR --step K`: repeats a step of a run, and finds the sample that drives a spike."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def replay(arguments: argparse.Namespace) -> int:
     from trainer.tracking.jsonl import dumps
 
     with _progress() as report:
-        found = replay_step(
+        result = replay_step(
             arguments.run_dir,
             arguments.step,
             report,
@@ -68,67 +68,68 @@ def replay(arguments: argparse.Namespace) -> int:
             checkpoint=arguments.checkpoint,
             overrides=arguments.set,
         )
-        if arguments.bisect and not found.samples:
+        if arguments.bisect and not result.samples:
             raise ConfigError(f"--bisect: no sample of step {arguments.step} could be read in the run")
-        parts = spike_driver.measure_samples(found, report, gradients=arguments.bisect)
-        driver = spike_driver.find_driver(found, parts) if arguments.bisect else None
+        parts = spike_driver.measure_samples(result, report, gradients=arguments.bisect)
+        driver = spike_driver.find_driver(result, parts) if arguments.bisect else None
     if arguments.json:
-        print(dumps(_object(found, parts, driver)))
+        print(dumps(_json_object(result, parts, driver)))
         return 0
-    print(*_verdict(found), sep="\n")
+    print(*_summary_lines(result), sep="\n")
     if arguments.show > 0 and parts:
-        print(*_table(found, parts, arguments.show), sep="\n")
+        print(*_sample_lines(result, parts, arguments.show), sep="\n")
     if driver:
-        print(*_driver(found, driver), sep="\n")
+        print(*_driver_lines(result, driver), sep="\n")
     return 0
 
 
 @contextmanager
 def _progress() -> Iterator[ReportProgress]:
-    """On stderr; where that is not a terminal a line at the start and then now and again."""
+    """Shows progress on stderr; where that is not a terminal, as a line at the start and then every few seconds."""
     if sys.stderr.isatty():
         with progress() as report:
             yield report
         return
-    said = 0.0
+    last_report = 0.0
 
-    def tell(what: str, done: int, total: int) -> None:
-        nonlocal said
-        if done == 0 or time.monotonic() > said + PATIENCE_S:
-            said = time.monotonic()
-            print(what if done == 0 else f"{what}: {done} of {total}", file=sys.stderr, flush=True)
+    def print_progress(name: str, num_done: int, total: int) -> None:
+        nonlocal last_report
+        if num_done == 0 or time.monotonic() > last_report + PATIENCE_S:
+            last_report = time.monotonic()
+            print(name if num_done == 0 else f"{name}: {num_done} of {total}", file=sys.stderr, flush=True)
 
-    yield tell
+    yield print_progress
 
 
-def _verdict(replay: Replay) -> Iterator[str]:
-    """Where it comes from, and how its numbers compare."""
+def _summary_lines(replay: Replay) -> Iterator[str]:
+    """Yields where the replay began, and how its numbers compare with the recorded ones."""
     from trainer.replayed_step import LOSS, NORM
 
-    step, (there, here) = replay.data.step, replay.devices
+    step, (recorded_on, replayed_on) = replay.data.step, replay.devices
     origin = f"the checkpoint of step {replay.start}" if replay.start else "the initial weights"
-    again = step - 1 - replay.start
+    num_repeated = step - 1 - replay.start
     yield (
         f"step {step} of {replay.config.run.name}: {len(replay.samples)} samples, {replay.targets:,} targets; from "
-        f"{origin}, {again} step{'s' * (again != 1)} done again"
+        f"{origin}, {num_repeated} step{'s' * (num_repeated != 1)} done again"
     )
-    apart = replay.numbers.apart(replay.recorded)
+    differences = replay.numbers.relative_difference(replay.recorded)
     yield f"{'':15}{'recorded':>14}{'replayed':>14}{'apart':>10}"
-    for title, *values in zip(("loss", "gradient norm"), replay.recorded, replay.numbers, apart, strict=True):
+    for title, *values in zip(("loss", "gradient norm"), replay.recorded, replay.numbers, differences, strict=True):
         yield f"{title:15}{values[0]:>14.7g}{values[1]:>14.7g}{values[2]:>10.1g}"
-    if replay.numbers.same(replay.recorded):
+    if replay.numbers.agrees_with(replay.recorded):
         yield "the same as recorded"
     else:
-        since = "" if replay.apart_since is None else f", from step {replay.apart_since} on"
-        where = f"recorded on {_printable(there)}, replayed on {here} in {replay.strategy.precision.compute}"
+        since = "" if replay.differs_since is None else f", from step {replay.differs_since} on"
+        precision = replay.strategy.precision.compute
+        where = f"recorded on {_printable(recorded_on)}, replayed on {replayed_on} in {precision}"
         yield f"not as recorded{since} ({where}; within {LOSS:g} and {NORM:g} only fp32 is the same everywhere)"
     ledger = {True: "the samples are those of ledger.jsonl", False: "other samples than those of ledger.jsonl"}
     if replay.in_ledger is not None:
         yield ledger[replay.in_ledger]
 
 
-def _table(replay: Replay, parts: Sequence[SampleMetrics], count: int) -> Iterator[str]:
-    """The samples of the largest gradient, where it was measured, else of the highest loss."""
+def _sample_lines(replay: Replay, parts: Sequence[SampleMetrics], count: int) -> Iterator[str]:
+    """Yields a table of the samples with the largest gradients if they were measured, else with the highest losses."""
     from trainer.spike_driver import size
 
     width = shutil.get_terminal_size((120, 24)).columns
@@ -138,39 +139,39 @@ def _table(replay: Replay, parts: Sequence[SampleMetrics], count: int) -> Iterat
     title = "" if parts[0].grad_norm is None else f"{'norm':>10}"
     yield f"\n{'number':>10}{'loss':>10}{title}  {'sample':{column}}  content"
     for name, (sample, part) in zip(names, pairs, strict=False):
-        line = f"{sample.number:>10}{_figures(part)}  {name:{column}}  "
+        line = f"{sample.number:>10}{_format_metrics(part)}  {name:{column}}  "
         yield line + _printable(_content(replay, sample))[: max(24, width - len(line))]
     if len(pairs) > count:
         yield f"{'':10}  and {len(pairs) - count} more; --show {len(pairs)} lists all"
 
 
-def _figures(part: SampleMetrics) -> str:
+def _format_metrics(part: SampleMetrics) -> str:
     return f"{part.loss:>10.4f}" + ("" if part.grad_norm is None else f"{part.grad_norm:>10.4g}")
 
 
-def _driver(replay: Replay, culprit: SpikeDriver) -> Iterator[str]:
+def _driver_lines(replay: Replay, culprit: SpikeDriver) -> Iterator[str]:
     from trainer.spike_driver import size
 
-    own, usual, norm = size(culprit.part), culprit.median, replay.numbers.grad_norm
-    stands_out, without = own >= STANDS_OUT * usual, culprit.without
-    first = culprit.documents[0].piece if culprit.documents else (culprit.sample.pieces or [culprit.sample.entry])[0]
-    name = f"{_printable(' '.join(_place(first)))}, in number {culprit.sample.number} of the run"
+    driver_norm, median_norm, step_norm = size(culprit.part), culprit.median, replay.numbers.grad_norm
+    stands_out, without = driver_norm >= STANDS_OUT * median_norm, culprit.without
+    place = culprit.documents[0].span if culprit.documents else (culprit.sample.spans or [culprit.sample.entry])[0]
+    name = f"{_printable(' '.join(_place(place)))}, in number {culprit.sample.number} of the run"
     yield f"\nfound: {name}" if stands_out else f"\nnone stands out; the largest gradient: {name}"
     if culprit.documents:
-        seen = "" if replay.config.data.document_mask else ", each of which sees those before it"
-        yield f"the documents packed there{seen}:"
+        visibility = "" if replay.config.data.document_mask else ", each of which sees those before it"
+        yield f"the documents packed there{visibility}:"
     for piece, part in culprit.documents:
-        yield f"{'':10}{_figures(part)}  {_printable(' '.join(_place(piece)))}"
-    yield f"its part of the gradient has norm {own:.4g}, the median of the samples is {usual:.4g}, the step {norm:.4g}"
+        yield f"{'':10}{_format_metrics(part)}  {_printable(' '.join(_place(piece)))}"
+    median = f"the median of the samples is {median_norm:.4g}"
+    yield f"its part of the gradient has norm {driver_norm:.4g}, {median}, the step {step_norm:.4g}"
     if without is not None:
         loss = replay.numbers.loss
         yield f"without it the step has norm {without.grad_norm:.4g}, loss {without.loss:.4g} instead of {loss:.4g}"
 
 
-def _object(replay: Replay, parts: Sequence[SampleMetrics], culprit: SpikeDriver | None) -> dict[str, Any]:
-    """What `--json` prints."""
-
-    found = culprit and {
+def _json_object(replay: Replay, parts: Sequence[SampleMetrics], culprit: SpikeDriver | None) -> dict[str, Any]:
+    """Returns what `--json` prints."""
+    bisect = culprit and {
         "number": culprit.sample.number,
         "source": culprit.sample.source,
         "sample": culprit.sample.entry,
@@ -185,9 +186,9 @@ def _object(replay: Replay, parts: Sequence[SampleMetrics], culprit: SpikeDriver
         "checkpoint": replay.start,
         **replay.numbers._asdict(),
         "recorded": replay.recorded._asdict(),
-        "apart": replay.numbers.apart(replay.recorded)._asdict(),
-        "same": replay.numbers.same(replay.recorded),
-        "apart_since": replay.apart_since,
+        "apart": replay.numbers.relative_difference(replay.recorded)._asdict(),
+        "same": replay.numbers.agrees_with(replay.recorded),
+        "apart_since": replay.differs_since,
         "in_ledger": replay.in_ledger,
         "samples": [
             {
@@ -199,26 +200,26 @@ def _object(replay: Replay, parts: Sequence[SampleMetrics], culprit: SpikeDriver
             }
             for sample, part in zip(replay.samples, parts, strict=True)
         ],
-        **({"bisect": found} if found else {}),
+        **({"bisect": bisect} if bisect else {}),
     }
 
 
 def _name(replay: Replay, sample: Sample) -> str:
-    """`shard key [first:end]` of its first document, of a mixture behind the name of the source."""
-    first = sample.pieces[0] if sample.pieces else sample.entry
-    more = f" +{len(sample.pieces) - 1}" if len(sample.pieces) > 1 else ""
+    """Returns `shard key [first:end]` of a sample's first document, in a mixture with the source's name in front."""
+    document = sample.spans[0] if sample.spans else sample.entry
+    more = f" +{len(sample.spans) - 1}" if len(sample.spans) > 1 else ""
     source = f"{sample.source}/" if replay.config.data.sources else ""
-    return _printable(f"{source}{' '.join(_place(first))}{more}")
+    return _printable(f"{source}{' '.join(_place(document))}{more}")
 
 
 def _place(entry: Sequence[Any]) -> list[str]:
-    """[shard, key] or a piece, in words."""
+    """Returns the words that name an entry: a shard, a key and perhaps a range of tokens."""
     shard, key, *tokens = entry
     return [shard, key, *([f"[{tokens[0]}:{tokens[1]}]"] if tokens else [])]
 
 
 def _content(replay: Replay, sample: Sample) -> str:
-    """Its text, or what else the model is given."""
+    """Returns a sample's text, or the dtypes and shapes of the tensors that the model gets."""
     text = replay.text(sample)
     if text is not None:
         return text
@@ -229,5 +230,5 @@ def _content(replay: Replay, sample: Sample) -> str:
 
 
 def _printable(text: str) -> str:
-    """Without what would move the cursor: it is foreign text."""
+    """Escapes what would move the cursor: the text comes from data."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

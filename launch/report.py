@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def add_commands(subparsers: Any) -> None:
-    """Registers `report`; its `run` takes the parsed arguments and gives the exit code."""
+    """Registers the command `report`."""
     parser = subparsers.add_parser(
         "report", help="write report.html of a run or sweep.html of a sweep, print a summary"
     )
@@ -55,20 +55,20 @@ def report(arguments: argparse.Namespace) -> int:
         console.print(run.status["reason"], soft_wrap=True)
     console.print(table)
     if run.time:
-        _tell_time(console, run.time)
+        _print_time(console, run.time)
     console.print(str(path), soft_wrap=True)
     return 0
 
 
-def _tell_time(console: Console, spent: Goodput) -> None:
-    """Where the time went."""
+def _print_time(console: Console, goodput: Goodput) -> None:
+    """Prints where the time went."""
     table = Table(show_header=False, box=None)
     table.add_column(style="dim")
     table.add_column(style="bold", justify="right")
     table.add_column(justify="right")
     table.add_column(style="dim")
-    for _, name, time, share in spent.table:
+    for _, name, time, share in goodput.table:
         table.add_row(name, time, f"{share:.1%}", "▇" * round(share * 40))
     console.print("\nwhere the time went", style="bold")
     console.print(table)
-    console.print(f"{spent.sentence}\n", soft_wrap=True)
+    console.print(f"{goodput.sentence}\n", soft_wrap=True)

@@ -10,16 +10,16 @@ import trainer
 
 
 def revision(folder: Path) -> tuple[dict[str, Any], str]:
-    """What onecurve and the code in `folder` are, and the changes since their last commits as one diff."""
+    """Returns the commits of onecurve and of the code in `folder`, and the changes since then as one diff."""
     ours, diff = _repository(Path(trainer.__file__).parent)
-    theirs, more = _repository(folder)
+    theirs, other_diff = _repository(folder)
     return {"onecurve": {"version": trainer.__version__, **ours}, "folder": {"path": str(folder), **theirs}}, (
-        diff if diff == more else diff + more
+        diff if diff == other_diff else diff + other_diff
     )
 
 
 def _repository(folder: Path) -> tuple[dict[str, Any], str]:
-    """Nothing where there is no git, or no repository of its."""
+    """Returns a repository's commit and changes; nothing where there is no git or no repository."""
     try:
         commit = _git(folder, "rev-parse", "HEAD").strip()
         diff = _git(folder, "diff", "--no-color", "--no-ext-diff", "--binary", "HEAD")
@@ -30,7 +30,7 @@ def _repository(folder: Path) -> tuple[dict[str, Any], str]:
 
 
 def _git(folder: Path, *arguments: str) -> str:
-    done = subprocess.run(
+    process = subprocess.run(
         ["git", "-C", str(folder), *arguments], capture_output=True, check=True, timeout=30, errors="replace"
     )
-    return done.stdout
+    return process.stdout

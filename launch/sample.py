@@ -28,8 +28,8 @@ def sample(arguments: argparse.Namespace) -> int:
     from trainer.config.validate import validate_section
 
     config, model, tokenizer = sampling.load_run(arguments.run_dir, arguments.plugins, arguments.overrides)
-    asked = {name: value for name in Sample.model_fields if (value := getattr(arguments, name, None)) is not None}
-    section = validate_section("sample", Sample, {**config.sample.model_dump(), **asked})
+    options = {name: value for name in Sample.model_fields if (value := getattr(arguments, name, None)) is not None}
+    section = validate_section("sample", Sample, {**config.sample.model_dump(), **options})
     config = config.model_copy(update={"sample": section})
     print("\n\n---\n\n".join(sampling.sample(config, model, tokenizer)))
     return 0

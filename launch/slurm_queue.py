@@ -1,4 +1,4 @@
-"""Slurm's queue: submit, look, cancel. Works without its accounting."""
+"""Slurm's queue: submits, lists and cancels jobs. Works without Slurm's accounting."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ def is_here() -> bool:
 
 
 def submit(script: Path) -> str:
-    """Its job id. Raises ConfigError with Slurm's reason."""
+    """Submits a script and returns the job's id. Raises ConfigError with Slurm's reason."""
     return _run("sbatch", "--parsable", str(script)).strip().partition(";")[0]
 
 
 def test_only(script: str) -> str:
-    """What Slurm says of a script's text: when it would start. Raises ConfigError where it refuses it."""
+    """Returns when Slurm would start a script. Raises ConfigError if Slurm refuses it."""
     return _run("sbatch", "--test-only", script=script).strip()
 
 
 def states(jobs: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Job (of an array: task) -> state, and why it waits or where it runs. What Slurm has forgotten is left out."""
+    """Returns {job or task of a job array: (state, why it waits or where it runs)}, without those that Slurm forgot."""
     if not jobs or not is_here():
         return {}
-    found = {}
+    job_states = {}
     for line in _run("squeue", "--me", "--noheader", "--states=all", "--array", "--format=%i|%T|%R").splitlines():
-        name, state, where = line.split("|", 2)
+        name, state, place = line.split("|", 2)
         if name in jobs or name.partition("_")[0] in jobs:
-            found[name] = (state, where)
-    return found
+            job_states[name] = (state, place)
+    return job_states
 
 
 def active(jobs: Sequence[str]) -> dict[str, str]:
@@ -53,21 +53,21 @@ def cancel(jobs: Sequence[str], *options: str) -> None:
 
 def _run(*command: str, script: str | None = None) -> str:
     try:
-        done = subprocess.run(command, input=script, capture_output=True, text=True, timeout=TIMEOUT_S)
+        process = subprocess.run(command, input=script, capture_output=True, text=True, timeout=TIMEOUT_S)
     except FileNotFoundError:
         raise ConfigError(f"{command[0]}: is not here; run this where Slurm is") from None
     except subprocess.TimeoutExpired:
         raise ConfigError(
             f"{command[0]}: no answer in {TIMEOUT_S} s; is Slurm's controller up? `scontrol ping`"
         ) from None
-    if done.returncode:
-        lines = [re.sub(rf"^{command[0]}: (error: )?", "", line) for line in done.stderr.splitlines()]
-        raise ConfigError(f"{command[0]}: {'; '.join(filter(None, lines)) or f'exit code {done.returncode}'}")
-    return done.stdout + (done.stderr if "--test-only" in command else "")
+    if process.returncode:
+        lines = [re.sub(rf"^{command[0]}: (error: )?", "", line) for line in process.stderr.splitlines()]
+        raise ConfigError(f"{command[0]}: {'; '.join(filter(None, lines)) or f'exit code {process.returncode}'}")
+    return process.stdout + (process.stderr if "--test-only" in command else "")
 
 
 def jobs_of(folder: Path) -> list[str]:
-    """The jobs that were submitted for a run or sweep, oldest first."""
+    """Returns the jobs that were submitted for a run or sweep, oldest first."""
     try:
         return (folder / JOBS).read_text().split()
     except FileNotFoundError:

@@ -1,7 +1,7 @@
-"""`onecurve submit [--print-only] [overrides]`: writes the job of a run, or of a sweep, and gives it to Slurm.
+"""`onecurve submit [--print-only] [overrides]`: writes the job of a run, or of a sweep, and submits it to Slurm.
 
-Beside the script lie the whole config, the overrides and the revision of the code: the config that is queued is the one
-that was checked, whatever becomes of its files.
+The whole config, the overrides and the revision of the code lie beside the script: the job uses the config that was
+checked, even if its files change while the job is queued.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CANCELLED = "slurm/cancelled"  # a job's id on each line; slurm/job.sh reads it,
 
 
 class Job(NamedTuple):
-    """What is submitted: one run, or those of a sweep. `folder`: the run's, or the one that the sweep's runs lie in."""
+    """One run, or the runs of a sweep, to submit. `folder` is the run's, or the one that contains the sweep's runs."""
 
     name: str
     folder: Path
@@ -48,7 +48,7 @@ class Job(NamedTuple):
 
     @property
     def log(self) -> str:
-        """In sbatch's words, below `folder`."""
+        """The path of the log below `folder`, with sbatch's patterns."""
         return "logs/slurm-%A_%a.log" if self.sweep else "logs/slurm-%j.log"
 
 
@@ -70,11 +70,11 @@ def submit(arguments: argparse.Namespace) -> int:
     if not slurm_queue.is_here():
         raise ConfigError("submit: there is no sbatch here; run it where Slurm is, or look with --print-only")
     if not arguments.unchecked_data:
-        _look_at_data(job.configs[0])
-    _refuse_twice(job)
-    judged = slurm_queue.test_only(_script(job, 1))  # before anything is written
+        _check_data(job.configs[0])
+    _refuse_second_job(job)
+    verdict = slurm_queue.test_only(_script(job, 1))  # before anything is written
     if arguments.test_only:
-        print(judged)
+        print(verdict)
         return 0
     script, jobs = write(job), list[str]()
     for _ in range(job.launch.chain):
@@ -84,8 +84,8 @@ def submit(arguments: argparse.Namespace) -> int:
             for task, config in enumerate(job.configs):
                 slurm_queue.note(folder_of(config), f"{jobs[-1]}_{task}")
     log = job.folder / job.log.replace("%j", jobs[0]).replace("%A_%a", f"{jobs[0]}_0")
-    what = f"{len(job.configs)} runs, each on " if job.sweep else ""
-    print(f"{job.name}: submitted as job {' '.join(jobs)}: {what}{job.launch.nodes} node(s)")
+    array_text = f"{len(job.configs)} runs, each on " if job.sweep else ""
+    print(f"{job.name}: submitted as job {' '.join(jobs)}: {array_text}{job.launch.nodes} node(s)")
     print(f"\nscript  {script}\nlog     {log}\n\nnext:")
     for command in ("status", "logs --follow", "cancel"):
         print(f"  onecurve {command} {shlex.quote(str(job.folder))}")
@@ -93,7 +93,7 @@ def submit(arguments: argparse.Namespace) -> int:
 
 
 def compose_config(overrides: list[str], config_dir: str | None) -> Job:
-    """The checked configs. Raises ConfigError with all problems."""
+    """Composes and checks the configs of a job. Raises ConfigError with all problems."""
     if not any(text.lstrip("+").startswith("launch=") for text in overrides):
         overrides = ["launch=slurm", *overrides]
     sweep = None
@@ -105,8 +105,8 @@ def compose_config(overrides: list[str], config_dir: str | None) -> Job:
         configs = [load(trial.overrides, procs, config_dir) for trial in trials]
     else:
         configs = [load_sized(overrides, None, config_dir)[0]]
-    if other := [config.launch.name for config in configs if config.launch.command != "submit"]:
-        raise ConfigError(f"launch={other[0]}: submit needs launch=slurm, or none named")
+    if other_launches := [config.launch.name for config in configs if config.launch.command != "submit"]:
+        raise ConfigError(f"launch={other_launches[0]}: submit needs launch=slurm, or none named")
     if any(config.launch != configs[0].launch for config in configs):
         raise ConfigError("launch: cannot be swept: the runs of a sweep are one job array")
     if sweep and configs[0].launch.chain > 1:
@@ -121,7 +121,7 @@ def folder_of(config: Config) -> Path:
 
 
 def write(job: Job) -> Path:
-    """The job's files, in folders of their own; gives the script. Raises ConfigError where a folder takes none."""
+    """Writes a job's files, each job in new folders, and returns the script. Raises ConfigError if it cannot."""
     try:
         for config in job.configs:
             folder = folder_of(config)
@@ -145,16 +145,16 @@ def write(job: Job) -> Path:
             job.sweep.save()
         files = job.folder / "slurm" / str(number)
         files.mkdir(mode=0o700, parents=True, exist_ok=True)
-        about, diff = revision(Path.cwd())
+        versions, diff = revision(Path.cwd())
         replace_file(files / "overrides.txt", (shown_command(job.overrides) + "\n").encode())
-        replace_file(files / "revision.json", (json.dumps(about, indent=1) + "\n").encode())
+        replace_file(files / "revision.json", (json.dumps(versions, indent=1) + "\n").encode())
         if diff:
             replace_file(files / "changes.diff", prose(diff).encode())
         replace_file(files / "job.sbatch", _script(job, number).encode())
     except Timeout:
         raise ConfigError(f"run.dir={job.folder}: {locks.describe_run_lock(job.folder)}; stop it first") from None
     except OSError as error:
-        raise ConfigError(f"run.dir={job.folder}: {locks.refused(error)}; choose another run.dir") from None
+        raise ConfigError(f"run.dir={job.folder}: {locks.describe_refusal(error)}; choose another run.dir") from None
     return files / "job.sbatch"
 
 
@@ -166,43 +166,43 @@ def _script(job: Job, number: int) -> str:
     return render(job.launch, job.name, tasks, Path(log), Path.cwd(), array=job.sweep is not None)
 
 
-def _refuse_twice(job: Job) -> None:
-    """Two jobs in one folder: the second would wait, and fail."""
-    known = {number: folder for folder in map(folder_of, job.configs) for number in slurm_queue.jobs_of(folder)}
-    for name, state in slurm_queue.active(list(known)).items():
-        folder = known.get(name) or known[name.partition("_")[0]]
-        way = f"`onecurve cancel {shlex.quote(str(folder))}` first, or choose another run.name"
-        raise ConfigError(f"run.dir={folder}: job {name} of this run is {state}: {way}")
+def _refuse_second_job(job: Job) -> None:
+    """Raises ConfigError if a job of the run is queued: a second one would wait for its folder, and fail."""
+    folders = {number: folder for folder in map(folder_of, job.configs) for number in slurm_queue.jobs_of(folder)}
+    for name, state in slurm_queue.active(list(folders)).items():
+        folder = folders.get(name) or folders[name.partition("_")[0]]
+        advice = f"`onecurve cancel {shlex.quote(str(folder))}` first, or choose another run.name"
+        raise ConfigError(f"run.dir={folder}: job {name} of this run is {state}: {advice}")
 
 
-def _look_at_data(config: Config) -> None:
-    """Raises ConfigError or DataError for what the ranks would end with, hours later."""
+def _check_data(config: Config) -> None:
+    """Raises the ConfigError or DataError that the ranks would fail with, hours later."""
     from trainer.plugin_checks import check_plugins
     from trainer.pretrained import open_pretrained  # late: torch
     from trainer.run_data import open_shards
     from trainer.topology import ALONE
 
     check_plugins(config)
-    open_pretrained(config, ALONE, open_shards(_glanced_at(config), ALONE).tokenizer)
+    open_pretrained(config, ALONE, open_shards(_with_one_remote_shard(config), ALONE).tokenizer)
 
 
-def _glanced_at(config: Config) -> Config:
-    """The config with one shard of those that come over the network: all of them are for the nodes to look through."""
+def _with_one_remote_shard(config: Config) -> Config:
+    """Returns the config with only the first of the shards that come over the network: the nodes check all of them."""
     from trainer.data.shard_spec import expand
     from trainer.data.storage import is_url
 
-    def one(spec: Any, key: str) -> Any:
+    def keep_one_url(spec: Any, key: str) -> Any:
         patterns = [spec] if isinstance(spec, str) else spec or []
         if not any(map(is_url, patterns)):
             return spec
-        found = expand(spec, key, allow_pipe=config.data.allow_pipe)
-        return [url for url in found if not is_url(url)] + [url for url in found if is_url(url)][:1]
+        urls = expand(spec, key, allow_pipe=config.data.allow_pipe)
+        return [url for url in urls if not is_url(url)] + [url for url in urls if is_url(url)][:1]
 
     data = config.data
     sources = {
-        name: source.model_copy(update={"shards": one(source.shards, f"data.sources.{name}.shards")})
+        name: source.model_copy(update={"shards": keep_one_url(source.shards, f"data.sources.{name}.shards")})
         for name, source in data.sources.items()
     }
-    shards, validation = one(data.shards, "data.shards"), one(data.validation, "data.validation")
-    looked_at = data.model_copy(update={"shards": shards, "sources": sources, "validation": validation})
-    return config.model_copy(update={"data": looked_at})
+    shards, validation = keep_one_url(data.shards, "data.shards"), keep_one_url(data.validation, "data.validation")
+    reduced = data.model_copy(update={"shards": shards, "sources": sources, "validation": validation})
+    return config.model_copy(update={"data": reduced})

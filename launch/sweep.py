@@ -31,46 +31,46 @@ def add_commands(commands: Any) -> None:
 
 
 def sweep(arguments: argparse.Namespace) -> int:
-    """Exit code 0: all trials are finished; else the worst of theirs."""
+    """Runs all trials; returns exit code 0 if all are finished, else the worst of theirs."""
     overrides, config_dir = list(arguments.overrides), arguments.config_dir
     for name, least in (("procs", 1), ("parallel", 1), ("trials", 1)):
-        if (given := getattr(arguments, name)) is not None and given < least:
-            raise ConfigError(f"--{name} {given}: at least {least}")
+        if (value := getattr(arguments, name)) is not None and value < least:
+            raise ConfigError(f"--{name} {value}: at least {least}")
     procs = arguments.procs or processes_of(overrides, config_dir)
-    from launch.sweeps.run import Runner, line, log_of
+    from launch.sweeps.run import Runner, describe_end, log_of
     from launch.sweeps.summary import show
 
     search = None
     if arguments.trials:
-        from launch.sweeps.search import Search, saving
+        from launch.sweeps.search import Search, save_trials
 
         folder = folder_of(overrides, config_dir)
         search = Search(overrides, arguments.trials, arguments.metric, procs, folder, config_dir)
-        known = {"metric": arguments.metric, "trials": arguments.trials, "journal": "study.journal"}
-        found = Sweep(folder, search.swept, procs, config_dir, [], known)
-        trials, count = saving(found, search.trials()), arguments.trials
+        settings = {"metric": arguments.metric, "trials": arguments.trials, "journal": "study.journal"}
+        definition = Sweep(folder, search.swept, procs, config_dir, [], settings)
+        trials, count = save_trials(definition, search.trials()), arguments.trials
     else:
-        made = expand(overrides, procs, config_dir)
-        found = Sweep(folder_of(overrides, config_dir), list(made[0].values), procs, config_dir, made)
-        trials, count = iter(made), len(made)
-    failed: list[Trial] = []
+        all_trials = expand(overrides, procs, config_dir)
+        definition = Sweep(folder_of(overrides, config_dir), list(all_trials[0].values), procs, config_dir, all_trials)
+        trials, count = iter(all_trials), len(all_trials)
+    failed_trials: list[Trial] = []
 
-    def done(trial: Trial, code: int) -> None:
+    def print_end(trial: Trial, code: int) -> None:
         if search:
-            search.tell(trial, code)
+            search.record(trial, code)
         if code not in (0, 75):
-            failed.append(trial)
-        print(line(trial, code, count), flush=True)
+            failed_trials.append(trial)
+        print(describe_end(trial, code, count), flush=True)
 
-    runner = Runner(procs, arguments.parallel, config_dir, done)
+    runner = Runner(procs, arguments.parallel, config_dir, print_end)
     if not arguments.trials:
-        found.save()
+        definition.save()
     code = runner.run(trials)
     print()
-    show(found.folder)
-    if failed:
-        print(f"\nonecurve: {len(failed)} of {count} trials failed:", file=sys.stderr)
-        print(*(f"  {trial.name}: {log_of(trial)}" for trial in failed), sep="\n", file=sys.stderr)
+    show(definition.folder)
+    if failed_trials:
+        print(f"\nonecurve: {len(failed_trials)} of {count} trials failed:", file=sys.stderr)
+        print(*(f"  {trial.name}: {log_of(trial)}" for trial in failed_trials), sep="\n", file=sys.stderr)
     return code
 
 
@@ -78,7 +78,7 @@ def processes_of(overrides: list[str], config_dir: str | None) -> int:
     """Returns the processes of each trial, from the keys that are not swept, as `onecurve train` and `submit` do."""
     try:
         return load_sized(grammar.plain_of(overrides), None, config_dir, otherwise=gpus)[1]
-    except ConfigError:  # what is wrong is told with all other problems
+    except ConfigError:  # `expand` reports it with all other problems
         return 1
 
 

@@ -30,7 +30,7 @@ def add_commands(commands: Any) -> None:
 
 
 def train(arguments: argparse.Namespace) -> int:
-    """Exit code of the run: 0 finished, 2 config, 3 data, 4 failed, 75 interrupted."""
+    """Trains and returns the exit code: 0 finished, 2 config, 3 data, 4 failed, 75 interrupted."""
     if arguments.procs is not None and arguments.procs < 1:
         raise ConfigError(f"-n {arguments.procs}: at least one process is needed")
     config, procs = load_sized(arguments.overrides, arguments.procs, arguments.config_dir, otherwise=gpus)
@@ -53,11 +53,11 @@ def train(arguments: argparse.Namespace) -> int:
                 print(f"{title:12}{text}", flush=True)
         code, reason = supervisor.run()
     if code == 0:
-        _what_next(config, procs, arguments)
+        _print_next_commands(config, procs, arguments)
     elif reason and not supervisor.has_reported and read_status(folder).get("state") in (None, "running"):
         print(f"\nonecurve: {reason}", file=sys.stderr)
     if code and folder.is_dir():
-        with suppress(Timeout, OSError):  # somebody trains there
+        with suppress(Timeout, OSError):  # another process trains there
             lock = locks.acquire_run(folder)
             write_final_status(folder, reason or f"a process ended with code {code}", code)
             lock.release()
@@ -65,28 +65,28 @@ def train(arguments: argparse.Namespace) -> int:
 
 
 def gpus() -> int:
-    """Processes of a machine that nobody chose the number of: one a GPU, else one."""
+    """Returns the default number of processes on this machine: one for each GPU, or one without GPUs."""
     import torch
 
     return max(1, torch.cuda.device_count())
 
 
-def _what_next(config: Config, procs: int, arguments: argparse.Namespace) -> None:
-    """The next commands to try, ready to paste, but for secrets."""
+def _print_next_commands(config: Config, procs: int, arguments: argparse.Namespace) -> None:
+    """Prints the next commands to try, ready to paste except for secrets."""
     from trainer.sampling import continues_text
 
     folder, program = Path(config.run.dir).expanduser(), Path(sys.argv[0])
-    near = program.absolute().is_relative_to(Path.cwd())  # such as .venv/bin/onecurve: say it so that it can be pasted
-    name = os.path.relpath(program) if near else "onecurve"
-    longer = f"train.steps={2 * read_status(folder)['steps']}"
-    own = ["--config-dir", arguments.config_dir] if arguments.config_dir else []
-    same = [part for part in [*own, *arguments.overrides] if not part.startswith(("train.steps=", "run.fresh="))]
-    again = shown_command([name, "train", "-n", str(procs), *same, longer])
+    is_below_cwd = program.absolute().is_relative_to(Path.cwd())
+    name = os.path.relpath(program) if is_below_cwd else "onecurve"  # .venv/bin/onecurve, say, which can be pasted
+    more_steps = f"train.steps={2 * read_status(folder)['steps']}"
+    words = [*(["--config-dir", arguments.config_dir] if arguments.config_dir else []), *arguments.overrides]
+    words = [word for word in words if not word.startswith(("train.steps=", "run.fresh="))]
+    command = shown_command([name, "train", "-n", str(procs), *words, more_steps])
     print(f"\nreport  {folder / 'report.html'}\n\nnext:")
     is_ours = config.data.name == "shakespeare"
     if continues_text(config):
         prompt = " --prompt 'JULIET:'" if is_ours else ""
         print(f"  {name} sample {shlex.quote(str(folder))}{prompt}   # more text from the model")
-    print(f"  {again}   # go on: the same run, twice as long" + ("; *** are its secrets" if MASK in again else ""))
+    print(f"  {command}   # go on: the same run, twice as long" + ("; *** are its secrets" if MASK in command else ""))
     if is_ours:
         print(f"  {name} data pack my_texts/ --out my_shards   # your own text as shards")

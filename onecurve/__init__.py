@@ -1,7 +1,7 @@
 """onecurve for programs: load a config, train in this process, read what a run left, write plugins.
 
-Each name is imported when it is first used: `import onecurve` takes no time, and torch only where it is needed. Nor
-does it look for `trainer` before `onecurve.paths` has seen to it that the right one is found.
+Each name is imported when it is first used: `import onecurve` is fast, and torch is imported only where it is needed.
+`trainer` is not imported either before `onecurve.paths` has made sure that the right one is found.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which of two modules of one name is found: Python's own, installed ones and ours before one in the working folder.
+"""Makes Python's own, installed and our modules win over modules of the same name in the working folder.
 
 A `trainer.py`, `launch.py` or `random.py` beside a person's data must not be taken for ours or Python's. `python -m`
 looks in the working folder first; packages of users are found there all the same, last.
@@ -21,20 +21,20 @@ _is_done = False
 
 
 def put_working_folder_last() -> None:
-    """Where it stands first, it came there by `python -m` (or -c), not by PYTHONPATH: once for each process."""
+    """Puts the working folder last in `sys.path`: once in a process, removes it from where `-m` or -c put it."""
     global _is_done
     try:
-        here = os.getcwd()
+        working_folder = os.getcwd()
     except OSError:  # it was deleted
         return
-    if not _is_done and not getattr(sys.flags, "safe_path", False) and sys.path and sys.path[0] in ("", here):
+    if not _is_done and not getattr(sys.flags, "safe_path", False) and sys.path and sys.path[0] in ("", working_folder):
         del sys.path[0]
     _is_done = True
     # Ours as well: an editable installation is found by a hook that Python asks after all of these.
-    sys.path += [folder for folder in (ROOT, here) if folder not in sys.path]
+    sys.path += [folder for folder in (ROOT, working_folder) if folder not in sys.path]
 
 
 def python(module: str) -> list[str]:
-    """The start of a command that runs a module of ours in a process of its own."""
+    """Returns the first words of a command that runs a module of ours in a new process."""
     safe = ["-P"] if sys.version_info >= (3, 11) else []  # processes that it starts inherit this
     return [sys.executable, *safe, "-c", _START.format(root=ROOT, module=module)]

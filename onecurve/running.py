@@ -1,4 +1,4 @@
-"""A run in the process of whoever calls: a notebook, a test, a program of theirs."""
+"""Trains in the calling process, such as a notebook, a test or a program."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class Result:
 def run(config: Config) -> Result:
     """Trains as `config` says, in this process alone or as a rank of torchrun's; goes on with the run in its folder.
 
-    Signals ask it to save and stop, and mean afterwards what they meant before. Raises OnecurveError: ConfigError
-    where nothing was started, DataError, TrainingError.
+    Signals make it save and stop; their handlers are restored at the end. Raises OnecurveError: ConfigError where
+    nothing was started, DataError, TrainingError.
     """
     from trainer.run import run as train
 
-    with _signals_restored(), suppress(Interrupted):
+    with _restore_signals(), suppress(Interrupted):
         train(config, time.monotonic())
     folder = Path(config.run.dir).expanduser()
     status = read_status(folder)
@@ -41,9 +41,9 @@ def run(config: Config) -> Result:
 
 
 @contextmanager
-def _signals_restored() -> Iterator[None]:
-    before = interruption.handlers()
+def _restore_signals() -> Iterator[None]:
+    handlers = interruption.handlers()
     try:
         yield
     finally:
-        interruption.stop_listening(before)
+        interruption.stop_listening(handlers)

@@ -30,7 +30,7 @@ class Job:
         """Waits up to `timeout` seconds for a rank to end, and returns whether any is left. None is past the time that
         a run may take, or that the others get once one has failed."""
         if len(self.codes) < self.procs:
-            for rank, code in self._ranks.ended(timeout):
+            for rank, code in self._ranks.poll(timeout):
                 self.codes[rank] = code
                 if code not in (0, 75):
                     self._deadline = min(self._deadline, time.monotonic() + PEERS_S)

@@ -30,6 +30,27 @@ TINY = (
 )  # fmt: skip
 
 
+class Launched:
+    """A run in processes of its own, watched as one of the fork server is."""
+
+    def __init__(self, run: Run):
+        self._run, self._process = run, run.start()
+
+    def running(self, timeout: float = 0.0) -> bool:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout)
+        return self._process.returncode is None
+
+    def signal(self, number: signal.Signals) -> None:
+        for process in self._run.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, number)
+
+    def end(self) -> tuple[list[int], str]:
+        output, _ = self._process.communicate(timeout=300)
+        return [self._process.returncode], output
+
+
 @dataclass
 class Run:
     """A run's folder and the command that trains it."""
@@ -59,8 +80,11 @@ class Run:
             cwd=self.folder.parent,
         )
 
-    def begin(self) -> forks.Job:
-        """Starts the ranks by the fork server of this test process: no imports, no launcher."""
+    def begin(self) -> forks.Job | Launched:
+        """Starts the ranks by the fork server of this test process: no imports, no launcher. Not a run that finds its
+        config in the folder where it is started."""
+        if any(part.startswith("--") for part in self.overrides):
+            return Launched(self)
         return forks.Job([*self.base, f"run.dir={self.folder}", *self.overrides], self.procs)
 
     def train(self, expect: int = 0) -> str:

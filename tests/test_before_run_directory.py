@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from launch.supervisor import Budget, Life, Supervisor
 from trainer import topology
-from trainer.__main__ import tell
+from trainer.__main__ import print_error
 from trainer.config import compose
 from trainer.config.compose import load
 from trainer.data.storage import default_cache
@@ -63,7 +63,7 @@ def nobody_comes() -> None:
 
 def test_who_waits_says_for_what(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     left_over(monkeypatch)
-    monkeypatch.setattr(topology, "TELL_S", 0.05)
+    monkeypatch.setattr(topology, "REPORT_AFTER_S", 0.05)
     with pytest.raises(ConfigError, match="did not find each other: DistStoreError: Wait timeout") as caught:
         nobody_comes()
     assert "RANK=3 WORLD_SIZE=8" in str(caught.value)
@@ -80,17 +80,17 @@ def test_a_rank_without_a_main_one_tells_what_is_wrong(
 ) -> None:
     left_over(monkeypatch)
     assert are_by_hand()
-    tell(ConfigError("train.stpes: no such key"))
+    print_error(ConfigError("train.stpes: no such key"))
     assert "onecurve: rank 3: 1 problem, nothing was started:\n  train.stpes" in capsys.readouterr().err
     for launcher in ("TORCHELASTIC_RUN_ID", "ONECURVE_STORE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
         with monkeypatch.context() as patch:
             patch.setenv(launcher, "8")
             assert not are_by_hand()
             assert variables_to_unset() == ([] if launcher in ("TORCHELASTIC_RUN_ID", "ONECURVE_STORE") else [launcher])
-            tell(ConfigError("train.stpes: no such key"))
+            print_error(ConfigError("train.stpes: no such key"))
             assert capsys.readouterr().err == ""
             patch.setenv("LOCAL_RANK", "0")
-            tell(topology._of_this_machine("GLOO_SOCKET_IFNAME=ib0"))
+            print_error(topology._local_error("GLOO_SOCKET_IFNAME=ib0"))
             assert "rank 3: 1 problem" in capsys.readouterr().err
 
 
@@ -112,15 +112,15 @@ def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPat
 def test_what_fails_twice_before_the_run_begins_is_not_tried_again(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("launch.supervisor.Ranks", lambda procs: SimpleNamespace(close=int))  # none are started
     budget, cause = Budget(3), (-1, "exit codes {4}")
-    assert budget.refused(False, cause) is None
-    assert budget.refused(False, cause) == "the same failure twice before the run began"
+    assert budget.spend(False, cause) is None
+    assert budget.spend(False, cause) == "the same failure twice before the run began"
     with Supervisor(load([f"run.dir={tmp_path / 'run'}"]), 2) as supervisor:
-        failed = Life(codes={0: 4, 1: 4}, first=[1])
-        told = [supervisor._after_failure(failed, [0, 1], progressed=False) for _ in range(2)]
+        failed = Life(codes={0: 4, 1: 4}, first_failures=[1])
+        told = [supervisor._charge_failure(failed, [0, 1], progressed=False) for _ in range(2)]
         assert told == [None, "the same failure twice before the run began"]
         supervisor.budget = Budget(3)
-        killed = Life(codes={0: -9, 1: 4}, first=[0])  # which may not happen again
-        assert [supervisor._after_failure(killed, [0, 1], progressed=False) for _ in range(2)] == [None, None]
+        killed = Life(codes={0: -9, 1: 4}, first_failures=[0])  # which may not happen again
+        assert [supervisor._charge_failure(killed, [0, 1], progressed=False) for _ in range(2)] == [None, None]
 
 
 def test_a_hangup_asks_to_stop_but_not_under_nohup() -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from filelock import Timeout
 
-from launch.checkpoint_names import nobody_trains
+from launch.checkpoint_names import hold_run_lock
 from trainer import leases, locks
 from trainer.config.compose import load
 from trainer.data.storage import cache
@@ -96,7 +96,7 @@ def test_what_is_not_renewed_is_taken_over_from_another_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(leases, "LEASE_S", 1.0)
-    monkeypatch.setattr(leases, "TELL_S", 0.1)
+    monkeypatch.setattr(leases, "REPORT_AFTER_S", 0.1)
     left(tmp_path / "lock")
     began = time.monotonic()
     lock = locks.acquire(tmp_path / "lock")
@@ -114,7 +114,7 @@ def test_who_lives_on_another_machine_keeps_it(renewed: Path, run_dir: Path) -> 
     expected = rf"process trains in this folder \({renewed}: process 4711 on node-that-broke .*; stop it, or choose"
     with pytest.raises(ConfigError, match=expected):
         RunDirectory(config, lambda _: {}, ALONE, 0.0)
-    with pytest.raises(ConfigError, match=f"{renewed}: process 4711"), nobody_trains(run_dir):
+    with pytest.raises(ConfigError, match=f"{renewed}: process 4711"), hold_run_lock(run_dir):
         pass
     with pytest.raises(Timeout):
         set_aside(run_dir)
@@ -198,9 +198,9 @@ def wait_for(condition: Any) -> None:
 def test_who_is_waited_for_is_named(
     renewed: Path, run_dir: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(locks, "TELL_S", 0.1)
+    monkeypatch.setattr(locks, "REPORT_AFTER_S", 0.1)
     threading.Timer(1, renewed.unlink).start()
-    with locks.waited_for(run_dir / ".lock"):
+    with locks.hold_when_free(run_dir / ".lock"):
         told = capfd.readouterr().err
     assert f"waiting for the lock {run_dir}/.lock" in told
     assert "process 4711 on node-that-broke" in told
@@ -221,7 +221,7 @@ def test_caches_and_packing_do_with_leases(tmp_path: Path) -> None:
 
 
 def test_the_kernels_lock_tells_no_holder(tmp_path: Path) -> None:
-    with locks.waited_for(tmp_path / "lock"):
+    with locks.hold_when_free(tmp_path / "lock"):
         assert locks.holder(tmp_path / "lock") == ""
         with pytest.raises(Timeout):
             locks.acquire(tmp_path / "lock")

@@ -63,7 +63,7 @@ def test_it_is_waited_for_and_told_once(
         with call(tmp_path / "a", "rb") as file:
             return file.read()
 
-    assert outage.patiently(read, patience) == b"content"
+    assert outage.retry_during_outage(read, patience) == b"content"
     told = capfd.readouterr().err.splitlines()
     assert [line.partition(" (")[0].partition(",")[0] for line in told] == [
         "onecurve: waiting for a",
@@ -76,9 +76,9 @@ def test_what_was_asked_for_before_does_not_say_that_it_is_back(capfd: pytest.Ca
     """Of a server that goes away, answers are still on their way."""
     before, failed = (outage.Patience("a", "a", 60, first_s=0.001) for _ in range(2))
     failed.wait("the connection broke")
-    before.answered()
+    before.note_answer()
     assert outage.is_ongoing()
-    outage.Patience("a", "a", 60).answered()
+    outage.Patience("a", "a", 60).note_answer()
     assert not outage.is_ongoing()
     assert capfd.readouterr().err.count("is back") == 1
 
@@ -164,6 +164,6 @@ def test_whatever_comes_after_an_outage_ends_it(ends_with: Exception, monkeypatc
     monkeypatch.setattr(outage.time, "sleep", lambda _: None)
     errors = [OSError(errno.ESTALE, "stale"), ends_with]
     with pytest.raises(type(ends_with)):
-        outage.patiently(lambda: (_ for _ in ()).throw(errors.pop(0)), outage.Patience("a", "a", 60))
+        outage.retry_during_outage(lambda: (_ for _ in ()).throw(errors.pop(0)), outage.Patience("a", "a", 60))
     assert not errors
     assert not outage.is_ongoing()

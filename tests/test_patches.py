@@ -1,8 +1,8 @@
 """What trainer/patches.py relies on inside of torch and DeepSpeed is still there, and does what it is there for.
 
-Tested with the strategies that need them: `released_saved` (strategies/test_zero.py), `with_sums_left`
-(strategies/test_fsdp_sums.py), `compile_numbers_of_layers` (strategies/test_layers.py), `with_exact_powers` (the runs
-with offloaded state of strategies/test_zero.py).
+Tested with the strategies that need them: `release_saved_parameters` (strategies/test_zero.py),
+`find_pending_reduction` (strategies/test_fsdp_sums.py), `compile_numbers_of_layers` (strategies/test_layers.py),
+`compute_exact_powers` (the runs with offloaded state of strategies/test_zero.py).
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from tests.strategies import ragged
 from trainer.config.compose import load
 from trainer.patches import (
     READ_IN,
-    first_behind_steps,
     has_step_hooks,
     note_gradients,
+    register_first_step_hook,
     share_step_hooks,
     timeout_of,
     without_values,
@@ -76,7 +76,7 @@ def test_hooks_behind_steps_are_ordered_and_shared() -> None:
     first, second = (torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1) for _ in range(2))
     assert not has_step_hooks(first)
     first.register_step_post_hook(lambda *_: told.append("average"))
-    first_behind_steps(first, lambda *_: told.append("put back"))
+    register_first_step_hook(first, lambda *_: told.append("put back"))
     share_step_hooks(second, first)
     assert has_step_hooks(second)
     stepped(first)

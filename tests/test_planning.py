@@ -71,10 +71,10 @@ def kept(subject: PlannedModel, rows: int, recomputed: str) -> int:
 @pytest.mark.parametrize("layers", [2, 6])  # six: one block stands for those in the middle
 def test_traced_activations_are_those_a_real_pass_keeps(layers: int) -> None:
     subject = subject_of(f"model.layers={layers}")
-    assert subject.whole.whole(3, "none").retained == pytest.approx(kept(subject, 3, "none"), rel=0.001)
-    full = subject.whole.whole(3, "full")
-    assert full.retained < subject.whole.whole(3, "none").retained / 2
-    assert full.flops > subject.whole.whole(3, "none").flops
+    assert subject.whole.trace_model(3, "none").retained == pytest.approx(kept(subject, 3, "none"), rel=0.001)
+    full = subject.whole.trace_model(3, "full")
+    assert full.retained < subject.whole.trace_model(3, "none").retained / 2
+    assert full.flops > subject.whole.trace_model(3, "none").flops
 
 
 def test_a_users_own_model_gets_a_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +86,7 @@ def test_a_users_own_model_gets_a_plan(tmp_path: Path, monkeypatch: pytest.Monke
     config = load(["model=net", "run.plugins=[planned_net]", *own], 2, str(tmp_path))
     subject = planned_model(config, bf16=False)
     assert not subject.whole.cuttable
-    assert subject.whole.whole(3, "none").retained == pytest.approx(kept(subject, 3, "none"), rel=0.001)
+    assert subject.whole.trace_model(3, "none").retained == pytest.approx(kept(subject, 3, "none"), rel=0.001)
     fit, _ = proposals(subject, config, 2, target("h100", None))
     assert {one.overrides[0] for one in fit} >= {"strategy=ddp", "strategy=fsdp"}
 

@@ -62,15 +62,15 @@ def test_a_killed_run_is_dead_for_all_commands(run: Path, capsys: pytest.Capture
     assert holder.stdout
     assert holder.stdout.readline() == "held\n"
     silent(run)
-    assert "running, step 2/9" in told(jobs.tell_status, capsys, run)
+    assert "running, step 2/9" in told(jobs.print_status, capsys, run)
     holder.kill()
     holder.wait()
     silent(run)
-    status = told(jobs.tell_status, capsys, run)
+    status = told(jobs.print_status, capsys, run)
     assert "dead, step 2/9, loss 5.4000 (since 20" in status
     assert "no sign for 60 min, and no process has its folder; run the same command again to continue)" in status
     follow = {"follow": True, "lines": 5, "rank": None}
-    assert "started\n==> dead since 20" in told(jobs.tell_logs, capsys, run, **follow)
+    assert "started\n==> dead since 20" in told(jobs.print_logs, capsys, run, **follow)
     assert "nothing to stop, it is dead since 20" in told(jobs.cancel, capsys, run, now=False)
     assert not (run / "STOP").exists()
     assert outcome(Trial(0, str(run), [], {}, 9)).state == "dead"

@@ -94,6 +94,6 @@ def test_devices_are_known_by_their_drivers_names() -> None:
         "NVIDIA A100-PCIE-40GB": "a100-40", "Tesla V100-SXM2-16GB": "v100-16", "Tesla T4": "t4", "NVIDIA L4": "l4",
         "NVIDIA L40S": "l40s", "NVIDIA GeForce RTX 4090": "4090", "AMD Instinct MI300X": "mi300x",
     }  # fmt: skip
-    assert {name: gpu and gpu.name for name in names if (gpu := hardware.known(name))} == names
-    assert hardware.known("NVIDIA H100 PCIe") is None
-    assert hardware.known("NVIDIA L40") is None
+    assert {name: gpu and gpu.name for name in names if (gpu := hardware.find_gpu(name))} == names
+    assert hardware.find_gpu("NVIDIA H100 PCIe") is None
+    assert hardware.find_gpu("NVIDIA L40") is None

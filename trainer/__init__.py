@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-if not TYPE_CHECKING:  # which would believe in any name
+if not TYPE_CHECKING:  # a type checker would accept any name
 
     def __getattr__(name: str) -> Any:
-        """Modules are there without an import of their own: `trainer.config.Plugin` after `import trainer`."""
+        """Imports a submodule when it is first used: `trainer.config.Plugin` works after `import trainer`."""
         try:
             return import_module(f"{__name__}.{name}")
         except ModuleNotFoundError as error:

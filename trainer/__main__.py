@@ -21,10 +21,10 @@ BORN = time.monotonic()
 
 
 def main() -> None:
-    """The entry of every rank. Exits with the code of the contract."""
+    """Runs one rank, and exits with its documented exit code."""
     put_working_folder_last()
     make_printing_safe()
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun, killed, would leave us behind
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # a killed torchrun would leave this process behind
         die_with_parent()
     arguments = sys.argv[1:]
     hide_arguments()
@@ -32,8 +32,8 @@ def main() -> None:
 
 
 def guarded(arguments: Sequence[str], started_at: float) -> int:
-    """Runs a command line; an expected end becomes one block of text and an exit code. `started_at`:
-    `time.monotonic()`."""
+    """Runs a command line and returns its exit code; an expected error is printed as one block of text. `started_at`
+    is the `time.monotonic()` of the start."""
     from trainer.errors import OnecurveError
     from trainer.launchers import recognize
 
@@ -41,9 +41,9 @@ def guarded(arguments: Sequence[str], started_at: float) -> int:
         recognize()
         command(arguments, started_at)
     except OnecurveError as error:
-        tell(error)
+        print_error(error)
         if not error.recorded and (file := os.environ.get("ONECURVE_REFUSED")) and error.exit_code in (2, 3):
-            with open(file, "w") as refusal:  # for a launcher that torchrun hides the code from
+            with open(file, "w") as refusal:  # for a launcher that does not see the exit code behind torchrun
                 refusal.write(str(error.exit_code))
         return error.exit_code
     except Exception:
@@ -53,67 +53,67 @@ def guarded(arguments: Sequence[str], started_at: float) -> int:
 
 
 def command(arguments: Sequence[str], started_at: float) -> None:
-    """Plain overrides (and `--config-dir`) train, as does `--config` with a config that a launcher has composed; any
-    other option is Hydra's command line."""
+    """Trains with plain overrides (and `--config-dir`), or with `--config` and a config that a launcher has composed;
+    any other option goes to Hydra's command line."""
     from trainer.config.compose import load, load_composed
     from trainer.topology import world_size
 
-    config_dir, rest = _taken(arguments, "--config-dir", "-cd")
-    composed, more = _taken(arguments, "--config")
+    config_dir, overrides = _split_option(arguments, "--config-dir", "-cd")
+    composed, extra = _split_option(arguments, "--config")
     if composed is not None:
         from trainer.errors import ConfigError
         from trainer.run import run
 
-        if more:
+        if extra:
             raise ConfigError(
-                f"--config {composed}: is a whole config; leave out {' '.join(map(shown_override, more))}"
+                f"--config {composed}: is a whole config; leave out {' '.join(map(shown_override, extra))}"
             )
         run(load_composed(composed, world_size()), started_at)
-    elif any(argument in ("--help", "-h") for argument in rest):
+    elif any(argument in ("--help", "-h") for argument in overrides):
         from trainer.config.reference import help_text
 
         print(help_text())
-    elif any(argument.startswith("-") for argument in rest):
+    elif any(argument.startswith("-") for argument in overrides):
         from trainer.config.hydra_cli import hydra_command
 
-        hydra_command(arguments, started_at, tell)
+        hydra_command(arguments, started_at, print_error)
     else:
         from trainer.run import run
 
-        run(load(rest, world_size(), config_dir), started_at)
+        run(load(overrides, world_size(), config_dir), started_at)
 
 
-def tell(error: Exception) -> None:
-    """One block on stderr. A problem of the config is the same on every rank: the main one tells it, where there is one
-    for sure."""
+def print_error(error: Exception) -> None:
+    """Prints an error as one block on stderr. A problem of the config is the same on every rank, so only the main one
+    prints it, where there is sure to be one."""
     from trainer.errors import ConfigError, Interrupted, PeerLost
     from trainer.launchers import are_by_hand
 
     if getattr(error, "recorded", False) and "ONECURVE_LIFE" in os.environ:
         return
-    rank, alone = int(os.environ.get("RANK", "0")), "RANK" not in os.environ
+    rank, is_alone = int(os.environ.get("RANK", "0")), "RANK" not in os.environ
     if isinstance(error, ConfigError):
         if rank == 0 or are_by_hand() or (error.local and os.environ.get("LOCAL_RANK") == "0"):
-            count, who = len(error.problems), f"rank {rank}: " if rank else ""
-            print(f"\nonecurve: {who}{count} problem{'s' * (count > 1)}, nothing was started:", file=sys.stderr)
+            count, speaker = len(error.problems), f"rank {rank}: " if rank else ""
+            print(f"\nonecurve: {speaker}{count} problem{'s' * (count > 1)}, nothing was started:", file=sys.stderr)
             print(*(f"  {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
     elif not isinstance(error, PeerLost) and (rank == 0 or not isinstance(error, Interrupted)):
-        where = "" if alone or isinstance(error, Interrupted) else f"rank {rank}: "
+        where = "" if is_alone or isinstance(error, Interrupted) else f"rank {rank}: "
         print(f"\nonecurve: {where}{error}", file=sys.stderr)
 
 
-def _taken(arguments: Sequence[str], *names: str) -> tuple[str | None, list[str]]:
-    """The value of an option (`--name VALUE`, `--name=VALUE`), and the arguments without it."""
-    rest, found, waiting = [], None, False
+def _split_option(arguments: Sequence[str], *names: str) -> tuple[str | None, list[str]]:
+    """Splits off the value of an option (`--name VALUE`, `--name=VALUE`) from the other arguments."""
+    remaining, option_value, expects_value = [], None, False
     for argument in arguments:
         name, equals, value = argument.partition("=")
-        if waiting:
-            found, waiting = argument, False
+        if expects_value:
+            option_value, expects_value = argument, False
         elif name in names:
-            found, waiting = value or found, not equals
+            option_value, expects_value = value or option_value, not equals
         else:
-            rest.append(argument)
-    return found, rest
+            remaining.append(argument)
+    return option_value, remaining
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""The composition root: a checked config becomes the objects that the loop talks to. What belongs to a room is made
-there."""
+"""The composition root: a checked config becomes the objects that the training loop uses. Each package
+builds its own."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trainer.models import Fill
 from trainer.models.factory import model_factory
 from trainer.optim.build import build_schedule
 from trainer.randomness import key
-from trainer.resilience.build import agreed, build_resilience
+from trainer.resilience.build import agree_on_faults, build_resilience
 from trainer.resilience.time_ledger import TimeLedger
 from trainer.resilience.watchdog import Activity, Watchdog
 from trainer.run_data import RunData
@@ -44,12 +44,12 @@ def build(
     pretrained: Fill | None = None,
     frozen: Mapping[str, Strategy] | None = None,
 ) -> Job:
-    """Everything the loop talks to. `pretrained`: weights that a run which has no checkpoint yet starts with; `frozen`:
-    models that are only asked."""
+    """Returns everything that the training loop uses. `pretrained`: the weights that a run without a checkpoint starts
+    with; `frozen`: models that are only evaluated."""
     checkpoint = config.checkpoint
-    strategy = build_strategy(config, topology, run_data, pretrained, loaded=folder.found is not None)
+    strategy = build_strategy(config, topology, run_data, pretrained, loaded=folder.checkpoint is not None)
     if topology.is_main:
-        for name, content in getattr(strategy, "files", {}).items():  # what it made of the config, to be looked at
+        for name, content in getattr(strategy, "files", {}).items():  # derived from the config, for people to read
             replace_file(folder.path / name, json.dumps(content, indent=2).encode())
     saver = Saver(
         folder.path / CHECKPOINTS,
@@ -59,15 +59,15 @@ def build(
         overrun=checkpoint.overrun,
         mirror=folder.mirror,
     )
-    watchdog.activities.append(Activity(saver.saving, lambda _: list(saver.durations), "checkpoint"))
+    watchdog.activities.append(Activity(saver.save_in_flight, lambda _: list(saver.durations), "checkpoint"))
     return Job(
         config=config,
         topology=topology,
-        models=RunModels(strategy, build_trained(config, topology, run_data, folder.found is not None), frozen),
+        models=RunModels(strategy, build_trained(config, topology, run_data, folder.checkpoint is not None), frozen),
         schedules={
             name: build_schedule(of_model) for name, of_model in {MAIN: config, **trained_configs(config)}.items()
         },
-        stream=agreed(run_data.stream, topology),
+        stream=agree_on_faults(run_data.stream, topology),
         validation=run_data.validation,
         saver=saver,
         logger=build_logger(config, topology, run_files),
@@ -86,7 +86,7 @@ def build(
 
 
 def build_trained(config: Config, topology: Topology, run_data: RunData, loaded: bool) -> dict[str, Strategy]:
-    """The models that are trained beside the run's own, each under a strategy of its own of the same kind."""
+    """Returns the further trained models, each under its own strategy of the same kind as the run's."""
     return {
         name: build_strategy(of_model, topology, run_data, loaded=loaded)
         for name, of_model in trained_configs(config).items()
@@ -98,9 +98,9 @@ def trained_configs(config: Config) -> dict[str, Config]:
     return {
         name: config.model_copy(
             update={
-                "model": other.model, "optimizer": other.optimizer, "schedule": other.schedule,
+                "model": trained.model, "optimizer": trained.optimizer, "schedule": trained.schedule,
                 "run": config.run.model_copy(update={"seed": key(config.run.seed, "model", name)}),
             }
         )
-        for name, other in sorted(config.models.trained.items())
+        for name, trained in sorted(config.models.trained.items())
     }  # fmt: skip

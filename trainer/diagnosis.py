@@ -1,10 +1,10 @@
-"""What a failure most likely comes from, and what to do: by the words of those who know it first."""
+"""What a failure most likely comes from, and what to do: recognized by the words of its message."""
 
 from __future__ import annotations
 
 import re
 
-_KNOWN = (
+_ADVICE = (
     (
         r"No space left on device|Disk quota exceeded",
         "the disk is full: free some space (`onecurve checkpoint prune`), or keep fewer checkpoints (checkpoint.keep), "
@@ -52,13 +52,13 @@ _SIGNALS = {
 
 
 def advice_for(text: str) -> str | None:
-    """What to do about a failure with this text; None where nothing is known."""
-    for pattern, what in _KNOWN:
+    """Returns what to do about a failure with this text; None where nothing is known."""
+    for pattern, advice in _ADVICE:
         if match := re.search(pattern, text):
-            return what.format(*match.groups())
+            return advice.format(*match.groups())
     return None
 
 
 def signal_cause(number: int) -> str:
-    """Who may have killed a process with this signal."""
+    """Returns who or what may have killed a process with this signal."""
     return _SIGNALS.get(number, "by somebody")

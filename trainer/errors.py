@@ -8,14 +8,14 @@ from trainer.secrets import prose
 
 
 class OnecurveError(Exception):
-    """An end with a reason that a person can act on, in which no address has its credentials. `exit_code` is the
-    process's."""
+    """Ends the run for a reason that a person can act on; the text has no credentials. `exit_code` is that of the
+    process."""
 
     exit_code = 4
     retry = False
-    """Whether it may go better from the last checkpoint, with nothing changed."""
+    """Whether a restart from the last checkpoint may succeed, with nothing changed."""
     recorded = False
-    """Whether the run's folder says so: then `onecurve train` tells of it, once for all ranks."""
+    """Whether it is recorded in the run directory: then `onecurve train` reports it, once for all ranks."""
 
     def __init__(self, reason: str, exit_code: int | None = None):
         super().__init__(prose(reason))
@@ -27,7 +27,7 @@ class ConfigError(OnecurveError):
 
     exit_code = 2
     local = False
-    """Whether this process alone found it, on its machine; else all processes did, and the main one tells."""
+    """Whether this process alone found it, on its machine; else all processes did, and the main one reports it."""
 
     def __init__(self, problems: str | Sequence[str], exit_code: int | None = None):
         self.problems = [prose(problem) for problem in ([problems] if isinstance(problems, str) else problems)]
@@ -47,8 +47,8 @@ class DataError(OnecurveError):
 
 
 class Outage(OnecurveError):
-    """Storage did not answer for as long as it may be away. What it holds may be whole: not a DataError, which could be
-    taken for a bad sample, and not a reason to do without a checkpoint."""
+    """Storage did not answer for as long as it may be away. What it holds may be whole: so this is not a DataError,
+    which could be taken for a bad sample, and not a reason to do without a checkpoint."""
 
     retry = True
 
@@ -60,21 +60,21 @@ class TrainingError(OnecurveError):
 
 
 class Crashed(TrainingError):
-    """What nobody foresaw: an exception, a lost process, a hang."""
+    """An unforeseen failure: an exception, a lost process, a hang."""
 
     retry = True
 
 
 class PeerLost(OnecurveError):
-    """Another rank failed first, and tells why. Carries that rank's exit code."""
+    """Another rank failed first, and reports why. Carries that rank's exit code."""
 
 
 class Interrupted(OnecurveError):
-    """Asked to stop, saved: run the same command again to continue."""
+    """The run was asked to stop and has saved: run the same command again to continue."""
 
     exit_code = 75
 
 
 def first_line(error: BaseException) -> str:
-    """Its kind and the first line of its text, for events and messages."""
+    """Returns an error's type and the first line of its text, for events and messages."""
     return f"{type(error).__name__}: {error}".split("\n")[0][:300]

@@ -1,4 +1,4 @@
-"""What a model makes of held-out data: one pass, summed up over all processes."""
+"""Evaluation of a model on held-out data: one pass, summed over all processes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from trainer.strategies.base import Strategy
 
 
 class Evaluation:
-    """Adds up batch after batch. All processes add as many."""
+    """Adds up batch after batch. All processes add the same number of batches."""
 
     def __init__(self, strategy: Strategy):
         self.strategy = strategy

@@ -18,7 +18,7 @@ TOO_EARLY = "objective: `facts.example` is what it makes of a row, so it is not 
 
 
 class NoExample(ValueError):
-    """There is no data to take an example from."""
+    """There is no data to read an example from."""
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,13 @@ class Facts:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the example: where an objective is sent to, its examples are made, and none is asked for."""
+        """Leaves out the example: processes that an objective is sent to make examples, and ask for none."""
         return {name: value for name, value in vars(self).items() if name != "example"} | {"read_example": None}
 
     @cached_property
     def example(self) -> dict[str, Tensor]:
-        """A batch [1, ...] of the run, on the CPU, as the objective makes it: names, shapes and types count, its values
-        are those of any row. It is read when it is first asked for; an objective may not ask while it is made."""
+        """Returns a batch [1, ...] of the run, on the CPU, as the objective makes it: names, shapes and types count,
+        its values are those of any row. It is read on first use; an objective may not use it in its constructor."""
         if self.read_example is None:
             raise NoExample("these facts were made without data")
         return self.read_example()

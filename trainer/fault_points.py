@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from trainer.checkpoint.state import FlatShard, State, local_values
 from trainer.config.faults import Fault
 
-DONE = "logs/faults"  # of a run's folder: what was done already, a file each
+DONE = "logs/faults"  # in the run directory: one file for each fault that happened
 _armed: dict[str, list[Fault]] = {}
 _passed: defaultdict[str, int] = defaultdict(int)
 _context: tuple[Path, int] = (Path(), 0)
@@ -31,7 +31,7 @@ _lock = threading.Lock()
 
 
 class Provoked(RuntimeError):
-    """What the action `raise` raises."""
+    """Is raised by the action `raise`."""
 
 
 def arm(faults: Sequence[str], folder: Path, rank: int) -> None:
@@ -46,7 +46,7 @@ def arm(faults: Sequence[str], folder: Path, rank: int) -> None:
 
 
 def point(name: str, tensors: Iterable[Tensor] | Callable[[], State] = ()) -> None:
-    """`tensors`: what there is to change here, in place."""
+    """Provokes the faults that are due at this point. `tensors`: what they may change, in place."""
     if not _armed or name not in _armed:
         return
     with _lock:  # several threads read data
@@ -81,13 +81,13 @@ def _do(fault: Fault, tensors: Iterable[Tensor] | Callable[[], State]) -> None:
         case "delay":
             time.sleep(float(fault.argument))
         case "nan" | "flip":
-            held = tensors().values() if callable(tensors) else tensors
-            _spoil(fault, [tensor for tensor in map(_local, held) if tensor.numel()])
+            candidates = tensors().values() if callable(tensors) else tensors
+            _corrupt(fault, [tensor for tensor in map(_local, candidates) if tensor.numel()])
 
 
 @torch.no_grad()
-def _spoil(fault: Fault, tensors: list[Tensor]) -> None:
-    """One value of one tensor: the same one at each rehearsal."""
+def _corrupt(fault: Fault, tensors: list[Tensor]) -> None:
+    """Changes one value of one tensor: the same one at each rehearsal."""
     floating = [tensor for tensor in tensors if tensor.is_floating_point()]
     if not floating:
         return
@@ -95,14 +95,14 @@ def _spoil(fault: Fault, tensors: list[Tensor]) -> None:
     tensor = draw.choice(floating)
     place = tuple(draw.randrange(size) for size in tensor.shape)
     before = tensor[place].item()
-    tensor[place] = torch.nan if fault.action == "nan" else _flipped(tensor[place])
+    tensor[place] = torch.nan if fault.action == "nan" else _flip_bit(tensor[place])
     factor = tensor[place].item() / before if before else 1.0
     if tensor.requires_grad:  # a loss: what follows from it is as wrong as it is
         tensor.register_hook(lambda gradient: gradient * factor)
 
 
-def _flipped(value: Tensor) -> Tensor:
-    """With the lowest bit of its exponent's upper part set that was not: at least four times as large."""
+def _flip_bit(value: Tensor) -> Tensor:
+    """Returns the value with the lowest zero bit of its exponent's upper part set: at least four times as large."""
     value = value.detach().cpu().clone().reshape(1)
     top = value.view(torch.uint8)[-1:]
     top |= (top + 1) & ~top
@@ -110,5 +110,5 @@ def _flipped(value: Tensor) -> Tensor:
 
 
 def _local(tensor: Tensor | FlatShard) -> Tensor:
-    held = local_values(tensor)
-    return held.to_local() if isinstance(held, DTensor) else held
+    values = local_values(tensor)
+    return values.to_local() if isinstance(values, DTensor) else values

@@ -1,5 +1,5 @@
 """Frozen models beside the one that is trained: a teacher, a reference, a reward model. Each comes from another run, is
-sharded as the trained one is, and is not saved; which it is, is part of what the run is."""
+sharded as the trained one is, and is not saved; its fingerprint is part of the run's identity."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ from trainer.topology import Topology
 
 @dataclass(frozen=True)
 class FrozenModel:
-    """A model of another run, as its newest checkpoint has it."""
+    """A model of another run, with the weights of its newest checkpoint."""
 
     config: Config
     tokenizer: Tokenizer
-    found: FoundCheckpoint
+    checkpoint: FoundCheckpoint
     base: Fill | None
-    """Gives the values that the checkpoint leaves out."""
+    """Fills the values that the checkpoint leaves out."""
 
     @property
     def fingerprint(self) -> str:
         """Returns a fingerprint of the checksums of the checkpoint's files; other manifest fields may be amended
         later."""
-        files = json.dumps(self.found.manifest["files"], sort_keys=True)
+        files = json.dumps(self.checkpoint.manifest["files"], sort_keys=True)
         return blake2b(files.encode(), digest_size=16).hexdigest()
 
     @cached_property
@@ -54,7 +54,7 @@ class FrozenModel:
         """Reads the value of a parameter, if it is one that checkpoints hold."""
         if name in self.not_saved:
             return False
-        read_state(self.found, {f"model/{name}": value})
+        read_state(self.checkpoint, {f"model/{name}": value})
         return True
 
 
@@ -62,41 +62,42 @@ def open_frozen(config: Config, topology: Topology, tokenizer: Tokenizer) -> dic
     """Finds the models that the objective asks for, in the runs that `models.frozen` names. All ranks call it.
 
     Raises ConfigError on all of them for one that any cannot open, that has no checkpoint or lacks the weights that it
-    began with, or whose tokens are others.
+    began with, or whose tokenizer is another one.
     """
     opened, problems = dict[str, tuple[Path, Config, Tokenizer]](), []
-    for name, given in sorted(config.models.frozen.items()):
+    for name, path in sorted(config.models.frozen.items()):
         try:
-            opened[name] = _open(name, given, config, tokenizer)
+            opened[name] = _open(name, path, config, tokenizer)
         except ConfigError as error:
             problems += error.problems
     if problems := sorted({problem for of_rank in topology.gather(problems) for problem in of_rank}):
         raise ConfigError(problems)
     models = {}
-    for name, (run_dir, of_run, theirs) in opened.items():
+    for name, (run_dir, run_config, run_tokenizer) in opened.items():
         key = f"models.frozen.{name}={run_dir}"
-        found, _ = find_newest(run_dir / CHECKPOINTS, topology, set_aside=False)
-        if found is None:
+        checkpoint, _ = find_newest(run_dir / CHECKPOINTS, topology, set_aside=False)
+        if checkpoint is None:
             raise ConfigError(f"{key}: has no checkpoint yet")
         try:
-            models[name] = FrozenModel(of_run, theirs, found, base_of(of_run, theirs, found, topology, movable=False))
+            base = base_of(run_config, run_tokenizer, checkpoint, topology, movable=False)
+            models[name] = FrozenModel(run_config, run_tokenizer, checkpoint, base)
         except ConfigError as error:
             raise ConfigError([f"{key}: {problem}" for problem in error.problems]) from None
     return models
 
 
-def _open(name: str, given: str, config: Config, tokenizer: Tokenizer) -> tuple[Path, Config, Tokenizer]:
-    run_dir = Path(given).expanduser()
+def _open(name: str, path: str, config: Config, tokenizer: Tokenizer) -> tuple[Path, Config, Tokenizer]:
+    run_dir = Path(path).expanduser()
     key = f"models.frozen.{name}={run_dir}"
-    if not given:
+    if not path:
         raise ConfigError(f"models.frozen.{name}: should be the directory of a run")
     try:
-        of_run, theirs = open_run(run_dir, config.run.plugins)
+        run_config, run_tokenizer = open_run(run_dir, config.run.plugins)
     except ConfigError as error:
         raise ConfigError([f"{key}: {problem}" for problem in error.problems]) from None
-    if theirs.fingerprint != tokenizer.fingerprint:
+    if run_tokenizer.fingerprint != tokenizer.fingerprint:
         raise ConfigError(f"{key}: has another tokenizer than this run, so its tokens mean something else")
-    return run_dir, of_run, theirs
+    return run_dir, run_config, run_tokenizer
 
 
 def build_frozen(
@@ -108,10 +109,10 @@ def build_frozen(
 
 def _build(config: Config, topology: Topology, run_data: RunData, frozen: FrozenModel) -> Strategy:
     strategy = strategy_for(config, topology, run_data, frozen=True)
-    theirs = frozen.config.model_copy(update={"precision": config.precision})
-    factory = model_factory(theirs, frozen.tokenizer, run_data.stream.share.example, frozen.base)
-    build, first = factory.build, [frozen.initialise, *factory.first]
-    strategy.setup(replace(factory, build=lambda: build().requires_grad_(False), first=first), None)
+    frozen_config = frozen.config.model_copy(update={"precision": config.precision})
+    factory = model_factory(frozen_config, frozen.tokenizer, run_data.stream.share.example, frozen.base)
+    build, initializers = factory.build, [frozen.initialise, *factory.initializers]
+    strategy.setup(replace(factory, build=lambda: build().requires_grad_(False), initializers=initializers), None)
     buffers = persistent_buffers(strategy.model)
-    read_state(frozen.found, {f"model/{name}": buffer for name, buffer in buffers.items()})
+    read_state(frozen.checkpoint, {f"model/{name}": buffer for name, buffer in buffers.items()})
     return strategy

@@ -1,5 +1,5 @@
-"""What there is to train on: memory as torch reports it, bf16 arithmetic, links; from vendors' data sheets. And what a
-device says of itself."""
+"""GPUs by their vendors' data sheets: memory as torch reports it, bf16 arithmetic, links. And what a device reports of
+itself."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class Gpu:
     tflops: float
     """Dense bf16 (fp16 where there is none), 10^12 operations a second, at the most."""
     link: float
-    """To the others of its node, GB/s in one direction."""
+    """Bandwidth to the other GPUs of its node, GB/s in one direction."""
     bf16: bool = True
 
     @property
     def usable(self) -> float:
-        """Bytes for tensors: the rest is for CUDA's context, NCCL's buffers, and holes that the allocator leaves."""
+        """Returns the bytes for tensors: the rest is for CUDA's context, NCCL's buffers and fragmentation."""
         return 0.9 * self.gib * 2**30
 
 
@@ -37,7 +37,7 @@ GPUS = {
         Gpu("t4", 14.6, 65, 16, False),
     )
 }  # fmt: skip
-# By the names that drivers give them. A PCIe card of the same family computes less: none of these.
+# The names that drivers report. A PCIe card of the same family is slower, so none of these matches one.
 _NAMES = {
     r"H100 80GB HBM3": "h100", r"\bH200$": "h200", r"\bB200\b": "b200", r"A100.*80GB": "a100-80",
     r"A100.*40GB": "a100-40", r"MI300X": "mi300x", r"\bL40S\b": "l40s", r"\bA10G\b": "a10g", r"\bL4$": "l4",
@@ -45,18 +45,18 @@ _NAMES = {
 }  # fmt: skip
 
 
-def known(name: str) -> Gpu | None:
+def find_gpu(name: str) -> Gpu | None:
     """Returns the data sheet of the GPU that a driver calls by this name."""
     return next((GPUS[key] for pattern, key in _NAMES.items() if re.search(pattern, name)), None)
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Returns the dense bf16 operations a second of a device at the most; None for a CPU or an unknown one."""
+    """Returns the peak of a device in dense bf16 operations a second; None for a CPU or an unknown device."""
     if device.type != "cuda":
         return None
     import torch
 
-    gpu = known(torch.cuda.get_device_name(device))
+    gpu = find_gpu(torch.cuda.get_device_name(device))
     return gpu.tflops * 1e12 if gpu else None
 
 

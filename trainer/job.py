@@ -1,4 +1,4 @@
-"""A run's objects: what the loop talks to, and where the run stands."""
+"""A run's objects: what the training loop uses, and where the run stands."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Progress:
 
 @dataclass
 class Job:
-    """Everything the loop talks to. `build.py` makes it."""
+    """Everything that the training loop uses. `build.py` makes it."""
 
     config: Config
     topology: Topology

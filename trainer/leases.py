@@ -1,7 +1,7 @@
-"""Locks where a file system has none: files that say who holds them since when. Their holder renews them while it
-lives; what was not renewed for a while is taken over, also from a machine that broke down.
+"""Locks for file systems without any: files that say who holds them since when. The holder renews its lease while it
+lives; a lease that was not renewed for a while is taken over, also from a machine that broke down.
 
-Nothing but exclusive creation and renaming is needed of the file system, and no clock but that of who looks.
+The file system must support exclusive creation and renaming, and no clock matters but that of the process that looks.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from filelock import Timeout
 
 from trainer.processes import boot_id, process_exists, start_time
 
-LEASE_S = 60.0  # without being renewed: then a lease is taken over
+LEASE_S = 60.0  # a lease that was not renewed for so long is taken over
 RENEW_S = 10.0
-SETTLE_S = 1.0  # after a lease was taken over, before it counts: another one may have tried at the same time
-TELL_S = 1.0  # how long it may be unclear whether the holder lives, before that is reported
+SETTLE_S = 1.0  # after a lease was taken over, before it counts: another process may have tried at the same time
+REPORT_AFTER_S = 1.0  # how long it may be unclear whether the holder lives, before that is reported
 
 
 class Owner(NamedTuple):
-    """Who holds a lease. `boot`: of which machine the process number is, `started`: of which process."""
+    """The process that holds a lease. `boot`: the boot of its machine, `started`: the start time of the process."""
 
     host: str
     boot: str
@@ -38,17 +38,17 @@ class Owner(NamedTuple):
 
     @property
     def lives_here(self) -> bool:
-        """Whether it is a process of this machine that is still there."""
+        """Returns whether it is a process of this machine that still exists."""
         return self.boot == boot_id() and process_exists(self.pid, self.started)
 
     @property
     def has_ended(self) -> bool:
-        """Whether it was a process of this machine, and is there no more."""
+        """Returns whether it was a process of this machine that no longer exists."""
         return self.boot == boot_id() and not process_exists(self.pid, self.started)
 
 
 class ObservedLease(NamedTuple):
-    """A lease as it was found. `owner`: None while it is being written."""
+    """The state of a lease file. `owner`: None while it is being written."""
 
     owner: Owner | None
     inode: int
@@ -56,24 +56,24 @@ class ObservedLease(NamedTuple):
 
 
 def observe(path: Path) -> ObservedLease | None:
-    """The lease as it is now; None where there is none. Raises OSError."""
+    """Returns the lease as it is now; None where there is none. Raises OSError."""
     try:
         with open(path, "rb") as file:
-            found, now = file.read(), os.fstat(file.fileno())
+            content, status = file.read(), os.fstat(file.fileno())
     except FileNotFoundError:
         return None
     owner = None
     with suppress(ValueError, TypeError):
-        owner = Owner(**json.loads(found))
-    return ObservedLease(owner, now.st_ino, now.st_mtime_ns)
+        owner = Owner(**json.loads(content))
+    return ObservedLease(owner, status.st_ino, status.st_mtime_ns)
 
 
 class Lease:
     """A lease that this process holds, renewed by a thread until it is released."""
 
     def __init__(self, path: Path, timeout: float, poll_s: float):
-        """Takes it. Raises Timeout where another process holds it, once `timeout` (negative: none) is over and it is
-        known that the other one lives; OSError."""
+        """Takes the lease. Raises Timeout where another process that is known to live holds it after `timeout` seconds
+        (negative: no limit); OSError."""
         self._path, pid = path, os.getpid()
         self._owner = Owner(os.uname().nodename, boot_id(), pid, start_time(pid), time.time(), uuid.uuid4().hex)
         self._lock, self._is_released = threading.Lock(), threading.Event()
@@ -85,34 +85,34 @@ class Lease:
         threading.Thread(target=self._renew, name="onecurve-lease", daemon=True).start()
 
     def release(self) -> None:
-        with self._lock, suppress(OSError):  # what stays there is taken over
+        with self._lock, suppress(OSError):  # a file that stays is taken over
             self._is_released.set()
             if self._is_ours():
                 self._path.unlink(missing_ok=True)
 
     def _take(self, timeout: float, poll_s: float) -> None:
-        began, is_told = time.monotonic(), False
-        seen, since, looked, is_renewed = None, began, began, False
+        began, is_reported = time.monotonic(), False
+        last_lease, unchanged_since, last_look_at, is_renewed = None, began, began, False
         while not self._create():
-            if (found := observe(self._path)) is None:
+            if (lease := observe(self._path)) is None:
                 continue  # released at this moment
             now = time.monotonic()
-            if found != seen:
-                seen, since, is_renewed = found, now, seen is not None
-            elif now - looked > LEASE_S / 2:  # the storage was away: who holds it could not renew it either
-                since = now
-            looked = now
-            if now - since >= LEASE_S or (found.owner and found.owner.has_ended):
-                if self._take_over(found):
+            if lease != last_lease:
+                last_lease, unchanged_since, is_renewed = lease, now, last_lease is not None
+            elif now - last_look_at > LEASE_S / 2:  # storage was away: the holder could not renew the lease either
+                unchanged_since = now
+            last_look_at = now
+            if now - unchanged_since >= LEASE_S or (lease.owner and lease.owner.has_ended):
+                if self._take_over(lease):
                     return
                 continue
-            is_alive = is_renewed or (found.owner is not None and found.owner.lives_here)
+            is_alive = is_renewed or (lease.owner is not None and lease.owner.lives_here)
             if is_alive and 0 <= timeout <= now - began:
                 raise Timeout(str(self._path))
-            if not is_alive and not is_told and now - began > TELL_S:
-                is_told = True
+            if not is_alive and not is_reported and now - began > REPORT_AFTER_S:
+                is_reported = True
                 text = f"waiting up to {LEASE_S:g} s to see whether that process lives"
-                print(f"onecurve: {self._path}: held by {describe(found)}; {text}", file=sys.stderr, flush=True)
+                print(f"onecurve: {self._path}: held by {describe(lease)}; {text}", file=sys.stderr, flush=True)
             time.sleep(poll_s)
 
     def _create(self) -> bool:
@@ -129,28 +129,28 @@ class Lease:
             raise
         return True
 
-    def _take_over(self, found: ObservedLease) -> bool:
-        """Puts ours in the place of a lease whose holder is gone; returns whether it is ours then."""
+    def _take_over(self, lease: ObservedLease) -> bool:
+        """Replaces a lease whose holder is gone by ours; returns whether we then hold it."""
         aside = self._path.with_name(f"{self._path.name}.{self._owner.id}")
-        if observe(self._path) != found:
+        if observe(self._path) != lease:
             return False
         try:
             os.rename(self._path, aside)
         except FileNotFoundError:
             return False
-        is_another = observe(aside) != found  # renewed or taken meanwhile: not ours to take
+        is_another = observe(aside) != lease  # renewed or taken meanwhile: not ours to take
         if is_another:
-            with suppress(OSError):  # there is one again; or no hard links: its holder makes it anew
+            with suppress(OSError):  # it exists again; or no hard links: its holder creates it again
                 os.link(aside, self._path)
         aside.unlink(missing_ok=True)
         if is_another or not self._create():
             return False
-        time.sleep(SETTLE_S)  # who looked before that, and renames only now, takes ours away
+        time.sleep(SETTLE_S)  # a process that looked before that, and renames only now, takes ours away
         return self._is_ours()
 
     def _is_ours(self) -> bool:
-        found = observe(self._path)
-        return found is not None and found.owner == self._owner
+        lease = observe(self._path)
+        return lease is not None and lease.owner == self._owner
 
     def _renew(self) -> None:
         while not self._is_released.wait(RENEW_S):
@@ -165,10 +165,10 @@ class Lease:
                     return
 
 
-def describe(found: ObservedLease) -> str:
-    """Who holds a lease, for messages."""
-    age = max(0, round(time.time() - found.renewed_ns / 1e9))
-    if found.owner is None:
+def describe(lease: ObservedLease) -> str:
+    """Returns who holds a lease, for messages."""
+    age = max(0, round(time.time() - lease.renewed_ns / 1e9))
+    if lease.owner is None:
         return f"an unknown process, {age} s old"
-    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(found.owner.since))
-    return f"process {found.owner.pid} on {found.owner.host} since {since}, renewed {age} s ago"
+    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(lease.owner.since))
+    return f"process {lease.owner.pid} on {lease.owner.host} since {since}, renewed {age} s ago"

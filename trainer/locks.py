@@ -1,4 +1,4 @@
-"""Locks on shared storage: the kernel's, which end with their process; where a file system has none (Lustre without
+"""Locks on shared storage: the kernel's, which end with their process, or, where a file system has none (Lustre without
 `-o flock`), leases, which end a while after it."""
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from trainer import leases
 from trainer.leases import Lease
 
 RUN = ".lock"
-LEASE = ".lease"  # behind the name of the lock that a lease stands for
-TELL_S = 10.0  # how long a lock is waited for before that is reported
+LEASE = ".lease"  # suffix of the lease that stands for a lock
+REPORT_AFTER_S = 10.0  # how long a lock is waited for before that is reported
 REFUSED = {
     errno.ENOLCK: "its lock service does not answer; start NFS's lockd, or mount with -o local_lock=flock",
     errno.EOPNOTSUPP: "its file system cannot lock files; mount it so that it can, or choose a folder elsewhere",
@@ -27,17 +27,17 @@ REFUSED = {
 
 
 class Lock(Protocol):
-    """A lock that is held."""
+    """A lock that this process holds."""
 
     def release(self) -> None: ...
 
 
 class NoLocks(OSError):
-    """A file system that refuses locks, and why."""
+    """A file system refuses locks, for the reason in the text."""
 
 
 def acquire(path: Path, timeout: float = 0, poll_s: float = 0.05) -> Lock:
-    """Returns the lock, held. Raises Timeout where another process has it, OSError where there can be none."""
+    """Takes a lock and returns it. Raises Timeout where another process has it, OSError where it cannot be taken."""
     try:
         if not has_flock(path):
             return Lease(lease_of(path), timeout, poll_s)
@@ -53,7 +53,7 @@ def acquire(path: Path, timeout: float = 0, poll_s: float = 0.05) -> Lock:
 
 
 def has_flock(path: Path) -> bool:
-    """Whether the kernel locks files there: asked by giving back a lock that is not ours. Raises OSError."""
+    """Returns whether the kernel locks files there, as releasing a lock that is not ours shows. Raises OSError."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_UN)
@@ -67,28 +67,28 @@ def has_flock(path: Path) -> bool:
 
 
 def lease_of(path: Path) -> Path:
-    """The file that stands for a lock where there is no other."""
+    """Returns the file that stands for a lock where the file system has none."""
     return path.with_name(path.name + LEASE)
 
 
 def acquire_run(run_dir: Path) -> Lock:
-    """Returns the lock of a run's folder, which whoever trains there holds. Raises Timeout, OSError."""
+    """Takes the lock of a run directory, which every process that trains there holds. Raises Timeout, OSError."""
     return acquire(run_dir / RUN)
 
 
 def describe_run_lock(run_dir: Path) -> str:
-    """Says that a run's folder is locked, and by whom where a file tells."""
+    """Returns that a run directory is locked, and by whom where a lease says so, for messages."""
     return f"another process trains in this folder{holder(run_dir / RUN)}"
 
 
-def refused(error: OSError) -> str:
-    """Says what could not be done in a folder that is locked before it is written."""
+def describe_refusal(error: OSError) -> str:
+    """Returns whether a folder could not be locked or not be written, and why, for messages."""
     return f"cannot be {'locked' if isinstance(error, NoLocks) else 'written'}: {error.strerror or error}"
 
 
 @contextmanager
 def hold(path: Path, timeout: float, poll_s: float) -> Iterator[None]:
-    """Holds the lock. Raises as `acquire`."""
+    """Holds the lock. Raises what `acquire` raises."""
     lock = acquire(path, timeout, poll_s)
     try:
         yield
@@ -97,10 +97,10 @@ def hold(path: Path, timeout: float, poll_s: float) -> Iterator[None]:
 
 
 @contextmanager
-def waited_for(path: Path) -> Iterator[None]:
-    """Holds the lock, however long another process has it; that one is named when it takes long."""
+def hold_when_free(path: Path) -> Iterator[None]:
+    """Waits for the lock as long as another process has it, and holds it; a long wait is reported."""
     try:
-        lock = acquire(path, TELL_S)
+        lock = acquire(path, REPORT_AFTER_S)
     except Timeout:
         print(f"onecurve: waiting for the lock {path}{holder(path)}", file=sys.stderr, flush=True)
         lock = acquire(path, -1)
@@ -111,12 +111,13 @@ def waited_for(path: Path) -> Iterator[None]:
 
 
 def holder(path: Path) -> str:
-    """Says who holds a lock that is a lease, and when that ends should it be gone; empty for the kernel's."""
+    """Returns who holds a lock that is a lease, and when the lease ends should that process be gone, for messages;
+    empty for a lock of the kernel."""
     try:
-        found = leases.observe(lease_of(path))
+        lease = leases.observe(lease_of(path))
     except OSError:
-        found = None
-    if found is None:
+        lease = None
+    if lease is None:
         return ""
-    gone = f"if that process is gone, {leases.LEASE_S:g} s later the same command goes on"
-    return f" ({lease_of(path)}: {leases.describe(found)}; {gone})"
+    expiry = f"if that process is gone, {leases.LEASE_S:g} s later the same command goes on"
+    return f" ({lease_of(path)}: {leases.describe(lease)}; {expiry})"

@@ -1,4 +1,4 @@
-"""The one training loop. It says verbs to its collaborators and knows none of their kinds."""
+"""The one training loop. It calls its collaborators by their interfaces and knows none of their classes."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from trainer.step import MAIN, run_step
 from trainer.strategies.base import Strategy, UpdateResult
 from trainer.tracking import Row
 
-VOTE_SECONDS = 5.0  # a request from outside waits no longer than this (or one step) for its vote
+VOTE_SECONDS = 5.0  # the longest that a request from outside waits for its vote (or one step, if that is longer)
 
 
 @dataclass
 class PendingSteps:
-    """Steps whose numbers still lie on the device."""
+    """Steps whose metrics are still on the device."""
 
     steps: list[StepData] = field(default_factory=list)
     sums: list[Sums] = field(default_factory=list)
@@ -44,7 +44,7 @@ class PendingSteps:
     objectives: dict[str, Objective] = field(default_factory=dict)  # of the models that were updated
     data_wait: float = 0.0
     since: float = field(default_factory=time.monotonic)
-    pace: float = VOTE_SECONDS  # seconds a step took when the numbers were last read
+    pace: float = VOTE_SECONDS  # seconds a step took when the metrics were last read
 
     def take(self, data: StepData, sums: Sums, update: UpdateResult) -> None:
         self.steps.append(data)
@@ -63,7 +63,7 @@ def train(job: Job) -> Progress:
 
 
 def train_steps(job: Job, progress: Progress) -> Progress:
-    """Trains from here to the last step. Raises Rollback where the last checkpoint is to be gone on from instead."""
+    """Trains from here to the last step. Raises Rollback where the run should continue from the last checkpoint."""
     config, clock, strategy = job.config, job.clock, job.strategy
     saving, saved_at = Interval.parse(config.checkpoint.every), None
     unread, read_every = PendingSteps(), 1
@@ -88,15 +88,15 @@ def train_steps(job: Job, progress: Progress) -> Progress:
             continue
 
         votes, rows, bad = read_numbers(job, unread, progress)
-        interruption.may_leave_at_once(False)  # from here on all ranks have done a step
+        interruption.allow_immediate_exit(False)  # from here on all ranks have done a step
         handle_bad_steps(job, rows, bad, unread.steps)
         job.resilience.stragglers.record(unread.data_wait, strategy.timer.read())
-        job.logger.events(job.resilience.stragglers.look(progress.step, votes["elapsed"]))
+        job.logger.events(job.resilience.stragglers.compare_ranks(progress.step, votes["elapsed"]))
         read_every = min(config.train.log_every, max(1, int(VOTE_SECONDS / votes["pace"])))
         now, last = interval_readings(progress, votes["elapsed"]), progress.step == config.train.steps
         stop = votes["stop"] + votes["abandoned"] > 0 and not last
         evaluate_now = evaluation_is_due(job, progress.step) and not stop
-        for event in job.resilience.quarantine.steps(unread.steps):
+        for event in job.resilience.quarantine.add_step_faults(unread.steps):
             job.logger.event("quarantined", **event)
         point("track.rows")
         job.logger.ledger(unread.steps)
@@ -117,7 +117,7 @@ def train_steps(job: Job, progress: Progress) -> Progress:
 def finish_update(
     job: Job, unread: PendingSteps, step: int, name: str, objective: Objective, sums: Sums
 ) -> UpdateResult:
-    """Ends an update, unless it is a bad one. Of the run's own model loss and norm are watched, too."""
+    """Ends an update, unless it is a bad one. For the run's own model, loss and norm are watched, too."""
     unread.objectives[name] = objective
     model, rate = job.models[name], job.schedules[name](step)
     if name != MAIN:
@@ -129,43 +129,43 @@ def finish_update(
 
 
 def should_give_up(job: Job) -> bool:
-    """Whether this rank, which keeps all others waiting, should give up what it waits for."""
-    return job.resilience.requests.should_give_up(over=time.monotonic() - job.started_at > job.time_limit)
+    """Returns whether this rank, which keeps all others waiting, should give up what it waits for."""
+    return job.resilience.requests.should_give_up(is_time_over=time.monotonic() - job.started_at > job.time_limit)
 
 
 def stop_as_requested(job: Job, progress: Progress, row: Row | None) -> None:
     """Saves, unless this step is saved already, and raises Interrupted."""
-    asked = f"as asked{' by SIGUSR1' if vote(job)['give_way'] > 0 else ''}"
+    request = f"as asked{' by SIGUSR1' if vote(job)['give_way'] > 0 else ''}"
     save(job, progress, row, must=True)
     finish_saving(job)
     job.clock.write(progress.step)
-    job.resilience.requests.done(STOP)
-    raise Interrupted(f"stopped at step {progress.step} {asked}, saved: run the same command to continue")
+    job.resilience.requests.remove(STOP)
+    raise Interrupted(f"stopped at step {progress.step} {request}, saved: run the same command to continue")
 
 
 def start_run(job: Job) -> Progress:
     """Restores the checkpoint that was found, or starts at step 0."""
-    found = job.folder.found
-    progress = Progress(**found.manifest["progress"]) if found else Progress()
-    job.clock.restored(progress.step)
-    job.logger.start(progress.step, resumed=found is not None)
+    checkpoint = job.folder.checkpoint
+    progress = Progress(**checkpoint.manifest["progress"]) if checkpoint else Progress()
+    job.clock.note_restore(progress.step)
+    job.logger.start(progress.step, resumed=checkpoint is not None)
     job.logger.events(job.folder.events)
-    if found:
-        restore(job, found)
-    for event in job.resilience.quarantine.opened(job.stream.faults):
+    if checkpoint:
+        restore(job, checkpoint)
+    for event in job.resilience.quarantine.add_opening_faults(job.stream.faults):
         job.logger.event("quarantined", **event)
     job.stream.seek(progress.step, job.resilience.quarantine.left_out)
     point("start.restored")
-    if found:
-        finish_step(job, progress, found.manifest)
+    if checkpoint:
+        finish_step(job, progress, checkpoint.manifest)
     elif job.config.guard.bad_step == "rollback" and Interval.parse(job.config.checkpoint.every).amount:
-        save(job, progress, None, must=False)  # where a bad step before the first checkpoint goes back to
+        save(job, progress, None, must=False)  # the target of a rollback before the first checkpoint
     return progress
 
 
 def finish_step(job: Job, progress: Progress, manifest: dict[str, Any]) -> None:
-    """Does what an earlier attempt left undone of the step that it saved: the evaluation, and the step's row, which
-    waits for it. Raises Interrupted where a stop is asked for meanwhile."""
+    """Completes the step that an earlier attempt saved: the evaluation, and the step's row, which waits for it. Raises
+    Interrupted where a stop is asked for meanwhile."""
     row, recorded = manifest.get("row"), job.logger.recorded(progress.step)
     due = evaluation_is_due(job, progress.step)
     if recorded and "eval" in recorded:
@@ -181,40 +181,41 @@ def finish_step(job: Job, progress: Progress, manifest: dict[str, Any]) -> None:
 
 
 def roll_back(job: Job) -> Progress:
-    """Takes up the newest checkpoint, in the middle of the run: what came after it is done again."""
-    interruption.may_leave_at_once(True)
-    found, events = find_newest(job.saver.folder, job.topology)
-    if found is None:
+    """Goes back to the newest checkpoint in the middle of the run: the steps after it are done again."""
+    interruption.allow_immediate_exit(True)
+    checkpoint, events = find_newest(job.saver.folder, job.topology)
+    if checkpoint is None:
         raise TrainingError(f"{job.saver.folder}: there is no checkpoint to go back to any more")
-    progress = Progress(**found.manifest["progress"])
-    job.clock.restored(progress.step)
+    progress = Progress(**checkpoint.manifest["progress"])
+    job.clock.note_restore(progress.step)
     job.logger.rewind(progress.step)
     job.logger.events([*events, {"kind": "rollback"}])
-    restore(job, found)
+    restore(job, checkpoint)
     job.stream.seek(progress.step, job.resilience.quarantine.left_out)
-    finish_step(job, progress, found.manifest)
+    finish_step(job, progress, checkpoint.manifest)
     return progress
 
 
 def read_numbers(job: Job, unread: PendingSteps, progress: Progress) -> tuple[dict[str, float], list[Row], list[bool]]:
-    """Reads the device's numbers since the last reading: the ranks' votes, one row a step, and whether that was bad.
-    Steps that a rank abandoned, and those behind them, were not done by any: they are taken out of `unread` and
-    `progress`. One collective."""
+    """Reads the device's metrics since the last reading: the ranks' votes, one row a step, and whether the step was
+    bad. A step that a rank abandoned, and those behind it, were done by no rank: they are removed from `unread` and
+    `progress`. Does one collective."""
     point("numbers.read")
     n = len(unread.steps)
     zero = torch.zeros_like(unread.sums[0][NUM_TARGETS])
-    names = list(dict.fromkeys(name for part in unread.sums for name in part))  # not every step updates every model
-    sums = {f"sum/{name}": torch.stack([part.get(name, zero) for part in unread.sums]) for name in names}
+    # Not every step updates every model.
+    names = list(dict.fromkeys(name for step_sums in unread.sums for name in step_sums))
+    sums = {f"sum/{name}": torch.stack([step_sums.get(name, zero) for step_sums in unread.sums]) for name in names}
     local = {name: [value] * n for name, value in local_votes(job, unread.pace).items()}
     local["abandoned"] = [float(data.abandoned) for data in unread.steps]
     votes = {f"vote/{name}": torch.tensor(values, dtype=torch.float64) for name, values in local.items()}
     prints = {"fingerprint": torch.stack(unread.fingerprints)} if unread.fingerprints else {}
-    judged = {name: torch.stack([getattr(update, name) for update in unread.updates]) for name in ("bad", "skipped")}
-    numbers = job.strategy.reduce({**sums, **votes, **prints, **judged})
+    verdicts = {name: torch.stack([getattr(update, name) for update in unread.updates]) for name in ("bad", "skipped")}
+    numbers = job.strategy.reduce({**sums, **votes, **prints, **verdicts})
     norms = torch.stack([update.grad_norm for update in unread.updates]).tolist()
     skipped, bad = ([count > 0 for count in numbers[name]] for name in ("skipped", "bad"))
-    if parted := [count for count in numbers["skipped"] if 0 < count < job.topology.world_size]:
-        raise_ranks_disagree(job, progress.step, int(parted[0]))
+    if disagreements := [count for count in numbers["skipped"] if 0 < count < job.topology.world_size]:
+        raise_ranks_disagree(job, progress.step, int(disagreements[0]))
 
     step_s, memory = (time.monotonic() - unread.since) / n, job.meter.memory()
     done = next((i for i, count in enumerate(numbers["vote/abandoned"]) if count > 0), n)
@@ -222,11 +223,11 @@ def read_numbers(job: Job, unread: PendingSteps, progress: Progress) -> tuple[di
     del unread.steps[done:]
     rows = []
     for i, data in enumerate(unread.steps):
-        of_step = {name: numbers[f"sum/{name}"][i] for name in names}
-        measured = mean_metrics(unread.objectives, of_step)
-        count, loss = int(of_step[NUM_TARGETS]), measured.pop("loss")
+        sums_of_step = {name: numbers[f"sum/{name}"][i] for name in names}
+        measured = mean_metrics(unread.objectives, sums_of_step)
+        count, loss = int(sums_of_step[NUM_TARGETS]), measured.pop("loss")
         progress.tokens += count
-        progress.samples = data.taken
+        progress.samples = data.end_position
         rows.append({
             "step": data.step, "loss": loss, "grad_norm": norms[i], "lr": job.schedules[MAIN](data.step),
             "tokens": progress.tokens, "samples": progress.samples, "step_s": round(step_s, 6),
@@ -239,38 +240,38 @@ def read_numbers(job: Job, unread: PendingSteps, progress: Progress) -> tuple[di
 
 
 def local_votes(job: Job, pace: float) -> dict[str, float]:
-    """Returns what this rank brings to a vote, to be added up over all: `pace` becomes the mean of the seconds that
-    a step, or batch, took; `elapsed` the main rank's seconds since the start."""
+    """Returns what this rank adds to a vote, which is summed over all ranks: `pace` becomes the mean of the seconds
+    that a step, or batch, took; `elapsed` the main rank's seconds since the start."""
     main, elapsed = job.topology.is_main, time.monotonic() - job.started_at
     return {
-        "stop": float(job.resilience.requests.stop() or (main and elapsed > job.time_limit)),
-        "give_way": float(job.resilience.requests.give_way()),
-        "save": float(job.resilience.requests.save() or (main and job.saver.overdue)),
+        "stop": float(job.resilience.requests.is_stop_requested() or (main and elapsed > job.time_limit)),
+        "give_way": float(job.resilience.requests.is_requeue_requested()),
+        "save": float(job.resilience.requests.is_save_requested() or (main and job.saver.overdue)),
         "elapsed": elapsed if main else 0.0,
         "pace": pace / job.topology.world_size,
     }
 
 
 def vote(job: Job, pace: float = 0.0) -> dict[str, float]:
-    """Returns the sums of `local_votes` over all ranks. One collective."""
+    """Returns the sums of `local_votes` over all ranks. Does one collective."""
     local = local_votes(job, pace)
     votes = job.strategy.reduce({name: torch.tensor([value], dtype=torch.float64) for name, value in local.items()})
     return {name: values[0] for name, values in votes.items()}
 
 
 def mean_metrics(objectives: Mapping[str, Objective], sums: Mapping[str, float]) -> dict[str, float]:
-    """Returns what the sums of a step mean to the objectives of its models."""
+    """Returns the metrics that the objectives of a step's models compute of its sums."""
     by_model: dict[str, dict[str, float]] = {}
     for name, value in sums.items():
-        model, _, rest = name.partition("/")
+        model, _, sum_name = name.partition("/")
         if model == MAIN or model not in objectives:
-            model, rest = MAIN, name
-        by_model.setdefault(model, {})[rest] = value
+            model, sum_name = MAIN, name
+        by_model.setdefault(model, {})[sum_name] = value
     return {
         name if model == MAIN else f"{model}/{name}": value
-        for model, of_model in by_model.items()
-        if model == MAIN or of_model[NUM_TARGETS]
-        for name, value in objectives[model].means(of_model).items()
+        for model, model_sums in by_model.items()
+        if model == MAIN or model_sums[NUM_TARGETS]
+        for name, value in objectives[model].means(model_sums).items()
     }
 
 
@@ -287,7 +288,7 @@ def evaluation_is_due(job: Job, step: int) -> bool:
 
 def evaluate_step(job: Job, progress: Progress, row: Row) -> bool:
     """Evaluates, then records the step's row. Returns False where a stop is asked for meanwhile: the row is recorded
-    without, and the next attempt evaluates."""
+    without the evaluation, which the next attempt does."""
     job.clock.switch("evaluation")
     evaluation = evaluate(job)
     job.clock.switch("productive")
@@ -297,13 +298,13 @@ def evaluate_step(job: Job, progress: Progress, row: Row) -> bool:
 
 
 def evaluate(job: Job) -> dict[str, float] | None:
-    """Returns what one pass over the validation split measures, the same on every rank; None where it was broken off
+    """Returns the metrics of one pass over the validation split, the same on every rank; None where it was broken off
     because a stop is asked for."""
     assert job.validation is not None
     evaluation, pace, voted, next_vote = Evaluation(job.strategy), VOTE_SECONDS, None, 1
     with closing(job.validation.batches(partial(should_give_up, job))) as batches:
         for number, batch in enumerate(batches, 1):
-            job.clock.progressed()
+            job.clock.note_progress()
             point("eval.batch")
             evaluation.add(batch)
             if number == next_vote:
@@ -318,8 +319,8 @@ def evaluate(job: Job) -> dict[str, float] | None:
 
 
 def save(job: Job, progress: Progress, row: Row | None, must: bool) -> None:
-    """Saves as of now. A save that fails is reported and does not end the run. `row`: of this step, which may not be
-    recorded yet; `must`: the run ends here."""
+    """Saves a checkpoint of this step. A failed save is reported and does not end the run. `row`: that of this step,
+    which may not be recorded yet; `must`: the run ends here."""
     job.clock.switch("checkpoint")
     job.logger.step = progress.step
     about = {
@@ -327,15 +328,15 @@ def save(job: Job, progress: Progress, row: Row | None, must: bool) -> None:
         "identity": job.identity(progress.step),
         "config": job.config.resolved(),
         "topology": job.topology.describe(),
-        "evaluation": None,  # comes later: nothing that happens in an evaluation may cost the step
+        "evaluation": None,  # comes later: a failure in an evaluation must not lose the step
         "row": row,
         "guard": job.resilience.guard.state(),
     }
     state = job.models.state()
-    with job.clock.watched_elsewhere():  # it may wait for the save before
+    with job.clock.pause_watchdog():  # it may wait for the previous save
         events = job.saver.save(progress.step, state, about, must)
     job.logger.events(events)
-    job.resilience.requests.done(SAVE)
+    job.resilience.requests.remove(SAVE)
     job.clock.switch("productive")
 
 

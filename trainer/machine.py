@@ -1,4 +1,4 @@
-"""What a config asks for and a machine may not have."""
+"""Checks whether this machine has what a config asks for."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def check_machine(config: Config, device: torch.device) -> None:
     except ConfigError as error:
         problems += error.problems
     problems += missing(dict(config))
-    for name, other in config.models.trained.items():
-        problems += [in_trained(name, problem) for problem in missing(dict(other))]
+    for name, trained in config.models.trained.items():
+        problems += [in_trained(name, problem) for problem in missing(dict(trained))]
     if problems:
         raise ConfigError(problems)

@@ -1,4 +1,4 @@
-"""Packages that only some options need: whether what is wanted of them really works here, or why it does not."""
+"""Packages that only some options need: whether they really work on this machine, or why they do not."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ NAMESAKE = "the package `apex` that is installed is not NVIDIA's"
 
 @cache
 def without_apex(part: Literal["FusedAdam", "FusedLayerNorm"]) -> str:
-    """Why this part of NVIDIA Apex cannot be used here; empty if it can.
+    """Returns why this part of NVIDIA Apex cannot be used here; empty if it can.
 
-    It is tried: on machines without its CUDA extensions its classes can be imported, and fail when they are made. The
-    `apex` of PyPI is another project, and is not imported.
+    It is tried out: on machines without its CUDA extensions its classes can be imported, and fail when instantiated.
+    The `apex` of PyPI is another project, and is not imported.
     """
     spec = find_spec("apex")
     if spec is None:
@@ -49,7 +49,7 @@ def without_apex(part: Literal["FusedAdam", "FusedLayerNorm"]) -> str:
 
 @cache
 def without_torchao() -> str:
-    """Why torchao cannot be used here; empty if it can."""
+    """Returns why torchao cannot be used here; empty if it can."""
     # On import it warns of each library of CUDA kernels that does not fit this machine; what is used here needs none.
     for noisy in ("torchao", "torch.utils._pytree"):
         logging.getLogger(noisy).setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""Three data types of a run (of weights, of products, of sums over processes), and the loss scaling that fp16 needs."""
+"""The three data types of a run (weights, products, sums over ranks), and the loss scaling that fp16 needs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Precision:
-    """`compute` is that of matrix products and attention, by torch's autocast, the same under every strategy."""
+    """The data types of a run. `compute` is the type of matrix products and attention, by torch's autocast, the same
+    under every strategy."""
 
     device: torch.device
     compute: str = "fp32"
@@ -26,9 +27,9 @@ class Precision:
 
     @classmethod
     def resolve(cls, config: schema.Precision, device: torch.device) -> Precision:
-        """`auto` is bf16 where the hardware is fast at it (GPUs since Ampere), fp32 elsewhere.
+        """Resolves `auto` to bf16 where the hardware is fast at it (GPUs since Ampere), to fp32 elsewhere.
 
-        Raises ConfigError where the hardware cannot do what is asked for.
+        Raises ConfigError where the hardware does not support the config.
         """
         compute, capability = config.compute, (0, 0)
         if device.type == "cuda":
@@ -52,7 +53,7 @@ class Precision:
         return DTYPES["bf16" if self.compute == "fp8" else self.compute]
 
     def autocast(self, cache: bool = True) -> AbstractContextManager[object]:
-        """`cache`: a weight is cast once, and its copy kept to the end of the context."""
+        """Returns the autocast context. `cache`: a weight is cast once, and its copy kept to the end of the context."""
         if self.compute == self.param == "fp32":
             return nullcontext()
         enabled = self.compute != self.param
@@ -64,10 +65,11 @@ class Precision:
 
 class LossScaler:
     """Dynamic loss scaling (Micikevicius et al. 2018, "Mixed precision training", section 3.2): the loss is multiplied
-    so that small gradients do not vanish in fp16; a step whose gradients overflow is left out, with a halved scale.
+    so that small gradients do not vanish in fp16; a step whose gradients overflow is skipped, and the scale halved.
 
-    torch's GradScaler judges by the gradients a process holds. Here the global norm does, which is the same number on
-    every process: all skip a step or none does, also where each holds other parameters. Not enabled, it does nothing.
+    torch's GradScaler decides by the gradients that a rank holds. This one decides by the global norm, which is the
+    same on every rank: all skip a step or none does, also where ranks hold different parameters. It does nothing if
+    not enabled.
     """
 
     GROWTH_INTERVAL = 2000  # steps without overflow, after which the scale is doubled
@@ -82,20 +84,20 @@ class LossScaler:
             torch._foreach_mul_(gradients, 1 / self.scale)
 
     def accepts(self, norm: Tensor, targets: Tensor) -> bool:
-        """Whether the step with this gradient norm may be done; adapts the scale, unless the step was abandoned (its
-        number of targets is NaN). Waits for the device, if enabled."""
+        """Returns whether the step with this gradient norm may be done; adapts the scale, unless the step was abandoned
+        (its number of targets is NaN). Waits for the device, if enabled."""
         if not self.enabled or bool(targets.isnan()):
             return True
-        fine = bool(norm.isfinite())
-        self.growth_tracker = self.growth_tracker + 1 if fine else 0
-        if not fine:
+        is_finite = bool(norm.isfinite())
+        self.growth_tracker = self.growth_tracker + 1 if is_finite else 0
+        if not is_finite:
             self.scale /= 2
         elif self.growth_tracker == self.GROWTH_INTERVAL:
             self.scale, self.growth_tracker = self.scale * 2, 0
-        return fine
+        return is_finite
 
     def state(self) -> dict[str, Tensor]:
-        """Named as in a checkpoint; empty if not enabled."""
+        """Returns the state by its names in a checkpoint; empty if not enabled."""
         if not self.enabled:
             return {}
         return {

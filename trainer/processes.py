@@ -1,5 +1,4 @@
-"""What this process owes to others: it ends with its parent, and what it prints never ends it. And how a process is
-told from all others."""
+"""Utilities for processes: one that ends with its parent, prints safely, and is identified among all others."""
 
 from __future__ import annotations
 
@@ -21,8 +20,8 @@ _PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent(parent: int | None = None) -> None:
-    """The kernel (of Linux) kills this process when its parent ends, however that does. `parent`: who that is, where it
-    may be gone already."""
+    """Makes the (Linux) kernel kill this process when its parent ends, however it ends. `parent`: its process id, where
+    it may be gone already."""
     if sys.platform != "linux":
         return
     parent = parent or os.getppid()
@@ -33,7 +32,8 @@ def die_with_parent(parent: int | None = None) -> None:
 
 def make_printing_safe() -> None:
     """Lets stdout and stderr take any text: `?` stands for what their encoding lacks, and nothing is written where they
-    are closed. Their numbers are taken then, so that no file gets one, which other processes would write into."""
+    are closed. Closed ones are opened on /dev/null, so that no file gets a descriptor that other processes
+    write to."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
@@ -43,26 +43,27 @@ def make_printing_safe() -> None:
         stream = getattr(sys, name)
         if stream is None:
             setattr(sys, name, os.fdopen(number, "r" if name == "stdin" else "w", encoding="utf-8", closefd=False))
-        elif number and hasattr(stream, "reconfigure"):  # a notebook's has not
+        elif number and hasattr(stream, "reconfigure"):  # a notebook's stream lacks it
             stream.reconfigure(errors="replace")
 
 
 def remove_afterwards(path: Path) -> None:
-    """Removes a file or folder once this process has ended, however it does."""
+    """Removes a file or folder once this process has ended, however it ends."""
     waiting = ["/bin/sh", "-c", 'trap "" INT TERM HUP USR1; read -r _; rm -rf -- "$1"', "sh", str(path)]
     # The pipe's other end is ours, and closed by the kernel.
     subprocess.Popen(waiting, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
 
 
 def start_time(pid: int) -> str | None:
-    """When a process began: with its number this is its name."""
+    """Returns when a process began, which with its id identifies it; None if that is unknown."""
     with suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     return None
 
 
 def process_exists(pid: int, start: str | None) -> bool:
-    """Whether a process of this machine that began then is still there. Others' may be hidden from us, but for that."""
+    """Returns whether a process of this machine that began at `start` still exists. The start times of other users'
+    processes may be hidden, but not that they exist."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -81,9 +82,9 @@ def boot_id() -> str:
 
 
 def record_attempt(run: Path) -> None:
-    """Leaves word in a run's folder, if it is one, which process is at the run: it may read for long before it says
-    anything else."""
-    me = {"host": platform.node(), "boot": boot_id(), "pid": os.getpid(), "started": start_time(os.getpid())}
+    """Records in a run directory, if it is one, which process works on the run: it may read data for long before it
+    writes anything else."""
+    process = {"host": platform.node(), "boot": boot_id(), "pid": os.getpid(), "started": start_time(os.getpid())}
     with suppress(OSError):
         if (run / "config.yaml").exists():
-            replace_file(run / ATTEMPT, json.dumps(me).encode())
+            replace_file(run / ATTEMPT, json.dumps(process).encode())

@@ -14,20 +14,20 @@ if TYPE_CHECKING:
 
 
 def key(*parts: int | str) -> int:
-    """A 63-bit integer that names the tuple `parts`, the same on every machine and Python version."""
+    """Returns a 63-bit integer that names the tuple `parts`, the same on every machine and Python version."""
     return int.from_bytes(_hash(*parts).digest(), "little") >> 1
 
 
 def keys(*parts: int | str) -> Callable[[int], int]:
-    """`key(*parts, n)` as a function of the integer `n` alone, for many of them."""
-    begun = _hash(*parts)
+    """Returns `key(*parts, n)` as a function of the integer `n` alone, for many of them."""
+    prefix = _hash(*parts)
 
-    def of(n: int) -> int:
-        whole = begun.copy()
-        whole.update(b"\x1fint:%d" % n)
-        return int.from_bytes(whole.digest(), "little") >> 1
+    def key_of(n: int) -> int:
+        digest = prefix.copy()
+        digest.update(b"\x1fint:%d" % n)
+        return int.from_bytes(digest.digest(), "little") >> 1
 
-    return of
+    return key_of
 
 
 def seed_torch(seed: int, device: torch.device) -> None:

@@ -1,8 +1,8 @@
-"""The plugins: what stands behind each option of a group, imported when it is used.
+"""The plugins: the classes behind each option of a group, imported when they are used.
 
-Of each built-in option there is one row: the class of its section, which has its keys, its checks and what it can do,
-and imports no torch; and the class or function that is made of it. A user's own is named in its YAML,
-`package.module:Class`, has the first as its `Config`, and is found by the same functions.
+Each built-in option has one row: the class of its section, which has its keys, its checks and what it can do, and
+imports no torch; and the class or function that is made of the section. A user's class is named in its YAML,
+`package.module:Class`, has the section's class as its `Config`, and is found by the same functions.
 """
 
 from __future__ import annotations
@@ -70,11 +70,11 @@ OPTIONS: dict[str, dict[str, Option]] = {
     },
 }
 
-# Groups that take classes of users, and what their Config is a subclass of.
+# Groups that accept users' classes, and the base class of their Config.
 BASES: dict[str, type[Plugin]] = {
     "model": Plugin, "objective": Plugin, "strategy": Strategy, "optimizer": Plugin, "schedule": Plugin,
 }  # fmt: skip
-# What `model.transforms` names, in any number; a user's own is named there, too.
+# The transforms that `model.transforms` names, in any number; users' classes are named there, too.
 TRANSFORMS: dict[str, Option] = {
     "freeze": Option("trainer.config.transforms:Freeze", "trainer.transforms.freeze:Freeze"),
     "lora": Option("trainer.config.transforms:LoRA", "trainer.transforms.lora:LoRA"),
@@ -83,14 +83,14 @@ INSTEAD = {"data": "; functions of yours change its samples by data.maps"}
 
 
 def load(target: str) -> Any:
-    """What `package.module:name` names."""
+    """Returns the object that `package.module:name` names."""
     module, _, name = target.partition(":")
     return getattr(import_module(module), name)
 
 
 def config_class(group: str, name: str, plugins: Sequence[str], section: str = "") -> type[Plugin]:
-    """The class of the section of option `name` of a group: a built-in one, or the `Config` of a user's class.
-    `section`: where it is chosen, if not in the group's own."""
+    """Returns the section's class of option `name` of a group: a built-in one, or the `Config` of a user's class.
+    `section`: the section that chooses it, if it is not the group's own."""
     key, options = f"{section or group}.name", OPTIONS[group]
     if name in options:
         return options[name].config
@@ -103,23 +103,23 @@ def config_class(group: str, name: str, plugins: Sequence[str], section: str = "
 
 
 def transform_class(key: str, name: str, plugins: Sequence[str]) -> type[Plugin]:
-    """The class of the section `key` of a transform: of a built-in one, or the `Config` of a user's class."""
+    """Returns the class of a transform's section `key`: a built-in one, or the `Config` of a user's class."""
     if ":" in name:
         return _config_of_users(f"{key}.name", name, plugins, Plugin)
     if name not in TRANSFORMS:
-        own = "; one of yours has a key name=package.module:Class"
-        raise ConfigError(f"{key}: no such transform{nearest_hint(name, TRANSFORMS)}{own}")
+        advice = "; one of yours has a key name=package.module:Class"
+        raise ConfigError(f"{key}: no such transform{nearest_hint(name, TRANSFORMS)}{advice}")
     return TRANSFORMS[name].config
 
 
 def _config_of_users(key: str, name: str, plugins: Sequence[str], base: type[Plugin]) -> type[Plugin]:
     config = getattr(import_named(key, name, plugins), "Config", None)
     if not (isinstance(config, type) and issubclass(config, base)):
-        what = f"a subclass of onecurve.{base.__name__}"
-        raise ConfigError(f"{key}={name}: needs a class attribute `Config`, {what}")
-    ours = {name for kind in base.__mro__ if kind.__module__.startswith("trainer.") for name in vars(kind)}
-    if taken := sorted(ours & config.model_fields.keys() - base.model_fields.keys()):
-        raise ConfigError(f"{key}={name}: its key {', '.join(taken)} is a method of every section; rename it")
+        requirement = f"a subclass of onecurve.{base.__name__}"
+        raise ConfigError(f"{key}={name}: needs a class attribute `Config`, {requirement}")
+    reserved_names = {name for kind in base.__mro__ if kind.__module__.startswith("trainer.") for name in vars(kind)}
+    if reserved := sorted(reserved_names & config.model_fields.keys() - base.model_fields.keys()):
+        raise ConfigError(f"{key}={name}: its key {', '.join(reserved)} is a method of every section; rename it")
     return config
 
 
@@ -132,7 +132,7 @@ def plugin(config: Any, group: str) -> Any:
 
 
 def import_named(key: str, target: str, plugins: Sequence[str]) -> Any:
-    """What `package.module:name` names, if its package is on the user's list `run.plugins`."""
+    """Returns the object that `package.module:name` names, if its package is on the user's list `run.plugins`."""
     package = target.partition(":")[0].partition(".")[0]
     if package not in plugins:
         way = f"add run.plugins=[{package}] (--plugins {package} to sample, evaluate, replay and export)"
@@ -144,13 +144,13 @@ def import_named(key: str, target: str, plugins: Sequence[str]) -> Any:
 
 
 def missing(sections: Mapping[str, Any]) -> list[str]:
-    """Returns what the chosen plugins need and this machine does not have, as problems of the config: their modules'
-    `missing` says so."""
+    """Returns what the chosen plugins need and this machine does not have, as problems of the config, by the function
+    `missing` of their modules."""
     problems = []
     for group, section in sections.items():
         option = OPTIONS.get(group, {}).get(getattr(section, "name", ""))
         if option is None or not option.target:
-            continue  # a user's own says so when it is made
+            continue  # a user's class reports that when it is made
         module = import_module(option.target.partition(":")[0])
         if (says := getattr(module, "missing", None)) and (problem := says(section)):
             problems.append(problem)
@@ -158,7 +158,7 @@ def missing(sections: Mapping[str, Any]) -> list[str]:
 
 
 def import_all() -> None:
-    """Imports all that is built in, as far as what it needs is installed: for a process that forks others."""
+    """Imports all built-in plugins whose packages are installed, for a process that forks others."""
     for options in [*OPTIONS.values(), TRANSFORMS]:
         for option in options.values():
             with suppress(ImportError):

@@ -1,7 +1,7 @@
-"""A step of a run, done again on one process: its samples, its loss and its gradient norm, against what was recorded.
+"""Replays a step of a run on one process: its samples, its loss and its gradient norm, compared with the record.
 
-The run's folder is only read, so it may be going on meanwhile. Which samples come when follows from the config; the
-weights are those of the nearest checkpoint before the step, from where the steps between are done again.
+The run directory is only read, so the run may be going on meanwhile. The order of samples follows from the config; the
+weights are those of the nearest checkpoint before the step, and the steps in between are done again.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ from trainer.strategies.build import build_strategy
 from trainer.topology import ALONE, Topology
 from trainer.tracking import jsonl
 
-ReportProgress = Callable[[str, int, int], None]  # a name, how much of it is done, and how much there is
-MAY_CHANGE = ("train.clip_norm", "optimizer.", "precision.")  # between lives, and decide about a step's numbers
+ReportProgress = Callable[[str, int, int], None]  # a title, the amount done, and the total
+MAY_CHANGE = ("train.clip_norm", "optimizer.", "precision.")  # between attempts, and change a step's metrics
 
 
 def replay_step(
@@ -57,61 +57,64 @@ def replay_step(
     checkpoint: int | None = None,
     overrides: Sequence[str] = (),
 ) -> Replay:
-    """The run in `folder` as it was before `step`. `checkpoint`: the step of the one to begin with, 0 for the initial
-    weights; None for the nearest that is whole. `overrides`: where its data is, if not where its config.yaml says.
+    """Returns the run in `folder` as it was before `step`. `checkpoint`: the step of the checkpoint to begin with, 0
+    for the initial weights; None for the nearest whole one. `overrides`: where its data is, if not where config.yaml
+    says.
 
-    Code is imported from no package but those in `plugins`. Raises ConfigError where there is no such run, step or
-    checkpoint, or where its data is not what it was; DataError where a sample cannot be read.
+    Code is imported only from the packages in `plugins`. Raises ConfigError where there is no such run, step or
+    checkpoint, or where its data has changed; DataError where a sample cannot be read.
     """
-    config, tokenizer = open_run(folder, plugins, _reading_overrides(overrides))
+    config, tokenizer = open_run(folder, plugins, _check_overrides(overrides))
     rows = {row["step"]: row for row in jsonl.read(folder / "metrics.jsonl")}
     if step not in rows:
-        there = f"has recorded steps {min(rows)} to {max(rows)}" if rows else "has recorded no step yet"
-        raise ConfigError(f"--step {step}: {folder} {there}")
+        recorded_steps = f"has recorded steps {min(rows)} to {max(rows)}" if rows else "has recorded no step yet"
+        raise ConfigError(f"--step {step}: {folder} {recorded_steps}")
     config = _config_at(step, config, folder)
     topology = replace(ALONE, device=torch.device("cuda", 0) if torch.cuda.is_available() else ALONE.device)
     check_machine(config, topology.device)
-    inputs = _opened(config, topology, folder)
-    found = _nearest(folder, step, checkpoint)
-    strategy = _strategy(config, topology, inputs, found)
+    inputs = _open_data(config, topology, folder)
+    start_checkpoint = _find_checkpoint(folder, step, checkpoint)
+    strategy = _restore_strategy(config, topology, inputs, start_checkpoint)
     if config.models.trained:
         raise _refusal(config, "a run that trains a second model (models.trained)")
     frozen = build_frozen(config, topology, inputs, open_frozen(config, topology, tokenizer))
     models = {MAIN: strategy, **frozen}
 
-    start = found.manifest["step"] if found else 0
-    if lost := next((before for before in range(start + 1, step) if before not in rows), None):
-        raise ConfigError(f"{folder / 'metrics.jsonl'}: lacks step {lost}, which would have to be done again")
-    processes, device = _environment(folder)
+    start = start_checkpoint.manifest["step"] if start_checkpoint else 0
+    if missing_step := next((earlier for earlier in range(start + 1, step) if earlier not in rows), None):
+        raise ConfigError(f"{folder / 'metrics.jsonl'}: lacks step {missing_step}, which would have to be done again")
+    processes, device = _read_environment(folder)
     size = config.train.micro_batch or max(1, config.train.global_batch // processes)
-    share = replace(inputs.stream.share, micro_batch=size, ledger=True, tolerant=False, left_out=_left_out(folder))
-    apart_since = _on_the_way(models, share, rows, start, step, report)
+    share = replace(
+        inputs.stream.share, micro_batch=size, ledger=True, tolerant=False, quarantined=_read_quarantine(folder)
+    )
+    differs_since = _replay_steps_before(models, share, rows, start, step, report)
     data = share.step(step - 1)
     update = next(strategy.objective.updates(data.micro_batches, models))
     if update.model != MAIN or update.objective is not strategy.objective:
         raise _refusal(config, "a step that begins with an update of another kind than its own")
     data = replace(data, micro_batches=list(update.batches))
-    samples = list(_samples(share, data, list(inputs.catalog)))
+    samples = list(_iterate_samples(share, data, list(inputs.catalog)))
     return Replay(
         config=config,
         tokenizer=tokenizer,
         strategy=strategy,
         data=data,
         samples=samples,
-        found=found,
-        recorded=_recorded(rows[step]),
-        in_ledger=_in_ledger(folder, step, samples),
-        apart_since=apart_since,
+        checkpoint=start_checkpoint,
+        recorded=_recorded_metrics(rows[step]),
+        in_ledger=_matches_ledger(folder, step, samples),
+        differs_since=differs_since,
         devices=(device, topology.device.type),
         size=size,
     )
 
 
-def _refusal(config: Config, what: str) -> ConfigError:
-    return ConfigError(f"objective.name={config.objective.name}: replay does not know {what}")
+def _refusal(config: Config, feature: str) -> ConfigError:
+    return ConfigError(f"objective.name={config.objective.name}: replay does not know {feature}")
 
 
-def _on_the_way(
+def _replay_steps_before(
     models: Mapping[str, Any],
     share: RankStream,
     rows: dict[int, dict[str, Any]],
@@ -119,56 +122,56 @@ def _on_the_way(
     step: int,
     report: ReportProgress,
 ) -> int | None:
-    """Does the steps behind `start` and before `step`; gives the first of them that is not as recorded."""
+    """Does the steps behind `start` and before `step`; returns the first of them that differs from the record."""
     origin = f"the checkpoint of step {start}" if start else "the initial weights"
-    what, count, apart_since = f"replaying steps {start + 1} to {step}, from {origin}", step - start, None
-    report(what, 0, count)
+    title, count, differs_since = f"replaying steps {start + 1} to {step}, from {origin}", step - start, None
+    report(title, 0, count)
     for done in range(start, step - 1):
         row, strategy = rows[done + 1], models[MAIN]
-        finish = partial(_as_recorded, row, models)
+        finish = partial(_finish_as_recorded, row, models)
         sums, result = run_step(models, strategy.objective, share.step(done).micro_batches, finish)
         strategy.timer.read()
-        numbers = StepMetrics(loss_of(strategy.objective, sums), float(result.grad_norm))
-        if apart_since is None and not numbers.same(_recorded(row)):
-            apart_since = done + 1
-        report(what, done + 1 - start, count)
-    report(what, count, count)
-    return apart_since
+        metrics = StepMetrics(loss_of(strategy.objective, sums), float(result.grad_norm))
+        if differs_since is None and not metrics.agrees_with(_recorded_metrics(row)):
+            differs_since = done + 1
+        report(title, done + 1 - start, count)
+    report(title, count, count)
+    return differs_since
 
 
-def _samples(share: RankStream, data: StepData, names: Sequence[str]) -> Iterator[Sample]:
-    """Yields the step's samples in global order. `names` are those of the sources."""
-    sources = {slot.number: names[slot.source] for slot in share.units(data.step - 1)}
+def _iterate_samples(share: RankStream, data: StepData, names: Sequence[str]) -> Iterator[Sample]:
+    """Yields the step's samples in global order. `names`: the names of the sources."""
+    sources = {slot.number: names[slot.source] for slot in share.example_ids(data.step - 1)}
     batch = {name: torch.cat([part[name] for part in data.micro_batches]) for name in data.micro_batches[0]}
     for i, (number, entry) in enumerate(data.entries):
         yield Sample(number, sources[number], entry, {name: tensor[i : i + 1] for name, tensor in batch.items()})
 
 
-def _left_out(folder: Path) -> frozenset[ExampleId]:
-    """What the run could not read."""
+def _read_quarantine(folder: Path) -> frozenset[ExampleId]:
+    """Returns the examples that the run quarantined."""
     rows = jsonl.read(folder / quarantine.NAME)
     return frozenset(ExampleId(row["number"], row["source"], row["unit"]) for row in rows if row["number"] is not None)
 
 
-def _reading_overrides(overrides: Sequence[str]) -> Sequence[str]:
-    """Raises ConfigError for one that would make it another run."""
+def _check_overrides(overrides: Sequence[str]) -> Sequence[str]:
+    """Returns the overrides. Raises ConfigError for one that would make it another run."""
     allowed = re.compile(r"(model\.weights|data\.(shards|sources\.[^.=]+\.shards|cache|allow_pipe|patience_s))=")
-    if other := [shown_override(text) for text in overrides if not allowed.match(text)]:
+    if refused := [shown_override(text) for text in overrides if not allowed.match(text)]:
         raise ConfigError(
-            f"--set {', '.join(other)}: replay takes only where its data and weights are, such as data.shards"
+            f"--set {', '.join(refused)}: replay takes only where its data and weights are, such as data.shards"
         )
     return overrides
 
 
 def _config_at(step: int, config: Config, folder: Path) -> Config:
-    """The config under which the step was done, as far as numbers follow from it, for this process. The learning rate
-    is recorded with each step."""
+    """Returns the config under which the step was done, as far as its metrics depend on it, for this process. The
+    learning rate is recorded with each step."""
     raw = config.with_secrets()
     raw["run"] |= {"dir": str(folder.absolute()), "fresh": False}
     raw["train"] |= {"compile": False}
     raw["data"] |= {"validation": None}
-    if (own := folder / "tokenizer.json").exists() and config.data.name not in DATASETS:
-        raw["data"]["tokenizer"] = str(own)
+    if (tokenizer_file := folder / "tokenizer.json").exists() and config.data.name not in DATASETS:
+        raw["data"]["tokenizer"] = str(tokenizer_file)
     for event in reversed(jsonl.read(folder / "events.jsonl")):
         if event["kind"] != "config_changed" or event["step"] < step:
             continue
@@ -184,8 +187,8 @@ def _config_at(step: int, config: Config, folder: Path) -> Config:
     return validate(raw)
 
 
-def _opened(config: Config, topology: Topology, folder: Path) -> RunData:
-    """The run's data. Raises ConfigError where it is gone, or not what it was at the run's birth."""
+def _open_data(config: Config, topology: Topology, folder: Path) -> RunData:
+    """Opens the run's data. Raises ConfigError where it is gone, or has changed since the run began."""
     if MASK in str(config.data.shards) + str(config.data.sources):
         key = "data.shards" if config.data.shards else "data.sources.NAME.shards"
         raise ConfigError(f"{key}: {folder / 'config.yaml'} has it without its secrets; add --set {key}=...")
@@ -194,14 +197,14 @@ def _opened(config: Config, topology: Topology, folder: Path) -> RunData:
     except ConfigError as error:
         where = f"{folder}: its data is looked for where its config.yaml says, relative paths from the current folder"
         raise ConfigError([*error.problems, where], error.exit_code) from None
-    kept: dict[str, Any] = {}
+    fingerprints: dict[str, Any] = {}
     with suppress(OSError, ValueError, KeyError, TypeError):  # lost: then it cannot be compared
         before = json.loads(read_file(folder / CATALOG))
-        kept = {name: before[name]["fingerprint"] for name in inputs.catalog}
+        fingerprints = {name: before[name]["fingerprint"] for name in inputs.catalog}
     problems = [
         f"{'data.shards' if name == 'all' else f'data.sources.{name}.shards'}: not the texts or samples that the run "
         f"began with; restore them ({folder / CATALOG} lists the shards)"
-        for name, fingerprint in kept.items()
+        for name, fingerprint in fingerprints.items()
         if fingerprint != inputs.catalog[name]["fingerprint"]
     ]
     if problems:
@@ -209,39 +212,49 @@ def _opened(config: Config, topology: Topology, folder: Path) -> RunData:
     return inputs
 
 
-def _nearest(folder: Path, step: int, wanted: int | None) -> FoundCheckpoint | None:
-    """The newest whole checkpoint before the step, or the one that is wanted; None for the initial weights."""
+def _find_checkpoint(folder: Path, step: int, checkpoint_step: int | None) -> FoundCheckpoint | None:
+    """Returns the newest whole checkpoint before the step, or that of step `checkpoint_step`; None for the initial
+    weights."""
     with suppress(FileNotFoundError):
         paths = complete_checkpoints(folder / CHECKPOINTS)
-        for path in [path for path in reversed(paths) if step_of(path) < step and wanted in (None, step_of(path))]:
+        for path in [
+            path for path in reversed(paths) if step_of(path) < step and checkpoint_step in (None, step_of(path))
+        ]:
             try:
                 return FoundCheckpoint(path, verify(path))
             except (DamagedCheckpoint, OSError) as error:
-                if wanted is not None:
-                    raise ConfigError(f"--checkpoint {wanted}: {path} is not whole: {error}") from None
-    if wanted:
-        raise ConfigError(f"--checkpoint {wanted}: {folder} has none of that step, or it does not lie before {step}")
+                if checkpoint_step is not None:
+                    raise ConfigError(f"--checkpoint {checkpoint_step}: {path} is not whole: {error}") from None
+    if checkpoint_step:
+        raise ConfigError(
+            f"--checkpoint {checkpoint_step}: {folder} has none of that step, or it does not lie before {step}"
+        )
     return None
 
 
-def _strategy(config: Config, topology: Topology, inputs: RunData, found: FoundCheckpoint | None) -> StepArithmetic:
-    """One process with the weights and the optimizer's state of the checkpoint, or as the run was born."""
-    given = open_pretrained(config, topology, inputs.tokenizer) if found is None else None
-    if given and not given.places:
+def _restore_strategy(
+    config: Config, topology: Topology, inputs: RunData, checkpoint: FoundCheckpoint | None
+) -> StepArithmetic:
+    """Builds a strategy for one process with the weights and the optimizer's state of the checkpoint, or those that the
+    run began with."""
+    pretrained = open_pretrained(config, topology, inputs.tokenizer) if checkpoint is None else None
+    if pretrained and not pretrained.places:
         raise ConfigError(f"model.weights={config.model.weights}: gone, and no checkpoint lies before the step")
-    fill = base_of(config, inputs.tokenizer, found) if found else given.fill if given else None
-    strategy = build_strategy(config, topology, inputs, fill, loaded=found is not None)
-    if found:
+    fill = base_of(config, inputs.tokenizer, checkpoint) if checkpoint else pretrained.fill if pretrained else None
+    strategy = build_strategy(config, topology, inputs, fill, loaded=checkpoint is not None)
+    if checkpoint:
         load_models(
-            strategy, found, same_optimizer=found.manifest["config"]["optimizer"]["name"] == config.optimizer.name
+            strategy,
+            checkpoint,
+            same_optimizer=checkpoint.manifest["config"]["optimizer"]["name"] == config.optimizer.name,
         )
     return strategy
 
 
-def _as_recorded(
+def _finish_as_recorded(
     row: dict[str, Any], models: Mapping[str, Any], name: str, objective: Objective, sums: Sums
 ) -> UpdateResult:
-    """Ends an update as the run did. Where it left the step out, fp16's scale takes note of it."""
+    """Ends an update as the run did. Where the run skipped the step, fp16's scale is adapted."""
     strategy = models[name]
     if not row["skipped"]:
         return strategy.update(row["lr"])
@@ -251,22 +264,24 @@ def _as_recorded(
     return UpdateResult(norm, torch.tensor(True), torch.tensor(False))
 
 
-def _recorded(row: dict[str, Any]) -> StepMetrics:
+def _recorded_metrics(row: dict[str, Any]) -> StepMetrics:
     return StepMetrics(*(math.nan if row[name] is None else row[name] for name in StepMetrics._fields))
 
 
-def _environment(folder: Path) -> tuple[int, str]:
-    """On how many processes and which device the run is, as far as its folder tells."""
+def _read_environment(folder: Path) -> tuple[int, str]:
+    """Returns the number of processes and the device of the run, as far as its directory records them."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         report = json.loads(read_file(folder / "environment.json"))
         return max(1, int(report["processes"])), str(report["device"])
     return 1, "an unknown device"
 
 
-def _in_ledger(folder: Path, step: int, samples: Sequence[Sample]) -> bool | None:
+def _matches_ledger(folder: Path, step: int, samples: Sequence[Sample]) -> bool | None:
     start = f'{{"step": {step},'.encode()
     with suppress(OSError):
-        line = with_file(folder / "ledger.jsonl", lambda file: next((it for it in file if it.startswith(start)), None))
+        line = with_file(
+            folder / "ledger.jsonl", lambda file: next((entry for entry in file if entry.startswith(start)), None)
+        )
         if line and line.endswith(b"\n"):
             return json.loads(line)["samples"] == json.loads(json.dumps([sample.entry for sample in samples]))
     return None

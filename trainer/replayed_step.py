@@ -1,4 +1,4 @@
-"""A recorded step that is done again on one process: what each of its samples is in it."""
+"""A recorded step that is replayed on one process, and what each of its samples contributes."""
 
 from __future__ import annotations
 
@@ -28,40 +28,40 @@ class StepMetrics(NamedTuple):
     loss: float
     grad_norm: float
 
-    def apart(self, other: StepMetrics) -> StepMetrics:
-        """Relative differences."""
+    def relative_difference(self, other: StepMetrics) -> StepMetrics:
+        """Returns the relative differences."""
         return StepMetrics(*map(_difference, self, other))
 
-    def same(self, other: StepMetrics) -> bool:
-        loss, norm = self.apart(other)
+    def agrees_with(self, other: StepMetrics) -> bool:
+        loss, norm = self.relative_difference(other)
         return loss <= LOSS and norm <= NORM
 
 
 class SampleMetrics(NamedTuple):
-    """What a sample, or a document in it, is in the step."""
+    """What a sample, or a document in it, contributes to the step."""
 
     loss: float
-    """Mean over its targets."""
+    """The mean over its targets."""
     targets: int
     grad_norm: float | None
-    """Norm of its part of the step's gradient, at the step's scale. None if it was not asked for."""
+    """The norm of its part of the step's gradient, at the step's scale. None if it was not measured."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A place in the step's global batch: a packed sequence or a decoded sample."""
+    """An entry of the step's global batch: a packed sequence or a decoded sample."""
 
     number: int
-    """In the run, from 0 on."""
+    """Its number in the run, from 0 on."""
     source: str
     entry: Any
-    """The ledger's name for it: [shard, key], or a list of spans."""
+    """Its entry in the ledger: [shard, key], or a list of spans."""
     row: Batch
     """Tensors [1, ...]."""
 
     @property
-    def pieces(self) -> list[Span]:
-        """The documents in a packed sequence; none of a decoded sample."""
+    def spans(self) -> list[Span]:
+        """Returns the documents in a packed sequence; none for a decoded sample."""
         return self.entry if isinstance(self.entry[0], Span) else []
 
 
@@ -74,27 +74,27 @@ class Replay:
     strategy: StepArithmetic
     data: StepData
     samples: list[Sample]
-    found: FoundCheckpoint | None
-    """The checkpoint that was taken; None for the initial weights."""
+    checkpoint: FoundCheckpoint | None
+    """The checkpoint that the replay began with; None for the initial weights."""
     recorded: StepMetrics
     in_ledger: bool | None
-    """Whether the run's ledger names these samples; None if it keeps none."""
-    apart_since: int | None
-    """The first step on the way here that is not as recorded."""
+    """Whether the run's ledger names these samples; None if it has no entry of the step."""
+    differs_since: int | None
+    """The first replayed step before this one that differs from the record."""
     devices: tuple[str, str]
-    """The device of the run, and of this process."""
+    """The devices of the run and of this process."""
     size: int
     """Sequences of a forward pass."""
 
     @property
     def start(self) -> int:
-        """The step of the checkpoint."""
-        return self.found.manifest["step"] if self.found else 0
+        """Returns the step of the checkpoint."""
+        return self.checkpoint.manifest["step"] if self.checkpoint else 0
 
     @cached_property
     def numbers(self) -> StepMetrics:
-        """Loss and gradient norm of the step, as its run had them."""
-        return self._measured(self.data.micro_batches)
+        """Returns loss and gradient norm of the step, as its run computed them."""
+        return self._measure(self.data.micro_batches)
 
     @cached_property
     def targets(self) -> int:
@@ -104,8 +104,8 @@ class Replay:
     def objective(self) -> Objective:
         return self.strategy.objective
 
-    def part(self, row: Batch, *, gradient: bool) -> SampleMetrics:
-        """What the row is in the step."""
+    def measure_part(self, row: Batch, *, gradient: bool) -> SampleMetrics:
+        """Measures what the row contributes to the step."""
         totals, _ = self.strategy.reduce_counts(self.data.micro_batches, self.objective)
         with torch.set_grad_enabled(gradient), preserve_buffers(self.strategy.model):
             loss, sums = self.strategy.forward(row, self.objective, totals)
@@ -116,20 +116,20 @@ class Replay:
         counts = self.objective.counts(row)
         return SampleMetrics(loss_of(self.objective, {**counts, **sums}), int(counts[NUM_TARGETS]), norm)
 
-    def of(self, rows: Sequence[Batch]) -> StepMetrics:
-        """A step of these rows alone."""
+    def measure_step(self, rows: Sequence[Batch]) -> StepMetrics:
+        """Measures a step of these rows alone."""
         groups = [rows[i : i + self.size] for i in range(0, len(rows), self.size)]
         batches = [{name: torch.cat([row[name] for row in group]) for name in group[0]} for group in groups]
-        return self._measured(batches)
+        return self._measure(batches)
 
     def text(self, sample: Sample) -> str | None:
-        """What the model is given of it, None if that is not text."""
-        if not self.config.data.has_text or prepares(self.objective):  # whose examples may be anything
+        """Returns the text of a sample that the model sees, None if it is not text."""
+        if not self.config.data.has_text or prepares(self.objective):  # its examples may be anything
             return None
         ids = sample.row["inputs"][0].tolist()
-        return self.tokenizer.decode(ids[: sum(piece.end_token - piece.first_token for piece in sample.pieces) or None])
+        return self.tokenizer.decode(ids[: sum(span.end_token - span.first_token for span in sample.spans) or None])
 
-    def _measured(self, micro_batches: Sequence[Batch]) -> StepMetrics:
+    def _measure(self, micro_batches: Sequence[Batch]) -> StepMetrics:
         with preserve_buffers(self.strategy.model):
             sums = self.strategy.train_step(micro_batches)
         return StepMetrics(loss_of(self.objective, sums), float(self.strategy.discard()))
@@ -139,7 +139,7 @@ def loss_of(objective: Objective, sums: Mapping[str, Any]) -> float:
     return objective.means({name: float(torch.as_tensor(value).detach()) for name, value in sums.items()})["loss"]
 
 
-def _difference(here: float, there: float) -> float:
-    if not (math.isfinite(here) and math.isfinite(there)):
-        return math.inf if math.isfinite(here) or math.isfinite(there) else 0.0
-    return abs(here - there) / (abs(there) or 1.0)
+def _difference(value: float, reference: float) -> float:
+    if not (math.isfinite(value) and math.isfinite(reference)):
+        return math.inf if math.isfinite(value) or math.isfinite(reference) else 0.0
+    return abs(value - reference) / (abs(reference) or 1.0)

@@ -1,4 +1,4 @@
-"""One life of a run, on every rank: join, open the data, take the folder, train, and tell how it ended."""
+"""One attempt of a run, on every rank: join, open the data, take the run directory, train, and report the end."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from trainer.tracking.run_files import RunFiles
 
 log = logging.getLogger("onecurve")
 
-# Of code that has never worked, these come again: there is no use in a restart.
+# Errors that a restart cannot help against, if the code has never worked before.
 MISTAKES = (TypeError, AttributeError, NameError, ImportError, NotImplementedError, KeyError, IndexError)
 
 
@@ -55,30 +55,30 @@ def run(config: Config, started_at: float) -> None:
     topology = join(config.launch.timeout_s, config.layout(world_size()))
     interruption.listen()
     if topology.is_main:
-        record_attempt(Path(config.run.dir).expanduser())  # of one that goes on; a new one says so with its status
+        record_attempt(Path(config.run.dir).expanduser())  # of a resumed run; a new one reports itself by its status
     check_machine(config, topology.device)
     check_plugins(config)
-    found = open_shards(config, topology)
-    check_transforms(config, found.tokenizer)
-    pretrained = open_pretrained(config, topology, found.tokenizer)
-    frozen = open_frozen(config, topology, found.tokenizer)
-    prints = {name: model.fingerprint for name, model in frozen.items()}
-    identity = partial(found.identity, config, pretrained.fingerprint if pretrained else None, prints)
+    data = open_shards(config, topology)
+    check_transforms(config, data.tokenizer)
+    pretrained = open_pretrained(config, topology, data.tokenizer)
+    frozen = open_frozen(config, topology, data.tokenizer)
+    fingerprints = {name: model.fingerprint for name, model in frozen.items()}
+    identity = partial(data.identity, config, pretrained.fingerprint if pretrained else None, fingerprints)
     folder = RunDirectory(config, identity, topology, started_at)
-    with folder, _log(folder.path, topology.rank):
-        job, stopped = None, None
+    with folder, _log_to_file(folder.path, topology.rank):
+        job, interruption_error = None, None
         if topology.is_main:
-            interruption.before_leaving_at_once(partial(write_final_status, folder.path))
-            _tell_recipe(config)
+            interruption.set_exit_callback(partial(write_final_status, folder.path))
+            _print_recipe(config)
         fault_points.arm(config.debug.faults, folder.path, topology.rank)
         run_files = RunFiles(folder.path)
         clock = TimeLedger(run_files.open_appender(GOODPUT) if topology.is_main else None, started_at)
         watchdog = Watchdog(config.watchdog, topology, folder, clock, config.train.compile)
         try:
-            run_data = open_run_data(config, topology, found)
+            run_data = open_run_data(config, topology, data)
             folder.keep(run_data.tokenizer, run_data.catalog)
             if pretrained and topology.is_main:
-                pretrained_files.keep(folder.path, pretrained.beside)
+                pretrained_files.keep(folder.path, pretrained.other_files)
             job = build(
                 config, topology, run_data, folder, identity, run_files, clock, watchdog,
                 pretrained.fill if pretrained else None, build_frozen(config, topology, run_data, frozen),
@@ -89,7 +89,7 @@ def run(config: Config, started_at: float) -> None:
                 loop.train(job)
                 job.logger.close("finished")
             except Interrupted as stop:
-                stopped = stop
+                interruption_error = stop
                 job.logger.close("interrupted", str(stop), stop.exit_code)
         except BaseException as failure:
             log.error("%s", "".join(traceback.format_exception(failure)))
@@ -97,46 +97,46 @@ def run(config: Config, started_at: float) -> None:
                 raise _report_failure(failure, config, topology, folder, job) from failure
             finally:
                 if job is not None:
-                    with clock.watched_elsewhere():  # a save in flight, which waits for ranks that may be gone
+                    with clock.pause_watchdog():  # a save in flight may wait for ranks that are gone
                         job.close()
                 watchdog.close()
         watchdog.close()
         # The status is the last word: nothing that follows can change it, nor the exit code.
-        exit_code = stopped.exit_code if stopped else 0
-        interruption.before_leaving_at_once(lambda *_: os._exit(exit_code))
+        exit_code = interruption_error.exit_code if interruption_error else 0
+        interruption.set_exit_callback(lambda *_: os._exit(exit_code))
         with _ignore_failure(folder.path, "samples or report"):
             try:
-                if not stopped:
+                if not interruption_error:
                     fault_points.point("end.finished")
-                    model = sampling.trained_model(config, job.strategy, found.tokenizer, topology)
+                    model = sampling.trained_model(config, job.strategy, data.tokenizer, topology)
             finally:
                 job.close()
             topology.close()
-            if topology.is_main and not stopped:
-                _show(config, folder.path, found.tokenizer, model)
-        if stopped:
-            raise stopped
+            if topology.is_main and not interruption_error:
+                _show(config, folder.path, data.tokenizer, model)
+        if interruption_error:
+            raise interruption_error
 
 
-def _tell_recipe(config: Config) -> None:
-    """Says which recipe the config was composed with, as nobody may have named it; a launcher has told of its own."""
-    if config.track.console and (told := recipe_message()):
-        with suppress(BrokenPipeError):  # the console looks after that
-            print(f"{'recipe':12}{told}", flush=True)
+def _print_recipe(config: Config) -> None:
+    """Prints the recipe that the config was composed with, as nobody may have named it; a launcher prints its own."""
+    if config.track.console and (message := recipe_message()):
+        with suppress(BrokenPipeError):  # the console tracker handles that
+            print(f"{'recipe':12}{message}", flush=True)
 
 
 def _report_failure(
     failure: BaseException, config: Config, topology: Topology, folder: RunDirectory, job: Job | None
 ) -> OnecurveError:
-    """Tells of a failure once for all ranks; gives the error that this rank ends with."""
-    begun = job is not None and job.clock.step > 0
-    error, lost_peer = _explain(failure, config, folder.path, topology, begun)
+    """Reports a failure once for all ranks; returns the error that this rank ends with."""
+    has_done_steps = job is not None and job.clock.step > 0
+    error, lost_peer = _explain(failure, config, folder.path, topology, has_done_steps)
     first = folder.fail(topology.rank, error, lost_peer, job.clock.step if job else 0)
     error.recorded = True
     if topology.is_main:
         with suppress(Exception):  # the disk may be what failed
             if first["retry"] and will_restart():
-                pass  # the next life tells of it
+                pass  # the next attempt reports it
             elif job is not None:
                 job.logger.close("failed", first["reason"], first["exit_code"])
             else:
@@ -145,11 +145,11 @@ def _report_failure(
 
 
 def _explain(
-    failure: BaseException, config: Config, folder: Path, topology: Topology, begun: bool
+    failure: BaseException, config: Config, folder: Path, topology: Topology, has_done_steps: bool
 ) -> tuple[OnecurveError, bool]:
-    """The cause and what to change, where we know it; and whether it is only that another rank is gone. `begun`: the
-    run has done a step, so its code has worked once."""
-    if isinstance(failure, ConfigError):  # found too late to be a refusal: told by whoever was first, as a failure
+    """Returns the cause and, if known, what to change; and whether this rank only lost another one. `has_done_steps`:
+    the run has done a step, so its code has worked once."""
+    if isinstance(failure, ConfigError):  # found too late to refuse the start: a failure that the first rank reports
         return OnecurveError(str(failure), failure.exit_code), False
     if isinstance(failure, OnecurveError):
         return failure, False
@@ -164,17 +164,17 @@ def _explain(
         return TrainingError(f"out of memory: try {' or '.join(ways or ['a smaller model'])}. {failure}"), False
     first_line = f"{type(failure).__name__}: {failure}".partition("\n")[0]
     trace = f"(traceback: {folder}/logs/rank-{topology.rank}.log)"
-    if known := advice_for(str(failure)):
-        first_line += f": {known}"
+    if advice := advice_for(str(failure)):
+        first_line += f": {advice}"
     lost_peer = isinstance(failure, dist.DistError) or "gloo" in str(failure) or "Connection closed" in str(failure)
     if topology.world_size > 1 and lost_peer:
         return Crashed(f"lost another process, or the way to it: {first_line} {trace}"), True
-    fails_again = isinstance(failure, MISTAKES) and not begun
+    fails_again = isinstance(failure, MISTAKES) and not has_done_steps
     return (TrainingError if fails_again else Crashed)(f"{first_line} {trace}"), False
 
 
 def _show(config: Config, folder: Path, tokenizer: Tokenizer, model: nn.Module | None) -> None:
-    """Samples (where there is a model to draw them from) and report of a finished run, until somebody asks to end."""
+    """Writes samples (if there is a model) and the report of a finished run, unless a stop is requested meanwhile."""
     texts = sampling.sample(config, model, tokenizer, interruption.is_stop_requested) if model is not None else []
     if interruption.is_stop_requested():
         return
@@ -187,29 +187,29 @@ def _show(config: Config, folder: Path, tokenizer: Tokenizer, model: nn.Module |
 
 
 @contextmanager
-def _ignore_failure(folder: Path, what: str) -> Iterator[None]:
-    """Trouble behind the end of a run is reported, and changes nothing about it."""
+def _ignore_failure(folder: Path, work: str) -> Iterator[None]:
+    """Prints a failure after the end of a run instead of raising it."""
     try:
         yield
     except Exception as error:
-        log.exception(what)
+        log.exception(work)
         print(
-            f"onecurve: the run in {folder} has ended and is saved, but {what} failed: {prose(str(error))}",
+            f"onecurve: the run in {folder} has ended and is saved, but {work} failed: {prose(str(error))}",
             file=sys.stderr,
         )
 
 
 class _Formatter(logging.Formatter):
-    """Leaves credentials out of what others wrote into their exceptions."""
+    """Removes credentials from the texts of exceptions."""
 
     def format(self, record: logging.LogRecord) -> str:
         return prose(super().format(record))
 
 
 @contextmanager
-def _log(folder: Path, rank: int) -> Iterator[None]:
-    """Warnings and tracebacks of each rank in a file of its own, `logs/rank-N.log`; under `onecurve train` all else
-    that ranks other than the main one write, too."""
+def _log_to_file(folder: Path, rank: int) -> Iterator[None]:
+    """Logs warnings and tracebacks of each rank to its own file, `logs/rank-N.log`; under `onecurve train` also all
+    other stderr output of ranks other than the main one."""
     handler = logging.FileHandler(folder / "logs" / f"rank-{rank}.log")
     handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(message)s"))
     loggers = [log, logging.getLogger("py.warnings")]

@@ -1,4 +1,4 @@
-"""The run's data, opened: from the config to the stream that training reads and the pass that judges it."""
+"""Opens the run's data: from the config to the training stream and the validation pass."""
 
 from __future__ import annotations
 
@@ -44,106 +44,110 @@ from trainer.topology import ALONE, Topology, raise_open_files
 DATASETS: dict[str, Callable[[Path, str], Path]] = {"shakespeare": shakespeare.ensure}
 
 
-# Keys of the data section that say where and how the data is read, not which data comes when. (The fingerprint of the
-# tokenizer tells of its own.)
+# Keys of the data section that say where and how the data is read, not which data comes when. (The tokenizer
+# has a fingerprint.)
 HOW_DATA_IS_READ = {
     "name", "shards", "sources", "reweight", "validation", "tokenizer", "separator", "special_tokens", "workers",
     "processes", "on_error", "error_budget", "ledger", "cache", "cache_gb", "patience_s", "mmap", "allow_pipe",
 }  # fmt: skip
 
-# Keys of the model section that say by what means it is computed or where it is found, not what it is. Where `weights`
-# are those of a model that knows them, their fingerprint takes the place of the key.
-HOW_MODEL_IS_COMPUTED, FOUND = {"fused_norm"}, {"weights"}
+# Keys of the model section that say how the model is computed or where its weights are, not what it is. Where the model
+# reads `weights`, their fingerprint takes the place of the key.
+HOW_MODEL_IS_COMPUTED, WEIGHTS_KEY = {"fused_norm"}, {"weights"}
 
 
 @dataclass(frozen=True)
 class FoundData:
-    """The run's shards, cataloged, and its tokenizer: what can be found wrong without reading a sample."""
+    """The run's indexed shards and its tokenizer: all that can be checked without reading a sample."""
 
     training: dict[str, Shards]
     held_out: Shards | None
     tokenizer: Tokenizer
 
-    def identity(self, config: Config, given: str | None, frozen: Mapping[str, str], step: int) -> dict[str, Any]:
-        """What the run is, as far as its first `step` steps go: what no later life of it may change. `given`: the
-        fingerprint of the weights that it started with, if it did not draw them; `frozen`: those of other models."""
-        until = max(step, 1)
+    def identity(
+        self, config: Config, weights_fingerprint: str | None, frozen: Mapping[str, str], step: int
+    ) -> dict[str, Any]:
+        """Returns what identifies the run up to step `step`, which no later attempt may change. `weights_fingerprint`:
+        that of the pretrained weights that it started with, if any; `frozen`: those of the frozen models, by name."""
+        num_steps = max(step, 1)
         ramp = sorted(config.train.batch_ramp.items())
         starts = [0, *(end for end, _ in ramp)]
-        begun = {str(end): size for start, (end, size) in zip(starts, ramp, strict=False) if start < until}
-        model = _identity_of(config.model, FOUND if knows_weights(config) else set())
+        started_ramp = {str(end): size for start, (end, size) in zip(starts, ramp, strict=False) if start < num_steps}
+        model = _identity_of(config.model, WEIGHTS_KEY if knows_weights(config) else set())
         return {
-            "model": model | ({"weights": given} if given else {}),
+            "model": model | ({"weights": weights_fingerprint} if weights_fingerprint else {}),
             "objective": masked(config.objective.model_dump(mode="json")),
             "data": {
                 "order": ORDER,
                 "shards": {name: shards.fingerprint for name, shards in self.training.items()},
-                "weights": {str(at): given for at, given in weights(config).items() if at < until},
+                "weights": {str(at): values for at, values in weights(config).items() if at < num_steps},
                 "tokenizer": self.tokenizer.fingerprint,
                 **masked(config.data.model_dump(mode="json", exclude=HOW_DATA_IS_READ)),
             },
-            "train": {"global_batch": config.train.global_batch, "batch_ramp": begun},
+            "train": {"global_batch": config.train.global_batch, "batch_ramp": started_ramp},
             "run": {"seed": config.run.seed},
-            **_others(config, frozen),
+            **_other_models(config, frozen),
         }
 
 
 @dataclass(frozen=True)
 class RunData:
-    """What training reads, what it is judged by, the tokenizer of both, and the objective, which makes examples of
-    their rows."""
+    """The training stream, the validation data, the tokenizer of both, and the objective, which makes examples of their
+    rows."""
 
     stream: Stream
     validation: Validation | None
     tokenizer: Tokenizer
     objective: Objective
     catalog: dict[str, Any]
-    """By source, JSON-able, what a later attempt must find unchanged: its fingerprint and its shards' summaries."""
+    """What a later attempt must find unchanged, JSON-able: each source's fingerprint and its shards' summaries."""
 
 
-def _example(made: Sequence[RankStream]) -> Batch:
-    if not made:
+def _example(streams: Sequence[RankStream]) -> Batch:
+    if not streams:
         raise ConfigError(TOO_EARLY)
-    return made[0].example()
+    return streams[0].example()
 
 
-def _others(config: Config, frozen: Mapping[str, str]) -> dict[str, Any]:
-    """What a run is by its other models; nothing where there are none."""
-    trained = {name: _identity_of(other.model, FOUND) for name, other in config.models.trained.items()}
+def _other_models(config: Config, frozen: Mapping[str, str]) -> dict[str, Any]:
+    """Returns the identity of a run's further models; empty where there are none."""
+    trained = {name: _identity_of(section.model, WEIGHTS_KEY) for name, section in config.models.trained.items()}
     return {"models": {"trained": trained, "frozen": dict(frozen)}} if trained or frozen else {}
 
 
-def _identity_of(model: Any, besides: set[str]) -> dict[str, Any]:
-    """What a run is by the section of a model but for these keys; of its transforms the order counts, too."""
-    values = masked(model.model_dump(mode="json", exclude=HOW_MODEL_IS_COMPUTED | besides))
+def _identity_of(model: Any, excluded: set[str]) -> dict[str, Any]:
+    """Returns the identity of a model by its section without the `excluded` keys; the order of transforms counts."""
+    values = masked(model.model_dump(mode="json", exclude=HOW_MODEL_IS_COMPUTED | excluded))
     order = list(values["transforms"])
     return values | ({"transforms_order": order} if len(order) > 1 else {})
 
 
 def weights(config: Config) -> dict[int, list[float]]:
-    """Steps done -> the weights of the sources from there on, by their names: in which order they are written does not
-    matter."""
+    """Returns the weights of the sources by the number of steps done, in the order of their names: the order in the
+    config does not matter."""
     if not (mixed := sorted(config.data.sources.items())):
         return {0: [1.0]}
-    later = {step: [given[name] for name, _ in mixed] for step, given in sorted(config.data.reweight.items())}
+    later = {step: [by_name[name] for name, _ in mixed] for step, by_name in sorted(config.data.reweight.items())}
     return {0: [source.weight for _, source in mixed], **later}
 
 
 def open_shards(config: Config, topology: Topology) -> FoundData:
-    """Finds and indexes the data on every rank; each makes its part of the indexes that are not there yet.
+    """Finds and indexes the data on every rank; each makes its part of the missing indexes.
 
     Raises ConfigError on all ranks, with all that is missing or damaged on any of them. Its exit code is DataError's
-    where damage is all that is wrong.
+    where the only problem is damage.
     """
     raise_open_files()
     data, opening = config.data, _Opening(config, topology)
-    base = opening.attempt(lambda: _built_in_folder(config, topology))
+    base = opening.attempt(lambda: _make_built_in(config, topology))
     opening.raise_problems()
-    tokenizer = opening.attempt(lambda: _tokenizer(config, base))
+    tokenizer = opening.attempt(lambda: _load_tokenizer(config, base))
     specs = {f"data.sources.{name}.shards": (name, source.shards) for name, source in sorted(data.sources.items())}
-    before = topology.broadcast(_catalog(config) if topology.is_main else None)
+    before = topology.broadcast(_read_catalog(config) if topology.is_main else None)
     training = {
-        name: opening.attempt(partial(opening.shards, spec, base, key, _before(before.get(name)), training=True))
+        name: opening.attempt(
+            partial(opening.shards, spec, base, key, _recorded_shards(before.get(name)), training=True)
+        )
         for key, (name, spec) in (specs or {"data.shards": ("all", data.shards)}).items()
     }
     held_out = None
@@ -151,34 +155,36 @@ def open_shards(config: Config, topology: Topology) -> FoundData:
         held_out = opening.attempt(partial(opening.shards, data.validation, base, "data.validation"))
     opening.raise_problems()
     for shards in [*training.values(), held_out] if data.decoded else []:
-        if shards is not None:  # a field that is not there, a function that cannot be imported
+        if shards is not None:  # a missing field, a function that cannot be imported
             opening.attempt(partial(opening.source, shards, tokenizer))
     opening.raise_problems()
     return FoundData(training, held_out, tokenizer)
 
 
-def open_run_data(config: Config, topology: Topology, found: FoundData) -> RunData:
-    """What training reads of the shards that were found; text is encoded here, once. Raises as `open_shards` does."""
+def open_run_data(config: Config, topology: Topology, inputs: FoundData) -> RunData:
+    """Opens the training and validation data in the shards; encodes text, once. Raises what `open_shards` raises."""
     data, opening = config.data, _Opening(config, topology)
-    made: list[RankStream] = []
-    facts = Facts.of(config, found.tokenizer, lambda: _example(made))
-    kind = plugin(config, "objective")
+    streams: list[RankStream] = []
+    facts = Facts.of(config, inputs.tokenizer, lambda: _example(streams))
+    objective_class = plugin(config, "objective")
     if config.track.by_source:
-        kind = by_source(kind, sorted(config.data.sources))
-    objective = check_objective(config, kind(config.objective, facts))
-    sources = [opening.attempt(partial(opening.source, shards, found.tokenizer)) for shards in found.training.values()]
-    judged = None
-    if found.held_out is not None:
-        judged = opening.attempt(partial(opening.source, found.held_out, found.tokenizer, held_out=True))
+        objective_class = by_source(objective_class, sorted(config.data.sources))
+    objective = check_objective(config, objective_class(config.objective, facts))
+    sources = [
+        opening.attempt(partial(opening.source, shards, inputs.tokenizer)) for shards in inputs.training.values()
+    ]
+    validation_source = None
+    if inputs.held_out is not None:
+        validation_source = opening.attempt(partial(opening.source, inputs.held_out, inputs.tokenizer, held_out=True))
     opening.raise_problems()
     if prepares(objective):
         sources = [PreparedSource(source, objective.example) for source in sources]
-        judged = judged and PreparedSource(judged, objective.example)
+        validation_source = validation_source and PreparedSource(validation_source, objective.example)
     parts = [OrderedSource(source, data.lanes, data.window, config.run.seed) for source in sources]
     batches = Batches(config.train.global_batch, config.train.batch_ramp)
     share = RankStream(
         parts=parts,
-        mixture=Mixture([(batches.taken(step), given) for step, given in weights(config).items()]),
+        mixture=Mixture([(batches.position(step), values) for step, values in weights(config).items()]),
         batches=batches,
         micro_batch=config.train.micro_batch,
         seed=config.run.seed,
@@ -186,15 +192,15 @@ def open_run_data(config: Config, topology: Topology, found: FoundData) -> RunDa
         dp_size=topology.dp_size,
         ledger=data.ledger and topology.is_data_rank,
         tolerant=data.on_error == "quarantine",
-        numbered=SOURCE if config.track.by_source else "",
+        source_field=SOURCE if config.track.by_source else "",
     )
-    made.append(share)
-    validation = judged and Validation(
-        judged,
+    streams.append(share)
+    validation = validation_source and Validation(
+        validation_source,
         micro_batch=config.train.micro_batch or config.train.global_batch // topology.dp_size,
         dp_rank=topology.dp_rank,
         dp_size=topology.dp_size,
-        units=config.eval.steps and config.eval.steps * config.train.global_batch,
+        num_examples=config.eval.steps and config.eval.steps * config.train.global_batch,
         workers=data.workers,
     )
     stream = Stream(share, workers=data.workers, processes=data.processes)
@@ -204,13 +210,13 @@ def open_run_data(config: Config, topology: Topology, found: FoundData) -> RunDa
             "shards": [file_name(url) for url in shards.urls],
             "summaries": list(map(asdict, shards.summaries)),
         }
-        for (name, shards), source in zip(found.training.items(), sources, strict=True)
+        for (name, shards), source in zip(inputs.training.items(), sources, strict=True)
     }
-    return RunData(stream, validation, found.tokenizer, objective, catalog)
+    return RunData(stream, validation, inputs.tokenizer, objective, catalog)
 
 
 class _Opening:
-    """Opens things on all ranks and collects the problems, so that all are reported at once."""
+    """Opens data on all ranks and collects the problems, so that all are reported at once."""
 
     def __init__(self, config: Config, topology: Topology):
         self.config, self.topology = config, topology
@@ -238,7 +244,7 @@ class _Opening:
         *,
         training: bool = False,
     ) -> Shards:
-        """The shards that `key` names, for training or for validation, where they must be whole."""
+        """Returns the shards that `key` names, for training or for validation, where they must be whole."""
         data = self.config.data
         paths = [str(base / part) if base else part for part in ([spec] if isinstance(spec, str) else spec)]
         storage = Storage(
@@ -255,9 +261,9 @@ class _Opening:
                 storage,
                 key=key,
                 tolerant=self.tolerant and training,
-                before=before,
+                earlier_summaries=before,
                 team=self.team,
-                patient=is_restarted(),  # it was right when the run was started by hand
+                patient=is_restarted(),  # its path was right when the run was first started
             )
         except ConfigError as error:
             if base is None or error.exit_code != ConfigError.exit_code:
@@ -266,7 +272,7 @@ class _Opening:
             raise ConfigError([*error.problems, yours]) from error
 
     def source(self, shards: Shards, tokenizer: Tokenizer, held_out: bool = False) -> Source:
-        """The units of some shards: packed sequences of their text, or their samples decoded."""
+        """Returns the examples of some shards: packed sequences of their text, or their decoded samples."""
         data = self.config.data
         if data.decoded:
             samples = Samples(shards, Recipe.of(self.config, tokenizer))
@@ -280,43 +286,43 @@ class _Opening:
         return Packed(line, data.sequence_length, packing=packing, document_mask=data.document_mask, team=self.team)
 
 
-def _catalog(config: Config) -> dict[str, Any]:
-    """What the run's folder tells of the data that the run began with, by source; {} if it has not begun."""
+def _read_catalog(config: Config) -> dict[str, Any]:
+    """Returns the run directory's record of the data that the run began with, by source; {} if it has not begun."""
     with suppress(OSError, ValueError):
-        kept = json.loads(read_file(Path(config.run.dir).expanduser() / CATALOG))
-        if isinstance(kept, dict) and (is_restarted() or not config.run.fresh):
-            return kept
+        catalog = json.loads(read_file(Path(config.run.dir).expanduser() / CATALOG))
+        if isinstance(catalog, dict) and (is_restarted() or not config.run.fresh):
+            return catalog
     return {}
 
 
-def _before(kept: Any) -> list[tuple[str, Summary]]:
-    """Names and summaries of a source's shards as they were; [] if it is not told, or not to be understood."""
+def _recorded_shards(record: Any) -> list[tuple[str, Summary]]:
+    """Returns names and summaries of a source's shards as recorded; [] if there is no readable record."""
     with suppress(KeyError, TypeError, ValueError):
-        return list(zip(kept["shards"], map(from_json, kept["summaries"]), strict=True))
+        return list(zip(record["shards"], map(from_json, record["summaries"]), strict=True))
     return []
 
 
-def _built_in_folder(config: Config, topology: Topology) -> Path | None:
-    """The folder of a data set that we make ourselves; the main rank first, the others then find it."""
+def _make_built_in(config: Config, topology: Topology) -> Path | None:
+    """Returns the folder of a built-in data set; the main rank makes it first, and the others then find it."""
     make = DATASETS.get(config.data.name)
     if make is None:
         return None
     cache, tokenizer = Path(config.data.cache).expanduser(), config.data.tokenizer
-    made = None
+    folder = None
     try:
         if topology.is_main:
-            made = make(cache, tokenizer)
+            folder = make(cache, tokenizer)
     finally:
         topology.barrier()
-    return made or make(cache, tokenizer)
+    return folder or make(cache, tokenizer)
 
 
 def tokenizer_of(config: Config) -> Tokenizer:
     """Returns the run's tokenizer without opening its data; a built-in data set is made if needed."""
-    return _tokenizer(config, _built_in_folder(config, ALONE))
+    return _load_tokenizer(config, _make_built_in(config, ALONE))
 
 
-def _tokenizer(config: Config, base: Path | None) -> Tokenizer:
+def _load_tokenizer(config: Config, base: Path | None) -> Tokenizer:
     name = config.data.tokenizer
     place = str(base / "tokenizer.json") if base and name != "bytes" else name
     return tokenizers.load(place, config.data.separator, config.data.special_tokens)

@@ -1,4 +1,4 @@
-"""All models of a run: its own, others that are trained beside it, frozen ones."""
+"""All models of a run: its main model, further trained models, frozen models."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from trainer.strategies.base import Strategy
 
 
 class RunModels(Mapping[str, Strategy]):
-    """Models by name. What is trained is saved: of the run's own model under `model/`, `optimizer/`, `scaler/`, of
-    another one under the same with its name before it, `critic/model/`. A frozen one comes from elsewhere."""
+    """The models by name. Trained ones are saved: the run's own under `model/`, `optimizer/`, `scaler/`, another one
+    under the same with its name in front, `critic/model/`. Frozen ones are not saved."""
 
     def __init__(
         self,
@@ -39,22 +39,22 @@ class RunModels(Mapping[str, Strategy]):
         return len(self._all)
 
     def state(self, everything: bool = False) -> dict[str, Tensor | FlatShard]:
-        """Returns the state of all models that are trained, as `Strategy.state` has it."""
+        """Returns the state of all trained models, in the form of `Strategy.state`."""
         state = dict(self.main.state(everything))
         for name, model in self.trained.items():
             state |= {f"{name}/{path}": tensor for path, tensor in model.state(everything).items()}
         return state
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Takes over what `state` returned, filled with other values."""
+        """Loads tensors that `state` returned, filled with other values."""
         by_model: dict[str, dict[str, Any]] = {}
         for path, tensor in state.items():
-            name, rest = model_of(path)
-            by_model.setdefault(name or MAIN, {})[rest] = tensor
-        for name, its in by_model.items():
-            self[name].load_state(its)
+            name, local_path = model_of(path)
+            by_model.setdefault(name or MAIN, {})[local_path] = tensor
+        for name, model_state in by_model.items():
+            self[name].load_state(model_state)
 
     def close(self) -> None:
-        """Closes the run's own model last, which may have begun what all use."""
+        """Closes all models, the run's own last, as it may have started what all of them use."""
         for model in reversed(self._all.values()):
             model.close()

@@ -1,4 +1,4 @@
-"""Text from a trained model."""
+"""Samples text from a trained model."""
 
 from __future__ import annotations
 
@@ -32,12 +32,11 @@ from trainer.topology import Topology
 
 
 def open_run(folder: Path, plugins: Sequence[str] = (), overrides: Sequence[str] = ()) -> tuple[Config, Tokenizer]:
-    """The config and tokenizer of a run's folder, which is only read.
+    """Returns the config and tokenizer of a run directory, which is only read.
 
-    It is the config for one process, `strategy=single`: here its model is whole, however it was spread. Code is
-    imported from no package but those in `plugins`, whatever the folder says. `overrides`: what it is to be besides,
-    such as addresses whose secrets the folder does not hold. Raises ConfigError if the folder holds no run that can be
-    read.
+    The config is for one process, `strategy=single`: here the model is whole, however it was sharded. Code is imported
+    only from the packages in `plugins`, whatever the directory says. `overrides`: changes to the config, such as
+    addresses whose secrets the directory does not hold. Raises ConfigError if the directory holds no readable run.
     """
     try:
         raw = yaml.safe_load(read_file(folder / "config.yaml"))
@@ -47,49 +46,51 @@ def open_run(folder: Path, plugins: Sequence[str] = (), overrides: Sequence[str]
         raw = with_overrides(raw, overrides)
         raw["run"]["plugins"] = list(plugins)
     config = validate(complete(raw | {"strategy": {"name": "single"}}) if isinstance(raw, dict) else raw)
-    own = folder / "tokenizer.json"
+    tokenizer_file = folder / "tokenizer.json"
     data = config.data
-    return config, tokenizers.load(str(own) if own.exists() else "bytes", data.separator, data.special_tokens)
+    return config, tokenizers.load(
+        str(tokenizer_file) if tokenizer_file.exists() else "bytes", data.separator, data.special_tokens
+    )
 
 
 def load_run(
     folder: Path, plugins: Sequence[str] = (), overrides: Sequence[str] = ()
 ) -> tuple[Config, nn.Module, Tokenizer]:
     """Opens a run as `open_run` does, with its newest model on the CPU. `overrides`: `model.weights=PATH`, where the
-    weights that it began with have been moved. Raises ConfigError if it has no model yet, too."""
+    weights that it began with have been moved. Also raises ConfigError if the run has no checkpoint yet."""
     config, tokenizer = open_run(folder, plugins, where_weights_are(overrides))
-    found, _ = find_newest(folder / CHECKPOINTS, set_aside=False)
-    if found is None:
+    checkpoint, _ = find_newest(folder / CHECKPOINTS, set_aside=False)
+    if checkpoint is None:
         raise ConfigError(f"{folder}: has no checkpoint yet")
-    model = model_factory(config, tokenizer, pretrained=base_of(config, tokenizer, found), loaded=True)()
+    model = model_factory(config, tokenizer, pretrained=base_of(config, tokenizer, checkpoint), loaded=True)()
     saved = is_saved(model)
-    read_state(found, {f"model/{name}": tensor for name, tensor in model.state_dict().items() if saved(name)})
+    read_state(checkpoint, {f"model/{name}": tensor for name, tensor in model.state_dict().items() if saved(name)})
     return config, model, tokenizer
 
 
 def where_weights_are(overrides: Sequence[str]) -> Sequence[str]:
-    """Returns them. Raises ConfigError for one that says anything else: it would be another model."""
-    if other := [shown_override(text) for text in overrides if not text.startswith("model.weights=")]:
-        raise ConfigError(f"{', '.join(other)}: of a run that is there only model.weights=PATH can be said anew")
+    """Returns the overrides. Raises ConfigError for any key but `model.weights`: it would change the model."""
+    if refused := [shown_override(text) for text in overrides if not text.startswith("model.weights=")]:
+        raise ConfigError(f"{', '.join(refused)}: of a run that is there only model.weights=PATH can be said anew")
     return overrides
 
 
 def with_weights(config: Config, tokenizer: Tokenizer, weights: Mapping[str, Tensor]) -> nn.Module:
     """Returns a model on the CPU that holds `weights`."""
-    model = _without_values(config, tokenizer)
+    model = _build_without_values(config, tokenizer)
     _assign(model, ((name, tensor.clone()) for name, tensor in weights.items()))
     return model
 
 
 def trained_model(config: Config, strategy: Strategy, tokenizer: Tokenizer, topology: Topology) -> nn.Module | None:
-    """Returns the model of a finished run on the main rank's device, to draw the samples from that the config asks for.
+    """Returns the model of a finished run on the main rank's device, for the samples that the config asks for.
 
-    Every rank calls it. It is the one that was trained, where the main rank holds all of it; one that is sharded is
-    brought together once, tensor by tensor. None where nothing is sampled, and on all other ranks.
+    Every rank calls it. It is the trained model itself, where the main rank holds all of it; a sharded one is gathered
+    once, tensor by tensor. None where nothing is sampled, and on all other ranks.
     """
     if not (config.sample.count and continues_text(config)):
         return None
-    model = _without_values(config, tokenizer)
+    model = _build_without_values(config, tokenizer)
     size = sum(parameter.numel() for parameter in model.parameters())
     if size > config.sample.max_parameters:
         if topology.is_main and config.track.console:
@@ -97,7 +98,7 @@ def trained_model(config: Config, strategy: Strategy, tokenizer: Tokenizer, topo
             print(f"\nno samples of {size:,} parameters ({limit}): onecurve sample {config.run.dir}")
         return None
     trained = getattr(strategy, "model", None)
-    if trained is not None and _meta_tensors(trained) == _meta_tensors(model):
+    if trained is not None and _list_parts(trained) == _list_parts(model):
         return trained if topology.is_main else None
     if not topology.is_main:
         for _ in strategy.full_weights():  # the main rank gathers from all
@@ -113,14 +114,14 @@ def continues_text(config: Config) -> bool:
     return bool(getattr(plugin(config, "objective"), "continues_text", False))
 
 
-def _without_values(config: Config, tokenizer: Tokenizer) -> nn.Module:
+def _build_without_values(config: Config, tokenizer: Tokenizer) -> nn.Module:
     """Returns the model with its parameters on the meta device: nothing is drawn that would be overwritten."""
     with without_values():
         return model_factory(config, tokenizer).build()
 
 
-def _meta_tensors(model: nn.Module) -> list[tuple[Any, ...]]:
-    """Returns what modules and parameters a model has: other ones where a strategy shards, cuts or converts it."""
+def _list_parts(model: nn.Module) -> list[tuple[Any, ...]]:
+    """Returns the modules and parameters of a model: other ones where a strategy shards, splits or converts it."""
     modules = [(name, type(module)) for name, module in model.named_modules()]
     return modules + [(name, type(tensor), tensor.shape) for name, tensor in model.named_parameters()]
 
@@ -129,38 +130,38 @@ def _assign(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Makes `tensors` the values of a model without any, in the model's types; of tied parameters one is kept."""
     state = model.state_dict(keep_vars=True)
     values: dict[str, Tensor] = {}
-    kept: dict[int, Tensor] = {}  # by parameter
+    assigned: dict[int, Tensor] = {}  # by parameter
     for name, tensor in tensors:
         parameter = state.get(name, tensor)
-        values[name] = kept.setdefault(id(parameter), tensor.to(parameter.dtype))
+        values[name] = assigned.setdefault(id(parameter), tensor.to(parameter.dtype))
     model.load_state_dict(values, assign=True)
 
 
 def sample(
-    config: Config, model: nn.Module, tokenizer: Tokenizer, ended: Callable[[], bool] = lambda: False
+    config: Config, model: nn.Module, tokenizer: Tokenizer, should_stop: Callable[[], bool] = lambda: False
 ) -> list[str]:
-    """The samples that the config's `sample` section asks for; the same each time for the same weights.
+    """Returns the samples that the config's `sample` section asks for; the same each time for the same weights.
 
-    None once `ended`, which is asked before each token. Raises ConfigError if the run is not one that learns text.
-    """
+    Returns none once `should_stop`, which is called before each token. Raises ConfigError if the run does not learn
+    text."""
     if not continues_text(config):
         raise ConfigError(f"{config.run.name}: is not a run that learns text: there is nothing to sample")
-    wanted = config.sample
+    options = config.sample
     generator = torch.Generator().manual_seed(key(config.run.seed, "sample"))
-    # Each token makes another length, which a compiled model would be compiled anew for.
-    eagerly = torch.compiler.set_stance("force_eager") if config.train.compile else nullcontext()
-    with eagerly:
+    # Each token changes the length, for which a compiled model would be compiled again.
+    without_compilation = torch.compiler.set_stance("force_eager") if config.train.compile else nullcontext()
+    with without_compilation:
         return generate(
             model,
             tokenizer,
-            wanted.prompt,
-            count=wanted.count,
-            tokens=wanted.tokens,
+            options.prompt,
+            count=options.count,
+            tokens=options.tokens,
             context=config.data.sequence_length,
-            temperature=wanted.temperature,
-            top_k=wanted.top_k,
+            temperature=options.temperature,
+            top_k=options.top_k,
             generator=generator,
-            ended=ended,
+            should_stop=should_stop,
         )
 
 
@@ -176,20 +177,22 @@ def generate(
     temperature: float,
     top_k: int | None,
     generator: torch.Generator,
-    ended: Callable[[], bool] = lambda: False,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> list[str]:
-    """`count` continuations of `prompt`, prompt included, each of up to `tokens` tokens; none once `ended`.
+    """Returns `count` continuations of `prompt`, prompt included, each of up to `tokens` tokens; none once
+    `should_stop`.
 
     A continuation ends at the end-of-document token. The model sees the last `context` tokens. It computes on its own
     device; tokens are drawn on the CPU, the same on any machine.
     """
     model.eval()
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    prompt = prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # a command line's encoding is any
+    # A command line can have any encoding.
+    prompt = prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     start = [tokenizer.separator, *tokenizer.encode(prompt).tolist()]
     ids = torch.tensor([start] * count, dtype=torch.int64)
     for _ in range(tokens if count else 0):
-        if ended():
+        if should_stop():
             return []
         logits = model({"inputs": ids[:, -context:].to(device)})[:, -1].float().cpu()
         if temperature == 0:

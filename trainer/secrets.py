@@ -1,4 +1,4 @@
-"""Secrets: what must not leave the process, masked in one place.
+"""Masks secrets, which must not leave the process, in one place.
 
 Addresses hold users, passwords and signatures, commands hold headers. The config in memory has them as they are; what
 is written, sent or printed goes through `masked` (values of a config), `shown_override` (a command line), `shown` (an
@@ -24,7 +24,7 @@ MASK = "***"
 _USER = re.compile(r"((?:https?|s3|ftp):/|://)[^/\s'\"]*@")  # also where a slash is missing
 _USER_MASK = r"\1***@"
 _WHOLE = re.compile(r"([A-Za-z][\w+.-]*:/{1,2})([^/?#\s]*@)?([^?\s]*)(\?\S*)?")
-# What is masked already stays as it is, with the words behind it.
+# A masked query stays as it is, with the words behind it.
 _QUERY = re.compile(r"((?:https?:/|://)[^\s?'\"]*)\?(?:\*\*\*(?![^\s'\",:;)\]}])|[^\s'\"]*)")
 _VALUE = r"(?!\s)(?:\"[^\"]*\"|'[^']*'|[^\s'\"]+)"
 _SECRET = re.compile(
@@ -33,7 +33,7 @@ _SECRET = re.compile(
     r"|[\w-]*(?:secret|token|password|passwd|api-?_?key|access_?key|signature)[\w-]*['\"]?\s*[=:]\s*)" + _VALUE
 )
 _HEADER = re.compile(r"((?i:\bauthorization)['\"]?\s*[=:]\s*['\"]?(?:\w+\s+)?|\bBearer\s+)" + _VALUE)
-_NAME = (  # not any token: that is also a word of models
+_NAME = (  # not just any `token`: models have tokens, too
     r"[\w-]*(?:secret|passw(?:or)?d|api[-_]?key|access[-_]?key|credential|authorization"
     r"|(?:hf|hub|api|auth|access|bearer|session|security|private|refresh|id|git\w*|wandb)[-_]token)[\w-]*"
 )
@@ -43,7 +43,7 @@ _COMMAND = re.compile(rf"(?:^|(?<=[\s'\"\[,=({{])){PIPE}")
 _PASSWORD = re.compile(
     r"://[\w-]{20,}@|(?:^|\s)(?:-u\s*|--user[=\s]+)[^\s:$]+:[^\s$]+|://[^/\s'\"$]*:[^/\s'\"$]+@|(?i:[?&][^\s'\"=&]*(?:sig|token|secret|key|passw|cred)[^\s=&]*=[^$\s])"
 )
-# What words of a command are shown: what is certainly no secret. The rest of them is masked.
+# Words of a command that are certainly not secrets are shown. All others are masked.
 _WORD = re.compile(r"[|;&()<>]+|(?:[^\s'\"|;&()<>]|'[^']*'|\"[^\"]*\")+|['\"]")
 _MASKED = re.compile(r"(?:-*\w[\w-]*=)?\*\*\*|\[[0-9a-f]{8}\]")
 _PROGRAM = re.compile(r"[\w./~+-]+")
@@ -54,10 +54,10 @@ _PATH = re.compile(r"(?:\.{0,2}|~)/[\w./+~=,@%{}*-]*|\w{1,3}|-")
 
 
 def shown(url: str) -> str:
-    """The URL or command as messages may name it: no user, password, query (signatures) or token.
+    """Returns a URL or command as messages may show it: without user, password, query (signatures) or token.
 
-    Of a command only programs, options, paths and URLs are left; a checksum tells those apart that then look the same.
-    It is not of what is known to be a secret, which may be another one in another life of a run.
+    Of a command only programs, options, paths and URLs are left; a checksum distinguishes those that then look the
+    same. It does not cover known secrets, which may be others in another attempt of a run.
     """
     if not url.startswith(PIPE):
         whole = _WHOLE.fullmatch(url)  # then all up to the path, and all behind it, is credentials
@@ -65,14 +65,14 @@ def shown(url: str) -> str:
             return _without_credentials(url)
         scheme, user, path, query = whole.groups()
         return f"{scheme}{'***@' if user else ''}{_USER.sub(_USER_MASK, path)}{'?***' if query else ''}"
-    text = said(url)
-    masked = f"{PIPE}{_masked_words(text[len(PIPE) :])}"
+    text = without_secrets(url)
+    masked = f"{PIPE}{_mask_words(text[len(PIPE) :])}"
     checksum = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]
     return masked if masked == text else f"{masked} [{checksum}]"
 
 
-def said(text: str) -> str:
-    """Returns a command, or what a server or a command says, without what looks like a secret."""
+def without_secrets(text: str) -> str:
+    """Returns a command, or the output of a server or a command, without what looks like a secret."""
     return _SECRET.sub(r"\1***", _without_credentials(text))
 
 
@@ -86,9 +86,9 @@ def masked(value: Any, text: Callable[[str], str] | None = None) -> Any:
     addresses and commands), nor under a key that names one, such as `hf_token`."""
     match value:
         case str():
-            return (text or _address)(value)
+            return (text or _mask_value)(value)
         case dict():
-            return {key: _under(key, part, text) for key, part in value.items()}
+            return {key: _mask_under_key(key, part, text) for key, part in value.items()}
         case list() | tuple():
             return [masked(part, text) for part in value]
     return value
@@ -99,7 +99,7 @@ def shown_override(text: str) -> str:
     key, equals, value = text.partition("=")
     if equals and _NAMED.search(key):
         return f"{key}={MASK}"
-    return key + equals + _address(_ASSIGNMENT.sub(r"\1***", value)) if equals else _address(text)
+    return key + equals + _mask_value(_ASSIGNMENT.sub(r"\1***", value)) if equals else _mask_value(text)
 
 
 def shown_command(words: Iterable[str]) -> str:
@@ -108,13 +108,13 @@ def shown_command(words: Iterable[str]) -> str:
 
 
 def holds_secret(text: str) -> bool:
-    """Returns whether a password or a signature is spelt out in it; `$NAME` of a shell is none."""
+    """Returns whether a text spells out a password or a signature; a shell's `$NAME` is not one."""
     return bool(_PASSWORD.search(text) or _HEADER.search(text))
 
 
 def hide_arguments() -> None:
-    """Masks this process's arguments, which everybody on the machine can list and trackers record. They are written
-    over in place, as database clients do with a password; who has started us with them may still show them."""
+    """Masks this process's arguments, which everybody on the machine can list and trackers record. They are
+    overwritten in place, as database clients do with a password; the process that started us may still show them."""
     sys.argv[1:] = map(shown_override, sys.argv[1:])
     with suppress(OSError, ValueError, IndexError):  # not Linux
         fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
@@ -130,20 +130,20 @@ def _without_credentials(text: str) -> str:
     return _QUERY.sub(r"\1?***", _USER.sub(_USER_MASK, text)) if ":/" in text else text
 
 
-def _address(text: str) -> str:
-    """A value, which may be an address or a command, or hold one."""
+def _mask_value(text: str) -> str:
+    """Masks a value, which may be an address or a command, or hold one."""
     if command := _COMMAND.search(text):
-        return _address(text[: command.start()]) + shown(text[command.start() :])
+        return _mask_value(text[: command.start()]) + shown(text[command.start() :])
     return shown(text) if ":/" in text else text
 
 
-def _under(key: Any, value: Any, text: Callable[[str], str] | None) -> Any:
+def _mask_under_key(key: Any, value: Any, text: Callable[[str], str] | None) -> Any:
     is_secret = value and not isinstance(value, bool) and _NAMED.search(str(key))
     return MASK if is_secret else masked(value, text)
 
 
-def _masked_words(command: str) -> str:
-    begins, valued = True, False  # whether a program is named next, or the value of an option may be
+def _mask_words(command: str) -> str:
+    begins, valued = True, False  # whether the next word is a program, or may be an option's value
 
     def word(match: re.Match[str]) -> str:
         nonlocal begins, valued
@@ -151,7 +151,7 @@ def _masked_words(command: str) -> str:
         if spelt[0] in "|;&()<>":
             begins, valued = not set(spelt) & set("<>"), False
             return spelt
-        if spelt in "'\"":  # one that has no end
+        if spelt in "'\"":  # a quote without its end
             return spelt
         plain, first, after = spelt.strip("'\""), begins, valued
         begins, valued = first and _ASSIGNED.match(plain) is not None, _OPTION.fullmatch(plain) is not None

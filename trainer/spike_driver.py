@@ -1,6 +1,6 @@
-"""Which sample of a step drives its gradient, and which document in it.
+"""Finds the sample of a step that drives its gradient, and the document in it.
 
-The norm of each sample's own part is measured, one pass each: not more work than two halves of the batch, four quarters
+The norm of each sample's part is measured, one pass each: not more work than two halves of the batch, four quarters
 and so on, where the many ordinary samples of a half, whose gradients add up, would hide the one.
 """
 
@@ -20,9 +20,9 @@ from trainer.replayed_step import Replay, Sample, SampleMetrics, StepMetrics
 
 
 class Document(NamedTuple):
-    """One of those that a sequence is packed of, with the targets in it alone. It may see what stands before it."""
+    """A document in a packed sequence, measured with its targets alone. It may see the documents before it."""
 
-    piece: Span
+    span: Span
     part: SampleMetrics
 
 
@@ -31,37 +31,41 @@ class SpikeDriver:
     sample: Sample
     part: SampleMetrics
     median: float
-    """Median of the samples' gradient norms."""
+    """The median of the samples' gradient norms."""
     documents: list[Document]
     """Its documents, the largest gradient first; empty for a decoded sample or a single document."""
     without: StepMetrics | None
     """The step as it would have been without the sample; None if there is no other."""
 
 
-def measure_samples(replay: Replay, told: ReportProgress, *, gradients: bool) -> list[SampleMetrics]:
-    """Measures each sample's part of the step, its gradient only if asked for."""
-    what, count, found = "samples, one by one", len(replay.samples), []
+def measure_samples(replay: Replay, report: ReportProgress, *, gradients: bool) -> list[SampleMetrics]:
+    """Measures each sample's part of the step; its gradient only with `gradients`."""
+    title, count, parts = "samples, one by one", len(replay.samples), []
     for done, sample in enumerate(replay.samples):
-        told(what, done, count)
-        found.append(replay.part(sample.row, gradient=gradients))
-    told(what, count, count)
-    return found
+        report(title, done, count)
+        parts.append(replay.measure_part(sample.row, gradient=gradients))
+    report(title, count, count)
+    return parts
 
 
 def find_driver(replay: Replay, parts: list[SampleMetrics]) -> SpikeDriver:
-    """The sample with the largest gradient. `measure_samples`: with gradients, of each sample."""
+    """Returns the sample with the largest gradient. `parts`: from `measure_samples` with gradients."""
     number = max(range(len(parts)), key=lambda i: size(parts[i]))
     sample = replay.samples[number]
-    others = [other.row for other in replay.samples if other is not sample]
+    other_rows = [other.row for other in replay.samples if other is not sample]
     documents: list[Document] = []
-    if len(sample.pieces) > 1 and not prepares(replay.objective) and "targets" in sample.row:
-        ends = accumulate((piece.end_token - piece.first_token for piece in sample.pieces), initial=0)
-        rows = [_only(sample.row, first, end) for first, end in pairwise(ends)]
-        pairs = zip(sample.pieces, rows, strict=True)
-        documents = [Document(piece, replay.part(row, gradient=True)) for piece, row in pairs]
+    if len(sample.spans) > 1 and not prepares(replay.objective) and "targets" in sample.row:
+        ends = accumulate((span.end_token - span.first_token for span in sample.spans), initial=0)
+        rows = [_with_targets_of(sample.row, first, end) for first, end in pairwise(ends)]
+        pairs = zip(sample.spans, rows, strict=True)
+        documents = [Document(span, replay.measure_part(row, gradient=True)) for span, row in pairs]
         documents.sort(key=lambda document: -size(document.part))
     return SpikeDriver(
-        sample, parts[number], median(map(size, parts)), documents, replay.of(others) if others else None
+        sample,
+        parts[number],
+        median(map(size, parts)),
+        documents,
+        replay.measure_step(other_rows) if other_rows else None,
     )
 
 
@@ -71,8 +75,8 @@ def size(part: SampleMetrics) -> float:
     return 0.0 if norm is None else norm if math.isfinite(norm) else math.inf
 
 
-def _only(row: Batch, first: int, end: int) -> Batch:
-    """The row with the targets of these tokens alone; the model sees all of it."""
+def _with_targets_of(row: Batch, first: int, end: int) -> Batch:
+    """Returns the row with the targets of these tokens alone; the model sees all of it."""
     targets = row["targets"].clone().fill_(IGNORE)
     targets[:, first:end] = row["targets"][:, first:end]
     return {**row, "targets": targets}

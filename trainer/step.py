@@ -1,4 +1,4 @@
-"""One step: the updates that the objective says it consists of."""
+"""One step: the updates that the objective yields."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def run_step(
     *,
     abandoned: bool = False,
 ) -> tuple[Sums, UpdateResult]:
-    """Does a step with this rank's micro-batches. `finish` ends each update, given the name of its model and what its
-    passes summed.
+    """Does a step with this rank's micro-batches. `finish` ends each update, by the name of its model, its
+    objective and the sums of its passes.
 
-    Returns the sums of all updates, those of other models than the run's own with their names before them, as
+    Returns the sums of all updates, those of other models than the run's own with their names in front, as
     `critic/loss`; and the result of the last update of the run's model. The step counts as skipped, or bad, if any of
     its updates was.
     """
@@ -34,15 +34,15 @@ def run_step(
     for update in objective.updates(batches, models):
         model = models[update.model]
         point("step.weights", partial(model.state, everything=True))
-        part = model.train_step(update.batches, update.objective, abandoned)
+        update_sums = model.train_step(update.batches, update.objective, abandoned)
         point("step.after_backward")
-        done.append((update.model, finish(update.model, update.objective, part)))
+        done.append((update.model, finish(update.model, update.objective, update_sums)))
         point("step.after_update")
-        for name, value in part.items():
+        for name, value in update_sums.items():
             name = name if update.model == MAIN else f"{update.model}/{name}"
             sums[name] = sums[name] + value if name in sums else value
-    own = [result for name, result in done if name == MAIN]
-    if not own:
+    main_results = [result for name, result in done if name == MAIN]
+    if not main_results:
         raise ValueError(f"{type(objective).__name__}.updates: a step needs an update of the model")
     skipped, bad = (torch.stack([getattr(result, name) for _, result in done]).any() for name in ("skipped", "bad"))
-    return sums, UpdateResult(own[-1].grad_norm, skipped, bad)
+    return sums, UpdateResult(main_results[-1].grad_norm, skipped, bad)

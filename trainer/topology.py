@@ -1,4 +1,4 @@
-"""Who am I: ranks, device, process groups. Read once from torchrun's environment."""
+"""Rank, device and process groups of this process, read once from torchrun's environment."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ from trainer.patches import timeout_of
 from trainer.processes import remove_afterwards
 
 SAVING = datetime.timedelta(hours=2)
-"""How long ranks that have written wait at least for the slowest one: its disk is slow, it is not lost. With the
+"""How long ranks that have written wait at least for the slowest one, whose disk is slow. With the
 watchdog on, as by default, a save that hangs ends before that: the first after `watchdog.first_s`, a later one after
 max(5 s, 3 x what 99 of 100 took) + `watchdog.grace_s`."""
-TELL_S = 10.0  # how long the other processes may take to come before that is told
+REPORT_AFTER_S = 10.0  # how long the other processes may take to come before that is reported
 HEARTBEAT_S = 10.0  # between two signs of life of ranks that wait for the work of one of them
 _JOINED = itertools.count()  # how often this process joined: once for each run of a sweep
 
 
 @dataclass(frozen=True)
 class Topology:
-    """This process among all of them. `dp_rank` and `dp_size` say which part of the data it takes: all that one copy
-    of the model is spread over take the same."""
+    """This process among all of them. `dp_rank` and `dp_size` say which part of the data it takes: all that share one
+    replica of the model take the same."""
 
     rank: int
     world_size: int
@@ -65,32 +65,32 @@ class Topology:
 
     @property
     def dp_ranks(self) -> list[int]:
-        """`dp_rank` of every process."""
+        """Returns the `dp_rank` of every process."""
         return [rank // self.layout.tensor % self.dp_size for rank in range(self.world_size)]
 
     @property
     def is_data_rank(self) -> bool:
-        """Whether this rank reports its data, for all ranks that take the same: the first of them does."""
+        """Returns whether this rank reports its data, as the first of the ranks that take the same."""
         return self.rank == self.dp_rank * self.layout.tensor
 
     def with_layout(self, layout: Layout) -> Topology:
         """Returns the same processes in another layout."""
-        other = replace(self, dp_size=self.world_size // layout.processes, layout=layout)
-        return replace(other, dp_rank=other.dp_ranks[self.rank])
+        topology = replace(self, dp_size=self.world_size // layout.processes, layout=layout)
+        return replace(topology, dp_rank=topology.dp_ranks[self.rank])
 
     def mesh(self) -> DeviceMesh:
         """Returns all processes as pp x dp x tp (pipeline, data and tensor parallel, torch's names of mesh dimensions):
-        neighbors share the matrices of a layer, stages lie farthest apart. Strategies that cut one of them further
+        neighbors share the matrices of a layer, stages are farthest apart. Strategies that split a dimension further
         (dp into dp_replicate x dp_shard) ask `mesh_of`."""
         return self.mesh_of(pp=self.layout.stages, dp=self.dp_size, tp=self.layout.tensor)
 
     def mesh_of(self, **sizes: int) -> DeviceMesh:
-        """Returns all processes as a mesh of these dimensions, the last of neighbors. Its groups are made once, and are
-        there until `close`."""
+        """Returns all processes as a mesh of these dimensions, the last of neighbors. Its groups are made once, and
+        kept until `close`."""
         return _mesh(self.device.type, *sizes.items())
 
     def describe(self) -> dict[str, Any]:
-        """What a checkpoint or report says of where a run ran."""
+        """Returns where the run runs, for checkpoints and reports."""
         return {"processes": self.world_size, "device": self.device.type, "threads": torch.get_num_threads()}
 
     def barrier(self) -> None:
@@ -98,10 +98,10 @@ class Topology:
             dist.all_reduce(torch.zeros(1), group=self.control)  # dist.barrier would use the GPUs' part of the group
 
     def broadcast(self, value: Any) -> Any:
-        """Rank 0's JSON-able `value` on every rank."""
+        """Returns rank 0's JSON-able `value` on every rank."""
         if self.control is None:
             return value
-        payload = _encoded(value) if self.is_main else torch.empty(0, dtype=torch.uint8)
+        payload = _encode(value) if self.is_main else torch.empty(0, dtype=torch.uint8)
         size = torch.tensor([len(payload)])
         dist.broadcast(size, 0, group=self.control)
         if not self.is_main:
@@ -110,15 +110,16 @@ class Topology:
         return json.loads(payload.numpy().tobytes())
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's JSON-able value, in rank order."""
+        """Returns every rank's JSON-able value, in rank order."""
         return self.gather_all(value, self.control)
 
     def gather_all(self, value: Any, group: dist.ProcessGroup | None) -> list[Any]:
-        """`gather` on another group, of which each rank gets as many bytes as all of them have to say: one long value
-        does not cost as if all were as long. JSON in bytes: torch's object collectives unpickle what a peer sends."""
+        """Gathers values as `gather` does, on another group. Each rank receives only as many bytes as all values have:
+        one long value does not pad the others. It sends JSON, as torch's object collectives unpickle what a peer
+        sends."""
         if group is None:
             return [value]
-        payload, rank = _encoded(value), dist.get_rank(group)
+        payload, rank = _encode(value), dist.get_rank(group)
         ends = torch.zeros(dist.get_world_size(group), dtype=torch.int64)
         ends[rank:] = len(payload)
         dist.all_reduce(ends, group=group)
@@ -129,34 +130,35 @@ class Topology:
         return [json.loads(raw[start:end]) for start, end in pairwise(edges)]
 
     def run_on_all(self, work: Callable[[], Any], group: dist.ProcessGroup | None) -> list[Any]:
-        """What the `work` of each rank gives, JSON-able, however long one of them takes: it is done in a thread, while
-        the ranks let each other know that they are there. It must not raise: the others would wait for its word."""
+        """Returns the JSON-able result of `work` on each rank, however long one takes: it is done in a thread, while
+        the ranks exchange heartbeats. `work` must not raise: the other ranks would wait for its result."""
         if self.world_size == 1:
             return [work()]
-        begun, beat_s = _start_in_thread(work), _heartbeat_s(group)
-        while not all(answers := self.gather_all(_result_within(begun, beat_s), group)):
+        future, beat_s = _start_in_thread(work), _heartbeat_s(group)
+        while not all(answers := self.gather_all(_wait_for_result(future, beat_s), group)):
             pass
         return [value for (value,) in answers]
 
     def run_on_main(self, work: Callable[[], Any]) -> Any:
-        """What the main rank's `work` gives, as `run_on_all`."""
+        """Returns the result of the main rank's `work` on all ranks, as `run_on_all` does."""
         if self.world_size == 1:
             return work()
-        begun, beat_s = _start_in_thread(work if self.is_main else _nothing), _heartbeat_s(self.control)
-        while not (answers := self.broadcast(_result_within(begun, beat_s))):
+        future, beat_s = _start_in_thread(work if self.is_main else _do_nothing), _heartbeat_s(self.control)
+        while not (answers := self.broadcast(_wait_for_result(future, beat_s))):
             pass
         return answers[0]
 
     def replica_group(self) -> dist.ProcessGroup | None:
-        """Of the processes that one copy of the model is spread over, for collectives of the main thread on the CPU.
-        Each call makes a new one; only they call it."""
+        """Returns a new group of the processes that share this replica of the model, for CPU collectives of the main
+        thread. All of them call it."""
         if self.control is None:
             return None
-        ranks = [rank for rank, copy in enumerate(self.dp_ranks) if copy == self.dp_rank]
+        ranks = [rank for rank, dp_rank in enumerate(self.dp_ranks) if dp_rank == self.dp_rank]
         return dist.new_group(ranks, timeout=timeout_of(self.control), backend="gloo", use_local_synchronization=True)
 
     def close(self) -> None:
-        """Leaves together: a rank that goes while another still sends would make it fail."""
+        """Leaves the process group together with all ranks: if one left early, others that still
+        send would fail."""
         if self.control is not None:
             self.barrier()
             _mesh.cache_clear()
@@ -164,7 +166,7 @@ class Topology:
 
 
 def _start_in_thread(work: Callable[[], Any]) -> Future[Any]:
-    """The work, in a thread that does not keep a process which has lost its peers."""
+    """Starts the work in a daemon thread, which does not keep a process alive that has lost its peers."""
     future: Future[Any] = Future()
 
     def do() -> None:
@@ -178,17 +180,17 @@ def _start_in_thread(work: Callable[[], Any]) -> Future[Any]:
 
 
 def _heartbeat_s(group: dist.ProcessGroup | None) -> float:
-    """Well below what a collective of the group may take."""
+    """Returns a period well below the timeout of the group's collectives."""
     return HEARTBEAT_S if group is None else min(HEARTBEAT_S, timeout_of(group).total_seconds() / 4)
 
 
-def _result_within(begun: Future[Any], seconds: float) -> list[Any]:
-    """What it gave, after it was waited for no longer than that; empty where that is not known yet."""
-    wait([begun], seconds)
-    return [begun.result()] if begun.done() else []
+def _wait_for_result(future: Future[Any], seconds: float) -> list[Any]:
+    """Waits up to so many seconds; returns the result in a list, which is empty if there is none yet."""
+    wait([future], seconds)
+    return [future.result()] if future.done() else []
 
 
-def _nothing() -> None:
+def _do_nothing() -> None:
     pass
 
 
@@ -201,25 +203,25 @@ def _mesh(device: str, *sizes: tuple[str, int]) -> DeviceMesh:
     return init_device_mesh(device, shape, mesh_dim_names=names)
 
 
-def _encoded(value: Any) -> torch.Tensor:
+def _encode(value: Any) -> torch.Tensor:
     return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
 
 
 def world_size() -> int:
-    """How many processes the launcher started."""
+    """Returns how many processes the launcher started."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def join(timeout_s: int, layout: Layout = ONE_STAGE, store: dist.Store | None = None) -> Topology:
-    """Joins the process group that the launcher's environment describes; alone, none is made. `store`: where the
-    processes meet, if not where the launcher says."""
+    """Joins the process group that the launcher's environment describes; a process that is alone needs none.
+    `store`: the rendezvous of the processes, if not the launcher's."""
     rank, size = int(os.environ.get("RANK", "0")), world_size()
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         if local_size > torch.cuda.device_count():
-            found = torch.cuda.device_count()
-            raise _of_this_machine(f"{local_size} processes on a machine with {found} GPUs: start one a GPU")
+            num_gpus = torch.cuda.device_count()
+            raise _local_error(f"{local_size} processes on a machine with {num_gpus} GPUs: start one a GPU")
         torch.cuda.set_device(device)
     control = saving = None
     if size > 1:
@@ -232,59 +234,61 @@ def join(timeout_s: int, layout: Layout = ONE_STAGE, store: dist.Store | None = 
         with _report_waiting(rank, size):
             store = store or store_of(size, local_size, timeout)
             dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout, store=store)
-        control = dist.group.WORLD  # the main thread's, as the strategy's collectives are; its CPU part is gloo
+        control = dist.group.WORLD  # of the main thread, as are the strategy's collectives; its CPU backend is gloo
         saving = dist.new_group(backend="gloo", timeout=max(timeout, SAVING))
     return Topology(rank, size, local_rank, local_size, device, rank, size, control, saving).with_layout(layout)
 
 
 @contextmanager
 def _report_waiting(rank: int, size: int) -> Iterator[None]:
-    """Says what is waited for when the other processes do not come. Raises OnecurveError where they never do."""
+    """Prints what it waits for when the other processes do not come. Raises OnecurveError if they never do."""
     names = [name for name in (*STANDARD, "MASTER_ADDR", "MASTER_PORT") if name in os.environ]
     variables, by_hand = " ".join(f"{name}={os.environ[name]}" for name in names), are_by_hand()
-    left_over = f"; to train alone: unset {' '.join(variables_to_unset())}" if variables_to_unset() else ""
+    unset_hint = f"; to train alone: unset {' '.join(variables_to_unset())}" if variables_to_unset() else ""
 
-    def tell() -> None:
-        print(f"onecurve: rank {rank} waits for {size} processes to come: {variables}{left_over}", file=sys.stderr)
+    def print_waiting() -> None:
+        print(f"onecurve: rank {rank} waits for {size} processes to come: {variables}{unset_hint}", file=sys.stderr)
 
-    teller = threading.Timer(TELL_S, tell)
-    teller.daemon = True
+    timer = threading.Timer(REPORT_AFTER_S, print_waiting)
+    timer.daemon = True
     if rank == 0 or by_hand:
-        teller.start()
+        timer.start()
     try:
         yield
-    except RuntimeError as error:  # all of torch's are
-        answers = f"the {size} processes did not find each other: {first_line(error)} ({variables}){left_over}"
+    except RuntimeError as error:  # the base class of torch's errors
+        problem = f"the {size} processes did not find each other: {first_line(error)} ({variables}){unset_hint}"
         if by_hand:
-            raise _of_this_machine(answers) from error
-        raise Crashed(answers) from error
+            raise _local_error(problem) from error
+        raise Crashed(problem) from error
     finally:
-        teller.cancel()
+        timer.cancel()
 
 
 def check_interfaces(with_gpus: bool) -> None:
-    """Raises ConfigError where a variable names network interfaces that are not here: gloo and NCCL would fail in words
-    that name neither."""
-    here = [name for _, name in socket.if_nameindex()]
-    wanted = {"GLOO_SOCKET_IFNAME": lambda word: word in here}
-    if with_gpus:  # ^ leaves out, = is exact, else a name begins so
-        wanted["NCCL_SOCKET_IFNAME"] = lambda word: word[1:] in here if word[0] == "=" else _begins(here, word)
-    for variable, is_here in wanted.items():
-        given = os.environ.get(variable, "")
-        words = [word.strip() for word in given.split(",") if word.strip()]
-        if given.startswith("^") or not words or (any if variable[0] == "N" else all)(map(is_here, words)):
+    """Raises ConfigError where a variable names network interfaces that this machine lacks: gloo and NCCL would fail
+    with messages that name neither."""
+    interfaces = [name for _, name in socket.if_nameindex()]
+    matchers = {"GLOO_SOCKET_IFNAME": lambda name: name in interfaces}
+    if with_gpus:  # ^ excludes, = is exact, else it is a prefix
+        matchers["NCCL_SOCKET_IFNAME"] = lambda name: (
+            name[1:] in interfaces if name[0] == "=" else _any_starts_with(interfaces, name)
+        )
+    for variable, matches in matchers.items():
+        value = os.environ.get(variable, "")
+        words = [name.strip() for name in value.split(",") if name.strip()]
+        if value.startswith("^") or not words or (any if variable[0] == "N" else all)(map(matches, words)):
             continue
-        raise _of_this_machine(
-            f"{variable}={given}: no such network interface on this machine, which has {', '.join(here)}; unset it, or "
-            "name one of them"
+        raise _local_error(
+            f"{variable}={value}: no such network interface on this machine, which has {', '.join(interfaces)}; unset "
+            "it, or name one of them"
         )
 
 
-def _begins(names: list[str], word: str) -> bool:
+def _any_starts_with(names: list[str], word: str) -> bool:
     return any(name.startswith(word) for name in names)
 
 
-def _of_this_machine(text: str) -> ConfigError:
+def _local_error(text: str) -> ConfigError:
     error = ConfigError(f"{platform.node()}: {text}")
     error.local = True
     return error
@@ -299,26 +303,26 @@ def raise_open_files() -> None:
 
 
 def store_of(size: int, local_size: int, timeout: datetime.timedelta) -> dist.Store | None:
-    """Where the processes find each other, with no dead attempt's addresses in it. On one node a file, so that nothing
-    listens on the network: the one that `onecurve train` gives, or under another launcher one of our own. Under
-    torchrun on several nodes one that rank 0 serves.
+    """Returns the store by which the processes find each other, without addresses of a dead attempt. On one node it is
+    a file, so that nothing listens on the network: that of `onecurve train`, or our own under another launcher. Under
+    torchrun on several nodes it is a store that rank 0 serves.
 
-    Elsewhere None: torch's own store at MASTER_ADDR.
+    Elsewhere returns None: torch uses its own store at MASTER_ADDR.
     """
-    given, run_id = os.environ.get("ONECURVE_STORE"), os.environ.get("TORCHELASTIC_RUN_ID")
-    if given is None and RENDEZVOUS not in os.environ and run_id is None:
+    launcher_file, run_id = os.environ.get("ONECURVE_STORE"), os.environ.get("TORCHELASTIC_RUN_ID")
+    if launcher_file is None and RENDEZVOUS not in os.environ and run_id is None:
         return None
     if run_id is not None and local_size != size:
         return rendezvous.find_rendezvous(f"onecurve/{next(_JOINED)}", timeout)
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         os.environ.setdefault(name, "lo")
-    file = dist.FileStore(given or str(_file_of(os.environ.get(RENDEZVOUS) or _start_of_torchrun())), size)
+    file = dist.FileStore(launcher_file or str(_store_file(os.environ.get(RENDEZVOUS) or _torchrun_key())), size)
     file.set_timeout(timeout)
     return dist.PrefixStore(str(next(_JOINED)), file)
 
 
-def _start_of_torchrun() -> str:
-    # What all ranks of an attempt share and no other attempt ever has: the launcher, by its start time, and the count.
+def _torchrun_key() -> str:
+    # All ranks of an attempt share it, and no other attempt has it: launcher, its start time, and restart count.
     launcher = os.getppid()
     started = Path(f"/proc/{launcher}/stat").read_text().rpartition(")")[2].split()[19]
     run_id, restart = (os.environ.get(f"TORCHELASTIC_{name}") for name in ("RUN_ID", "RESTART_COUNT"))
@@ -326,12 +330,12 @@ def _start_of_torchrun() -> str:
     return hashlib.sha256(repr(attempt).encode()).hexdigest()[:16]
 
 
-def _file_of(name: str) -> Path:
-    """In a folder that nobody else may read."""
+def _store_file(name: str) -> Path:
+    """Returns the path of a store's file in a folder that nobody else may read."""
     folder = Path(tempfile.gettempdir()) / f"onecurve-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
         raise ConfigError(f"{folder}: is not a folder of yours alone; set TMPDIR to one that is")
     if os.environ.get("RANK") == "0":
         remove_afterwards(folder / name)

@@ -1,4 +1,4 @@
-"""How well the devices are used: `mfu` and `mem_gib` of a step's row."""
+"""Measures how well the devices are used: `mfu` and `mem_gib` of a step's row."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def flop_counter() -> FlopCounterMode:
 
 
 class Meter:
-    """Measures against the devices' data sheets; nothing on CPUs."""
+    """Measures utilization against the devices' data sheets; nothing on CPUs."""
 
     def __init__(self, topology: Topology, batches: Batches, factory: ModelFactory):
-        """The main rank, which writes the rows, counts what a sequence costs `factory`'s model."""
+        """Counts on the main rank, which writes the rows, what a sequence costs `factory`'s model."""
         self.topology, self.batches = topology, batches
         peak = hardware.peak_flops(topology.device) if topology.is_main else None
         flops = sequence_flops(factory) if peak else None
@@ -37,14 +37,14 @@ class Meter:
 
     def mfu(self, step: int, seconds: float) -> dict[str, float]:
         """Returns the model FLOPs utilization (Chowdhery et al. 2022, appendix B) of a step: what its sequences cost
-        the model, without recomputation, over what all devices could have done in bf16 meanwhile."""
+        the model, without recomputation, over the peak of all devices in bf16 in that time."""
         if self.sequences_per_s is None:
             return {}
         return {"mfu": round(self.batches.size(step - 1) / seconds / self.sequences_per_s, 4)}
 
     def memory(self) -> dict[str, float]:
-        """Returns what the fullest of all devices held at its peak since the last call, GiB. Every rank calls it: one
-        collective, where there are devices with memory of their own."""
+        """Returns the peak memory of the fullest device since the last call, GiB. Every rank calls it: it does one
+        collective, where devices have their own memory."""
         peak = hardware.peak_bytes(self.topology.device)
         if peak is None:
             return {}
@@ -58,9 +58,9 @@ def sequence_flops(factory: ModelFactory) -> int | None:
     """Returns the floating-point operations of one sequence's forward and backward pass: those of matrix products and
     attention (all of it: half of a causal one is masked), as torch counts them; the backward pass takes twice as many.
 
-    Nothing is computed. None where the model cannot be traced so.
+    Nothing is computed. Returns None where the model cannot be traced.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode  # late: it is slow, and CPUs have no use for it
+    from torch._subclasses.fake_tensor import FakeTensorMode  # imported late: it is slow, and CPUs do not need it
 
     assert factory.example is not None
     example, counter = factory.example(), flop_counter()

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.doctor.examination import Options, tell_all
+from launch.doctor.examination import Options, print_report
 from trainer.errors import ConfigError
 from trainer.launchers import recognize
 
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def doctor(arguments: argparse.Namespace) -> int:
-    """Exit code 4 if something is bad."""
+    """Examines this machine, or all nodes of the job. Returns exit code 4 if something is bad."""
     limit = arguments.limit or (QUICK_LIMIT_S if arguments.quick else LIMIT_S)
     if limit < 3:
         raise ConfigError(f"--limit {limit:g}: at least 3 seconds")
@@ -56,19 +56,19 @@ def doctor(arguments: argparse.Namespace) -> int:
     from launch.doctor import gpus, machine, slurm, workers
 
     if nodes := slurm.nodes() if arguments.procs is None else []:
-        return tell_all(workers.on_all_nodes(options, nodes), options)
+        return print_report(workers.on_all_nodes(options, nodes), options)
     procs = arguments.procs or len(gpus.visible()) or 2
-    return tell_all(workers.on_this_machine(options, procs, machine.node_name()), options)
+    return print_report(workers.on_this_machine(options, procs, machine.node_name()), options)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """`python -m launch.doctor`, as a rank or otherwise."""
-    from trainer.__main__ import tell
+    """Runs `python -m launch.doctor`, as a rank of torchrun or on its own."""
+    from trainer.__main__ import print_error
 
     parser = argparse.ArgumentParser(prog="python -m launch.doctor", description=ABOUT)
     add_arguments(parser)
     try:
         return doctor(parser.parse_args(arguments))
     except ConfigError as error:
-        tell(error)
+        print_error(error)
         return error.exit_code

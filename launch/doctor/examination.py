@@ -1,4 +1,4 @@
-"""What each process tells of itself and of the common checks, and what follows from all of it."""
+"""The reports of the processes that are examined, and the findings that follow from all of them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Options:
 
 @dataclass
 class NodeReport:
-    """What one process told: of its node; how far it came (order, text, for whom it waits); what went wrong."""
+    """The report of one process: its node, its stage (number, text, ranks that it waits for), what went wrong."""
 
     node: str
     answer: dict[str, Any] | None = None
@@ -34,60 +34,68 @@ class NodeReport:
 
 @dataclass
 class Examination:
-    """What rank 0, or who started the members, knows. `heard` is by rank."""
+    """What rank 0, or the process that started the workers, knows. `reports` is by rank."""
 
-    heard: list[NodeReport] = field(default_factory=list)
-    absent: list[Finding] = field(default_factory=list)
-    common: list[Finding] | None = None  # None: the common checks did not come to their end
-    began: float = field(default_factory=time.monotonic)
+    reports: list[NodeReport] = field(default_factory=list)
+    absences: list[Finding] = field(default_factory=list)
+    common_findings: list[Finding] | None = None  # None: the common checks did not end
+    start: float = field(default_factory=time.monotonic)
 
     def report(self) -> Report:
-        nodes = list(dict.fromkeys(heard.node for heard in self.heard))
-        told = [(heard.node, from_json(heard.answer.get("findings", ()))) for heard in self.heard if heard.answer]
-        facts = {
-            heard.node: heard.answer["facts"] for heard in self.heard if heard.answer and heard.answer.get("facts")
-        }
-        findings = [*merged(told), *unequal(facts), *self.absent]
-        if self.common is not None:
-            findings += self.common
-        elif self.heard and not (self.absent and all(heard.stage[0] == 0 for heard in self.heard)):
-            findings += self._broken_off()
-        nodes += [node for finding in self.absent for node in finding.nodes if node not in nodes]
-        return Report(nodes, findings, time.monotonic() - self.began)
-
-    def _broken_off(self) -> list[Finding]:
-        """Who held up the others: for whom somebody waits, else who has come least far."""
-        least = min(heard.stage[0] for heard in self.heard)
-        behind = [heard for heard in self.heard if heard.stage[0] == least]
-        awaited = sorted({rank for heard in behind for rank in heard.stage[2]}) or [
-            rank for rank, heard in enumerate(self.heard) if heard in behind
+        nodes = list(dict.fromkeys(report.node for report in self.reports))
+        findings_by_node = [
+            (report.node, from_json(report.answer.get("findings", ()))) for report in self.reports if report.answer
         ]
-        why = next((f": {heard.failure}" for heard in self.heard if heard.failure), "")
-        told = f"the common checks broke off in {behind[0].stage[1]}, for want of "
-        told += ", ".join(f"rank {rank} on {self.heard[rank].node}" for rank in awaited[:8])
-        if len(awaited) == len(self.heard):
-            told = f"the common checks broke off in {behind[0].stage[1]}, on all processes"
+        facts = {
+            report.node: report.answer["facts"]
+            for report in self.reports
+            if report.answer and report.answer.get("facts")
+        }
+        findings = [*merged(findings_by_node), *unequal(facts), *self.absences]
+        if self.common_findings is not None:
+            findings += self.common_findings
+        elif self.reports and not (self.absences and all(report.stage[0] == 0 for report in self.reports)):
+            findings += self._interruption()
+        nodes += [node for finding in self.absences for node in finding.nodes if node not in nodes]
+        return Report(nodes, findings, time.monotonic() - self.start)
+
+    def _interruption(self) -> list[Finding]:
+        """Names the ranks that held up the others: those that are awaited, else those at the earliest stage."""
+        earliest = min(report.stage[0] for report in self.reports)
+        behind = [report for report in self.reports if report.stage[0] == earliest]
+        awaited = sorted({rank for report in behind for rank in report.stage[2]}) or [
+            rank for rank, report in enumerate(self.reports) if report in behind
+        ]
+        reason = next((f": {report.failure}" for report in self.reports if report.failure), "")
+        message = f"the common checks broke off in {behind[0].stage[1]}, for want of "
+        message += ", ".join(f"rank {rank} on {self.reports[rank].node}" for rank in awaited[:8])
+        if len(awaited) == len(self.reports):
+            message = f"the common checks broke off in {behind[0].stage[1]}, on all processes"
         advice = "see whether the nodes reach each other (firewall, GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)"
-        return [Finding("group", "bad", told + why, advice, tuple({self.heard[rank].node: None for rank in awaited}))]
+        return [
+            Finding(
+                "group", "bad", message + reason, advice, tuple({self.reports[rank].node: None for rank in awaited})
+            )
+        ]
 
 
-def local(options: Options, ranks: int, processes: int, alone: bool, first: bool) -> dict[str, Any]:
-    """What this node is, as the first of its processes tells it. `first`: of all; it tells also of what one tells."""
+def examine_node(options: Options, ranks: int, processes: int, alone: bool, is_first: bool) -> dict[str, Any]:
+    """Examines this node, once per node. `is_first`: the first of all processes also examines what all share."""
     from launch.doctor import extras, gpus, machine, slurm
 
     findings, facts = machine.examine(ranks, processes, alone)
     if "torch" in facts:
-        found, more = gpus.examine()
-        findings += found
-        facts |= more
-        findings += extras.examine(options.quick) if first else [extras.apex()]
-    if first:
+        gpu_findings, gpu_facts = gpus.examine()
+        findings += gpu_findings
+        facts |= gpu_facts
+        findings += extras.examine(options.quick) if is_first else [extras.apex()]
+    if is_first:
         findings += slurm.examine()
     return {"findings": [vars(finding) for finding in findings], "facts": facts}
 
 
-def tell_all(report: Report, options: Options) -> int:
-    """Prints it; gives its exit code."""
+def print_report(report: Report, options: Options) -> int:
+    """Prints the report and returns its exit code."""
     if options.json:
         print(report.to_json(), flush=True)
     else:
@@ -95,11 +103,11 @@ def tell_all(report: Report, options: Options) -> int:
     return report.exit_code
 
 
-def give_up_after(seconds: float, otherwise: Callable[[], int] = lambda: 1) -> threading.Timer:
-    """Ends this process after the time, whatever it hangs in."""
+def give_up_after(seconds: float, finish: Callable[[], int] = lambda: 1) -> threading.Timer:
+    """Ends this process after that time, whatever it hangs in, with the exit code that `finish` returns."""
 
     def give_up() -> None:
-        code = otherwise()
+        code = finish()
         sys.stdout.flush()
         os._exit(code)
 

@@ -1,4 +1,4 @@
-"""What else is installed: W&B, Apex, and the packages that single options need."""
+"""Examines what else is installed: W&B, Apex, and the packages that single options need."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import urllib.parse
 from collections.abc import Iterator
 from contextlib import suppress
 
-from launch.doctor.machine import installed
+from launch.doctor.machine import installed_version
 from launch.doctor.verdict import Finding
 
 OPTIONAL = {"deepspeed": "strategy=zero", "torchao": "precision=fp8", "transformers": "model=llama", "obstore": "s3://"}
@@ -18,15 +18,15 @@ REACH_S = 2.0
 
 def examine(quick: bool) -> Iterator[Finding]:
     yield apex()
-    there = [f"{name} {version}" for name in OPTIONAL if (version := installed(name))]
-    without = [f"{name} ({use})" for name, use in OPTIONAL.items() if not installed(name)]
-    told = ", ".join(there) or "none"
-    yield Finding("packages", "good", told + (f"; not installed: {', '.join(without)}" if without else ""))
+    present = [f"{name} {version}" for name in OPTIONAL if (version := installed_version(name))]
+    missing = [f"{name} ({use})" for name, use in OPTIONAL.items() if not installed_version(name)]
+    message = ", ".join(present) or "none"
+    yield Finding("packages", "good", message + (f"; not installed: {', '.join(missing)}" if missing else ""))
     yield wandb(quick)
 
 
 def apex() -> Finding:
-    """NVIDIA's, PyPI's namesake, or none."""
+    """Checks whether the installed Apex is NVIDIA's, PyPI's namesake, or absent."""
     from trainer.optional_packages import NAMESAKE, NOT_THERE, without_apex
 
     reasons = {part: without_apex(part) for part in ("FusedAdam", "FusedLayerNorm")}
@@ -42,21 +42,21 @@ def apex() -> Finding:
 
 
 def wandb(quick: bool) -> Finding:
-    """The mode that a run would take by itself, and whether the server answers. No key is shown."""
+    """Checks the mode that a run would use by default, and whether the server answers. No key is shown."""
     from trainer.tracking.wandb import WandB, has_credentials
 
-    version, wanted = installed("wandb"), WandB().wanted
+    version, mode = installed_version("wandb"), WandB().requested_mode
     if version is None:
         return Finding("W&B", "warning", "wandb is not installed: runs are not tracked there", "pip install wandb")
-    if wanted in ("disabled", "offline"):
-        return Finding("W&B", "good", f"wandb {version}, {wanted} by WANDB_MODE")
+    if mode in ("disabled", "offline"):
+        return Finding("W&B", "good", f"wandb {version}, {mode} by WANDB_MODE")
     if quick:
-        return Finding("W&B", "good", f"wandb {version}, mode {wanted}")
+        return Finding("W&B", "good", f"wandb {version}, mode {mode}")
     import wandb as library
 
     if not has_credentials(library):
         advice = "`wandb login` for online; `wandb sync RUN_DIR/wandb/offline-run-*` uploads later"
-        return Finding("W&B", "warning" if wanted == "online" else "good", f"wandb {version}, no key: offline", advice)
+        return Finding("W&B", "warning" if mode == "online" else "good", f"wandb {version}, no key: offline", advice)
     url = os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
     host, problem = _reach(url)
     if problem:
@@ -66,21 +66,21 @@ def wandb(quick: bool) -> Finding:
 
 
 def _reach(url: str) -> tuple[str, str]:
-    """The host of `url`, and why it cannot be reached within REACH_S; empty if it can."""
+    """Returns the host of `url`, and why it cannot be reached within REACH_S; empty if it can."""
     parts = urllib.parse.urlsplit(url)
     host, answered = parts.hostname or url, threading.Event()
     if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy")):
-        return host, ""  # a proxy's affair
+        return host, ""  # the proxy connects
 
     def ask() -> None:
-        kind = http.client.HTTPConnection if parts.scheme == "http" else http.client.HTTPSConnection
+        connection_class = http.client.HTTPConnection if parts.scheme == "http" else http.client.HTTPSConnection
         with suppress(OSError, http.client.HTTPException):
-            connection = kind(host, parts.port, timeout=REACH_S)
+            connection = connection_class(host, parts.port, timeout=REACH_S)
             connection.request("HEAD", "/")
             connection.getresponse()
             answered.set()
 
-    asking = threading.Thread(target=ask, daemon=True)  # looking up a name knows no time limit
-    asking.start()
-    asking.join(REACH_S)
+    thread = threading.Thread(target=ask, daemon=True)  # a name lookup has no timeout
+    thread.start()
+    thread.join(REACH_S)
     return host, "" if answered.is_set() else f"did not answer within {REACH_S:.0f} s"

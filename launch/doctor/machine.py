@@ -1,4 +1,4 @@
-"""What one node is: versions, processors, memory, limits, network devices. Nothing is sent, nothing is written."""
+"""Examines one node: versions, processors, memory, limits, network devices. Nothing is sent, nothing is written."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def node_name() -> str:
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname().partition(".")[0]
 
 
-def installed(package: str) -> str | None:
-    """Its version, without importing it."""
+def installed_version(package: str) -> str | None:
+    """Returns the version of an installed package without importing it; None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -33,51 +33,51 @@ def installed(package: str) -> str | None:
 
 
 def software() -> tuple[list[Finding], dict[str, str]]:
-    """Imports torch. Findings, and what must be the same on all nodes."""
+    """Imports torch. Returns findings, and the facts that must be the same on all nodes."""
     python = platform.python_version()
     facts = {"python": python, "onecurve": __version__}
-    began = time.monotonic()
+    start = time.monotonic()
     try:
         import torch
     except (ImportError, OSError) as error:
-        told = f"torch cannot be imported: {' '.join(str(error).split())[:300]}"
-        return [Finding("software", "bad", told, "install torch again, for this hardware (pytorch.org)")], facts
-    took = time.monotonic() - began
+        message = f"torch cannot be imported: {' '.join(str(error).split())[:300]}"
+        return [Finding("software", "bad", message, "install torch again, for this hardware (pytorch.org)")], facts
+    import_s = time.monotonic() - start
     cuda, nccl = torch.version.cuda, "none"
     if torch.cuda.is_available():
         nccl = ".".join(map(str, torch.cuda.nccl.version()))
     facts |= {"torch": str(torch.__version__), "CUDA": cuda or "none", "NCCL": nccl}
-    told = f"Python {python}, torch {torch.__version__}, CUDA {cuda or 'none'}, NCCL {nccl}, onecurve {__version__}"
-    findings = [Finding("software", "good", told)]
-    if took > SLOW_IMPORT_S:
+    message = f"Python {python}, torch {torch.__version__}, CUDA {cuda or 'none'}, NCCL {nccl}, onecurve {__version__}"
+    findings = [Finding("software", "good", message)]
+    if import_s > SLOW_IMPORT_S:
         advice = "install the environment on a local disk, or in a container: thousands of small files are read"
-        findings.append(Finding("software", "warning", f"importing torch took {took:.0f} s", advice))
+        findings.append(Finding("software", "warning", f"importing torch took {import_s:.0f} s", advice))
     return findings, facts
 
 
 def processors(ranks: int) -> Finding:
-    """`ranks`: processes on this node."""
-    mine, all_of_them = len(os.sched_getaffinity(0)), os.cpu_count() or 1
+    """Checks the CPUs. `ranks`: processes on this node."""
+    allowed, total = len(os.sched_getaffinity(0)), os.cpu_count() or 1
     load = os.getloadavg()[0]
-    told = f"{mine} of {all_of_them} CPUs may be used, load {load:.1f}"
-    if mine < ranks:
+    message = f"{allowed} of {total} CPUs may be used, load {load:.1f}"
+    if allowed < ranks:
         advice = "ask for more (Slurm: --cpus-per-task), or start fewer processes"
-        return Finding("processors", "warning", f"{told}: fewer than the {ranks} processes", advice)
-    if load > 2 * all_of_them:
-        return Finding("processors", "warning", told, "see with `top` who else computes here")
-    return Finding("processors", "good", told)
+        return Finding("processors", "warning", f"{message}: fewer than the {ranks} processes", advice)
+    if load > 2 * total:
+        return Finding("processors", "warning", message, "see with `top` who else computes here")
+    return Finding("processors", "good", message)
 
 
 def memory() -> Finding:
     lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     total, free = (int(lines[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
-    told = f"{size(free)} of {size(total)} are free"
+    message = f"{size(free)} of {size(total)} are free"
     if limit := _cgroup_limit():
-        told += f", and {size(limit)} allowed to this job"
+        message += f", and {size(limit)} allowed to this job"
         free = min(free, limit)
     if free < 2 * GIB:
-        return Finding("memory", "warning", told, "end what else runs here, or ask for more (Slurm: --mem=0)")
-    return Finding("memory", "good", told)
+        return Finding("memory", "warning", message, "end what else runs here, or ask for more (Slurm: --mem=0)")
+    return Finding("memory", "good", message)
 
 
 def _cgroup_limit() -> int | None:
@@ -92,43 +92,43 @@ def _cgroup_limit() -> int | None:
 
 
 def open_files(hard: float, processes: int) -> Finding:
-    """Connections are opened when they are used: to a few others in most groups, to everybody in one at worst. Shards
-    and libraries come on top. A run raises its soft limit by itself."""
+    """Checks the hard limit of open files; a run raises its soft limit by itself. Connections are opened when they are
+    used, at worst to all processes of a group; shards and libraries come on top."""
     needed = 512 + processes
-    told = f"a process may open {hard:.0f} files"
+    message = f"a process may open {hard:.0f} files"
     if hard >= needed:
-        return Finding("limits", "good", told)
-    way = "raise nofile in /etc/security/limits.conf, or LimitNOFILE of slurmd's or the container's service"
-    return Finding("limits", "bad", f"{told}: {processes} processes need about {needed}", way)
+        return Finding("limits", "good", message)
+    advice = "raise nofile in /etc/security/limits.conf, or LimitNOFILE of slurmd's or the container's service"
+    return Finding("limits", "bad", f"{message}: {processes} processes need about {needed}", advice)
 
 
 def locked_memory(soft: float, rdma: bool) -> Finding:
-    told = "locked memory is unlimited" if soft == float("inf") else f"{size(soft)} of memory may be locked"
+    message = "locked memory is unlimited" if soft == float("inf") else f"{size(soft)} of memory may be locked"
     if rdma and soft != float("inf"):
         advice = "RDMA needs it: `ulimit -l unlimited`; memlock in limits.conf, LimitMEMLOCK of slurmd's service"
-        return Finding("limits", "bad", told, advice)
-    return Finding("limits", "good", told + ("" if rdma else " (no RDMA device here that needs it)"))
+        return Finding("limits", "bad", message, advice)
+    return Finding("limits", "good", message + ("" if rdma else " (no RDMA device here that needs it)"))
 
 
 def shared_memory(total: int, free: int) -> Finding:
-    told = f"/dev/shm: {size(free)} of {size(total)} are free"
+    message = f"/dev/shm: {size(free)} of {size(total)} are free"
     if free < GIB:
         advice = "data workers and NCCL use it: docker --ipc=host, --shm-size=8g; Kubernetes: a Memory volume"
-        return Finding("limits", "bad" if free < GIB // 16 else "warning", told, advice)
-    return Finding("limits", "good", told)
+        return Finding("limits", "bad" if free < GIB // 16 else "warning", message, advice)
+    return Finding("limits", "good", message)
 
 
 def limits(processes: int) -> list[Finding]:
-    """`processes`: of the whole run."""
+    """Checks the limits of this process. `processes`: those of the whole run."""
     hard = _number(resource.getrlimit(resource.RLIMIT_NOFILE)[1])
     locked = _number(resource.getrlimit(resource.RLIMIT_MEMLOCK)[0])
     findings = [open_files(hard, processes), locked_memory(locked, bool(rdma_ports()))]
     try:
-        there = os.statvfs("/dev/shm")
+        stats = os.statvfs("/dev/shm")
     except OSError:
-        told, advice = "there is no /dev/shm", "mount one: data workers hand over batches through it"
-        return [*findings, Finding("limits", "bad", told, advice)]
-    return [*findings, shared_memory(there.f_blocks * there.f_frsize, there.f_bavail * there.f_frsize)]
+        message, advice = "there is no /dev/shm", "mount one: data workers hand over batches through it"
+        return [*findings, Finding("limits", "bad", message, advice)]
+    return [*findings, shared_memory(stats.f_blocks * stats.f_frsize, stats.f_bavail * stats.f_frsize)]
 
 
 def _number(limit: int) -> float:
@@ -136,28 +136,28 @@ def _number(limit: int) -> float:
 
 
 def rdma_ports() -> list[tuple[str, str, str]]:
-    """(device:port, state, rate) of InfiniBand, RoCE and EFA."""
-    found = []
+    """Returns (device:port, state, rate) of the InfiniBand, RoCE and EFA ports."""
+    ports = []
     for port in sorted(Path("/sys/class/infiniband").glob("*/ports/*")):
         texts = [_text(port / name) for name in ("state", "rate")]
-        found.append((f"{port.parents[1].name}:{port.name}", texts[0].partition(": ")[2] or texts[0], texts[1]))
-    return found
+        ports.append((f"{port.parents[1].name}:{port.name}", texts[0].partition(": ")[2] or texts[0], texts[1]))
+    return ports
 
 
 def interconnect(alone: bool) -> list[Finding]:
-    """`alone`: this is the only node, and nothing leaves it."""
+    """Checks the network devices. `alone`: this is the only node, and nothing leaves it."""
     ports, speeds = rdma_ports(), []
     for path in sorted(Path("/sys/class/net").iterdir()) if Path("/sys/class/net").is_dir() else []:
         if path.name != "lo" and _text(path / "operstate") in ("up", "unknown"):
             speed = _text(path / "speed")
             speeds.append(f"{path.name} {int(speed) / 1000:g} Gbit/s" if speed.isdecimal() else path.name)
-    told = f"network devices: {', '.join(speeds) or 'none'}; RDMA: {', '.join(_rates(ports)) or 'none'}"
-    findings = [Finding("interconnect", "good", told)]
+    message = f"network devices: {', '.join(speeds) or 'none'}; RDMA: {', '.join(_rates(ports)) or 'none'}"
+    findings = [Finding("interconnect", "good", message)]
     if down := [name for name, state, _ in ports if state and state != "ACTIVE"]:
         advice = "have the cable, the switch port and the subnet manager looked at, or leave it out with NCCL_IB_HCA"
         findings.append(Finding("interconnect", "warning", f"not active: {', '.join(down)}", advice))
-    chosen = os.environ.get("GLOO_SOCKET_IFNAME")
-    if not alone and not chosen and (problem := _own_name()):
+    interface = os.environ.get("GLOO_SOCKET_IFNAME")
+    if not alone and not interface and (problem := _host_name_problem()):
         # Under torchrun (so under `onecurve submit`) the ranks take the interface that leads to the first node.
         advice = "mend /etc/hosts, or set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME; torchrun does without"
         findings.append(Finding("interconnect", "warning", problem, advice))
@@ -168,8 +168,8 @@ def _rates(ports: list[tuple[str, str, str]]) -> list[str]:
     return [f"{name} {rate}" for name, _, rate in ports]
 
 
-def _own_name() -> str:
-    """Why other nodes would not find this one under its name: gloo listens where that leads. Empty if they would."""
+def _host_name_problem() -> str:
+    """Returns why other nodes cannot reach this one by its name, whose address gloo listens at; empty if they can."""
     name = socket.gethostname()
     try:
         address = socket.gethostbyname(name)
@@ -181,12 +181,12 @@ def _own_name() -> str:
 def _text(path: Path) -> str:
     try:
         return path.read_text().strip()
-    except OSError:  # also of a device that is down
+    except OSError:  # also raised for a device that is down
         return ""
 
 
 def examine(ranks: int, processes: int, alone: bool) -> tuple[list[Finding], dict[str, str]]:
-    """All of this node: findings and facts. `ranks`: processes here, `processes`: of all nodes."""
+    """Returns the findings and facts of this node. `ranks`: processes on it, `processes`: those of all nodes."""
     findings, facts = software()
     facts |= {"processor": platform.machine(), "C library": " ".join(platform.libc_ver())}
     if sys.platform == "linux":

@@ -1,4 +1,4 @@
-"""What Slurm says of the job that this process is in."""
+"""Examines the Slurm job that this process is in."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ def nodes() -> list[str]:
 
 
 def examine() -> list[Finding]:
-    job, there = os.environ.get("SLURM_JOB_ID"), shutil.which("srun")
+    job, srun = os.environ.get("SLURM_JOB_ID"), shutil.which("srun")
     if job is None:
-        told = "not in a job; its commands are here" if there else "not here"
-        return [Finding("Slurm", "good", told)]
-    if not there:
+        message = "not in a job; its commands are here" if srun else "not here"
+        return [Finding("Slurm", "good", message)]
+    if not srun:
         advice = "load Slurm's module, or mount its commands into the container"
         return [Finding("Slurm", "warning", f"job {job}, but srun is not found: other nodes are not checked", advice)]
-    told = f"job {job} on {os.environ.get('SLURM_JOB_NUM_NODES', '1')} nodes"
+    message = f"job {job} on {os.environ.get('SLURM_JOB_NUM_NODES', '1')} nodes"
     try:
-        asked = subprocess.run(
+        queue = subprocess.run(
             ["squeue", "--noheader", "--jobs", job, "--format=%L"], capture_output=True, text=True, timeout=PATIENCE_S
         )
     except (OSError, subprocess.TimeoutExpired):
-        asked = None
-    if asked is None or asked.returncode:
+        queue = None
+    if queue is None or queue.returncode:
         advice = "`scontrol ping` tells whether slurmctld is up; requeueing needs it"
-        return [Finding("Slurm", "warning", f"{told}; squeue does not answer", advice)]
-    return [Finding("Slurm", "good", f"{told}, {asked.stdout.strip() or 'unknown'} left")]
+        return [Finding("Slurm", "warning", f"{message}; squeue does not answer", advice)]
+    return [Finding("Slurm", "good", f"{message}, {queue.stdout.strip() or 'unknown'} left")]

@@ -1,4 +1,4 @@
-"""What was found, whether that is good, and what to do; of one node, and of all of them together."""
+"""Findings: what was found, whether that is good, and what to do; of one node and of all of them together."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LOOKS = {"good": "green", "warning": "yellow", "bad": "bold red"}
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the table. `nodes`: where; none: it is of no node alone."""
+    """One line of the table. `nodes`: where it was found; empty if it is not about single nodes."""
 
     area: str
     verdict: Verdict
@@ -28,14 +28,14 @@ class Finding:
 
 
 def from_json(values: Iterable[Any]) -> list[Finding]:
-    """What another process told, as far as it is a finding."""
-    found = []
+    """Returns the findings among the values that another process sent."""
+    findings = []
     for value in values:
         if isinstance(value, dict) and value.get("verdict") in ORDER:
             texts = {name: str(value.get(name, "")) for name in ("area", "found", "advice")}
             nodes = tuple(str(node) for node in value.get("nodes") or ())
-            found.append(Finding(**texts, verdict=value["verdict"], nodes=nodes))
-    return found
+            findings.append(Finding(**texts, verdict=value["verdict"], nodes=nodes))
+    return findings
 
 
 @dataclass
@@ -59,7 +59,7 @@ class Report:
         return BAD if self.verdict == "bad" else 0
 
     def to_json(self) -> str:
-        """One line for machines."""
+        """Returns the report as one line of JSON."""
         return json.dumps(
             {
                 "verdict": self.verdict,
@@ -71,7 +71,7 @@ class Report:
         )
 
     def print(self) -> None:
-        """The table; then, where there are any, a line `bad nodes: a,b` that a script can read."""
+        """Prints the table and, if there are bad nodes, a line `bad nodes: a,b` that a script can read."""
         from rich.console import Console
         from rich.table import Table
         from rich.text import Text
@@ -81,59 +81,65 @@ class Report:
         table.add_column(no_wrap=True)
         table.add_column(overflow="fold")
         for finding in self.findings:
-            where = "" if set(finding.nodes) >= set(self.nodes) else f"{_few(finding.nodes)}: " if finding.nodes else ""
-            told = Text(f"{where}{finding.found}")
+            where = (
+                ""
+                if set(finding.nodes) >= set(self.nodes)
+                else f"{_abbreviated(finding.nodes)}: "
+                if finding.nodes
+                else ""
+            )
+            text = Text(f"{where}{finding.found}")
             if finding.advice:
-                told.append(f"\n→ {finding.advice}", style="" if finding.verdict == "bad" else "dim")
-            table.add_row(finding.area, Text(finding.verdict, style=LOOKS[finding.verdict]), told)
+                text.append(f"\n→ {finding.advice}", style="" if finding.verdict == "bad" else "dim")
+            table.add_row(finding.area, Text(finding.verdict, style=LOOKS[finding.verdict]), text)
         width = None if sys.stdout.isatty() else 120  # a log
         console = Console(markup=False, highlight=False, emoji=False, width=width)
-        with console.capture() as drawn:
+        with console.capture() as capture:
             console.print(table)
-        print("\n".join(line.rstrip() for line in drawn.get().splitlines()))
+        print("\n".join(line.rstrip() for line in capture.get().splitlines()))
         counts = Counter(finding.verdict for finding in self.findings)
-        counted = ", ".join(f"{counts[verdict]} {verdict}" for verdict in ORDER if counts[verdict])
-        console.print(f"\n{counted}; {len(self.nodes)} node{'s' * (len(self.nodes) != 1)}, {self.seconds:.0f} s")
+        summary = ", ".join(f"{counts[verdict]} {verdict}" for verdict in ORDER if counts[verdict])
+        console.print(f"\n{summary}; {len(self.nodes)} node{'s' * (len(self.nodes) != 1)}, {self.seconds:.0f} s")
         if self.bad_nodes:
             print(f"bad nodes: {','.join(self.bad_nodes)}", flush=True)
 
 
-def merged(told: Iterable[tuple[str, Sequence[Finding]]]) -> list[Finding]:
-    """The findings of each node, (node, findings): alike ones become one. Good ones count as alike if their area is,
-    and are told as the first node has them."""
-    together: dict[tuple[str, ...], Finding] = {}
-    for node, findings in told:
-        seen: Counter[str] = Counter()
+def merged(reports: Iterable[tuple[str, Sequence[Finding]]]) -> list[Finding]:
+    """Merges equal findings of the nodes, given as (node, findings). Good ones count as equal if their areas are
+    equal, and keep the text of the first node."""
+    by_key: dict[tuple[str, ...], Finding] = {}
+    for node, findings in reports:
+        counts: Counter[str] = Counter()
         for finding in findings:
-            seen[finding.area] += 1
-            nth = str(seen[finding.area])
-            same = (nth,) if finding.verdict == "good" else (finding.found, finding.advice)
-            key = (finding.area, finding.verdict, *same)
-            before = together.get(key, replace(finding, nodes=()))
-            if node not in before.nodes:
-                before = replace(before, nodes=(*before.nodes, node))
-            together[key] = before
-    return list(together.values())
+            counts[finding.area] += 1
+            nth = str(counts[finding.area])
+            content = (nth,) if finding.verdict == "good" else (finding.found, finding.advice)
+            key = (finding.area, finding.verdict, *content)
+            combined = by_key.get(key, replace(finding, nodes=()))
+            if node not in combined.nodes:
+                combined = replace(combined, nodes=(*combined.nodes, node))
+            by_key[key] = combined
+    return list(by_key.values())
 
 
 def unequal(facts: Mapping[str, Mapping[str, str]]) -> list[Finding]:
-    """`facts` of each node, name -> value: what must be the same on all, and is not. The fewer are the odd ones."""
+    """Returns findings for facts (name -> value, by node) that differ between nodes: the rarer values are bad."""
     findings = []
     for name in dict.fromkeys(name for values in facts.values() for name in values):
-        values = {node: mine.get(name, "none") for node, mine in facts.items()}
+        values = {node: node_facts.get(name, "none") for node, node_facts in facts.items()}
         (usual, _), *others = Counter(values.values()).most_common()
         for odd, _ in others:
             nodes = tuple(node for node, value in values.items() if value == odd)
-            told, advice = f"{name} is {odd}, on most nodes {usual}", "make all nodes alike, or leave these out"
-            findings.append(Finding("same everywhere", "bad", told, advice, nodes))
+            message, advice = f"{name} is {odd}, on most nodes {usual}", "make all nodes alike, or leave these out"
+            findings.append(Finding("same everywhere", "bad", message, advice, nodes))
     return findings
 
 
 def slow(speeds: Mapping[str, float]) -> list[str]:
-    """Who is slower than half the median."""
+    """Returns the names of those that are slower than half the median."""
     middle = median(speeds.values()) if speeds else 0.0
-    return [who for who, speed in speeds.items() if speed < middle / 2]
+    return [name for name, speed in speeds.items() if speed < middle / 2]
 
 
-def _few(names: Sequence[str]) -> str:
+def _abbreviated(names: Sequence[str]) -> str:
     return ", ".join(names) if len(names) <= 6 else f"{', '.join(names[:5])} and {len(names) - 5} more"

@@ -1,6 +1,6 @@
-"""Starts the members of an examination, on this machine or one on each node of a Slurm job, and listens to them.
+"""Starts the workers of an examination, on this machine or one on each node of a Slurm job, and reads their reports.
 
-Nobody is waited for longer than the limit: who has not told of its node by then is named and left out, and the others
+No worker is waited for longer than the limit: one that has not reported by then is named and left out, and the others
 do the common checks without it.
 """
 
@@ -25,43 +25,43 @@ from launch.doctor.examination import Examination, NodeReport, Options
 from launch.doctor.verdict import Finding, Report
 from onecurve.paths import python
 
-CLOSING_S = 3.0  # for a step of Slurm to end, once it was asked to
-ERRORS = 5  # last lines of a member's stderr that are kept
+CLOSING_S = 3.0  # for a Slurm step to end after SIGTERM
+ERRORS = 5  # last lines of a worker's stderr that are kept
 
 
 @dataclass
 class Worker:
     node: str
     process: subprocess.Popen[str]
-    heard: NodeReport
+    report: NodeReport
     answers: dict[str, Any] = field(default_factory=dict)
     errors: deque[str] = field(default_factory=lambda: deque(maxlen=ERRORS))
-    gone: bool = False
+    has_ended: bool = False
 
     def order(self, **values: Any) -> None:
-        with suppress(OSError, ValueError):  # it is gone, which is told where it was heard last
+        with suppress(OSError, ValueError):  # it has ended: its stage is reported anyway
             assert self.process.stdin
             self.process.stdin.write(json.dumps(values) + "\n")
             self.process.stdin.flush()
 
 
 def on_this_machine(options: Options, procs: int, node: str) -> Report:
-    """`procs` processes, which meet in a file: nothing listens on the network."""
-    arguments = [[*_command(options), "--member", f"{number},{procs},{procs},1"] for number in range(procs)]
+    """Examines this machine with `procs` processes, which meet in a file: nothing listens on the network."""
+    commands = [[*_command(options), "--member", f"{number},{procs},{procs},1"] for number in range(procs)]
     environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // procs))}
     with tempfile.TemporaryDirectory(prefix="onecurve-doctor-") as private:
         meet = {"store": str(Path(private) / "store"), "local_world_size": procs}
-        return _examined(options, [(node, one) for one in arguments], environment | os.environ, meet)
+        return _examine(options, [(node, command) for command in commands], environment | os.environ, meet)
 
 
 def on_all_nodes(options: Options, nodes: Sequence[str]) -> Report:
-    """One process on each node, each by an srun of its own: the one that hangs names its node."""
-    alone = ["srun", "--nodes=1", "--ntasks=1", "--overlap", "--export=ALL"]
+    """Examines all nodes with one process on each, started by a separate srun: one that hangs names its node."""
+    srun = ["srun", "--nodes=1", "--ntasks=1", "--overlap", "--export=ALL"]
     commands = [
-        (node, [*alone, f"--nodelist={node}", *_command(options), "--member", f"{number},1,{len(nodes)},0"])
+        (node, [*srun, f"--nodelist={node}", *_command(options), "--member", f"{number},1,{len(nodes)},0"])
         for number, node in enumerate(nodes)
     ]
-    return _examined(options, commands, os.environ, {"local_world_size": 1})
+    return _examine(options, commands, os.environ, {"local_world_size": 1})
 
 
 def _command(options: Options) -> list[str]:
@@ -69,116 +69,130 @@ def _command(options: Options) -> list[str]:
     return [*command, "--quick"] if options.quick else command
 
 
-def _examined(
+def _examine(
     options: Options, commands: Sequence[tuple[str, list[str]]], environment: Mapping[str, str], meet: dict[str, Any]
 ) -> Report:
     examination, inbox = Examination(), queue.Queue[tuple[Worker, str | None]]()
-    members = [_started(node, command, environment, inbox) for node, command in commands]
+    workers = [_start(node, command, environment, inbox) for node, command in commands]
     try:
-        _listen(inbox, members, options.limit_s, lambda: all(m.heard.answer is not None or m.gone for m in members))
-        here = [member for member in members if member.heard.answer is not None]
-        for member in members:
-            if member not in here:
-                examination.absent.append(_absent(member, options.limit_s))
-        examination.heard = [member.heard for member in here]
-        if here and "store" not in meet:
-            here[0].order(lead=True)
-            _listen(inbox, here, options.limit_s, lambda: "meet" in here[0].answers or here[0].gone)
-            if "meet" not in here[0].answers:
-                here[0].heard.failure = next(reversed(here[0].errors), "the first process could not open a port")
+        _listen(
+            inbox,
+            workers,
+            options.limit_s,
+            lambda: all(worker.report.answer is not None or worker.has_ended for worker in workers),
+        )
+        responders = [worker for worker in workers if worker.report.answer is not None]
+        for worker in workers:
+            if worker not in responders:
+                examination.absences.append(_absence(worker, options.limit_s))
+        examination.reports = [worker.report for worker in responders]
+        if responders and "store" not in meet:
+            responders[0].order(lead=True)
+            _listen(
+                inbox, responders, options.limit_s, lambda: "meet" in responders[0].answers or responders[0].has_ended
+            )
+            if "meet" not in responders[0].answers:
+                responders[0].report.failure = next(
+                    reversed(responders[0].errors), "the first process could not open a port"
+                )
                 return examination.report()
-            meet = meet | {"meet": here[0].answers["meet"]}
-        for rank, member in enumerate(here):
+            meet = meet | {"meet": responders[0].answers["meet"]}
+        for rank, worker in enumerate(responders):
             local_rank = rank if "store" in meet else 0
-            member.order(rank=rank, world_size=len(here), local_rank=local_rank, **meet)
-        _listen(inbox, here, options.limit_s, lambda: all("common" in m.answers or m.gone for m in here))
-        if here and all("common" in member.answers for member in here):
-            examination.common = [Finding(**finding) for finding in here[0].answers["common"]]
+            worker.order(rank=rank, world_size=len(responders), local_rank=local_rank, **meet)
+        _listen(
+            inbox,
+            responders,
+            options.limit_s,
+            lambda: all("common" in worker.answers or worker.has_ended for worker in responders),
+        )
+        if responders and all("common" in worker.answers for worker in responders):
+            examination.common_findings = [Finding(**finding) for finding in responders[0].answers["common"]]
         return examination.report()
     finally:
-        _close(members)
+        _close(workers)
 
 
-def _started(node: str, command: list[str], environment: Mapping[str, str], inbox: Any) -> Worker:
+def _start(node: str, command: list[str], environment: Mapping[str, str], inbox: Any) -> Worker:
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace",
         env=environment, start_new_session=True,
     )  # fmt: skip
-    member = Worker(node, process, NodeReport(node))
+    worker = Worker(node, process, NodeReport(node))
 
     def read() -> None:
         assert process.stdout
         for line in process.stdout:
-            inbox.put((member, line))
-        inbox.put((member, None))
+            inbox.put((worker, line))
+        inbox.put((worker, None))
 
     def read_errors() -> None:
         assert process.stderr
-        member.errors.extend(line.strip() for line in process.stderr if line.strip())
+        worker.errors.extend(line.strip() for line in process.stderr if line.strip())
 
     for target in (read, read_errors):
         threading.Thread(target=target, daemon=True).start()
-    return member
+    return worker
 
 
-def _listen(inbox: Any, members: Sequence[Worker], limit_s: float, done: Any) -> None:
-    """Until `done()`, or the limit, or shortly after one of the members has failed."""
+def _listen(inbox: Any, workers: Sequence[Worker], limit_s: float, is_done: Any) -> None:
+    """Reads what workers send until `is_done()`, or the limit, or shortly after one of them has failed."""
     deadline = time.monotonic() + limit_s
-    while not done() and (left := deadline - time.monotonic()) > 0:
+    while not is_done() and (remaining := deadline - time.monotonic()) > 0:
         try:
-            member, line = inbox.get(timeout=left)
+            worker, line = inbox.get(timeout=remaining)
         except queue.Empty:
             return
         if line is None:
-            member.gone = True
-            if "common" not in member.answers and member.heard.answer is not None:
+            worker.has_ended = True
+            if "common" not in worker.answers and worker.report.answer is not None:
                 deadline = min(deadline, time.monotonic() + CLOSING_S)  # the others may tell why
             continue
         try:
             values = json.loads(line)
         except ValueError:
-            continue  # a line of somebody else's
+            continue  # printed by something else
         if isinstance(values, dict):
-            _note(member, values)
+            _record(worker, values)
 
 
-def _note(member: Worker, values: dict[str, Any]) -> None:
-    member.heard.node = str(values.get("node", member.node))
+def _record(worker: Worker, values: dict[str, Any]) -> None:
+    worker.report.node = str(values.get("node", worker.node))
     if "told" in values:
-        member.heard.answer = values["told"]
+        worker.report.answer = values["told"]
     if "failure" in values:
-        member.heard.failure = str(values["failure"])
+        worker.report.failure = str(values["failure"])
     if "stage" in values:
         order, text, awaited = values["stage"]
-        member.heard.stage = (int(order), str(text), list(awaited))
-    member.answers |= values
+        worker.report.stage = (int(order), str(text), list(awaited))
+    worker.answers |= values
 
 
-def _absent(member: Worker, limit_s: float) -> Finding:
-    why = "; ".join([*member.errors][-2:])
-    if member.gone:
-        member.process.wait()
-        told = f"ended with code {member.process.returncode} before it told anything"
-    elif member.answers:
-        told = f"was reached, but had not examined itself within {limit_s:.0f} s"
+def _absence(worker: Worker, limit_s: float) -> Finding:
+    errors = "; ".join([*worker.errors][-2:])
+    if worker.has_ended:
+        worker.process.wait()
+        message = f"ended with code {worker.process.returncode} before it reported anything"
+    elif worker.answers:
+        message = f"was reached, but had not examined itself within {limit_s:.0f} s"
     else:
-        told = f"did not answer within {limit_s:.0f} s"
+        message = f"did not answer within {limit_s:.0f} s"
     advice = "leave it out (sbatch --exclude), and have it looked at; `sinfo -R` may know more"
     if "SLURM_JOB_ID" not in os.environ:
         advice = "see with `top` and `dmesg` what ended or holds it"
-    return Finding("node", "bad", f"{told}{f': {why}' if why else ''}"[:400], advice, (member.node,))
+    return Finding("node", "bad", f"{message}{f': {errors}' if errors else ''}"[:400], advice, (worker.node,))
 
 
-def _close(members: Sequence[Worker]) -> None:
-    """Ends what is still there. srun ends its step when it is asked to; killed, it would leave it behind."""
+def _close(workers: Sequence[Worker]) -> None:
+    """Ends the workers that still run. srun ends its step on SIGTERM; killed, it would leave the step behind."""
     for number, patience in ((None, 0.2), (signal.SIGTERM, CLOSING_S), (signal.SIGKILL, CLOSING_S)):
-        for member in members:
-            if number is None and member.process.stdin:
+        for worker in workers:
+            if number is None and worker.process.stdin:
                 with suppress(OSError):
-                    member.process.stdin.close()
-            elif number is not None and member.process.poll() is None:
+                    worker.process.stdin.close()
+            elif number is not None and worker.process.poll() is None:
                 with suppress(ProcessLookupError):
-                    os.killpg(member.process.pid, number)
+                    os.killpg(worker.process.pid, number)
         deadline = time.monotonic() + patience
-        while time.monotonic() < deadline and any(member.process.poll() is None for member in members):
+        while time.monotonic() < deadline and any(worker.process.poll() is None for worker in workers):
             time.sleep(0.02)

@@ -8,7 +8,7 @@ _LEVELS = " ▁▂▃▄▅▆▇█"
 
 
 def rows(curve: Callable[[int], float], last: int, width: int = 60, height: int = 4) -> Iterator[str]:
-    """`curve` of 1 to `last`, from the top row down."""
+    """Yields the rows of a chart of `curve` from 1 to `last`, the top row first."""
     points = [1 + round(column * (last - 1) / max(1, width - 1)) for column in range(width)]
     values = [curve(point) for point in points]
     top = max(values) or 1.0

@@ -1,4 +1,4 @@
-"""What DDP holds: a copy of the model on each process, and buckets of gradients."""
+"""What DDP holds: a replica of the model on each process, and buckets of gradients."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ class Copies(Accountant):
             yield ("strategy=ddp",)
 
     def moments(self, position: int) -> Iterator[MemoryParts]:
-        """Gradients are views of buckets that are always there, or are copied to them."""
-        trace, share = self.trace(), ParameterShare(self.built.parameters)
-        buckets = 0 if self.strategy.bucket_view else share.trained
+        """Yields the moments of a step. Gradients are views of permanent buckets, or are copied to them."""
+        trace, share = self.trace(), ParameterShare(self.model.parameters)
+        buckets = 0 if self.strategy.bucket_view else share.trained_bytes
         precision = self.config.precision
-        if precision.reduce != precision.param:  # a bucket in fp32, and as it is sent
-            buckets += min(self.strategy.bucket_mb * MIB, share.trained) * 3 // 2
+        if precision.reduce != precision.param:  # a bucket in fp32, and in the data type of the reduction
+            buckets += min(self.strategy.bucket_mb * MIB, share.trained_bytes) * 3 // 2
         for segment in trace.segments:
-            yield MemoryParts(share.parameter_bytes, share.trained, share.state, segment.peak, buckets)
-        yield self.updated(share)._replace(buffers=buckets + self.updated(share).buffers)
+            yield MemoryParts(share.parameter_bytes, share.trained_bytes, share.state_bytes, segment.peak, buckets)
+        yield self.update_moment(share)._replace(buffers=buckets + self.update_moment(share).buffers)

@@ -10,11 +10,11 @@ NETWORK = 50.0  # GB/s of each GPU to other nodes: one 400 Gb/s card a GPU
 
 
 def target(name: str | None, gib: float | None) -> Gpu:
-    """The GPU of that name; with so much memory instead of its own; h100 if neither is given."""
-    chosen = GPUS.get((name or "h100").lower())
-    if chosen is None:
+    """Returns the GPU of that name, with `gib` of memory instead of its own if set; h100 by default."""
+    gpu = GPUS.get((name or "h100").lower())
+    if gpu is None:
         raise ConfigError(f"--gpu {name}: not known; there are {', '.join(GPUS)}; or give its memory: --memory GiB")
     if gib is None:
-        return chosen
-    label = f"{chosen.name} with {gib:g} GiB" if name else f"{gib:g} GiB"
-    return Gpu(label, gib, chosen.tflops, chosen.link, chosen.bf16)
+        return gpu
+    label = f"{gpu.name} with {gib:g} GiB" if name else f"{gib:g} GiB"
+    return Gpu(label, gib, gpu.tflops, gpu.link, gpu.bf16)

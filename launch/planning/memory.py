@@ -1,7 +1,7 @@
-"""What a process holds at the fullest moment of a step, part by part, and what it sends: from a trace of the model, and
-from what its strategy keeps and gathers around it.
+"""What a process holds at the fullest moment of a step, part by part, and what it sends: computed from a trace of the
+model, and from what its strategy keeps and gathers around it.
 
-How strategies do that is as torch 2.13 (DDP's buckets, FSDP2's gathered layers and buffers) and DeepSpeed 0.19 do it.
+Strategies are modeled as in torch 2.13 (DDP's buckets, FSDP2's gathered layers and buffers) and DeepSpeed 0.19.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
-from launch.planning.memory_parts import MemoryParts, ParameterShare, Sent, shared
+from launch.planning.memory_parts import MemoryParts, ParameterShare, Transfer, ring_fraction
 from launch.planning.planned_model import BuiltModel, PlannedModel
 from launch.planning.trace import Trace
 from trainer.config import Config
@@ -21,115 +21,118 @@ Way = Sequence[str]  # overrides of a strategy
 
 
 def accountant(subject: PlannedModel, config: Config, procs: int) -> Accountant:
-    """Who counts for the config's strategy."""
-    kind: type[Accountant] = load(config.strategy.accountant)
-    return (kind if procs > 1 or kind.alone else Accountant)(subject, config, procs)
+    """Returns the accountant of the config's strategy."""
+    accountant_class: type[Accountant] = load(config.strategy.accountant)
+    if procs == 1 and not accountant_class.counts_single_process:
+        accountant_class = Accountant
+    return accountant_class(subject, config, procs)
 
 
 class Accountant:
-    """Memory of a config on a number of processes; each works on `rows` sequences at a time, `passes` times a step.
+    """Computes memory and traffic of a config. A process works on `rows` sequences at a time, `passes` times a step.
 
-    This one is for a strategy whose processes each hold the whole model; subclasses are for others. A strategy's
-    section says which one is its own (`trainer.config.strategy.Strategy.accountant`).
+    This class is for a strategy whose processes each hold the whole model; subclasses are for others. A strategy's
+    section names its class (`trainer.config.strategy.Strategy.accountant`).
     """
 
-    alone: ClassVar[bool] = False
-    """Whether the strategy does on one process, too, what the accountant knows of."""
+    counts_single_process: ClassVar[bool] = False
+    """Whether the accountant also applies to a single process."""
 
     def __init__(self, subject: PlannedModel, config: Config, procs: int):
         self.subject, self.config, self.procs = subject, config, procs
         self.strategy: Any = config.strategy
         self.layout = config.layout(procs)
-        self.copies = procs // self.layout.processes
-        share = max(1, config.train.global_batch // self.copies)
+        self.replicas = procs // self.layout.processes
+        share = max(1, config.train.global_batch // self.replicas)
         self.rows = min(config.train.micro_batch or share, share)
         self.passes = -(-share // self.rows)
         self.checkpointing = config.train.activation_checkpointing
 
     @classmethod
     def ways(cls, subject: PlannedModel, procs: int) -> Iterator[Way]:
-        """Yields the strategy's keys that are worth a try with that many processes, the most usual first."""
+        """Yields overrides of the strategy that are worth trying with that many processes, the most common first."""
         return iter(())
 
     # What a strategy overrides
 
     def moments(self, position: int) -> Iterator[MemoryParts]:
-        """What the process at this place of a pipeline (any process, where there is none) holds in the course of a
+        """Yields what the process at this pipeline position (any process without a pipeline) holds in the course of a
         step."""
-        share = ParameterShare(self.built.parameters)
-        yield from alone(self.trace(), share, self.passes)
-        yield self.updated(share)
+        share = ParameterShare(self.model.parameters)
+        yield from single_process_moments(self.trace(), share, self.passes)
+        yield self.update_moment(share)
 
-    def sent(self, position: int) -> Iterator[Sent]:
-        """What that process sends in a step to others than those that share its layers' matrices."""
-        summed = round(2 * shared(self.copies) * ParameterShare(self.built.parameters).trained * self.reduced)
-        yield Sent("all-reduce of gradients", summed, self.copies, False)
+    def transfers(self, position: int) -> Iterator[Transfer]:
+        """Yields what that process sends in a step to all but those that share its layers' matrices."""
+        gradients = ParameterShare(self.model.parameters).trained_bytes
+        nbytes = round(2 * ring_fraction(self.replicas) * gradients * self.reduce_ratio)
+        yield Transfer("all-reduce of gradients", nbytes, self.replicas, False)
 
-    def within(self, position: int) -> int:
-        """Bytes that it sends in a step to those that share its layers' matrices."""
-        return self.trace().sent * self.passes if self.layout.tensor > 1 else 0
+    def bytes_within_layers(self, position: int) -> int:
+        """Returns the bytes that it sends in a step to those that share its layers' matrices."""
+        return self.trace().collective_bytes * self.passes if self.layout.tensor > 1 else 0
 
     def flops(self, position: int = 0) -> int:
-        """Operations of a process in a step, recomputation among them. Of layers that several share: its part."""
+        """Returns the FLOPs of a process in a step, recomputation included; of shared layers its share."""
         return self.trace().flops * self.passes
 
     def micro_batches(self) -> tuple[int, int]:
-        """Into how many pieces each of the loop's micro-batches is cut, and sequences of each."""
+        """Returns into how many micro-batches the strategy cuts each of the loop's, and the sequences of each."""
         return 1, self.rows
 
-    def waiting(self) -> float:
-        """How many times longer a step takes than its computing, as processes wait for what others compute."""
+    def bubble_factor(self) -> float:
+        """Returns how many times longer a step takes than its computing, because of pipeline bubbles."""
         return 1.0
 
     def details(self) -> Iterator[tuple[str, str]]:
-        """Yields (title, text) of lines for the plan of how the model is divided."""
+        """Yields (title, text) of the plan's lines about how the model is divided."""
         return iter(())
 
-    # What is the same for all
+    # What all strategies share
 
     @cached_property
-    def built(self) -> BuiltModel:
+    def model(self) -> BuiltModel:
         return self.subject.split(self.strategy, self.layout.tensor)
 
     @property
-    def traced(self) -> BuiltModel:
-        """What computes."""
-        return self.built
+    def traced_model(self) -> BuiltModel:
+        """Returns the model that is traced."""
+        return self.model
 
     def peak(self, position: int = 0) -> MemoryParts:
-        """The fullest moment of the process at this place."""
+        """Returns the fullest moment of the process at this position."""
         return max(self.moments(position), key=lambda parts: parts.total)
 
     def peaks(self) -> list[MemoryParts]:
         """Returns the peak of each position in the pipeline."""
         return [self.peak(position) for position in range(self.layout.stages)]
 
-    def traffic(self, position: int = 0) -> list[Sent]:
-        """What a process sends in a step, at the least that each collective can do with (rings)."""
+    def traffic(self, position: int = 0) -> list[Transfer]:
+        """Returns what a process sends in a step, the least that each collective needs (rings)."""
         if self.procs == 1:
             return []
-        sent = list(self.sent(position))
-        if within := self.within(position):
+        transfers = list(self.transfers(position))
+        if nbytes := self.bytes_within_layers(position):
             tensor = self.layout.tensor
-            sent.append(Sent("within layers", round(within * shared(tensor)), tensor, True))
-        return sent
+            transfers.append(Transfer("within layers", round(nbytes * ring_fraction(tensor)), tensor, True))
+        return transfers
 
     def trace(self, released: bool = False, casts_kept: bool = True) -> Trace:
-        return self.traced.whole(self.rows, self.checkpointing, released, casts_kept)
+        return self.traced_model.trace_model(self.rows, self.checkpointing, released, casts_kept)
 
-    def updated(self, share: ParameterShare, offloaded: bool = False) -> MemoryParts:
-        """While the optimizer steps."""
-        whole = sum(parameter.nbytes for parameter in self.subject.whole.parameters)
-        besides = 0 if offloaded else round(self.subject.state[1] * share.parameter_bytes / max(1, whole))
-        return MemoryParts(share.parameter_bytes, share.trained, share.state, 0, besides)
+    def update_moment(self, share: ParameterShare, offloaded: bool = False) -> MemoryParts:
+        """Returns what a process holds while the optimizer steps."""
+        total = sum(parameter.nbytes for parameter in self.subject.whole.parameters)
+        temporary = 0 if offloaded else round(self.subject.state[1] * share.parameter_bytes / max(1, total))
+        return MemoryParts(share.parameter_bytes, share.trained_bytes, share.state_bytes, 0, temporary)
 
     @property
     def compute(self) -> str:
         return "bf16" if self.subject.precision.compute == "fp8" else self.subject.precision.compute
 
     @property
-    def reduced(self) -> float:
-        """How large gradients are as they are sent, of what they are as they are held."""
+    def reduce_ratio(self) -> float:
+        """Returns the size of gradients when they are reduced, relative to when they are stored."""
         precision = self.config.precision
         return DTYPES[precision.reduce].itemsize / DTYPES[precision.param].itemsize
 
@@ -141,11 +144,11 @@ class Single(Accountant):
             yield ("strategy=single",)
 
 
-def alone(trace: Trace, share: ParameterShare, passes: int) -> Iterator[MemoryParts]:
-    """A model on one process, without the update."""
-    before = 0
+def single_process_moments(trace: Trace, share: ParameterShare, passes: int) -> Iterator[MemoryParts]:
+    """Yields the moments of a model on one process, without the update."""
+    gradients = 0
     for segment in trace.segments:
-        yield MemoryParts(share.parameter_bytes, before, share.state, segment.peak_with_gradients, 0)
-        before += segment.gradients
+        yield MemoryParts(share.parameter_bytes, gradients, share.state_bytes, segment.peak_with_gradients, 0)
+        gradients += segment.gradients
     for segment in trace.segments if passes > 1 else ():
-        yield MemoryParts(share.parameter_bytes, share.trained, share.state, segment.peak, 0)
+        yield MemoryParts(share.parameter_bytes, share.trained_bytes, share.state_bytes, segment.peak, 0)

@@ -1,4 +1,4 @@
-"""Bytes of a process, part by part, and its share of the model's parameters."""
+"""The bytes of a process, part by part, and its share of the model's parameters."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from launch.planning.planned_model import Parameter
 MIB = 2**20
 
 
-class Sent(NamedTuple):
-    """What a process sends in a step, at the least that a collective can do with."""
+class Transfer(NamedTuple):
+    """One kind of traffic of a process in a step, the least that the collective needs."""
 
-    what: str
+    name: str
     nbytes: int
     processes: int
-    """Among how many: neighbors, as all layouts place them."""
+    """Number of processes that take part: neighbors, as all layouts place them."""
     waits: bool
-    """Whether computing has to wait for it; else it goes on meanwhile."""
+    """Whether computing waits for it instead of overlapping with it."""
 
 
-def shared(n: int) -> float:
-    """The share of a tensor that each of `n` processes sends in a ring, of a gathering or a scattering."""
+def ring_fraction(n: int) -> float:
+    """Returns the fraction of a tensor that each of `n` processes sends in a ring all-gather or reduce-scatter."""
     return (n - 1) / n
 
 
 class MemoryParts(NamedTuple):
-    """Bytes of one process."""
+    """The bytes of one process at one moment."""
 
     parameters: int = 0
     gradients: int = 0
     optimizer: int = 0
     activations: int = 0
-    """All that the forward and backward pass makes and keeps, copies of weights in the compute data type too."""
+    """All that the forward and backward pass allocates, with copies of weights in the compute data type."""
     buffers: int = 0
-    """The strategy's own: gathered layers, buckets, what is received."""
+    """Buffers of the strategy: gathered layers, buckets, received activations."""
 
     @property
     def total(self) -> int:
@@ -46,13 +46,13 @@ class MemoryParts(NamedTuple):
 
 @dataclass(frozen=True)
 class ParameterShare:
-    """One process's part of the model, sharded over `shards` more."""
+    """The parameters that a process computes with, sharded over `shards` processes."""
 
     parameters: Sequence[Parameter]
     shards: int = 1
 
-    def part(self, parameter: Parameter) -> float:
-        """The share of a parameter that is held: rows are dealt out, the last processes may have fewer (FSDP2)."""
+    def fraction(self, parameter: Parameter) -> float:
+        """Returns the largest fraction of a parameter on a process: FSDP2 shards rows, and may pad them."""
         if self.shards == 1 or not parameter.shape:
             return 1.0
         rows = parameter.shape[0]
@@ -60,20 +60,20 @@ class ParameterShare:
 
     @cached_property
     def parameter_bytes(self) -> int:
-        return round(sum(p.nbytes * self.part(p) for p in self.parameters))
+        return round(sum(p.nbytes * self.fraction(p) for p in self.parameters))
 
     @cached_property
-    def trained(self) -> int:
-        return round(sum(p.nbytes * self.part(p) for p in self.parameters if p.trained))
+    def trained_bytes(self) -> int:
+        return round(sum(p.nbytes * self.fraction(p) for p in self.parameters if p.is_trained))
 
     @cached_property
-    def state(self) -> int:
-        return round(sum(p.state * self.part(p) for p in self.parameters))
+    def state_bytes(self) -> int:
+        return round(sum(p.state * self.fraction(p) for p in self.parameters))
 
     def of_block(self, block: int) -> ParameterShare:
         return ParameterShare([p for p in self.parameters if p.block == block], self.shards)
 
     @property
-    def padded(self) -> int:
-        """Bytes of the whole, gathered: with the rows that are dealt out for nothing."""
+    def padded_bytes(self) -> int:
+        """Returns the bytes of the gathered parameters, padding included."""
         return self.parameter_bytes * self.shards

@@ -1,8 +1,8 @@
 """The user's own model, built without values: its parameters, its optimizer's state, and traces of its parts.
 
-Traces run on torch's fake tensors of the CPU: a torch without CUDA cannot pretend to have one. They compute in the data
-type of the target, with the attention kernels that save O(sequence) as those of a GPU do; the lists of what autocast
-computes in fp32 differ a little between CPU and CUDA.
+Traces run on torch's fake CPU tensors: a torch without CUDA cannot make fake CUDA tensors. They use the data type of
+the target, with attention kernels that save O(sequence) as those of a GPU do; what autocast computes in fp32 differs
+a little between CPU and CUDA.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from launch.planning.trace import OUTSIDE, REPRESENTATIVES, LiveBytes, Trace, re
 from trainer.config import Config
 from trainer.errors import ConfigError
 from trainer.facts import TOO_EARLY, Facts
-from trainer.models import is_saved, of_type
+from trainer.models import cast_parameters, is_saved
 from trainer.models.factory import model_factory
 from trainer.objectives import Batch, overrides, prepares
 from trainer.optim.build import build_optimizer
-from trainer.patches import released_saved, without_values
+from trainer.patches import release_saved_parameters, without_values
 from trainer.precision import Precision
 from trainer.registry import plugin
 from trainer.run_data import tokenizer_of
@@ -46,11 +46,11 @@ class Parameter:
     """Shape on a process that shares the layer's matrices with others, before any sharding."""
     itemsize: int
     state: int
-    """Bytes of the optimizer's state of it, of the same part."""
-    trained: bool
+    """Bytes of the optimizer's state of that shape."""
+    is_trained: bool
     block: int
-    inside: str
-    """Its name in the block, or in the model."""
+    local_name: str
+    """Its name in the block, or in the model if it is outside of blocks."""
     ends: frozenset[str]
     """Which ends of the model use it: EMBEDS, HEADS, both or none."""
 
@@ -78,73 +78,75 @@ class PlannedModel:
                 "nearest: plan the same model with objective=causal_lm"
             )
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self.built = cache(self._built)
-        self.whole = self.built(1, False, False, None)
+        self.build_model = cache(self._build_model)
+        self.whole = self.build_model(1, False, False, None)
 
     @cached_property
     def example(self) -> Batch:
-        """A batch [1, ...] of the run, made up: what the objective makes of a row of the data. Raises ConfigError."""
+        """Returns a batch [1, ...] of zeros as the objective makes it of a row of the data. Raises ConfigError."""
         if not hasattr(self, "objective"):
             raise ConfigError(TOO_EARLY)
-        made = example(self.config)
+        batch = example(self.config)
         if not prepares(self.objective):
-            return made
-        draws = made.pop("draws")
-        row = self.objective.example({name: value[0] for name, value in made.items()}, 0)
+            return batch
+        draws = batch.pop("draws")
+        row = self.objective.example({name: value[0] for name, value in batch.items()}, 0)
         return {name: value[None] for name, value in row.items()} | {"draws": draws}
 
-    def splits(self, most: int) -> list[tuple[str, str]]:
-        """Keys of strategies that share the matrices of the model's layers among up to `most` processes, the most
-        first; none if it does not say how."""
+    def splits(self, limit: int) -> list[tuple[str, str]]:
+        """Returns overrides that share the matrices of the model's layers among up to `limit` processes, the largest
+        number first; none if the model has no plan for that."""
         if not hasattr(self.whole.model, "tensor_parallel_plan"):
             return []
-        counts = [n for n in (8, 2) if n <= most]
+        counts = [n for n in (8, 2) if n <= limit]
         return [(f"strategy.tensor_parallel={n}", "strategy.sequence_parallel=true") for n in counts]
 
     def split(self, strategy: Any, tensor: int, dtype: torch.dtype | None = None) -> BuiltModel:
-        """The model as one of `tensor` processes has it that share its layers' matrices; with weights of that type."""
-        shared = (strategy.sequence_parallel, strategy.loss_parallel) if tensor > 1 else (False, False)
-        return self.built(tensor, *shared, dtype)
+        """Returns the model as one of `tensor` processes that share its layers has it, with weights of that type."""
+        flags = (strategy.sequence_parallel, strategy.loss_parallel) if tensor > 1 else (False, False)
+        return self.build_model(tensor, *flags, dtype)
 
-    def _built(self, tensor: int, sequences: bool, loss: bool, dtype: torch.dtype | None) -> BuiltModel:
+    def _build_model(
+        self, tensor: int, shares_sequences: bool, shares_loss: bool, dtype: torch.dtype | None
+    ) -> BuiltModel:
         with self.fake:
             model = self.factory.build()
-            model = model if dtype is None else of_type(model, dtype)
-        return BuiltModel(self, model, tensor, sequences, loss)
+            model = model if dtype is None else cast_parameters(model, dtype)
+        return BuiltModel(self, model, tensor, shares_sequences, shares_loss)
 
     @cached_property
-    def measured(self) -> ModelCosts:
-        """What a pipeline is cut by. Of blocks that are alike a few are measured."""
+    def costs(self) -> ModelCosts:
+        """Returns the costs by which a pipeline is cut. Of equal blocks only a few are measured."""
         count = len(self.whole.blocks)
-        many = self.whole.uniform and count > REPRESENTATIVES
+        shortened = self.whole.uniform and count > REPRESENTATIVES
 
         def build() -> nn.Module:
             model = self.factory.build()
-            if many:
+            if shortened:
                 del cast(Any, model).blocks[REPRESENTATIVES:]
             return model
 
         autocast, factory = self.precision.autocast(), replace(self.factory, build=build)
-        found = measure_costs(factory, autocast, self.precision.device)
-        first, *rest = found.blocks
-        return replace(found, blocks=[first, *rest[:1] * (count - 2), rest[-1]]) if many else found
+        costs = measure_costs(factory, autocast, self.precision.device)
+        first, *others = costs.blocks
+        return replace(costs, blocks=[first, *others[:1] * (count - 2), others[-1]]) if shortened else costs
 
     @cached_property
     def state(self) -> tuple[dict[str, int], int]:
-        """Bytes of the optimizer's state by parameter, and the most that its step takes besides."""
+        """Returns the bytes of the optimizer's state by parameter, and the peak of temporary bytes of its step."""
         with self.fake:
             model = self.factory.build()
             optimizer = build_optimizer(self.config, model)
             for parameter in model.parameters():
                 parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
-            kept = [*model.parameters(), *(p.grad for p in model.parameters() if p.grad is not None)]
+            uncounted = [*model.parameters(), *(p.grad for p in model.parameters() if p.grad is not None)]
             try:
-                with LiveBytes(kept) as live:
+                with LiveBytes(uncounted) as live:
                     optimizer.step()
-            except Exception:  # a step that looks at values
+            except Exception:  # the step looks at values
                 return self._state_on_meta(), 0
-            found = {name: _state_bytes(optimizer, parameter) for name, parameter in model.named_parameters()}
-        return found, max(0, live.peak - sum(found.values()))
+            nbytes = {name: _state_bytes(optimizer, parameter) for name, parameter in model.named_parameters()}
+        return nbytes, max(0, live.peak - sum(nbytes.values()))
 
     def _state_on_meta(self) -> dict[str, int]:
         from trainer.optim.state_size import optimizer_state_bytes
@@ -157,18 +159,18 @@ class PlannedModel:
 
     @property
     def checkpoint(self) -> int:
-        """Bytes of a checkpoint: weights and buffers that are saved, optimizer state."""
+        """Returns the bytes of a checkpoint: saved weights and buffers, optimizer state."""
         model, tensors = self.whole.model, self.whole.model.state_dict()
         saved = sum(tensor.nbytes for name, tensor in tensors.items() if is_saved(model)(name))
         return saved + sum(self.state[0].values())
 
 
 class BuiltModel:
-    """A model whose layers `tensor` processes share, as one of them has it."""
+    """A model whose layers are shared by `tensor` processes, as one of them has it."""
 
-    def __init__(self, subject: PlannedModel, model: nn.Module, tensor: int, sequences: bool, loss: bool):
+    def __init__(self, subject: PlannedModel, model: nn.Module, tensor: int, shares_sequences: bool, shares_loss: bool):
         self.subject, self.model, self.tensor = subject, model, tensor
-        self.sequences_shared, self.loss_shared = sequences, loss
+        self.shares_sequences, self.shares_loss = shares_sequences, shares_loss
         self.blocks: Sequence[nn.Module] = list(getattr(model, "blocks", []))
         self.cuttable = not [name for name in CUTTABLE if not hasattr(model, name)] and not uncuttable_names(
             cast(Any, model)
@@ -176,15 +178,15 @@ class BuiltModel:
         self.uniform = self.cuttable and len({_signature(block) for block in self.blocks}) == 1
         if tensor > 1:
             if self.uniform:
-                del cast(Any, model).blocks[REPRESENTATIVES:]  # the others would be divided likewise
+                del cast(Any, model).blocks[REPRESENTATIVES:]  # the others would be divided the same way
             with self._mesh() as mesh, subject.fake:
-                split(self.model, mesh, self.sequences_shared)
-        self.part = cache(self._part)
+                split(self.model, mesh, self.shares_sequences)
+        self.trace_blocks = cache(self._trace_blocks)
 
     @cached_property
     def parameters(self) -> list[Parameter]:
         if self.tensor > 1:
-            return self._divided()
+            return self._divided_parameters()
         state = self.subject.state[0]
         numbers = {id(p): (number, name) for number, b in enumerate(self.blocks) for name, p in b.named_parameters()}
         ends = {
@@ -201,29 +203,32 @@ class BuiltModel:
                 state[name],
                 parameter.requires_grad,
                 *numbers.get(id(parameter), (OUTSIDE, name)),
-                frozenset(kind for kind, those in ends.items() if id(parameter) in those),
+                frozenset(kind for kind, ids in ends.items() if id(parameter) in ids),
             )
             for name, parameter in self.model.named_parameters()
         ]
 
-    def _divided(self) -> list[Parameter]:
-        """Those of the whole model, in the shapes that one of the processes has. Of blocks that are
-        alike one is divided for all."""
-        there = [(OUTSIDE, name, p) for name, p in self.model.named_parameters()]
-        there += [(number, name, p) for number, block in enumerate(self.blocks) for name, p in block.named_parameters()]
-        local = {(n, name): (p.to_local() if isinstance(p, DTensor) else p).shape for n, name, p in there}
+    def _divided_parameters(self) -> list[Parameter]:
+        """Returns the model's parameters in the shapes that one of the processes has. Of equal blocks one is divided
+        for all."""
+        parameters = [(OUTSIDE, name, p) for name, p in self.model.named_parameters()]
+        parameters += [
+            (number, name, p) for number, block in enumerate(self.blocks) for name, p in block.named_parameters()
+        ]
+        local = {(n, name): (p.to_local() if isinstance(p, DTensor) else p).shape for n, name, p in parameters}
         divided = []
-        for whole in self.subject.whole.parameters:
-            shape = local[min(whole.block, REPRESENTATIVES - 1) if self.uniform else whole.block, whole.inside]
-            state = whole.state * shape.numel() // max(1, whole.numel)
-            divided.append(replace(whole, shape=tuple(shape), state=state))
+        for parameter in self.subject.whole.parameters:
+            block = min(parameter.block, REPRESENTATIVES - 1) if self.uniform else parameter.block
+            shape = local[block, parameter.local_name]
+            state = parameter.state * shape.numel() // max(1, parameter.numel)
+            divided.append(replace(parameter, shape=tuple(shape), state=state))
         return divided
 
-    def whole(self, rows: int, checkpointing: str, released: bool = False, casts_kept: bool = True) -> Trace:
+    def trace_model(self, rows: int, checkpointing: str, released: bool = False, casts_kept: bool = True) -> Trace:
         """Traces the whole model and the objective on `rows` sequences."""
-        return self.part(rows, checkpointing, len(self.blocks), True, True, released, casts_kept)
+        return self.trace_blocks(rows, checkpointing, len(self.blocks), True, True, released, casts_kept)
 
-    def _part(
+    def _trace_blocks(
         self,
         rows: int,
         checkpointing: str,
@@ -233,15 +238,15 @@ class BuiltModel:
         released: bool = False,
         casts_kept: bool = True,
     ) -> Trace:
-        """Of that many blocks, and the ends of the model if it has them. `released`: what is saved for the backward
-        pass keeps no weight alive, nor a copy of one. `casts_kept`: autocast keeps its copies until it is left."""
-        traced = min(count, REPRESENTATIVES) if self.uniform else count
-        blocks = self.blocks[:traced]
+        """Traces `count` blocks, with the ends of the model if it has them. `released`: saved tensors keep no weight or
+        copy of one alive. `casts_kept`: autocast keeps its copies of weights until it is left."""
+        num_traced = min(count, REPRESENTATIVES) if self.uniform else count
+        blocks = self.blocks[:num_traced]
         precision, objective = self.subject.precision, self.subject.objective
         autocast = precision.autocast(cache=casts_kept)
-        saved = released_saved() if released else nullcontext()
+        release = release_saved_parameters() if released else nullcontext()
         counts = objective.counts(self.subject.example)
-        with self._mesh(), self.subject.fake, recomputing(self.model, blocks, checkpointing), saved:
+        with self._mesh(), self.subject.fake, recomputing(self.model, blocks, checkpointing), release:
             batch = {
                 name: torch.zeros((rows, *value.shape[1:]), dtype=value.dtype)
                 for name, value in self.subject.example.items()
@@ -260,34 +265,34 @@ class BuiltModel:
             def finish(outputs: Tensor) -> Tensor:
                 if not heads:
                     return outputs
-                if isinstance(outputs, DTensor) and not self.loss_shared:
+                if isinstance(outputs, DTensor) and not self.shares_loss:
                     outputs = outputs.full_tensor()
                 return objective.loss(outputs, batch, totals)[0]
 
-            given = [tensor for tensor in (*batch.values(), x) if tensor is not None]
-            with self._loss_parallel(), _pretending(self.model, released):
-                found = trace(self.model, blocks, forward, finish, autocast, given, gradient)
-        return repeat_trace(found, count) if traced < count else found
+            inputs = [tensor for tensor in (*batch.values(), x) if tensor is not None]
+            with self._loss_parallel(), _marked_for_deepspeed(self.model, released):
+                result = trace(self.model, blocks, forward, finish, autocast, inputs, gradient)
+        return repeat_trace(result, count) if num_traced < count else result
 
     def _hidden(self, rows: int) -> Tensor:
-        hidden = cast(Tensor, self._measured_hidden)
+        hidden = cast(Tensor, self._example_hidden)
         return torch.empty((rows, *hidden.shape[1:]), dtype=hidden.dtype)
 
     @cached_property
-    def _measured_hidden(self) -> Tensor:
+    def _example_hidden(self) -> Tensor:
         batch = {name: torch.zeros(value.shape, dtype=value.dtype) for name, value in self.subject.example.items()}
         with torch.no_grad(), self.subject.precision.autocast():
             return cast(Any, self.model).embed(batch)
 
     @property
     def hidden_bytes(self) -> int:
-        """What passes between two blocks, of one sequence."""
+        """Returns the bytes that pass between two blocks for one sequence."""
         with self._mesh(), self.subject.fake:
-            return self._measured_hidden.nbytes
+            return self._example_hidden.nbytes
 
     @contextmanager
     def _mesh(self) -> Iterator[Any]:
-        """A process group of `tensor` processes that are not there."""
+        """Yields a mesh of a fake process group of `tensor` processes."""
         if self.tensor == 1 or dist.is_initialized():
             yield getattr(self, "mesh", None)
             return
@@ -304,12 +309,12 @@ class BuiltModel:
     def _loss_parallel(self) -> Any:
         from torch.distributed.tensor.parallel import loss_parallel
 
-        return loss_parallel() if self.loss_shared else nullcontext()
+        return loss_parallel() if self.shares_loss else nullcontext()
 
 
 @contextmanager
 def recomputing(model: nn.Module, blocks: Sequence[nn.Module], kind: str) -> Iterator[None]:
-    """What `trainer.strategies.layers.wrap_layers` does to the model, taken back at the end."""
+    """Applies `trainer.strategies.layers.wrap_layers` to the model, and undoes it at the end."""
     layers = blocks if hasattr(model, "blocks") else [model]
     wrap_layers(cast(Any, SimpleNamespace(blocks=layers)), kind, compile=False)
     try:
@@ -320,8 +325,8 @@ def recomputing(model: nn.Module, blocks: Sequence[nn.Module], kind: str) -> Ite
 
 
 @contextmanager
-def _pretending(model: nn.Module, released: bool) -> Iterator[None]:
-    """Parameters look like DeepSpeed's, which `released_saved` tells by their `ds_tensor`."""
+def _marked_for_deepspeed(model: nn.Module, released: bool) -> Iterator[None]:
+    """Makes parameters look like DeepSpeed's, which `release_saved_parameters` recognizes by their `ds_tensor`."""
     for parameter in model.parameters() if released else ():
         parameter.ds_tensor = True  # type: ignore[attr-defined]
     try:
@@ -332,7 +337,7 @@ def _pretending(model: nn.Module, released: bool) -> Iterator[None]:
 
 
 def _signature(block: nn.Module) -> tuple[Any, ...]:
-    """Blocks with the same one are alike."""
+    """Returns a signature that is the same for equal blocks."""
     parameters = [(name, tuple(p.shape), p.dtype, p.requires_grad) for name, p in block.named_parameters()]
     return type(block), tuple(parameters)
 
@@ -342,13 +347,13 @@ def _state_bytes(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> i
 
 
 def example(config: Config) -> Batch:
-    """A batch [1, ...] as the run's data will make it, without any data."""
+    """Returns a batch [1, ...] of zeros in the shapes of the run's data, without any data."""
     row = config.data.row() | {"draws": ("int64", ())}
     return {name: torch.zeros(1, *shape, dtype=getattr(torch, dtype)) for name, (dtype, shape) in row.items()}
 
 
 def planned_model(config: Config, bf16: bool) -> PlannedModel:
-    """The run's model on a GPU that is fast at bf16, or is not."""
+    """Returns the run's model on a GPU. `bf16`: whether it is fast at bf16."""
     compute = config.precision.compute
     if compute == "auto":
         compute = "bf16" if bf16 or config.precision.param == "bf16" else "fp32"

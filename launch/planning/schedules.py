@@ -1,4 +1,4 @@
-"""In which order a process of a pipeline works on its micro-batches: that of torch's schedules."""
+"""The order in which a process of a pipeline works on its micro-batches, as in torch's schedules."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Any, NamedTuple
 
 from trainer.config.pipeline_schedules import SCHEDULES
 from trainer.config.strategy import Pipeline
-from trainer.strategies.stages import stage_of
+from trainer.strategies.stages import pp_rank_of_stage
 
 
 class Work(NamedTuple):
     kind: str
     """F: forward; B: backward; I, W: the backward pass of inputs, of weights alone."""
-    part: int
+    stage: int
     number: int
     """Number of the micro-batch."""
 
 
 def order(config: Pipeline, processes: int, position: int, count: int) -> Iterator[Work]:
-    """What the process at that place does with `count` micro-batches, in order."""
+    """Yields what the process at this pipeline position does with `count` micro-batches, in order."""
     if config.schedule in ("gpipe", "1f1b"):
         first = count if config.schedule == "gpipe" else min(count, processes - position)
         yield from (Work("F", position, number) for number in range(first))
@@ -36,8 +36,8 @@ def _works(action: Any) -> Iterator[Work]:
     if action is None:
         return
     if action.sub_actions:  # a forward and a backward that overlap
-        for part in action.sub_actions:
-            yield from _works(part)
+        for sub_action in action.sub_actions:
+            yield from _works(sub_action)
         return
     kinds = {"FORWARD": "F", "FULL_BACKWARD": "B", "BACKWARD_INPUT": "I", "BACKWARD_WEIGHT": "W"}
     if action.computation_type.name in kinds:
@@ -48,20 +48,20 @@ def _actions(config: Pipeline, processes: int, position: int, count: int) -> lis
     """Returns the actions of torch's own schedule class, which is given stages without modules."""
     from torch.distributed.pipelining.schedules import get_schedule_class
 
-    parts = processes * config.stages_per_rank
+    num_stages = processes * config.stages_per_rank
     stages = [
         SimpleNamespace(
-            stage_index=part,
-            num_stages=parts,
+            stage_index=stage,
+            num_stages=num_stages,
             group_size=processes,
             group_rank=position,
-            is_first=part == 0,
-            is_last=part == parts - 1,
+            is_first=stage == 0,
+            is_last=stage == num_stages - 1,
             submod=None,
             has_backward=True,
         )
-        for part in range(parts)
-        if stage_of(config, processes, part) == position
+        for stage in range(num_stages)
+        if pp_rank_of_stage(config, processes, stage) == position
     ]
-    make: Any = get_schedule_class(SCHEDULES[config.schedule].torch_name)
-    return make(stages, count, loss_fn=lambda *_: None, scale_grads=False).pipeline_order[position]
+    schedule_class: Any = get_schedule_class(SCHEDULES[config.schedule].torch_name)
+    return schedule_class(stages, count, loss_fn=lambda *_: None, scale_grads=False).pipeline_order[position]

@@ -7,7 +7,7 @@ from functools import cached_property
 
 from launch.planning.gpus import NODE
 from launch.planning.memory import Accountant, Way
-from launch.planning.memory_parts import MemoryParts, ParameterShare, Sent, shared
+from launch.planning.memory_parts import MemoryParts, ParameterShare, Transfer, ring_fraction
 from launch.planning.planned_model import BuiltModel, PlannedModel
 from launch.planning.trace import OUTSIDE
 from trainer.precision import DTYPES
@@ -26,86 +26,86 @@ class Sharded(Accountant):
             yield ("strategy=fsdp", *split)
 
     @cached_property
-    def traced(self) -> BuiltModel:
-        """With weights in the compute data type, where they are gathered in it."""
+    def traced_model(self) -> BuiltModel:
+        """Returns the model with weights in the compute data type, if they are gathered in it."""
         if self.strategy.gather == "param":
-            return self.built
+            return self.model
         return self.subject.split(self.strategy, self.layout.tensor, DTYPES[self.compute])
 
     @property
-    def gathered(self) -> float:
-        """How large parameters are as they are gathered, of what they are as they are held."""
+    def gather_ratio(self) -> float:
+        """Returns the size of parameters when they are gathered, relative to when they are stored."""
         if self.strategy.gather == "param":
             return 1.0
         return DTYPES[self.compute].itemsize / DTYPES[self.config.precision.param].itemsize
 
     def shards(self) -> int:
-        """Processes that a copy of each layer's parameters is sharded over."""
-        return self.copies
+        """Returns the number of processes that each layer's parameters are sharded over."""
+        return self.replicas
 
-    def sent(self, position: int) -> Iterator[Sent]:
-        share, strategy = ParameterShare(self.built.parameters, self.shards()), self.strategy
-        blocks = sum(share.of_block(number).padded for number in range(len(self.built.blocks)))
-        often = share.padded + (blocks if strategy.reshard_after_forward else 0)
-        n, near = share.shards, share.shards * self.layout.tensor
-        gathered = round(shared(n) * often * self.gathered * self.passes)
-        yield Sent("gathering of parameters", gathered, near, False)
-        scattered = round(shared(n) * share.padded * self.reduced * self.often_reduced)
-        yield Sent("scattering of gradients", scattered, near, False)
+    def transfers(self, position: int) -> Iterator[Transfer]:
+        share, strategy = ParameterShare(self.model.parameters, self.shards()), self.strategy
+        block_bytes = sum(share.of_block(number).padded_bytes for number in range(len(self.model.blocks)))
+        gathered_bytes = share.padded_bytes + (block_bytes if strategy.reshard_after_forward else 0)
+        n, processes = share.shards, share.shards * self.layout.tensor
+        gathered = round(ring_fraction(n) * gathered_bytes * self.gather_ratio * self.passes)
+        yield Transfer("gathering of parameters", gathered, processes, False)
+        scattered = round(ring_fraction(n) * share.padded_bytes * self.reduce_ratio * self.reductions)
+        yield Transfer("scattering of gradients", scattered, processes, False)
 
     @property
-    def often_reduced(self) -> int:
-        """How often in a step gradients are."""
+    def reductions(self) -> int:
+        """Returns how often gradients are reduced in a step."""
         return self.passes if self.strategy.reduce == "each" else 1
 
     def moments(self, position: int) -> Iterator[MemoryParts]:
-        """In the forward pass a layer is gathered, and what it was gathered into is let go of when the next one is; in
-        the backward pass the one before is on its way already, and the gradients of the one behind are still being
-        sent."""
-        share, trace = ParameterShare(self.built.parameters, self.shards()), self.trace(casts_kept=False)
-        strategy, gathered, reduced = self.strategy, self.gathered, self.reduced
-        unit = [round(share.of_block(number).padded * gathered) for number in range(len(self.built.blocks))]
-        sent = [round(share.of_block(number).padded * reduced) for number in range(len(self.built.blocks))]
-        rest = round(share.of_block(OUTSIDE).padded * gathered)
-        last, done = len(unit) - 1, 0
-        held = share.parameter_bytes, 0 if self.passes == 1 else share.trained, share.state
+        """Yields the moments of a step. In the forward pass a layer's buffer is freed when the next layer is gathered;
+        in the backward pass the next layer is already being gathered while gradients of the last one are still sent."""
+        share, trace = ParameterShare(self.model.parameters, self.shards()), self.trace(casts_kept=False)
+        strategy, blocks = self.strategy, range(len(self.model.blocks))
+        gathered = [round(share.of_block(number).padded_bytes * self.gather_ratio) for number in blocks]
+        reduced = [round(share.of_block(number).padded_bytes * self.reduce_ratio) for number in blocks]
+        outside = round(share.of_block(OUTSIDE).padded_bytes * self.gather_ratio)
+        last, done = len(gathered) - 1, 0
+        weights, gradients, state = share.parameter_bytes, share.trained_bytes, share.state_bytes
+        if self.passes == 1:
+            gradients = 0
         if strategy.cpu_offload:
-            held = 0, 0, 0
+            weights = gradients = state = 0
         if strategy.reduce == "last" and self.passes > 1:  # whole, until the last micro-batch
-            held = held[0], ParameterShare(self.built.parameters).trained, held[2]
-        kept = 0 if strategy.reshard_after_forward else sum(unit)
-        rest_gradients = 0  # of what is outside of blocks: whole until the pass is over
+            gradients = ParameterShare(self.model.parameters).trained_bytes
+        unsharded = 0 if strategy.reshard_after_forward else sum(gathered)
+        outside_gradients = 0  # of parameters outside of blocks: whole until the pass is over
         for segment in trace.segments:
-            here = segment.block
+            block = segment.block
             if not segment.backward:
-                around = 2 * unit[here] if here != OUTSIDE else (unit[last] if segment is trace.segments[-1] else 0)
-                yield MemoryParts(*held[:3], segment.peak, rest + max(around, kept))
+                at_end = gathered[last] if segment is trace.segments[-1] else 0
+                buffers = 2 * gathered[block] if block != OUTSIDE else at_end
+                yield MemoryParts(weights, gradients, state, segment.peak, outside + max(buffers, unsharded))
                 continue
-            tail = unit[last] if unit else 0  # what the last layer was gathered into, until the next forward pass
-            if here == OUTSIDE:
-                around = tail + (kept or (unit[last] if unit else 0))
-                yield MemoryParts(
-                    held[0], held[1] + done, held[2], segment.peak_with_gradients, rest + rest_gradients + around
-                )
-                rest_gradients += segment.gradients
+            tail = gathered[last] if gathered else 0  # the buffer of the last layer, until the next forward pass
+            if block == OUTSIDE:
+                buffers = outside + outside_gradients + tail + (unsharded or (gathered[last] if gathered else 0))
+                yield MemoryParts(weights, gradients + done, state, segment.peak_with_gradients, buffers)
+                outside_gradients += segment.gradients
                 continue
-            before = unit[here - 1] if here else 0
-            behind = sent[here + 1] if here < last else 0
-            around = max(kept, unit[here] + before) + behind + tail
-            yield MemoryParts(
-                held[0], held[1] + done, held[2], segment.peak_with_gradients, rest + rest_gradients + around
-            )
-            # Behind it: its gradients, and the buffer that they are sent from.
-            around = max(kept, before) + sent[here] + segment.gradients + tail
-            yield MemoryParts(held[0], held[1] + done, held[2], segment.end, rest + rest_gradients + around)
+            next_gathered = gathered[block - 1] if block else 0
+            sending = reduced[block + 1] if block < last else 0
+            always = outside + outside_gradients + tail
+            buffers = always + max(unsharded, gathered[block] + next_gathered) + sending
+            yield MemoryParts(weights, gradients + done, state, segment.peak_with_gradients, buffers)
+            # After the block: its gradients, and the buffer that they are sent from.
+            buffers = always + max(unsharded, next_gathered) + reduced[block] + segment.gradients
+            yield MemoryParts(weights, gradients + done, state, segment.end, buffers)
             if self.passes == 1 and not strategy.cpu_offload:
-                done += share.of_block(here).trained
-        tail = unit[last] if unit else 0
-        yield MemoryParts(held[0], held[1] + done, held[2], 0, rest_gradients + round(rest_gradients * reduced) + tail)
+                done += share.of_block(block).trained_bytes
+        tail = gathered[last] if gathered else 0
+        buffers = outside_gradients + round(outside_gradients * self.reduce_ratio) + tail
+        yield MemoryParts(weights, gradients + done, state, 0, buffers)
         yield (
             MemoryParts()
             if strategy.cpu_offload
-            else self.updated(share)._replace(buffers=self.updated(share).buffers + tail)
+            else self.update_moment(share)._replace(buffers=self.update_moment(share).buffers + tail)
         )
 
 
@@ -118,11 +118,11 @@ class Hybrid(Sharded):
     def shards(self) -> int:
         return self.strategy.shard_size or min(NODE, self.procs)
 
-    def sent(self, position: int) -> Iterator[Sent]:
-        yield from super().sent(position)
-        if (groups := self.copies // self.shards()) > 1:
-            share = ParameterShare(self.built.parameters, self.shards())
+    def transfers(self, position: int) -> Iterator[Transfer]:
+        yield from super().transfers(position)
+        if (groups := self.replicas // self.shards()) > 1:
+            share = ParameterShare(self.model.parameters, self.shards())
             rounds = rounds_sums(self.subject.precision, self.strategy.gather)
-            often = self.often_reduced if rounds else 1
-            summed = round(2 * shared(groups) * share.trained * self.reduced * often)
-            yield Sent("all-reduce between groups", summed, self.procs, False)
+            reductions = self.reductions if rounds else 1
+            nbytes = round(2 * ring_fraction(groups) * share.trained_bytes * self.reduce_ratio * reductions)
+            yield Transfer("all-reduce between groups", nbytes, self.procs, False)

@@ -23,7 +23,7 @@ from trainer.secrets import shown_override
 
 WORST = (4, 3, 2, 75)  # of the contract's exit codes, the first one that a trial ended with is the sweep's
 COMMAND = python("launch.sweeps.start")
-LOOK_S = 0.1
+POLL_S = 0.1
 
 
 @dataclass
@@ -35,11 +35,11 @@ class Running:
 
 
 class Runner:
-    """`done` is told of each trial that ended, with its exit code; trials that are finished already are left out."""
+    """Runs trials and calls `on_end` with each one that ended and its exit code. Finished trials do not run again."""
 
-    def __init__(self, procs: int, parallel: int, config_dir: str | None, done: Callable[[Trial, int], None]):
-        """Raises ConfigError where there are too few GPUs for so many at a time."""
-        self.procs, self.parallel, self.config_dir, self.done = procs, parallel, config_dir, done
+    def __init__(self, procs: int, parallel: int, config_dir: str | None, on_end: Callable[[Trial, int], None]):
+        """Raises ConfigError if there are too few GPUs for `parallel` trials at a time."""
+        self.procs, self.parallel, self.config_dir, self.on_end = procs, parallel, config_dir, on_end
         self.interrupts, self.running = 0, list[Running]()
         self.codes: dict[int, int] = {}
         from launch.doctor.gpus import visible
@@ -51,36 +51,36 @@ class Runner:
             )
 
     def run(self, trials: Iterator[Trial]) -> int:
-        """Exit code: 0 if all are finished, else the worst. `trials` may be made as they are asked for."""
-        with self._listening():
-            waiting = True
+        """Runs all trials; returns 0 if all are finished, else the worst exit code. `trials` may be a lazy iterator."""
+        with self._stop_on_signals():
+            has_more = True
             while True:
-                while waiting and not self.interrupts and len(self.running) < self.parallel:
+                while has_more and not self.interrupts and len(self.running) < self.parallel:
                     if (trial := next(trials, None)) is None:
-                        waiting = False
-                    elif trial.finished:
-                        self._ended(trial, 0)
+                        has_more = False
+                    elif trial.is_finished:
+                        self._record_end(trial, 0)
                     else:
                         self._start(trial)
                 if not self.running:
                     break
-                time.sleep(LOOK_S)
-                self._look()
+                time.sleep(POLL_S)
+                self._poll()
         if self.interrupts and 75 not in self.codes.values():
             self.codes[-1] = Interrupted.exit_code
         return next((code for code in WORST if code in self.codes.values()), 0)
 
     def _start(self, trial: Trial) -> None:
-        slot = min(set(range(self.parallel)) - {one.slot for one in self.running})
+        slot = min(set(range(self.parallel)) - {running.slot for running in self.running})
         environment, folder = dict(os.environ), Path(trial.folder)
         if self.parallel > 1 and self.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(self.gpus[slot * self.procs : (slot + 1) * self.procs])
         if self.parallel > 1:
             cores = (os.cpu_count() or 1) // (self.parallel * self.procs)
             environment.setdefault("OMP_NUM_THREADS", str(max(1, cores)))
-        own = ["--config-dir", self.config_dir] if self.config_dir else []
+        config_arguments = ["--config-dir", self.config_dir] if self.config_dir else []
         folder.parent.mkdir(parents=True, exist_ok=True)
-        words = ["onecurve", "train", "-n", str(self.procs), *own, *trial.overrides]
+        words = ["onecurve", "train", "-n", str(self.procs), *config_arguments, *trial.overrides]
         with log_of(trial).open("ab") as log, tempfile.TemporaryFile("w+") as command:
             json.dump(words, command)
             command.seek(0)
@@ -90,44 +90,44 @@ class Runner:
             )  # fmt: skip
         self.running.append(Running(trial, process, slot, time.monotonic()))
 
-    def _look(self) -> None:
-        for one in list(self.running):
-            if (code := one.process.poll()) is not None:
-                self.running.remove(one)
-                self._ended(one.trial, code if code in (0, *WORST) else 4)
+    def _poll(self) -> None:
+        for running in list(self.running):
+            if (code := running.process.poll()) is not None:
+                self.running.remove(running)
+                self._record_end(running.trial, code if code in (0, *WORST) else 4)
 
-    def _ended(self, trial: Trial, code: int) -> None:
+    def _record_end(self, trial: Trial, code: int) -> None:
         self.codes[trial.number] = code
-        self.done(trial, code)
+        self.on_end(trial, code)
 
     @contextmanager
-    def _listening(self) -> Iterator[None]:
-        """The first signal stops all trials, saved; the second at once."""
+    def _stop_on_signals(self) -> Iterator[None]:
+        """Makes the first signal save and stop all trials, and the second kill them."""
 
-        def note(number: int, _frame: FrameType | None) -> None:
+        def stop_trials(number: int, _frame: FrameType | None) -> None:
             self.interrupts += 1
-            for one in self.running:
+            for running in self.running:
                 with suppress(ProcessLookupError):
-                    one.process.send_signal(signal.SIGTERM if self.interrupts == 1 else signal.SIGKILL)
+                    running.process.send_signal(signal.SIGTERM if self.interrupts == 1 else signal.SIGKILL)
 
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {number: signal.signal(number, stop_trials) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
         finally:
-            for number, handler in before.items():
+            for number, handler in handlers.items():
                 signal.signal(number, handler)
 
 
 def log_of(trial: Trial) -> Path:
-    """What the trial printed, in all its lives: beside its folder, which is the run's alone."""
+    """Returns the log of a trial's console output. It lies beside the trial's folder, which is the run's alone."""
     folder = Path(trial.folder)
     return folder.with_name(folder.name + ".log")
 
 
-def line(trial: Trial, code: int, count: int) -> str:
-    """What the console shows of a trial that ended."""
-    came = outcome(trial)
-    told = [f"[{trial.number + 1}/{count}]", trial.name, " ", came.state]
-    told += [f"loss {came.loss:.4f}"] if came.loss is not None else []
-    told += [f"eval {came.best:.4f}"] if came.best is not None else []
-    return " ".join(told + ([f"exit code {code}: see {log_of(trial)}"] if code not in (0, 75) else []))
+def describe_end(trial: Trial, code: int, count: int) -> str:
+    """Returns the line that the console shows of a trial that ended."""
+    result = outcome(trial)
+    words = [f"[{trial.number + 1}/{count}]", trial.name, " ", result.state]
+    words += [f"loss {result.loss:.4f}"] if result.loss is not None else []
+    words += [f"eval {result.best:.4f}"] if result.best is not None else []
+    return " ".join(words + ([f"exit code {code}: see {log_of(trial)}"] if code not in (0, 75) else []))

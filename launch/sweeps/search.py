@@ -1,4 +1,4 @@
-"""Values that are chosen by what came of others: Optuna's TPE, seeded, its study kept in the sweep's folder."""
+"""Chooses values by the results of earlier trials: Optuna's TPE, seeded, with its study in the sweep's folder."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ JOURNAL = "study.journal"
 
 
 class Search:
-    """Raises ConfigError: Optuna is not installed, nothing is searched, or an end of a range is refused."""
+    """A search with Optuna. Raises ConfigError if it is not installed, nothing is searched or a range is invalid."""
 
     def __init__(
         self, overrides: Sequence[str], count: int, metric: str, procs: int, folder: Path, config_dir: str | None
@@ -36,61 +36,65 @@ class Search:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         with in_hydra():
             parsed, problems = grammar.parse(overrides)
-            spaces = {one.get_key_element(): _space(one) for one in parsed if one.is_sweep_override()}
+            spaces = {
+                override.get_key_element(): _space(override) for override in parsed if override.is_sweep_override()
+            }
         if problems:
             raise ConfigError(problems)
         if not spaces:
             raise ConfigError("--trials: nothing is searched; write key=interval(1e-4,1e-2), key=a,b or key=range(1,9)")
         self.optuna, self.count, self.metric = optuna, count, metric
         self.choices = {key: space.choices for key, space in spaces.items() if hasattr(space, "choices")}
-        self.spaces = {key: _shown_space(key, space) for key, space in spaces.items()}  # as they are written
-        self.fixed = [str(one.input_line) for one in parsed if not one.is_sweep_override()]
+        self.spaces = {key: _mask_secrets(key, space) for key, space in spaces.items()}  # as they are written
+        self.fixed = [str(override.input_line) for override in parsed if not override.is_sweep_override()]
         self.swept = [key.lstrip("+") for key in spaces]
         self.procs, self.config_dir, self.folder = procs, config_dir, folder
-        self.open: dict[int, Any] = {}  # our number -> Optuna's trial
-        first, last = ({key: _end(space, which) for key, space in self.spaces.items()} for which in (0, -1))
-        load(self._job(last), procs, config_dir)
-        seed = load(self._job(first), procs, config_dir).run.seed
+        self.open_trials: dict[int, Any] = {}  # our number -> Optuna's trial
+        first_values, last_values = (
+            {key: _bound(space, which) for key, space in self.spaces.items()} for which in (0, -1)
+        )
+        load(self._job(last_values), procs, config_dir)
+        seed = load(self._job(first_values), procs, config_dir).run.seed
         folder.mkdir(parents=True, exist_ok=True)
         from optuna.storages.journal import JournalFileBackend
 
         backend = JournalFileBackend(str(folder / JOURNAL))
         storage = optuna.storages.JournalStorage(backend)
-        known = {study.study_name: study for study in optuna.get_all_study_summaries(storage)}
-        before = known["sweep"].n_trials if "sweep" in known else 0
+        studies = {study.study_name: study for study in optuna.get_all_study_summaries(storage)}
+        num_earlier = studies["sweep"].n_trials if "sweep" in studies else 0
         # Another seed where it goes on: the same would draw the values of the first trials again.
-        sampler = optuna.samplers.TPESampler(seed=seed + before, constant_liar=True)
+        sampler = optuna.samplers.TPESampler(seed=seed + num_earlier, constant_liar=True)
         self.study = optuna.create_study(study_name="sweep", storage=storage, sampler=sampler, load_if_exists=True)
 
     def trials(self) -> Iterator[Trial]:
-        """First those that were begun before, then new ones, up to `count` in all."""
+        """Yields the trials of earlier starts first, then new ones, up to `count` in all."""
         states = self.optuna.trial.TrialState
-        for old in self.study.get_trials(deepcopy=False):
-            trial = self._trial(old.number, old.params)
-            if old.state == states.RUNNING and set(old.params) == set(self.spaces):
-                self.open[old.number] = old.number
+        for earlier in self.study.get_trials(deepcopy=False):
+            trial = self._trial(earlier.number, earlier.params)
+            if earlier.state == states.RUNNING and set(earlier.params) == set(self.spaces):
+                self.open_trials[earlier.number] = earlier.number
             yield trial
         while len(self.study.get_trials(deepcopy=False)) < self.count:
-            asked = self.study.ask(self.spaces)
-            self.open[asked.number] = asked
-            yield self._trial(asked.number, asked.params)
+            new = self.study.ask(self.spaces)
+            self.open_trials[new.number] = new
+            yield self._trial(new.number, new.params)
 
-    def tell(self, trial: Trial, code: int) -> None:
-        """What came of it. An interrupted one stays open, and goes on next time."""
-        if trial.number not in self.open or code == 75:
+    def record(self, trial: Trial, code: int) -> None:
+        """Records the result of a trial. An interrupted one stays open, and goes on at the next start."""
+        if trial.number not in self.open_trials or code == 75:
             return
         value = value_of(trial, self.metric) if code == 0 else None
         state = None if value is not None else self.optuna.trial.TrialState.FAIL
-        self.study.tell(self.open.pop(trial.number), value, state=state)
+        self.study.tell(self.open_trials.pop(trial.number), value, state=state)
 
     def _trial(self, number: int, values: dict[str, Any]) -> Trial:
         return trial_of(number, self._job(values), self.swept, self.procs, self.config_dir)
 
     def _job(self, values: dict[str, Any]) -> list[str]:
-        return [*self.fixed, *(f"{key}={_text(self._chosen(key, value))}" for key, value in values.items())]
+        return [*self.fixed, *(f"{key}={_text(self._choice(key, value))}" for key, value in values.items())]
 
-    def _chosen(self, key: str, value: Any) -> Any:
-        """The value behind what is written of it."""
+    def _choice(self, key: str, value: Any) -> Any:
+        """Returns the value that belongs to the text that the study has of it."""
         return self.choices[key][self.spaces[key].choices.index(value)] if key in self.choices else value
 
 
@@ -103,10 +107,10 @@ def value_of(trial: Trial, metric: str) -> float | None:
     return next((float(value) for value in reversed(values) if isinstance(value, (int, float))), None)
 
 
-def saving(sweep: Sweep, trials: Iterator[Trial]) -> Iterator[Trial]:
-    """The same trials; each is in `sweep.json` before it starts."""
+def save_trials(sweep: Sweep, trials: Iterator[Trial]) -> Iterator[Trial]:
+    """Yields the trials, each after it has been written to `sweep.json`."""
     for trial in trials:
-        if trial.number not in {one.number for one in sweep.trials}:
+        if trial.number not in {other.number for other in sweep.trials}:
             sweep.trials.append(trial)
             sweep.save()
         yield trial
@@ -126,14 +130,14 @@ def _space(override: Override) -> optuna.distributions.BaseDistribution:
             raise ConfigError(f"{override.input_line}: {error}") from None
     if isinstance(value, RangeSweep) and isinstance(value.start, int) and isinstance(value.step, int):
         numbers = value.range()
-        return IntDistribution(numbers[0], numbers[-1], step=value.step) if len(numbers) else _none(override)  # type: ignore[arg-type,index]
+        return IntDistribution(numbers[0], numbers[-1], step=value.step) if len(numbers) else _refuse_empty(override)  # type: ignore[arg-type,index]
     if isinstance(value, (ChoiceSweep, RangeSweep)) or override.is_discrete_sweep():
         choices = list(override.sweep_string_iterator())
-        return CategoricalDistribution(choices) if choices else _none(override)
+        return CategoricalDistribution(choices) if choices else _refuse_empty(override)
     raise ConfigError(f"{shown_override(str(override.input_line))}: is not a sweep that can be searched")
 
 
-def _shown_space(key: str, space: Any) -> Any:
+def _mask_secrets(key: str, space: Any) -> Any:
     """Returns the space as the study may record it, without secrets. Raises ConfigError if choices then become
     equal."""
     choices = [shown_override(f"{key}={choice}").removeprefix(f"{key}=") for choice in getattr(space, "choices", ())]
@@ -142,11 +146,11 @@ def _shown_space(key: str, space: Any) -> Any:
     return type(space)(choices) if choices else space
 
 
-def _none(override: Override) -> Any:
+def _refuse_empty(override: Override) -> Any:
     raise ConfigError(f"{override.input_line}: has no values")
 
 
-def _end(space: Any, which: int) -> Any:
+def _bound(space: Any, which: int) -> Any:
     return space.choices[which] if hasattr(space, "choices") else (space.low, space.high)[which]
 
 

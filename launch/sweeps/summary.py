@@ -1,4 +1,4 @@
-"""What came of a sweep: a table on the terminal and one self-contained page, `sweep.html`, with the curves."""
+"""Shows the results of a sweep: a table on the terminal and one self-contained page, `sweep.html`, with the curves."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from trainer.tracking.plot import Plot, Points
     from trainer.tracking.summary import Run
 
-DRAWN = 8  # curves, of the best trials; more cannot be told apart
+MOST_CURVES = 8  # of the best trials; more cannot be told apart
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Outcome:
     run: Run | None = None
 
     @property
-    def rank(self) -> tuple[float, float]:
-        """The better, the lower."""
+    def sort_key(self) -> tuple[float, float]:
+        """The better trial has the lower key."""
         return tuple(math.inf if value is None else value for value in (self.best, self.loss))  # type: ignore[return-value]
 
 
@@ -56,30 +56,30 @@ def outcome(trial: Trial) -> Outcome:
     evaluations = [values["loss"] for values in run.evaluations.values() if values.get("loss") is not None]
     if not run.rows:
         return Outcome(trial, state, run=run)
-    last = run.rows[-1]
+    last_row = run.rows[-1]
     seconds = sum(row["step_s"] for row in run.rows)
     best = min(evaluations, default=None)
-    return Outcome(trial, state, last["step"], last["loss"], best, seconds, run)
+    return Outcome(trial, state, last_row["step"], last_row["loss"], best, seconds, run)
 
 
 def show(folder: Path) -> int:
-    """Prints the table, writes the page. Raises ConfigError: it is not a sweep's folder."""
+    """Prints the table and writes the page. Raises ConfigError if it is not a sweep's folder."""
     from trainer.tracking.console import duration
 
     sweep = read(folder)
-    outcomes = sorted(map(outcome, sweep.trials), key=lambda one: (one.rank, one.trial.number))
+    outcomes = sorted(map(outcome, sweep.trials), key=lambda result: (result.sort_key, result.trial.number))
     table = Table(box=None, padding=(0, 2, 0, 0))
     for key in sweep.swept:
         table.add_column(key, style="bold")
     for name in ("loss", "best eval", "steps", "time"):
         table.add_column(name, justify="right")
     table.add_column("state")
-    for one in outcomes:
-        numbers = [_number(one.loss), _number(one.best), f"{one.step:,}", duration(one.seconds)]
-        table.add_row(*(one.trial.values.get(key, "") for key in sweep.swept), *numbers, one.state)
+    for result in outcomes:
+        numbers = [_number(result.loss), _number(result.best), f"{result.step:,}", duration(result.seconds)]
+        table.add_row(*(result.trial.values.get(key, "") for key in sweep.swept), *numbers, result.state)
     console = Console(markup=False, highlight=False, emoji=False)
-    finished = sum(one.state == "finished" for one in outcomes)
-    console.print(f"{finished} of {len(outcomes)} trials are finished", style="bold")
+    num_finished = sum(result.state == "finished" for result in outcomes)
+    console.print(f"{num_finished} of {len(outcomes)} trials are finished", style="bold")
     console.print(table)
     console.print(str(write_page(sweep, outcomes)), soft_wrap=True)
     return 0
@@ -106,22 +106,22 @@ def write_page(sweep: Sweep, outcomes: list[Outcome]) -> Path:
 
 
 def plots(outcomes: list[Outcome]) -> Iterator[Plot]:
-    """The curves of the best trials, first the best."""
+    """Yields plots with the curves of the best trials, the best first."""
     from trainer.tracking.plot import Plot, Series
 
-    drawn = [(one, one.run) for one in outcomes if one.run and one.run.rows][:DRAWN]
-    last = max((run.rows[-1]["step"] for _, run in drawn), default=0)
-    if not last:
+    best = [(result, result.run) for result in outcomes if result.run and result.run.rows][:MOST_CURVES]
+    last_step = max((run.rows[-1]["step"] for _, run in best), default=0)
+    if not last_step:
         return
     evaluated, trained = [], []
-    for number, (one, run) in enumerate(drawn):
+    for number, (result, run) in enumerate(best):
         points: Points = [(step, values.get("loss")) for step, values in run.evaluations.items()]
         if points:
-            evaluated.append(Series(one.trial.name, points, f"c{number}"))
-        trained.append(Series(one.trial.name, [(row["step"], row["loss"]) for row in run.rows], f"c{number}"))
+            evaluated.append(Series(result.trial.name, points, f"c{number}"))
+        trained.append(Series(result.trial.name, [(row["step"], row["loss"]) for row in run.rows], f"c{number}"))
     if evaluated:
-        yield Plot("Validation loss", "nats a target", evaluated, last, zero=False)
-    yield Plot("Training loss", "nats a target", trained, last, zero=False)
+        yield Plot("Validation loss", "nats a target", evaluated, last_step, zero=False)
+    yield Plot("Training loss", "nats a target", trained, last_step, zero=False)
 
 
 def _number(value: float | None) -> str:

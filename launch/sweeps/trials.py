@@ -1,4 +1,4 @@
-"""What a sweep consists of: its trials, checked before anything starts, and the file that says so."""
+"""A sweep's trials, which are checked before anything starts, and the file that lists them."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ LONGEST_NAME = 128  # that W&B takes
 
 @dataclass(frozen=True)
 class Trial:
-    """A run of a sweep. `overrides` are those of the run, with its folder and its secrets; `values`: of the swept keys,
-    as they may be shown."""
+    """A run of a sweep. `overrides` are the run's, with its folder and secrets; `values` are those of the swept keys,
+    with secrets masked."""
 
     number: int
     folder: str
@@ -35,14 +35,14 @@ class Trial:
         return " ".join(f"{key}={value}" for key, value in self.values.items()) or "the only one"
 
     @property
-    def finished(self) -> bool:
+    def is_finished(self) -> bool:
         status = read_status(Path(self.folder))
         return status.get("state") == "finished" and status.get("steps") == self.steps
 
 
 @dataclass
 class Sweep:
-    """`sweep.json`. `search`: how values are chosen, where that depends on what came of others."""
+    """What `sweep.json` contains. `search` says how values are chosen if that depends on earlier results."""
 
     folder: Path
     swept: list[str]
@@ -53,20 +53,20 @@ class Sweep:
 
     def save(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        told = {**asdict(self), "folder": str(self.folder)}
-        for trial in told["trials"]:
+        values = {**asdict(self), "folder": str(self.folder)}
+        for trial in values["trials"]:
             trial["overrides"] = [shown_override(text) for text in trial["overrides"]]
-        write_json(self.folder / FILE, told)
+        write_json(self.folder / FILE, values)
 
 
 def expand(overrides: Sequence[str], procs: int, config_dir: str | None = None) -> list[Trial]:
-    """The trials of a command line with sweeps, each composed and checked for so many processes.
+    """Returns the trials of a command line with sweeps, each composed and checked for `procs` processes.
 
     Raises ConfigError with all problems of all trials, each once.
     """
-    swept, jobs, wrong = sweep.jobs(overrides)
+    swept, jobs, errors = sweep.jobs(overrides)
     if not 1 <= len(jobs) <= MOST:
-        raise ConfigError([*wrong, f"{len(jobs)} trials: at least one, at most {MOST}"])
+        raise ConfigError([*errors, f"{len(jobs)} trials: at least one, at most {MOST}"])
     problems: dict[str, list[str]] = {}
     trials = []
     for number, job in enumerate(jobs):
@@ -77,21 +77,24 @@ def expand(overrides: Sequence[str], procs: int, config_dir: str | None = None) 
                 name = " ".join(f"{key}={value}" for key, value in _values(job, swept).items())
                 problems.setdefault(problem, []).append(name)
     if len({trial.folder for trial in trials}) < len(trials):
-        wrong.append("two trials differ in secrets alone, or not at all: they would share a folder")
-    if wrong or problems:
-        raise ConfigError([*wrong, *(_of_some(problem, names, len(jobs)) for problem, names in problems.items())])
+        errors.append("two trials differ in secrets alone, or not at all: they would share a folder")
+    if errors or problems:
+        raise ConfigError([*errors, *(_with_trials(problem, names, len(jobs)) for problem, names in problems.items())])
     return trials
 
 
 def trial_of(number: int, job: Sequence[str], swept: Sequence[str], procs: int, config_dir: str | None) -> Trial:
-    """One trial, checked. Raises ConfigError."""
+    """Composes and checks one trial. Raises ConfigError."""
     config = load(job, procs, config_dir)
     folder = str(Path(config.run.dir).expanduser() / sweep.name_of(job))
     trial = Trial(number, folder, [*job, _override("run.dir", folder)], _values(job, swept), config.train.steps)
-    shown = {"group": config.run.name, "name": trial.name[:LONGEST_NAME]}
-    own = [_override(f"track.wandb.{key}", text) for key, text in shown.items() if not getattr(config.track.wandb, key)]
-    own = [text.replace("${", r"\${") for text in own]  # names, not what they would resolve to, which may be secret
-    return replace(trial, overrides=[*trial.overrides, *own])
+    labels = {"group": config.run.name, "name": trial.name[:LONGEST_NAME]}
+    label_overrides = [
+        _override(f"track.wandb.{key}", text) for key, text in labels.items() if not getattr(config.track.wandb, key)
+    ]
+    # Names, not what they would resolve to, which may be secret.
+    label_overrides = [text.replace("${", r"\${") for text in label_overrides]
+    return replace(trial, overrides=[*trial.overrides, *label_overrides])
 
 
 def _override(key: str, text: str) -> str:
@@ -104,7 +107,7 @@ def _values(job: Sequence[str], swept: Sequence[str]) -> dict[str, str]:
 
 
 def folder_of(overrides: Sequence[str], config_dir: str | None) -> Path:
-    """The sweep's own: `run.dir` of what is not swept."""
+    """Returns the sweep's folder: the `run.dir` of the overrides that are not swept."""
     raw, problems = compose(sweep.plain_of(overrides), config_dir)
     if not raw or not isinstance(folder := raw["run"].get("dir"), str):
         raise ConfigError(problems or "run.dir: is not text")
@@ -123,7 +126,7 @@ def read(folder: Path) -> Sweep:
         ) from None
 
 
-def _of_some(problem: str, names: Sequence[str], count: int) -> str:
+def _with_trials(problem: str, names: Sequence[str], count: int) -> str:
     if len(names) == count:
         return problem
     return f"{problem} (with {'; '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''})"

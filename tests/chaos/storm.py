@@ -67,7 +67,7 @@ class Forked:
             if now >= dead:
                 self.ranks.signal(signal.SIGKILL)
             try:
-                ended = self.ranks.ended(timeout=0.02)
+                ended = self.ranks.poll(timeout=0.02)
             except EOFError:  # the server is gone, and with it its ranks
                 self.ranks.close()
                 self.ranks = Ranks(procs)

@@ -213,12 +213,12 @@ MANY = 3000
 LARGE: dict[str, tuple[Any, list[Any], str]] = {
     "mesh x dimensions": ({"mesh": [*range(MANY)], "shards": [[0, 0]]}, [[1] * MANY], "at most 64 dimensions"),
     "mesh x shapes": (
-        {"mesh": [*range(MANY)], "shards": [[0, 0]]}, [[MANY, i] for i in range(1, MANY)], "more pieces",
+        {"mesh": [*range(MANY)], "shards": [[0, 0]]}, [[MANY, i] for i in range(1, MANY)], "more shards",
     ),
-    "replicas x shapes": ({"mesh": [*range(MANY)], "shards": []}, [[1, i] for i in range(1, 4 * MANY)], "more pieces"),
-    "shares x dimensions": ({"even": MANY, "ranks": [*range(MANY)]}, [[2] * 48], "more pieces"),
+    "replicas x shapes": ({"mesh": [*range(MANY)], "shards": []}, [[1, i] for i in range(1, 4 * MANY)], "more shards"),
+    "shares x dimensions": ({"even": MANY, "ranks": [*range(MANY)]}, [[2] * 48], "more shards"),
     "blocks x shapes": (
-        {"boxes": [[0, [0, 0], [0, 0]]] * MANY}, [[0, i] for i in range(1, MANY)], "more pieces",
+        {"boxes": [[0, [0, 0], [0, 0]]] * MANY}, [[0, i] for i in range(1, MANY)], "more shards",
     ),
 }  # fmt: skip
 
@@ -238,7 +238,7 @@ def test_a_small_index_of_very_many_pieces(case: str) -> None:
 def test_what_could_not_be_read_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "LARGEST_TABLES", 5)
     saver = Saver(tmp_path, ALONE, Retention(), asynchronous=False)
-    with pytest.raises(TrainingError, match="more pieces than a checkpoint can have"):
+    with pytest.raises(TrainingError, match="more shards than a checkpoint can have"):
         saver.save(1, {"model/a": torch.zeros(2, 2), "model/b": torch.zeros(3)}, {})
     saver.close()
 

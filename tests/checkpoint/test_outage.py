@@ -55,7 +55,7 @@ def broken(monkeypatch: pytest.MonkeyPatch, way: str, times: int) -> Any:
     place, name = {
         "read": (reader, "_read_into"),
         "EAGAIN": (reader, "_read_into"),
-        "open": (reader, "_opened"),
+        "open": (reader, "_open_regular"),
         "lstat": (Path, "lstat"),
         "list": (Path, "iterdir"),
     }[way]

@@ -28,7 +28,7 @@ from tests.checkpoint.versions import WHOLE, of_version_2
 from tests.scale.crowd import fake_rank
 from trainer.checkpoint.format import folder_name, read_index, verify
 from trainer.checkpoint.load import find_newest, read_all, read_state
-from trainer.checkpoint.plan import holdings
+from trainer.checkpoint.plan import collect_holdings
 from trainer.checkpoint.retention import Retention
 from trainer.checkpoint.save import Saver
 from trainer.checkpoint.shardings import MeshSharding
@@ -205,7 +205,7 @@ def test_what_fsdp_cuts_of_what_tensor_parallel_has_cut(data: int, tensor: int, 
         with fake_rank(rank, data * tensor):
             weight = sharded_twice(whole, data, tensor)
             said = shards_of(weight)
-            table = MeshSharding.of(weight.device_mesh, weight.placements).table((rows, 3))
+            table = MeshSharding.from_placements(weight.device_mesh, weight.placements).table((rows, 3))
         for box, values in said:
             part = (slice(box.offset[0], box.offset[0] + box.size[0]), slice(None))
             assert torch.equal(values, whole[part])
@@ -242,4 +242,4 @@ def test_a_shard_of_another_size_than_its_mesh_says_is_not_saved() -> None:
 def test_a_type_or_shape_on_which_ranks_differ_is_named() -> None:
     one, another = ([{}, [["model/a", dtype, [3, 4]]]] for dtype in ("F32", "BF16"))
     with pytest.raises(TrainingError, match=r"'model/a' is F32 \[3, 4\] on one process, BF16 \[3, 4\] on another"):
-        holdings([([0], one), ([1], another)])
+        collect_holdings([([0], one), ([1], another)])

@@ -46,7 +46,8 @@ def test_files_that_name_no_classes_are_refused(tmp_path: Path, text: str | None
     with pytest.raises(ConfigError) as refused:
         load([*TEXT, f"data.classes={tmp_path}/classes.json"])
     (problem,) = refused.value.problems
-    assert problem.startswith("data.classes=") and message in problem
+    assert problem.startswith("data.classes=")
+    assert message in problem
 
 
 def test_a_class_twice_is_refused() -> None:

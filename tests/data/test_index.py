@@ -177,7 +177,7 @@ def test_damaged_sidecar_is_made_again(tmp_path: Path, at: int | str) -> None:
         damaged[at] ^= 4
     assert damaged != content
     sidecar.write_bytes(damaged)
-    assert ShardIndex.stored(path, kept) is None
+    assert ShardIndex.load_stored(path, kept) is None
     assert ShardIndex.open(path, kept) == whole
     assert sidecar.read_bytes() == content
 
@@ -208,11 +208,11 @@ def test_damage_does_not_replace_what_is_known_of_the_whole_shard(tmp_path: Path
     found = ShardIndex.open(path, kept, tolerant=True)
     assert found.fault is not None
     assert 0 < len(found.keys) < 7
-    assert ShardIndex.of_before(path, kept, whole.summary) == whole
-    assert whole.cut(len(found.keys)).summary.digest == found.summary.digest
+    assert ShardIndex.load_former(path, kept, whole.summary) == whole
+    assert whole.truncate(len(found.keys)).summary.digest == found.summary.digest
     Path(path).write_bytes(content)
     assert ShardIndex.open(path, kept).summary.digest == whole.summary.digest
-    assert ShardIndex.of_before(path, kept, found.summary) == found
+    assert ShardIndex.load_former(path, kept, found.summary) == found
 
 
 def test_index_goes_to_the_cache_where_the_folder_takes_none(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def test_each_source_is_numbered_without_a_gap_across_changes_of_weight(
     positions = np.arange(start + 50)
     sources, numbers = mixture.at(positions)
     for position, (source, number) in enumerate(zip(sources.tolist(), numbers.tolist(), strict=True)):
-        assert mixture.given(position) == counters
+        assert mixture.counts_before(position) == counters
         assert number == counters[source]
         assert next(w for s, w in reversed(schedule) if s <= position)[source] > 0
         counters[source] += 1
@@ -77,5 +77,5 @@ def test_a_ramp_is_what_its_definition_says(ramp: dict[int, int], last: int) -> 
     batches, taken = Batches(last, ramp), 0
     for done in range(60):
         size = next((ramp[until] for until in sorted(ramp) if done < until), last)
-        assert (batches.taken(done), batches.size(done)) == (taken, size)
+        assert (batches.position(done), batches.size(done)) == (taken, size)
         taken += size

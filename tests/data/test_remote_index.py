@@ -8,7 +8,7 @@ from random import Random
 
 import pytest
 
-from launch.submit import _look_at_data
+from launch.submit import _check_data
 from tests.data.servers import Server, http_server
 from tests.data.tars import write
 from trainer.config.compose import load
@@ -106,9 +106,9 @@ def test_submit_looks_at_one_remote_shard(
     texts = [write(tmp_path / f"t-{i}.tar", [("a.txt", b"some text" * 9)]) for i in range(9)]
     urls = put(server, [Path(path) for path in texts], index=False)
     data = ["data=webdataset", f"data.cache={tmp_path}/cache", f"data.validation={urls[0]}"]
-    _look_at_data(load(["experiment=smoke", *data, f"data.shards={server.url}/t-{{0..8}}.tar"]))
+    _check_data(load(["experiment=smoke", *data, f"data.shards={server.url}/t-{{0..8}}.tar"]))
     assert {request.path.removesuffix(SIDECAR) for request in server.requests} == {"/t-0.tar"}
     server.forget()
     sources = f"{{a: {{shards: '{server.url}/t-{{1..3}}.tar', weight: 1}}, b: {{shards: {texts[5]}, weight: 1}}}}"
-    _look_at_data(load(["experiment=smoke", *data, "data.shards=null", f"data.sources={sources}"]))
+    _check_data(load(["experiment=smoke", *data, "data.shards=null", f"data.sources={sources}"]))
     assert {request.path.removesuffix(SIDECAR) for request in server.requests} == {"/t-0.tar", "/t-1.tar"}

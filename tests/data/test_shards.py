@@ -314,9 +314,9 @@ def test_a_shard_that_was_touched_or_damaged_before_it_was_damaged(tmp_path: Pat
     whole = load(path, tolerant=True)
     at = [whole.index(0).members(i)["txt"][0] for i in range(7)]
     os.utime(path, ns=(1, 1))
-    assert load(path, tolerant=True, before=as_before(whole)).damaged_since == frozenset()
+    assert load(path, tolerant=True, earlier_summaries=as_before(whole)).damaged_since == frozenset()
     os.truncate(path, at[5] + 5)
-    since = load(path, tolerant=True, before=as_before(whole))
+    since = load(path, tolerant=True, earlier_summaries=as_before(whole))
     assert (since.n, since.fingerprint, since.damaged_since) == (7, whole.fingerprint, {0})
 
     born = load(path, tolerant=True)  # a run that began with the damage
@@ -324,7 +324,7 @@ def test_a_shard_that_was_touched_or_damaged_before_it_was_damaged(tmp_path: Pat
     assert born.n == 5
     os.truncate(path, at[2] + 5)
     for _ in range(2):
-        worse = load(path, tolerant=True, before=as_before(born))
+        worse = load(path, tolerant=True, earlier_summaries=as_before(born))
         assert (worse.n, worse.fingerprint, worse.damaged_since) == (5, born.fingerprint, {0})
         assert worse.read(1) == text
         with pytest.raises(DataError, match="the file ends here"):
@@ -339,7 +339,7 @@ def test_shards_of_one_name_are_told_apart(tmp_path: Path) -> None:
     spec = [str(tmp_path / name / "0.tar") for name in ("en", "de")]
     whole = load(spec, tolerant=True)
     for paths in (spec, spec[::-1]):
-        again = load(paths, tolerant=True, before=as_before(whole))
+        again = load(paths, tolerant=True, earlier_summaries=as_before(whole))
         assert (again.n, again.damaged_since) == (11, frozenset())
     assert again.fingerprint != whole.fingerprint
 
@@ -351,12 +351,12 @@ def test_what_another_index_told_stays_when_that_is_gone(tmp_path: Path) -> None
     counted = load(paths, None)
     assert not counted.summaries[0].digest
     listing.unlink()
-    again = load(paths, None, before=as_before(counted))
+    again = load(paths, None, earlier_summaries=as_before(counted))
     assert again.fingerprint == counted.fingerprint
     walked = load(paths, None)
     assert walked.fingerprint != counted.fingerprint
     listing.write_text(json.dumps({Path(path).name: 7 for path in paths}))
-    assert load(paths, None, before=as_before(walked)).fingerprint == walked.fingerprint
+    assert load(paths, None, earlier_summaries=as_before(walked)).fingerprint == walked.fingerprint
 
 
 def test_the_first_rank_says_which_shards_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -393,7 +393,7 @@ def test_many_open_shards_stay_open_while_they_are_used(tmp_path: Path, monkeypa
     shards.read(17)
     assert list(shards._open) == [5]
     shards.close()
-    assert shards._held == 0
+    assert shards._open_bytes == 0
 
 
 def test_a_shard_damaged_or_repaired_since_is_taken_as_it_was(tmp_path: Path) -> None:
@@ -405,7 +405,7 @@ def test_a_shard_damaged_or_repaired_since_is_taken_as_it_was(tmp_path: Path) ->
     at = whole.index(1).members(3)["txt"][0]
 
     os.truncate(paths[1], at + 5)
-    shards = load(paths, tolerant=True, before=known)
+    shards = load(paths, tolerant=True, earlier_summaries=known)
     assert (shards.n, shards.fingerprint, shards.damaged_since) == (14, whole.fingerprint, {1})
     (fault,) = shards.faults
     assert fault.shard == paths[1]
@@ -415,14 +415,15 @@ def test_a_shard_damaged_or_repaired_since_is_taken_as_it_was(tmp_path: Path) ->
     cut = load(paths, tolerant=True)  # a run that begins now
     assert (cut.n, cut.damaged_since) == (10, frozenset())
     with pytest.raises(ConfigError, match=r"s-01\.tar: byte \d+"):
-        load(paths, before=known)
+        load(paths, earlier_summaries=known)
 
     Path(paths[1]).write_bytes(content)
-    repaired = load(paths, tolerant=True, before=as_before(cut))
+    repaired = load(paths, tolerant=True, earlier_summaries=as_before(cut))
     assert (repaired.n, repaired.fingerprint, repaired.damaged_since) == (10, cut.fingerprint, frozenset())
     assert [repaired.read(v) for v in range(10)] == texts[:10]
-    assert load(paths, before=as_before(cut)).fingerprint == cut.fingerprint  # also where damage may not be, by now
+    # Also where damage is not tolerated any more.
+    assert load(paths, earlier_summaries=as_before(cut)).fingerprint == cut.fingerprint
     write(Path(paths[1]), [(f"dir/1-{i}.txt", b"other") for i in range(9)])
-    replaced = load(paths, tolerant=True, before=known)
+    replaced = load(paths, tolerant=True, earlier_summaries=known)
     assert replaced.n == 16
     assert replaced.fingerprint != whole.fingerprint

@@ -21,7 +21,7 @@ from trainer.data.storage.cache import MEMORY_BYTES, Cache
 from trainer.data.storage.fetch import Pool
 from trainer.data.storage.local import LocalBlob
 from trainer.errors import ConfigError, DataError
-from trainer.secrets import said
+from trainer.secrets import without_secrets
 
 CONTENT = Random(1).randbytes(100_000)
 
@@ -223,7 +223,7 @@ def test_commands_whose_words_are_masked_are_told_apart() -> None:
     ],
 )
 def test_secrets_in_the_words_of_others_are_not_shown(text: str) -> None:
-    assert "hush" not in said(text)
+    assert "hush" not in without_secrets(text)
 
 
 # The cache.
@@ -429,7 +429,7 @@ def test_only_so_many_hints_wait() -> None:
         return b""
 
     blocker = pool.result("x", lambda: work(-1))
-    while not pool._jobs["x"].taken:
+    while not pool._jobs["x"].is_started:
         time.sleep(0.001)
     for i in range(100):
         pool.foresee(i, lambda i=i: work(i), 5)

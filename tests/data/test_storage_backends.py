@@ -56,14 +56,14 @@ def test_without_obstore_and_fsspec_it_is_said_what_to_install(
     tmp_path: Path, no_obstore: None, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     monkeypatch.setitem(sys.modules, "fsspec", None)
-    urls._fsspec.cache_clear()
+    urls._fsspec_schemes.cache_clear()
     try:
         with pytest.raises(ConfigError, match=r"pip install 'onecurve\[remote\]'"):
             make(tmp_path).open(f"{kind}://host/a.tar")
         with pytest.raises(ConfigError, match="more with the package fsspec"):
             make(tmp_path).open("memory://a.tar")
     finally:
-        urls._fsspec.cache_clear()
+        urls._fsspec_schemes.cache_clear()
 
 
 def test_other_schemes_are_read_by_fsspec(storage: Storage) -> None:

@@ -107,7 +107,7 @@ def test_a_stream_goes_on_where_its_server_was_gone(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     """In the middle of a run on two ranks; without any of its shards in the cache."""
-    monkeypatch.setattr(outage, "TOLD_AFTER_S", 0.5)
+    monkeypatch.setattr(outage, "REPORT_AFTER_S", 0.5)
     spec = f"{server.url}/s-{{0..4}}.tar"
     Shards.open(spec, "txt", Storage(tmp_path))  # indexed: the start of the run asks for little
     server.forget()

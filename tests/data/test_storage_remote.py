@@ -321,7 +321,7 @@ def test_what_was_read_is_not_sent_again_to_another_process(server: Server, stor
     assert bodies(server) == []
     blob = storage.open(url)
     assert isinstance(blob, RemoteBlob)
-    assert blob._work(0) == CONTENT[:CHUNK]  # asked for before another process had put it there
+    assert blob._load_chunk(0) == CONTENT[:CHUNK]  # asked for before another process had put it there
     assert bodies(server) == []
     server.put("a.tar", CONTENT[::-1])
     assert all_of(storage.open(url)) == CONTENT[::-1]  # of another version nothing is taken from there

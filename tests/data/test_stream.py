@@ -42,7 +42,7 @@ def shares(sources: list[Units], dp_size: int, **options: Any) -> list[RankStrea
 def merged(parts: list[StepData]) -> tuple[int, list[Any], list[list[int]]]:
     """(position behind the step, ledger line, [name, unit, drawn, draw] of every sequence in global order)."""
     (row,) = ledger.rows((part.step, part.entries) for part in parts)
-    assert len({(part.step, part.taken) for part in parts}) == 1
+    assert len({(part.step, part.end_position) for part in parts}) == 1
     numbers = [number for part in parts for number, _ in part.entries]
     sequences = [
         [*batch["unit"][i].tolist(), int(batch["drawn"][i]), int(batch["draws"][i])]
@@ -51,7 +51,8 @@ def merged(parts: list[StepData]) -> tuple[int, list[Any], list[list[int]]]:
         for i in range(len(batch["draws"]))
     ]
     assert len(numbers) == len(sequences)
-    return parts[0].taken, row["samples"], [sequence for _, sequence in sorted(zip(numbers, sequences, strict=True))]
+    in_order = [sequence for _, sequence in sorted(zip(numbers, sequences, strict=True))]
+    return parts[0].end_position, row["samples"], in_order
 
 
 def expected(sources: list[Units], share: RankStream, positions: int) -> list[list[Any]]:
@@ -242,7 +243,7 @@ def test_a_rank_reads_only_its_lanes() -> None:
     for rank in (0, 1, 511, 1023):
         share = RankStream(parts, Mixture([(0, [1])]), Batches(ranks * 64), None, SEED, dp_rank=rank, dp_size=ranks)
         far = 10**9 // (ranks * 64)  # somewhere in a run of 10^9 samples
-        units = [unit for done in range(far, far + 40) for _, _, unit in share.units(done)]
+        units = [unit for done in range(far, far + 40) for _, _, unit in share.example_ids(done)]
         seen[rank] = {unit // per_shard for unit in units}
         order = parts[0].walk.order
         assert order.lane_size(rank) in (97_656, 97_657)
@@ -257,7 +258,7 @@ def test_the_share_fits_a_process_and_the_position_is_a_number() -> None:
     stream = Stream(share, workers=0)
     stream.seek(10**9 // 4096)
     data = next(stream)
-    assert data.taken == (10**9 // 4096 + 1) * 4096
+    assert data.end_position == (10**9 // 4096 + 1) * 4096
     order = Order(10**12, 4_096, 3, default_block(10**12, 1 << 20, 4_096), SEED)
     number, entry = data.entries[0]
     assert entry[1] == order.sample(*order.at(number))

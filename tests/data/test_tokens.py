@@ -315,7 +315,7 @@ def test_special_tokens_that_are_taken_for_text_are_told(tmp_path: Path, capfd: 
     for _ in range(2):
         capfd.readouterr()
         on_ranks(2, lambda team: line_of(paths, tmp_path / "cache", tokenizer=tokenizer, team=team))
-        assert capfd.readouterr().err.count("special tokens are spelt out 9 times in the texts") == 1
+        assert capfd.readouterr().err.count("special tokens are spelled out 9 times in the texts") == 1
     tokenizer = JsonTokenizer(trained.to_str(), special_tokens=True)
     assert line_of(paths, tmp_path / "cache", tokenizer=tokenizer).total < 30
     assert "special tokens" not in capfd.readouterr().err

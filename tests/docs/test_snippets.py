@@ -26,7 +26,7 @@ import onecurve
 from launch.plan import batch
 from launch.sweeps.summary import show
 from launch.sweeps.trials import Sweep, Trial
-from launch.train import _what_next
+from launch.train import _print_next_commands
 from tests.docs.commands import lines
 from tests.docs.pages import PAGES, Block, all_blocks, blocks, write_files
 from tests.docs.scene import forget_package
@@ -197,7 +197,7 @@ def test_what_make_train_prints(folder: Path, monkeypatch: pytest.MonkeyPatch, c
     Path("runs/shakespeare").mkdir(parents=True)
     Path("runs/shakespeare/status.json").write_text(json.dumps({"steps": config.train.steps}))
     monkeypatch.setattr(sys, "argv", [str(folder / ".venv/bin/onecurve")])
-    _what_next(config, 2, argparse.Namespace(config_dir=None, overrides=["experiment=shakespeare"]))
+    _print_next_commands(config, 2, argparse.Namespace(config_dir=None, overrides=["experiment=shakespeare"]))
     printed = capsys.readouterr().out.splitlines()
     before, sampled, after = block_of("README.md", "recipe ").text.partition("sample (more in runs/shakespeare/samples")
     assert sampled

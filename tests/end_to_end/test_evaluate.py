@@ -13,7 +13,7 @@ import yaml
 
 import onecurve
 from launch.cli import main
-from launch.recipes import renewed
+from launch.recipes import renew_table
 from trainer.config.compose import options
 
 ROOT = Path(__file__).parents[2]
@@ -91,4 +91,4 @@ def test_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
 def test_readme_lists_them() -> None:
     text = (ROOT / "README.md").read_text()
-    assert text == renewed(text), "run `make docs`"
+    assert text == renew_table(text), "run `make docs`"

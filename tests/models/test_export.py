@@ -208,7 +208,7 @@ def test_a_fine_tuned_model_says_what_its_base_said(tmp_path: Path, export: Expo
     (folder / "tokenizer.json").write_text((base / "tokenizer.json").read_text())
     for gone in (False, True):
         if gone:
-            keep(folder, given.beside)
+            keep(folder, given.other_files)
             shutil.rmtree(base)
         export(folder)
         out = folder / "export"

@@ -10,7 +10,7 @@ from trainer.config.compose import load
 from trainer.data.tokenizer import ByteTokenizer
 from trainer.models.factory import model_factory
 from trainer.optim.groups import by_decay, kind, names
-from trainer.optim.muon import _hidden
+from trainer.optim.muon import _is_hidden
 from trainer.patches import without_values
 
 
@@ -65,7 +65,7 @@ def test_what_only_scales_is_not_decayed_by_default() -> None:
 
 def test_muon_takes_no_table_of_positions() -> None:
     model = Odd()
-    hidden = {name for name in names(model) if _hidden(model, name, ["head"])}
+    hidden = {name for name in names(model) if _is_hidden(model, name, ["head"])}
     assert hidden == {"block.weight", "attention.in_proj_weight", "attention.out_proj.weight"}
 
 

@@ -18,7 +18,7 @@ from tests.strategies.ragged import EPSILON, FACTS, LENGTH, LR, Objective, batch
 from trainer.config import Config
 from trainer.config.compose import load
 from trainer.config.pipeline_schedules import SCHEDULES
-from trainer.models import ModelFactory, of_type
+from trainer.models import ModelFactory, cast_parameters
 from trainer.models.gpt import GPT
 from trainer.objectives.causal_lm import IGNORE
 from trainer.precision import Precision
@@ -97,7 +97,7 @@ def rounded_cells() -> Iterator[Cell]:
 
 
 def factory(shape: GPT.Config, dtype: torch.dtype) -> ModelFactory:
-    return ModelFactory(lambda: of_type(GPT(shape, FACTS), dtype), seed=5, example=lambda: rows(0, SEQUENCES))
+    return ModelFactory(lambda: cast_parameters(GPT(shape, FACTS), dtype), seed=5, example=lambda: rows(0, SEQUENCES))
 
 
 def rows(first: int, every: int, step: int = 0) -> dict[str, Tensor]:

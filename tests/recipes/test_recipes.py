@@ -19,7 +19,7 @@ from tests.zoo import models
 from tests.zoo.cells import Zoo
 from trainer.config import schema
 from trainer.loop import mean_metrics
-from trainer.models import ModelFactory, of_type
+from trainer.models import ModelFactory, cast_parameters
 from trainer.objectives import Objective
 from trainer.precision import Precision
 from trainer.strategies.arithmetic import StepOptions
@@ -146,7 +146,7 @@ def test_it_is_what_plain_torch_computes(name: str) -> None:
     """Losses, gradient norms and weights in fp64; here in four micro-batches, there in one batch."""
     recipe, steps = RECIPES[name], 4
     config = recipe.model.Config(name="net")
-    factory = ModelFactory(lambda: of_type(recipe.model(config, ragged.FACTS), torch.float64), seed=5)
+    factory = ModelFactory(lambda: cast_parameters(recipe.model(config, ragged.FACTS), torch.float64), seed=5)
     objective = recipe.objective(recipe.objective.Config(name="goal"), ragged.FACTS)
     options = StepOptions(clip_norm=0.0, activation_checkpointing="none", compile=False, micro_batch=2)
     made = Single(schema.Single(name="single"), ALONE, Precision(ALONE.device), objective, options)
@@ -216,7 +216,7 @@ def test_the_gan_is_what_plain_torch_computes() -> None:
 
 
 def double(kind: type[gan.Generator]) -> nn.Module:
-    return of_type(kind(kind.Config(name="net"), ragged.FACTS), torch.float64)
+    return cast_parameters(kind(kind.Config(name="net"), ragged.FACTS), torch.float64)
 
 
 def examples(objective: Objective, step: int) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from trainer.config.schema import Guard as Section
 from trainer.errors import TrainingError
 from trainer.optim.conditional import step_unless
 from trainer.resilience.guard import Guard, RollingWindow
-from trainer.resilience.replicas import Replicas, _minority
+from trainer.resilience.replicas import Replicas, _find_minority
 from trainer.topology import ALONE
 
 CPU = torch.device("cpu")
@@ -126,9 +126,9 @@ def test_spikes_are_judged_by_what_is_usual() -> None:
         rolling.record(torch.tensor(value), fine)
     assert rolling.limit() == pytest.approx(1 + 5 * 1.4826 * 0.1)
     rolling.record(torch.tensor(50.0), ~fine)
-    assert rolling.known() == pytest.approx([0.9, 1.1, 0.8, 1.2, 1.0])
+    assert rolling.recorded_values() == pytest.approx([0.9, 1.1, 0.8, 1.2, 1.0])
     other = RollingWindow(16, 5, CPU)
-    other.load(rolling.known())
+    other.load(rolling.recorded_values())
     assert other.limit() == rolling.limit()
     for _ in range(20):
         other.record(torch.tensor(2.0), fine)
@@ -186,9 +186,9 @@ def test_a_refused_step_changes_nothing(fused: bool) -> None:
 def test_the_odd_one_is_found() -> None:
     state = {"model/a": torch.ones(3)}
     assert Replicas(ALONE).find_differing(state) is None
-    assert _minority({0: 5, 1: 6, 2: 5}) == [1]
-    assert _minority({0: 5, 1: 5}) == []
-    assert _minority({0: 5, 3: 6}) == [0, 3]  # who of two is right?
+    assert _find_minority({0: 5, 1: 6, 2: 5}) == [1]
+    assert _find_minority({0: 5, 1: 5}) == []
+    assert _find_minority({0: 5, 3: 6}) == [0, 3]  # who of two is right?
 
 
 def write_shard(path: Path, damaged: set[str]) -> None:

@@ -15,7 +15,7 @@ from trainer.topology import ALONE
 
 
 def step(*faults: tuple[ExampleId, BadData]) -> StepData:
-    return StepData(step=3, micro_batches=[], taken=36, entries=[], faults=list(faults))
+    return StepData(step=3, micro_batches=[], end_position=36, entries=[], faults=list(faults))
 
 
 def bad(folder: str, key: str, byte: int = 7) -> BadData:
@@ -24,16 +24,16 @@ def bad(folder: str, key: str, byte: int = 7) -> BadData:
 
 def test_a_sample_is_counted_once_wherever_it_lies(tmp_path: Path) -> None:
     quarantine = Quarantine(tmp_path, ALONE, 2, False)
-    (told,) = quarantine.steps([step((ExampleId(25, 0, 4), bad("/old", "k")))])
+    (told,) = quarantine.add_step_faults([step((ExampleId(25, 0, 4), bad("/old", "k")))])
     assert told == {"number": 25, **vars(bad("/old", "k"))}
-    quarantine.steps([step((ExampleId(70, 0, 4), bad("/old", "k")))])  # in the next epoch
+    quarantine.add_step_faults([step((ExampleId(70, 0, 4), bad("/old", "k")))])  # in the next epoch
     later = Quarantine(tmp_path, ALONE, 2, True)
     assert later.left_out == [ExampleId(25, 0, 4), ExampleId(70, 0, 4)]
-    later.steps([step((ExampleId(99, 0, 4), bad("/new", "k", 9)))])  # the data was moved
+    later.add_step_faults([step((ExampleId(99, 0, 4), bad("/new", "k", 9)))])  # the data was moved
     shard = BadData("/new/a.tar", None, 100, "damaged")
-    assert len(later.opened([shard])) == 1
-    assert later.opened([shard]) == []  # told once
+    assert len(later.add_opening_faults([shard])) == 1
+    assert later.add_opening_faults([shard]) == []  # told once
     assert [json.loads(line)["unit"] for line in (tmp_path / NAME).read_text().splitlines()] == [4, 4, 4, None]
     with pytest.raises(DataError, match=r"3 samples or shards cannot be read, but data\.error_budget=2"):
-        later.steps([step((ExampleId(100, 1, 5), bad("/new", "other")))])
+        later.add_step_faults([step((ExampleId(100, 1, 5), bad("/new", "other")))])
     assert Quarantine(tmp_path, ALONE, 2, False).left_out == []  # another run

@@ -108,7 +108,7 @@ def test_what_is_between_two_steps_is_no_step() -> None:
     clock.switch("productive")
     clock.switch("data_wait")
     assert len(clock.seconds("productive")) == 1
-    clock.restored(0)
+    clock.note_restore(0)
     assert not any(map(clock.seconds, ("productive", "data_wait", "checkpoint", "evaluation")))
 
 
@@ -118,7 +118,7 @@ def test_an_evaluation_that_goes_on_is_no_hang() -> None:
     clock.switch("evaluation")
     began = clock.since
     time.sleep(0.01)
-    clock.progressed()
+    clock.note_progress()
     assert clock.since > began + 0.009
     clock.switch("productive")
     assert clock.seconds("evaluation")[0] >= 0.01

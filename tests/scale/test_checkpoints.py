@@ -84,7 +84,7 @@ def test_the_first_save_and_a_resume(name: str, tmp_path: Path, monkeypatch: pyt
         state = hold(shapes, RANK, WORLD)
         with ranks.cpu_seconds(spent, "stall"):
             held = local_shards(state)
-            plan = Plan.of(state, ranks.topology(RANK))
+            plan = Plan.from_state(state, ranks.topology(RANK))
             file = plan.file(RANK)
             plan.replicated_shards(RANK)
         assert {piece for piece, _ in file} <= {piece for piece, _ in held}

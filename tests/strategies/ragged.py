@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from trainer import objectives
 from trainer.config import schema
 from trainer.facts import Facts
-from trainer.models import ModelFactory, of_type
+from trainer.models import ModelFactory, cast_parameters
 from trainer.models.gpt import GPT
 from trainer.objectives import NUM_TARGETS, Normalizers, Sums
 from trainer.objectives.causal_lm import IGNORE
@@ -39,7 +39,7 @@ class Objective(objectives.Objective):
 
 
 def factory(dtype: torch.dtype) -> ModelFactory:
-    return ModelFactory(lambda: of_type(GPT(SHAPE, FACTS), dtype), seed=5)
+    return ModelFactory(lambda: cast_parameters(GPT(SHAPE, FACTS), dtype), seed=5)
 
 
 def model(dtype: torch.dtype = torch.float32) -> nn.Module:

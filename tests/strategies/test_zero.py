@@ -14,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from tests.runs import Run, assert_same_bits, assert_same_curve
 from trainer.config.compose import load
 from trainer.errors import ConfigError
-from trainer.patches import released_saved
+from trainer.patches import release_saved_parameters
 
 pytest.importorskip("deepspeed")
 
@@ -102,7 +102,7 @@ def test_what_autograd_saves_keeps_no_parameter_alive(bf16: bool) -> None:
     weight.ds_tensor = "as DeepSpeed marks its own"  # type: ignore[attr-defined]
     expected, x2 = value.clone().requires_grad_(), x.detach().clone().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16, cache_enabled=False):
-        with released_saved():
+        with release_saved_parameters():
             out = F.linear(x, weight, bias)
         reference = F.linear(x2, expected, bias.detach())
     gathered = StorageWeakRef(weight.untyped_storage())

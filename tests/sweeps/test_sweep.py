@@ -102,7 +102,7 @@ def sweep_of(folder: Path, *steps: int) -> Sweep:
 def test_the_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sweep = sweep_of(tmp_path, 2, 4, 0)
     assert read(tmp_path) == sweep
-    assert [trial.finished for trial in sweep.trials] == [True, True, False]
+    assert [trial.is_finished for trial in sweep.trials] == [True, True, False]
     rows = Run(tmp_path / "lr-1").metrics()
     came = outcome(sweep.trials[1])
     assert (came.state, came.step, came.loss) == ("finished", 4, rows[-1]["loss"])

@@ -87,13 +87,13 @@ def simulated(history: list[dict[str, Any]], clock: Clock) -> tuple[list[Row], i
         ledger = TimeLedger(lines, clock.elapsed)  # type: ignore[arg-type]
         TimeLedger._last = None  # another process
         clock.elapsed += life["startup"]
-        ledger.restored(at)
+        ledger.note_restore(at)
         trained(ledger, clock, at, life)
         at += life["steps"]
         if life["rollback"] is not None and life["steps"]:
             clock.elapsed += life["unwritten"]  # of a step that is never told of
             at = max(0, at - life["rollback"])
-            ledger.restored(at)
+            ledger.note_restore(at)
             clock.elapsed += life["startup"]
             trained(ledger, clock, at, life)
             at += life["steps"]
@@ -200,7 +200,7 @@ def test_what_a_ledger_writes_is_summed_up_whatever_a_kill_left(tmp_path: Path) 
     for last in (4, 8):
         with patch.object(TimeLedger, "_last", None):
             ledger = TimeLedger(RunFiles(tmp_path).open_appender(GOODPUT), time.monotonic())
-        ledger.restored(last - 4)
+        ledger.note_restore(last - 4)
         for step in range(last - 3, last + 1):
             ledger.switch("data_wait")
             ledger.switch("productive")
@@ -227,7 +227,7 @@ def test_the_next_run_of_a_sweep_begins_where_the_last_one_ended(tmp_path: Path)
         for number in range(2):
             clock.elapsed += 10
             ledger = TimeLedger(RunFiles(tmp_path).open_appender(f"{number}.jsonl"), 0.0)
-            ledger.restored(0)
+            ledger.note_restore(0)
     assert read(tmp_path / "1.jsonl")[0]["seconds"] == {"startup": 10}
 
 
@@ -266,15 +266,15 @@ def test_another_thread_reads_what_the_run_is_at_and_how_long_that_took_before()
 @pytest.mark.parametrize(
     ("seconds", "told"),
     [
-        ({"productive": 90, "lost": 7, "down": 3}, "90.0% of 01:40 was productive. The largest thief: lost work, 7.0%: "
-         "save more often (checkpoint.every)."),
+        ({"productive": 90, "lost": 7, "down": 3}, "90.0% of 01:40 was productive. The largest overhead: lost work, "
+         "7.0%: save more often (checkpoint.every)."),
         ({"productive": 60.0}, "100.0% of 01:00 was productive."),
-        ({"startup": 5}, "0.0% of 00:05 was productive. The largest thief: start-up, 100.0%: fewer and longer lives, "
-         "and data.cache kept where each of them finds it."),
-        ({"productive": 5, "siesta": 5}, "50.0% of 00:10 was productive. The largest thief: siesta, 50.0%."),
+        ({"startup": 5}, "0.0% of 00:05 was productive. The largest overhead: start-up, 100.0%: "
+         "fewer and longer attempts, and data.cache kept where each of them finds it."),
+        ({"productive": 5, "siesta": 5}, "50.0% of 00:10 was productive. The largest overhead: siesta, 50.0%."),
     ],
 )  # fmt: skip
-def test_the_largest_thief_is_named(seconds: dict[str, float], told: str) -> None:
+def test_the_largest_overhead_is_named(seconds: dict[str, float], told: str) -> None:
     assert Goodput(seconds).sentence == told
     assert sum(share for *_, share in Goodput(seconds).table) == pytest.approx(1)
 

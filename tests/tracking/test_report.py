@@ -89,7 +89,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
     assert "nats/char, 2.1829 bits/byte" in page.of("span")
     assert page.of("h2")[0] == "Where the time went"
     assert page.of("td")[:3] == ["Productive", "03:50", "69.6 %"]
-    assert "The largest thief: down, 12.4%: have the run started again" in page.source
+    assert "The largest overhead: down, 12.4%: have the run started again" in page.source
 
 
 def test_nothing_comes_from_outside(tmp_path: Path) -> None:
@@ -234,7 +234,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert str(tmp_path / "run" / "report.html") in shown.splitlines()
     assert re.search(r"Restarts +1 +10 checkpoints", shown)
     assert re.search(r"Down +00:41 +\d\d\.\d%", shown)
-    assert "The largest thief: down" in shown
+    assert "The largest overhead: down" in shown
 
 
 @pytest.mark.parametrize("name", ["", "nowhere"])

@@ -16,14 +16,14 @@ from trainer.config import Config, schema
 from trainer.config.compose import load
 from trainer.data.tokenizer import ByteTokenizer
 from trainer.errors import ConfigError
-from trainer.models import ModelFactory, of_type
+from trainer.models import ModelFactory, cast_parameters
 from trainer.models.factory import check_transforms, model_factory, not_saved
 from trainer.models.gpt import GPT
 from trainer.precision import Precision
 from trainer.strategies.arithmetic import StepOptions
 from trainer.strategies.single import Single
 from trainer.topology import ALONE
-from trainer.transforms import apply, undone
+from trainer.transforms import apply, undo_transforms
 from trainer.transforms.build import build_transforms
 from trainer.transforms.lora import LoRA
 
@@ -128,9 +128,9 @@ def test_a_layer_under_two_names_is_merged_under_both() -> None:
         for parameter in (model.first.lora_a, model.first.lora_b):
             parameter.fill_(1.0)
     values = {name: value.detach() for name, value in model.named_parameters(remove_duplicate=False)}
-    merged = [undone([lora], f"{name}.weight", values.__getitem__) for name in ("first", "second")]
+    merged = [undo_transforms([lora], f"{name}.weight", values.__getitem__) for name in ("first", "second")]
     assert all(torch.equal(value, values["first.weight"] + 2) for value in merged)  # type: ignore[arg-type]
-    assert torch.equal(undone([lora], "head.weight", values.__getitem__), values["table.weight"])  # type: ignore[arg-type]
+    assert torch.equal(undo_transforms([lora], "head.weight", values.__getitem__), values["table.weight"])  # type: ignore[arg-type]
 
 
 def test_an_adapted_head_that_is_the_embedding_has_no_plain_model() -> None:
@@ -138,7 +138,7 @@ def test_an_adapted_head_that_is_the_embedding_has_no_plain_model() -> None:
     apply([lora], model := Shared())
     values = dict(model.named_parameters(remove_duplicate=False))
     with pytest.raises(ConfigError, match=r"head.weight is also the weight of table.weight, which has no adapters"):
-        undone([lora], "head.weight", values.__getitem__)
+        undo_transforms([lora], "head.weight", values.__getitem__)
 
 
 def test_but_sees_all_names_of_a_tied_parameter() -> None:
@@ -183,7 +183,7 @@ def double(kind: str) -> ModelFactory:
     else:
         shape = config_of(*GPT_SHAPE).model
         plain = ModelFactory(lambda: GPT(shape, ragged.FACTS), seed=3)
-    return ModelFactory(lambda: of_type(plain.build(), torch.float64), seed=3)
+    return ModelFactory(lambda: cast_parameters(plain.build(), torch.float64), seed=3)
 
 
 @pytest.mark.parametrize("kind", ["gpt", "llama", "gpt2"])
@@ -202,7 +202,7 @@ def test_a_merged_model_computes_the_same(kind: str) -> None:
                 assert changes[0].initialise(name, parameter, generator)
                 parameter.add_(torch.empty_like(parameter).normal_(0, 0.1, generator=generator))
     values = {name: value.detach() for name, value in model.named_parameters()}
-    merged = {name: undone(changes, name, lambda name: values[name]) for name in values}
+    merged = {name: undo_transforms(changes, name, lambda name: values[name]) for name in values}
     batch = {"inputs": INPUTS % 50 if kind == "gpt" else INPUTS}
     before = plain(batch)
     missing = plain.load_state_dict({name: value for name, value in merged.items() if value is not None}, strict=False)
@@ -233,11 +233,11 @@ def test_lora_is_what_plain_torch_computes() -> None:
     assert isinstance(lora, LoRA)
 
     def build() -> nn.Module:
-        model = of_type(GPT(ragged.SHAPE, ragged.FACTS), torch.float64)
+        model = cast_parameters(GPT(ragged.SHAPE, ragged.FACTS), torch.float64)
         apply([lora], model)
         return model
 
-    factory = ModelFactory(build, seed=5, first=[lora.initialise])
+    factory = ModelFactory(build, seed=5, initializers=[lora.initialise])
     options = StepOptions(clip_norm=0.0, activation_checkpointing="none", compile=False, micro_batch=2)
     made = Single(schema.Single(name="single"), ALONE, Precision(ALONE.device), ragged.Objective(), options)
     made.setup(factory, ragged.optimizer)
@@ -308,8 +308,8 @@ def test_a_users_own() -> None:
     assert values["norm.scale"].eq(2).all()
     plain = GPT(config.model, ragged.FACTS)
     apply(changes, plain)
-    assert undone(changes, "norm.scale", lambda name: values[name]) is None
-    assert torch.equal(undone(changes, "norm.weight", lambda name: values[name]), 2 * values["norm.weight"])  # type: ignore[arg-type]
+    assert undo_transforms(changes, "norm.scale", lambda name: values[name]) is None
+    assert torch.equal(undo_transforms(changes, "norm.weight", lambda name: values[name]), 2 * values["norm.weight"])  # type: ignore[arg-type]
     assert "norm.scale" not in not_saved(config, ByteTokenizer())
 
 

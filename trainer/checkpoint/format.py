@@ -1,10 +1,10 @@
 """What a checkpoint is on disk: a folder `step-00000100/` of
 
-- `rank-00000.safetensors`, ...: what each process wrote, in the safetensors format, one contiguous piece after another;
-- `index.json`: of each tensor its type, its shape, and by its sharding in which files its pieces lie;
-- `manifest.json`, which came last: what the run was, size and checksum of every file, and its own checksum.
+- `rank-00000.safetensors`, ...: what each process wrote, in the safetensors format, one contiguous shard after another;
+- `index.json`: the type and the shape of each tensor, and its sharding, which tells in which files its shards lie;
+- `manifest.json`, written last: what the run was, the size and the checksum of every file, and its own checksum.
 
-Nothing in it is executed: JSON and numbers, of which none is believed before it is checked.
+Nothing in it is executed: it is JSON and numbers, and none of them is trusted before it is checked.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ from trainer.files import replace_file, sync, sync_folder
 VERSION = 3
 READABLE = (2, VERSION)
 MANIFEST, INDEX = "manifest.json", "index.json"
-LARGEST_TABLES = 1 << 24  # numbers, in all tables of an index: a few descriptions can stand for very many pieces
+LARGEST_TABLES = 1 << 24  # numbers, in all tables of an index: a few descriptions can stand for very many shards
 CHUNK = 8 << 20  # bytes that are written, hashed or read at a time
 
 
 class ShardLocation(NamedTuple):
-    """A piece of a tensor and the file it lies in; where in there the file's header says."""
+    """A shard of a tensor and the file that it lies in; the file's header tells where in the file."""
 
     file: str
     box: Box
@@ -62,8 +62,8 @@ class ShardLocation(NamedTuple):
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a checkpoint: of all that ranks of its sharding hold, this replica was saved. Its pieces cover it,
-    each element once."""
+    """A tensor in a checkpoint. Of the replicas that the ranks of its sharding hold, `replica` was saved; its shards
+    cover each element of the tensor once."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -74,16 +74,16 @@ class StoredTensor:
     def numel(self) -> int:
         return prod(self.shape)
 
-    def intersecting(self, box: Box) -> list[ShardLocation]:
-        """Where elements of this block lie."""
+    def find_shards(self, box: Box) -> list[ShardLocation]:
+        """Returns the shards that have elements of this block."""
         table = self.sharding.table(self.shape)
-        return [self._place(table, row) for row in table.intersecting(box)]
+        return [self._locate(table, row) for row in table.rows_intersecting(box)]
 
-    def written_by(self, rank: int) -> list[Box]:
+    def boxes_written_by(self, rank: int) -> list[Box]:
         table = self.sharding.table(self.shape)
         return [table.box(row) for row in table.rows_of(rank, self.replica)]
 
-    def _place(self, table: Table, row: int) -> ShardLocation:
+    def _locate(self, table: Table, row: int) -> ShardLocation:
         return ShardLocation(tensor_file(int(table.ranks[row, self.replica])), table.box(row))
 
 
@@ -96,31 +96,32 @@ def tensor_file(rank: int) -> str:
 
 
 def rank_of(file: str) -> int:
-    """Who wrote a file of tensors. ValueError for another file."""
+    """Returns the rank that wrote a file of tensors. Raises ValueError for any other file."""
     if not (match := re.fullmatch(r"rank-(\d{5,18})\.safetensors", file)):
         raise ValueError(f"no file of tensors: {file!r}")
     return int(match[1])
 
 
 def key_of(name: str, shape: tuple[int, ...], box: Box) -> str:
-    """The name of a piece in its file; of one that is not the whole tensor, with where it begins."""
+    """Returns the key of a shard in its file: the tensor's name, with the shard's offset unless it is the whole
+    tensor."""
     return name if box.size == shape else f"{name}@{','.join(map(str, box.offset))}"
 
 
-def header(entries: Sequence[tuple[str, str, Box, int]], about: dict[str, str]) -> bytes:
-    """The beginning of a safetensors file of these (key, type, block, first byte behind the header), in rising order of
-    bytes."""
-    told: dict[str, Any] = {"__metadata__": about}
-    for key, dtype, box, at in entries:
-        end = at + box.numel * DTYPES[dtype].itemsize
-        told[key] = {"dtype": dtype, "shape": box.size, "data_offsets": [at, end]}
-    text = json.dumps(told, separators=(",", ":")).encode()
+def header(entries: Sequence[tuple[str, str, Box, int]], metadata: dict[str, str]) -> bytes:
+    """Returns the header of a safetensors file of these `entries`: (key, type, block, first byte after the header), in
+    ascending order of bytes."""
+    table: dict[str, Any] = {"__metadata__": metadata}
+    for key, dtype, box, begin in entries:
+        end = begin + box.numel * DTYPES[dtype].itemsize
+        table[key] = {"dtype": dtype, "shape": box.size, "data_offsets": [begin, end]}
+    text = json.dumps(table, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
 
 def write_file(path: Path, parts: Sequence[bytes | memoryview]) -> dict[str, Any]:
-    """Writes a new file durably; gives its size and checksum, which is taken on the way."""
+    """Writes a new file durably. Returns its size and its checksum, which is computed as it is written."""
     digest, size = xxhash.xxh3_128(), 0
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     try:
@@ -139,23 +140,24 @@ def write_file(path: Path, parts: Sequence[bytes | memoryview]) -> dict[str, Any
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Writes the manifest, with its own checksum in it, and makes the folder durable."""
-    write_file(folder / MANIFEST, [_written(manifest)])
+    write_file(folder / MANIFEST, [_to_bytes(manifest)])
     sync_folder(folder)
 
 
-def amend_manifest(folder: Path, **more: Any) -> bool:
-    """Replaces entries of a manifest that is there, as a whole and durably; returns whether that changed anything.
-    Raises DamagedCheckpoint; Outage, at once; OSError; TrainingError if it is not for us."""
+def amend_manifest(folder: Path, **entries: Any) -> bool:
+    """Replaces entries of an existing manifest, atomically and durably. Returns whether that changed anything. Raises
+    DamagedCheckpoint; Outage, at once; OSError; TrainingError for a format version that we do not read."""
     manifest = read_manifest(folder, patience_s=0)
-    if manifest == (amended := {**manifest, **more}):
+    if manifest == (new_manifest := {**manifest, **entries}):
         return False
-    replace_file(folder / MANIFEST, _written(amended))
+    replace_file(folder / MANIFEST, _to_bytes(new_manifest))
     return True
 
 
 def read_manifest(folder: Path, patience_s: float | None = None) -> dict[str, Any]:
-    """The manifest, checked against its own checksum. `patience_s`: how long storage that does not answer is waited
-    for, if not as usual. Raises DamagedCheckpoint; Outage; OSError; TrainingError if it is not for us."""
+    """Returns the manifest, checked against its own checksum. `patience_s`: how long to wait for storage that does not
+    answer; None: the default. Raises DamagedCheckpoint; Outage; OSError; TrainingError for a format version that we do
+    not read."""
     try:
         raw = read_small(folder / MANIFEST, patience_s)
         manifest = json.loads(raw)
@@ -164,15 +166,15 @@ def read_manifest(folder: Path, patience_s: float | None = None) -> dict[str, An
         raise DamagedCheckpoint("no manifest.json") from None
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError, MemoryError) as error:
         raise DamagedCheckpoint(f"manifest.json cannot be read: {error!r}") from None
-    if raw != _written(manifest):
+    if raw != _to_bytes(manifest):
         raise DamagedCheckpoint("manifest.json does not match its own checksum")
     if manifest.get("version") not in READABLE:
-        known = " and ".join(map(str, READABLE))
-        raise TrainingError(f"{folder}: format version {manifest.get('version')}, this onecurve reads {known}")
+        versions = " and ".join(map(str, READABLE))
+        raise TrainingError(f"{folder}: format version {manifest.get('version')}, this onecurve reads {versions}")
     try:
-        for name, stated in manifest["files"].items():
+        for name, file in manifest["files"].items():
             if not re.fullmatch(r"[\w-][\w.-]*", name) or {"bytes": int, "xxh3": str} != {
-                k: type(v) for k, v in stated.items()
+                k: type(v) for k, v in file.items()
             }:
                 raise DamagedCheckpoint(f"manifest.json: no file of a checkpoint: {name!r}")
         if folder.name.startswith("step-") and folder_name(int(manifest["step"])) != folder.name:
@@ -186,21 +188,22 @@ def read_manifest(folder: Path, patience_s: float | None = None) -> dict[str, An
 def check_sizes(
     folder: Path, manifest: dict[str, Any], names: Sequence[str] | None = None, patience_s: float | None = None
 ) -> None:
-    """Whether these files (else all) are there, of their size and a file. Raises DamagedCheckpoint; Outage; OSError."""
+    """Raises DamagedCheckpoint unless these files (None: all) are there, are regular files and have the size that the
+    manifest says. Also raises Outage; OSError."""
     for name in manifest["files"] if names is None else names:
-        stated = manifest["files"][name]
+        size = manifest["files"][name]["bytes"]
         try:
-            found = wait_for_answer(path := folder / name, path.lstat, patience_s)
+            status = wait_for_answer(path := folder / name, path.lstat, patience_s)
         except FileNotFoundError:
             raise DamagedCheckpoint(f"{name} is missing") from None
-        if not stat.S_ISREG(found.st_mode):
+        if not stat.S_ISREG(status.st_mode):
             raise DamagedCheckpoint(f"{name} is not a file")
-        if found.st_size != stated["bytes"]:
-            raise DamagedCheckpoint(f"{name} has {found.st_size} bytes, not {stated['bytes']}")
+        if status.st_size != size:
+            raise DamagedCheckpoint(f"{name} has {status.st_size} bytes, not {size}")
 
 
 def check_contents(folder: Path, manifest: dict[str, Any], names: Sequence[str]) -> None:
-    """Whether these files are what was written. Raises DamagedCheckpoint; Outage; OSError."""
+    """Raises DamagedCheckpoint unless these files match their checksums. Also raises Outage; OSError."""
     chunk = memoryview(bytearray(CHUNK))
     for name in names:
         digest = xxhash.xxh3_128()
@@ -212,7 +215,8 @@ def check_contents(folder: Path, manifest: dict[str, Any], names: Sequence[str])
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """The manifest of a whole checkpoint. Raises DamagedCheckpoint; OSError; TrainingError if it is not for us."""
+    """Checks every byte of a checkpoint and returns its manifest. Raises DamagedCheckpoint; OSError; TrainingError for
+    a format version that we do not read."""
     manifest = read_manifest(folder)
     check_sizes(folder, manifest)
     check_contents(folder, manifest, list(manifest["files"]))
@@ -221,24 +225,24 @@ def verify(folder: Path) -> dict[str, Any]:
 
 
 def write_index(path: Path, tensors: dict[str, StoredTensor]) -> dict[str, Any]:
-    """As `write_file`. A sharding is told once for all its tensors."""
-    number = {sharding: i for i, sharding in enumerate(dict.fromkeys(stored.sharding for stored in tensors.values()))}
-    told = {
-        name: [stored.dtype, stored.shape, number[stored.sharding], stored.replica] for name, stored in tensors.items()
+    """Writes the index with each sharding once, and returns what `write_file` does."""
+    numbers = {sharding: i for i, sharding in enumerate(dict.fromkeys(stored.sharding for stored in tensors.values()))}
+    rows = {
+        name: [stored.dtype, stored.shape, numbers[stored.sharding], stored.replica] for name, stored in tensors.items()
     }
     text = json.dumps(
-        {"shardings": [sharding.to_json() for sharding in number], "tensors": told}, separators=(",", ":")
+        {"shardings": [sharding.to_json() for sharding in numbers], "tensors": rows}, separators=(",", ":")
     )
     return write_file(path, [text.encode()])
 
 
 def read_index(folder: Path, manifest: dict[str, Any]) -> dict[str, StoredTensor]:
-    """`parse_index` of what is there. Also raises OSError."""
+    """Reads and parses the index. Raises what `parse_index` does; OSError."""
     return parse_index(read_index_text(folder), manifest)
 
 
 def read_index_text(folder: Path) -> str:
-    """Raises DamagedCheckpoint; OSError."""
+    """Returns the text of the index. Raises DamagedCheckpoint; OSError."""
     try:
         return read_small(folder / INDEX).decode()
     except FileNotFoundError:
@@ -253,41 +257,42 @@ def parse_index(text: str, manifest: dict[str, Any]) -> dict[str, StoredTensor]:
     try:
         index = json.loads(text)
         if manifest["version"] == 2:
-            found = _tensors_of_version_2(index)
+            tensors = _parse_version_2(index)
         else:
-            shardings = [sharding_of(told) for told in index["shardings"]]
-            found = {
+            shardings = [sharding_of(description) for description in index["shardings"]]
+            tensors = {
                 name: StoredTensor(dtype, shape_from(shape), shardings[whole_number(sharding)], whole_number(replica))
                 for name, (dtype, shape, sharding, replica) in index["tensors"].items()
             }
-        _check_tensors(found, {name: stated["bytes"] for name, stated in manifest["files"].items()})
+        _check_tensors(tensors, {name: file["bytes"] for name, file in manifest["files"].items()})
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError, MemoryError) as error:
         raise DamagedCheckpoint(f"{INDEX} cannot be read: {error!r}") from None
-    return found
+    return tensors
 
 
-def _tensors_of_version_2(index: Any) -> dict[str, StoredTensor]:
-    """Each piece with its place: the file's number, its first byte (which the file's header says, too), its block."""
+def _parse_version_2(index: Any) -> dict[str, StoredTensor]:
+    """Parses an index that lists each shard: the file's number, its first byte (as the file's header says), its
+    block."""
     ranks = [rank_of(file) for file in index["files"]]
-    found = {}
+    tensors = {}
     for name, (dtype, shape, places) in index["tensors"].items():
         rows = [
             (ranks[whole_number(file)], Box(whole_numbers(offset), whole_numbers(size)))
             for file, _, offset, size in places
         ]
-        found[name] = StoredTensor(dtype, shape_from(shape), BoxSharding(rows))
-    return found
+        tensors[name] = StoredTensor(dtype, shape_from(shape), BoxSharding(rows))
+    return tensors
 
 
 def table_numbers(tensors: dict[str, StoredTensor]) -> int:
-    """How many numbers the tables of all tensors have at most, before one of them is made."""
+    """Returns an upper bound on how many numbers the tables of all tensors have, without making one of them."""
     tables = {(stored.sharding, stored.shape) for stored in tensors.values()}
     return sum(sharding.cost(len(shape)) for sharding, shape in tables)
 
 
 def _check_tensors(tensors: dict[str, StoredTensor], sizes: dict[str, int]) -> None:
-    """Raises DamagedCheckpoint unless each tensor is made up by its pieces, and the files are large enough for all of
-    them. A table is looked at once, however many tensors have it."""
+    """Raises DamagedCheckpoint unless the shards of each tensor make it up, and the files are large enough for all of
+    them. A table is checked once, however many tensors share it."""
     total, itemsizes = sum(sizes.values()), defaultdict[tuple[Sharding, tuple[int, ...], int], int](int)
     for name, stored in tensors.items():
         if stored.dtype not in DTYPES:
@@ -296,7 +301,7 @@ def _check_tensors(tensors: dict[str, StoredTensor], sizes: dict[str, int]) -> N
             raise DamagedCheckpoint(f"{INDEX}: '{name}' is larger than all files")
         itemsizes[stored.sharding, stored.shape, stored.replica] += DTYPES[stored.dtype].itemsize
     if table_numbers(tensors) > LARGEST_TABLES:
-        raise DamagedCheckpoint(f"{INDEX}: its shardings make more pieces than a checkpoint can have")
+        raise DamagedCheckpoint(f"{INDEX}: its shardings make more shards than a checkpoint can have")
     files = np.array(sorted(rank_of(file) for file in sizes if file != INDEX), np.int64)
     needed = np.zeros(len(files))
     for (sharding, shape, replica), itemsize in itemsizes.items():
@@ -304,34 +309,34 @@ def _check_tensors(tensors: dict[str, StoredTensor], sizes: dict[str, int]) -> N
         table.raise_unless_whole(shape)
         writers = table.ranks[:, replica]
         if not np.isin(writers, files).all():
-            raise DamagedCheckpoint(f"{INDEX}: a piece lies in a file that is not there")
+            raise DamagedCheckpoint(f"{INDEX}: a shard lies in a file that is not there")
         np.add.at(needed, np.searchsorted(files, writers), table.numel * float(itemsize))
     for rank, size in zip(files.tolist(), needed.tolist(), strict=True):
         if size > sizes[tensor_file(rank)]:
-            raise DamagedCheckpoint(f"{INDEX}: a piece lies beyond the end of {tensor_file(rank)}")
+            raise DamagedCheckpoint(f"{INDEX}: a shard lies beyond the end of {tensor_file(rank)}")
 
 
 def check_headers(folder: Path, tensors: dict[str, StoredTensor], names: Sequence[str]) -> None:
-    """Whether each of these files holds the pieces that the index says. Raises DamagedCheckpoint; OSError."""
+    """Raises DamagedCheckpoint unless each of these files holds the shards that the index says. Also raises OSError."""
     for name in names:
         if name == INDEX:
             continue
         with open_file(folder / name) as file:
             entries = read_header(file, name)
         for tensor, stored in tensors.items():
-            for box in stored.written_by(rank_of(name)):
+            for box in stored.boxes_written_by(rank_of(name)):
                 entries.find(tensor, stored, box)
 
 
 class Header:
-    """Where the pieces in a file lie, as the file itself says. Nothing is believed before it is checked, and that when
-    it is asked for."""
+    """The header of a file of tensors: where its shards lie, as the file itself says. An entry is checked when it is
+    looked up."""
 
-    def __init__(self, file: str, told: Any, start: int, size: int):
-        self.file, self.entries, self.start, self.size = file, told, start, size
+    def __init__(self, file: str, entries: Any, start: int, size: int):
+        self.file, self.entries, self.start, self.size = file, entries, start, size
 
     def find(self, name: str, stored: StoredTensor, box: Box) -> int:
-        """The first byte of a piece of a tensor. Raises DamagedCheckpoint."""
+        """Returns the first byte of a shard of a tensor. Raises DamagedCheckpoint."""
         key = key_of(name, stored.shape, box)
         try:
             entry = self.entries[key]
@@ -357,7 +362,7 @@ def read_header(file: Reader, name: str) -> Header:
         raise DamagedCheckpoint(f"{name}: its header cannot be read: {error!r}") from None
 
 
-def _written(manifest: dict[str, Any]) -> bytes:
-    """The bytes of the file: one text for one manifest."""
+def _to_bytes(manifest: dict[str, Any]) -> bytes:
+    """Returns the bytes of the file, the same for equal manifests."""
     digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     return json.dumps({**manifest, "sha256": digest}, indent=1).encode()

@@ -1,4 +1,4 @@
-"""Looking at checkpoints, for people: what each is, and what differs between two. Nothing is changed."""
+"""Inspection of checkpoints, for people: what each is, and what differs between two. Nothing is changed."""
 
 from __future__ import annotations
 
@@ -32,29 +32,31 @@ BATCH = 256 << 20  # bytes of tensors that are read together
 BLOCK = 1 << 22  # numbers that are compared at a time, in float64
 
 
-def split_step(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> tuple[int, str] | None:
-    """The first step at which the rows of two runs' `metrics.jsonl` differ, and in what; None where they never do."""
-    theirs = {row["step"]: row for row in other}
-    for row in one:
+def split_step(a_rows: list[dict[str, Any]], b_rows: list[dict[str, Any]]) -> tuple[int, str] | None:
+    """Returns the first step at which the rows of two runs' `metrics.jsonl` differ, and in what; None if there is
+    none."""
+    b_by_step = {row["step"]: row for row in b_rows}
+    for row in a_rows:
+        b_row = b_by_step.get(row["step"], {})
         for name in RECORDED:
-            if {name} <= row.keys() & theirs.get(row["step"], {}).keys() and row[name] != theirs[row["step"]][name]:
+            if {name} <= row.keys() & b_row.keys() and row[name] != b_row[name]:
                 return row["step"], name
     return None
 
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """A folder with a checkpoint's name. `problem`: why it does not count, if it does not."""
+    """What is known of a folder with a checkpoint's name. `problem`: why it does not count, if it does not."""
 
     path: Path
-    bytes: int  # that its files have
-    written: float | None  # when; None without a manifest
-    manifest: dict[str, Any]  # empty where it cannot be believed
+    bytes: int  # of all its files
+    saved_at: float | None  # in seconds since the epoch; None without a manifest
+    manifest: dict[str, Any]  # empty if it is damaged
     tensors: int | None
     problem: str | None
 
     def value_of(self, name: str) -> Any:
-        """An entry of the manifest by its dotted name; None where there is none. Its types are not checked."""
+        """Returns an entry of the manifest by its dotted name; None if there is none. Its type is not checked."""
         value: Any = self.manifest
         for key in name.split("."):
             value = value.get(key) if isinstance(value, dict) else None
@@ -62,17 +64,18 @@ class CheckpointInfo:
 
     @property
     def evaluation(self) -> dict[str, Any]:
-        """What was measured at its step."""
+        """Returns the metrics of the evaluation at the checkpoint's step."""
         value = self.value_of("evaluation")
         return value if isinstance(value, dict) else {}
 
 
 def inspect_checkpoint(path: Path, *, contents: bool = False) -> CheckpointInfo | None:
-    """Checks it, its sizes only or also its `contents`. None if it is gone: a run deletes while others look.
+    """Checks a checkpoint, its sizes only or also its `contents`. Returns None if it is gone, since a run may delete it
+    at any time.
 
-    Raises OSError where it cannot be read for now: that is not damage.
+    Raises OSError if it cannot be read for now: that is not damage.
     """
-    manifest, tensors, written, problem = {}, None, None, None
+    manifest, tensors, saved_at, problem = {}, None, None, None
     try:
         manifest = read_manifest(path)
         check_sizes(path, manifest)
@@ -84,24 +87,24 @@ def inspect_checkpoint(path: Path, *, contents: bool = False) -> CheckpointInfo 
     except FileNotFoundError as error:
         problem = f"{Path(error.filename).name} is missing"
     with suppress(FileNotFoundError, NotADirectoryError):
-        written = (path / MANIFEST).lstat().st_mtime
-    return CheckpointInfo(path, disk_usage(path), written, manifest, tensors, problem) if path.is_dir() else None
+        saved_at = (path / MANIFEST).lstat().st_mtime
+    return CheckpointInfo(path, disk_usage(path), saved_at, manifest, tensors, problem) if path.is_dir() else None
 
 
 def disk_usage(folder: Path) -> int:
-    """Bytes of all files in a folder and below it, as far as they are still there."""
+    """Returns the bytes of all files in a folder and below it that are still there."""
     total = 0
-    for place, _, names in os.walk(folder):
+    for parent, _, names in os.walk(folder):
         for name in names:
             try:
-                total += os.lstat(os.path.join(place, name)).st_size
+                total += os.lstat(os.path.join(parent, name)).st_size
             except FileNotFoundError:
                 continue
     return total
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """The leaves of nested dicts by their dotted names."""
+    """Returns the leaves of nested dicts by their dotted names."""
     if not isinstance(tree, dict):
         return {prefix: tree}
     rows: dict[str, Any] = {}
@@ -111,13 +114,14 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def changes(a: dict[str, Any], b: dict[str, Any]) -> Iterator[tuple[str, list[Any], list[Any]]]:
-    """What two manifests tell differently: dotted name, and what each has there (a list of it; empty for nothing)."""
-    for part in COMPARED:
-        before, after = flatten(a.get(part), part), flatten(b.get(part), part)
-        for name in {**before, **after}:
-            ours, theirs = ([rows[name]] if name in rows else [] for rows in (before, after))
-            if ours != theirs:
-                yield name, ours, theirs
+    """Yields each entry in which two manifests differ: its dotted name, and the value in each (in a list; an empty one
+    if there is none)."""
+    for section in COMPARED:
+        a_rows, b_rows = flatten(a.get(section), section), flatten(b.get(section), section)
+        for name in {**a_rows, **b_rows}:
+            a_values, b_values = ([rows[name]] if name in rows else [] for rows in (a_rows, b_rows))
+            if a_values != b_values:
+                yield name, a_values, b_values
 
 
 class Difference(NamedTuple):
@@ -130,6 +134,8 @@ class Difference(NamedTuple):
 
 @dataclass(frozen=True)
 class Comparison:
+    """How the tensors of two checkpoints compare."""
+
     only: tuple[list[str], list[str]]  # names that only one has
     reshaped: list[tuple[str, StoredTensor, StoredTensor]]  # of another type or shape
     equal: list[str]  # to the bit
@@ -141,35 +147,39 @@ class Comparison:
 
 
 def compare(a: FoundCheckpoint, b: FoundCheckpoint) -> Comparison:
-    """Reads all that both have, a batch at a time. Raises DamagedCheckpoint; TrainingError where it cannot be read."""
-    ours, theirs = read_index(a.path, a.manifest), read_index(b.path, b.manifest)
-    both = [name for name in ours if name in theirs]
-    alike = [name for name in both if _kind(ours[name]) == _kind(theirs[name])]
+    """Compares all tensors that both checkpoints have, a batch at a time. Raises DamagedCheckpoint; TrainingError if
+    one cannot be read."""
+    a_index, b_index = read_index(a.path, a.manifest), read_index(b.path, b.manifest)
+    common = [name for name in a_index if name in b_index]
+    comparable = [name for name in common if _kind(a_index[name]) == _kind(b_index[name])]
     equal, different = [], []
-    for batch in _batches(alike, ours):
-        x, y = _read(a, batch, ours), _read(b, batch, theirs)
+    for batch in _batches(comparable, a_index):
+        x, y = _read(a, batch, a_index), _read(b, batch, b_index)
         for name in batch:
             if torch.equal(_bits(x[name]), _bits(y[name])):
                 equal.append(name)
             else:
                 different.append(Difference(*difference(x[name], y[name]), name))
     return Comparison(
-        only=(sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys())),
-        reshaped=[(name, ours[name], theirs[name]) for name in both if _kind(ours[name]) != _kind(theirs[name])],
+        only=(sorted(a_index.keys() - b_index.keys()), sorted(b_index.keys() - a_index.keys())),
+        reshaped=[
+            (name, a_index[name], b_index[name]) for name in common if _kind(a_index[name]) != _kind(b_index[name])
+        ],
         equal=equal,
-        different=sorted(different, key=lambda it: (-it.relative, -it.absolute, it.name)),
+        different=sorted(different, key=lambda pair: (-pair.relative, -pair.absolute, pair.name)),
     )
 
 
 def difference(x: Tensor, y: Tensor) -> tuple[float, float]:
-    """Relative and absolute. Infinite where one is not finite and the other is another number."""
+    """Returns the relative and the absolute difference; infinite if one is not finite and the other is another
+    number."""
     absolute, scale = 0.0, 0.0
     for a, b in zip(x.flatten().split(BLOCK), y.flatten().split(BLOCK), strict=True):
         a, b = a.double(), b.double()
-        same = (a == b) | (a.isnan() & b.isnan())
-        apart = (a - b).abs().nan_to_num(nan=inf, posinf=inf).masked_fill(same, 0)
-        absolute = max(absolute, apart.max().item())
-        scale = max(scale, *(it.abs().nan_to_num(0, posinf=0).max().item() for it in (a, b)))
+        is_equal = (a == b) | (a.isnan() & b.isnan())
+        distance = (a - b).abs().nan_to_num(nan=inf, posinf=inf).masked_fill(is_equal, 0)
+        absolute = max(absolute, distance.max().item())
+        scale = max(scale, *(block.abs().nan_to_num(0, posinf=0).max().item() for block in (a, b)))
     return (absolute / scale if absolute and scale else absolute), absolute
 
 
@@ -186,7 +196,7 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def _batches(names: list[str], stored: dict[str, StoredTensor]) -> Iterator[list[str]]:
-    """In their order, each of at most BATCH bytes or of one tensor."""
+    """Yields the names in batches, in order, each of at most BATCH bytes or of one tensor."""
     batch: list[str] = []
     size = 0
     for name in names:
@@ -199,7 +209,7 @@ def _batches(names: list[str], stored: dict[str, StoredTensor]) -> Iterator[list
         yield batch
 
 
-def _read(found: FoundCheckpoint, names: list[str], stored: dict[str, StoredTensor]) -> dict[str, Tensor]:
+def _read(checkpoint: FoundCheckpoint, names: list[str], stored: dict[str, StoredTensor]) -> dict[str, Tensor]:
     tensors = {name: torch.empty(stored[name].shape, dtype=DTYPES[stored[name].dtype]) for name in names}
-    read_state(found, tensors)
+    read_state(checkpoint, tensors)
     return tensors

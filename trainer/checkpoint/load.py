@@ -1,4 +1,4 @@
-"""Loading: the newest checkpoint that is whole, found without help and agreed on by all ranks."""
+"""Loading: finds the newest whole checkpoint, the same on all ranks, and fills the run's state from it."""
 
 from __future__ import annotations
 
@@ -34,18 +34,20 @@ from trainer.files import move
 from trainer.outage import is_outage
 from trainer.topology import ALONE, Topology
 
-OPTIONAL = ("scaler/", "optimizer/ema")  # begins anew where a checkpoint has none: it may be switched on between lives
+OPTIONAL = ("scaler/", "optimizer/ema")  # a checkpoint may lack these: they can be switched on between attempts
 
 
 @dataclass(frozen=True)
 class FoundCheckpoint:
+    """A checkpoint on disk, with its checked manifest."""
+
     path: Path
     manifest: dict[str, Any]
-    index_text: str | None = None  # where it was read already
+    index_text: str | None = None  # if it has been read already
 
     @cached_property
     def index(self) -> dict[str, StoredTensor]:
-        """Where each tensor lies. Raises TrainingError where it cannot be believed."""
+        """Returns where each tensor lies. Raises TrainingError if the index is damaged."""
         try:
             return parse_index(self.index_text or read_index_text(self.path), self.manifest)
         except DamagedCheckpoint as damage:
@@ -53,10 +55,11 @@ class FoundCheckpoint:
 
 
 class ReadRequest(NamedTuple):
-    """`tensor`, memory of the run, takes the block `box` out of a piece of the tensor `name`."""
+    """A request to fill `tensor`, memory of the run, with the block `box` out of the stored shard `shard` of the tensor
+    `name`."""
 
     name: str
-    piece: Box
+    shard: Box
     box: Box
     tensor: Tensor
 
@@ -64,140 +67,142 @@ class ReadRequest(NamedTuple):
 def find_newest(
     folder: Path, topology: Topology = ALONE, *, contents: bool = True, set_aside: bool = True
 ) -> tuple[FoundCheckpoint | None, list[dict[str, Any]]]:
-    """The newest whole checkpoint, and an event for each damaged one that was set aside on the way to it.
+    """Returns the newest whole checkpoint, and an event for each damaged one that was set aside on the way to it.
 
     All ranks call it; each reads its share of the files. `contents`: compare checksums, not only sizes.
-    Raises TrainingError (on other ranks than the main one PeerLost) where there are checkpoints but none is whole: a
-    run never silently starts from scratch; or where one cannot be read: that is not damage, nothing is changed. Outage
-    where its storage does not answer, after it was waited for.
+    Raises TrainingError (PeerLost on ranks other than the main one) if there are checkpoints but none is whole, since a
+    run never silently starts from scratch; or if one cannot be read: that is not damage, nothing is changed. Raises
+    Outage if the storage still does not answer after the wait.
     """
-    found, events, damaged = _newest(folder, topology, contents, set_aside)
-    if found is None and damaged:
-        raise _none_whole(folder, topology)
-    return found, events
+    checkpoint, events, is_any_damaged = _find_newest(folder, topology, contents, set_aside)
+    if checkpoint is None and is_any_damaged:
+        raise _no_whole_checkpoint(folder, topology)
+    return checkpoint, events
 
 
-def _none_whole(folder: Path, topology: Topology) -> OnecurveError:
+def _no_whole_checkpoint(folder: Path, topology: Topology) -> OnecurveError:
     restore = f"`onecurve checkpoint restore {folder.parent}` brings back what was set aside and is whole"
     problem = f"{folder}: no checkpoint is whole any more; {restore}, run.fresh=true starts over"
     return (TrainingError if topology.is_main else PeerLost)(problem)
 
 
-def _newest(
+def _find_newest(
     folder: Path, topology: Topology, contents: bool, set_aside: bool = True
 ) -> tuple[FoundCheckpoint | None, list[dict[str, Any]], bool]:
     """Finds the newest complete checkpoint. Returns it, the events to record, and whether any is damaged."""
     events: list[dict[str, Any]] = []
     names = _agree(topology, lambda: [path.name for path in complete_checkpoints(folder)])
-    damaged = _agree(topology, lambda: bool(damaged_in(folder)))
+    is_any_damaged = _agree(topology, lambda: bool(damaged_in(folder)))
     for path in (folder / name for name in reversed(names)):
-        found, reason = _check(path, topology, contents)
+        checkpoint, reason = _check(path, topology, contents)
         if reason is None:
-            return found, events, damaged
-        damaged = True
+            return checkpoint, events, is_any_damaged
+        is_any_damaged = True
         if set_aside:
             event = {"checkpoint": path.name, "reason": reason}
             event["kept_as"] = _agree(topology, lambda path=path: _set_aside(path))  # type: ignore[misc]
             events.append({"kind": "checkpoint_damaged", **event})
-    return None, events, damaged
+    return None, events, is_any_damaged
 
 
 def find_newest_or_fetch(
     folder: Path, topology: Topology, contents: bool, mirror: Mirror | None = None
 ) -> tuple[FoundCheckpoint | None, list[dict[str, Any]]]:
-    """`find_newest`, for a run that will save there: it also clears what interrupted saves left, and fetches a newer
-    one from the mirror (as where the disk is new, or nothing on it is whole)."""
+    """Does what `find_newest` does, for a run that will save there: also clears what interrupted saves left, and
+    fetches a newer checkpoint from the mirror (such as when the disk is new, or nothing on it is whole)."""
     _agree(topology, lambda: clear_leftovers(folder))
     if mirror is None:
         return find_newest(folder, topology, contents=contents)
-    found, events, damaged = _newest(folder, topology, contents)
-    if fetched := mirror.fetch(folder, found.manifest["step"] if found else -1):
-        events += fetched
-        found, more, damaged = _newest(folder, topology, contents)
-        events += more
-    if found is None and (damaged or fetched):
-        raise _none_whole(folder, topology)
-    return found, events
+    checkpoint, events, is_any_damaged = _find_newest(folder, topology, contents)
+    if fetch_events := mirror.fetch(folder, checkpoint.manifest["step"] if checkpoint else -1):
+        events += fetch_events
+        checkpoint, new_events, is_any_damaged = _find_newest(folder, topology, contents)
+        events += new_events
+    if checkpoint is None and (is_any_damaged or fetch_events):
+        raise _no_whole_checkpoint(folder, topology)
+    return checkpoint, events
 
 
-def read_state(found: FoundCheckpoint, state: State) -> None:
-    """Fills what this process holds of `state` in place, from the values of the same names, in whatever pieces they
-    were saved. Only files with something that is needed are opened, and only that is read, a few MB at a time.
+def read_state(checkpoint: FoundCheckpoint, state: State) -> None:
+    """Fills what this process holds of `state` in place, from the stored values of the same names, however they were
+    sharded. Only files with something that is needed are opened, and only that is read, a few MB at a time.
 
-    Raises TrainingError if one is not there, or in another shape. What may be switched on between lives is left as it
-    is where the checkpoint has none.
+    Raises TrainingError if a tensor is missing or has another shape. What may be switched on between attempts is left
+    as it is if the checkpoint does not have it.
     """
-    stored = found.index
-    for name, its in read_requests(found, state).items():
+    stored = checkpoint.index
+    for name, requests in read_requests(checkpoint, state).items():
         try:
-            with open_file(found.path / name) as file, torch.no_grad():
+            with open_file(checkpoint.path / name) as file, torch.no_grad():
                 header = read_header(file, name)
-                starts = [header.find(order.name, stored[order.name], order.piece) for order in its]
-                for at, order in sorted(zip(starts, its, strict=True), key=lambda pair: pair[0]):
-                    _fill(file, at, stored[order.name].dtype, order)
+                starts = [header.find(request.name, stored[request.name], request.shard) for request in requests]
+                for start, request in sorted(zip(starts, requests, strict=True), key=lambda pair: pair[0]):
+                    _fill(file, start, stored[request.name].dtype, request)
         except (OSError, EOFError, DamagedCheckpoint) as error:
-            raise TrainingError(f"{found.path / name}: cannot be read: {error}") from error
+            raise TrainingError(f"{checkpoint.path / name}: cannot be read: {error}") from error
 
 
-def read_requests(found: FoundCheckpoint, state: State) -> dict[str, list[ReadRequest]]:
-    """What is read for `state`, by file."""
-    stored = found.index
-    some = {name: held for name, held in state.items() if prod(shape_of(held))}  # of an empty tensor nothing is saved
-    wanted = {name: held for name, held in some.items() if name in stored or not model_of(name)[1].startswith(OPTIONAL)}
-    wrong = [name for name, held in wanted.items() if name not in stored or stored[name].shape != shape_of(held)]
-    if wrong:
-        raise TrainingError(f"{found.path}: does not hold {sorted(wrong)[0]} in this shape")
+def read_requests(checkpoint: FoundCheckpoint, state: State) -> dict[str, list[ReadRequest]]:
+    """Returns what has to be read for `state`, by file."""
+    stored = checkpoint.index
+    nonempty = {name: value for name, value in state.items() if prod(shape_of(value))}  # an empty tensor is not saved
+    targets = {
+        name: value for name, value in nonempty.items() if name in stored or not model_of(name)[1].startswith(OPTIONAL)
+    }
+    misfits = [name for name, value in targets.items() if name not in stored or stored[name].shape != shape_of(value)]
+    if misfits:
+        raise TrainingError(f"{checkpoint.path}: does not hold {sorted(misfits)[0]} in this shape")
     by_file: defaultdict[str, list[ReadRequest]] = defaultdict(list)
-    for name, held in wanted.items():
-        for box, tensor in shards_of(held):
-            for place in stored[name].intersecting(box):
-                both = place.box.intersect(box)
-                assert both is not None
-                by_file[place.file].append(ReadRequest(name, place.box, both, both.within(box, tensor)))
+    for name, value in targets.items():
+        for box, tensor in shards_of(value):
+            for location in stored[name].find_shards(box):
+                overlap = location.box.intersect(box)
+                assert overlap is not None
+                by_file[location.file].append(ReadRequest(name, location.box, overlap, overlap.narrow(box, tensor)))
     return by_file
 
 
-def read_all(found: FoundCheckpoint, prefix: str = "") -> dict[str, Tensor]:
-    """Every tensor whose name begins so, whole, by the name behind it."""
-    stored = found.index
+def read_all(checkpoint: FoundCheckpoint, prefix: str = "") -> dict[str, Tensor]:
+    """Returns every tensor whose name begins with `prefix`, whole, by its name without the prefix."""
+    stored = checkpoint.index
     names = [name for name in stored if name.startswith(prefix)]
     tensors = {name: torch.empty(stored[name].shape, dtype=DTYPES[stored[name].dtype]) for name in names}
-    read_state(found, tensors)
+    read_state(checkpoint, tensors)
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
-def _fill(file: Reader, at: int, dtype: str, order: ReadRequest) -> None:
-    """`order.tensor` takes the block `order.box` of the piece that lies there: rows (of dimension 0) that lie behind
-    each other."""
-    piece, box, tensor = order.piece, order.box, order.tensor
+def _fill(file: Reader, start: int, dtype: str, request: ReadRequest) -> None:
+    """Fills `request.tensor` with the block `request.box` of the shard that begins at byte `start`, by runs of rows (of
+    dimension 0)."""
+    shard, box, tensor = request.shard, request.box, request.tensor
     if not box.size:
-        tensor.copy_(_values(file, at, dtype, 1).view(()))
+        tensor.copy_(_read_values(file, start, dtype, 1).view(()))
         return
-    row = piece.numel // piece.size[0]
+    row = shard.numel // shard.size[0]
     step = max(1, CHUNK // (row * DTYPES[dtype].itemsize))
-    first = box.offset[0] - piece.offset[0]
-    inner, outer = Box(box.offset[1:], box.size[1:]), Box(piece.offset[1:], piece.size[1:])
-    for done in range(0, box.size[0], step):
-        rows = min(step, box.size[0] - done)
-        values = _values(file, at + (first + done) * row * DTYPES[dtype].itemsize, dtype, rows * row)
-        values = values.view(rows, *piece.size[1:])
-        tensor[done : done + rows].copy_(Box((0, *inner.offset), (rows, *inner.size)).within(
+    first = box.offset[0] - shard.offset[0]
+    inner, outer = Box(box.offset[1:], box.size[1:]), Box(shard.offset[1:], shard.size[1:])
+    for begin in range(0, box.size[0], step):
+        rows = min(step, box.size[0] - begin)
+        values = _read_values(file, start + (first + begin) * row * DTYPES[dtype].itemsize, dtype, rows * row)
+        values = values.view(rows, *shard.size[1:])
+        tensor[begin : begin + rows].copy_(Box((0, *inner.offset), (rows, *inner.size)).narrow(
             Box((0, *outer.offset), (rows, *outer.size)), values
         ))  # fmt: skip
 
 
-def _values(file: Reader, at: int, dtype: str, count: int) -> Tensor:
+def _read_values(file: Reader, start: int, dtype: str, count: int) -> Tensor:
     data = bytearray(count * DTYPES[dtype].itemsize)
-    file.seek(at)
+    file.seek(start)
     fill_buffer(file, data)
     return torch.frombuffer(data, dtype=DTYPES[dtype])
 
 
 def _check(path: Path, topology: Topology, contents: bool) -> tuple[FoundCheckpoint | None, str | None]:
-    """This checkpoint, or what is wrong with it, the same on all ranks. One rank reads manifest and index and hands
-    them on; of the files each looks at its share."""
+    """Returns this checkpoint, or what is wrong with it, the same on all ranks. The main rank reads manifest and index
+    and sends them to the others; each rank checks its share of the files."""
 
-    def looked() -> list[Any]:
+    def read_description() -> list[Any]:
         try:
             manifest = read_manifest(path)
             index = read_index_text(path)
@@ -206,31 +211,31 @@ def _check(path: Path, topology: Topology, contents: bool) -> tuple[FoundCheckpo
         except DamagedCheckpoint as damage:
             return [None, None, str(damage)]
 
-    manifest, index, reason = _agree(topology, looked)
+    manifest, index, reason = _agree(topology, read_description)
     if reason is not None:
         return None, reason
-    found = FoundCheckpoint(path, manifest, index)
+    checkpoint = FoundCheckpoint(path, manifest, index)
 
-    def looked_through() -> str | None:
+    def check_share() -> str | None:
         names = list(manifest["files"])[topology.rank :: topology.world_size]
         try:
             check_sizes(path, manifest, names)
             check_contents(path, manifest, names if contents else [])
-            check_headers(path, found.index, names)
+            check_headers(path, checkpoint.index, names)
         except DamagedCheckpoint as damage:
             return str(damage)
         return None
 
-    parts = topology.run_on_all(lambda: _attempt(looked_through), topology.control)
-    for _, *problem in parts:
+    outcomes = topology.run_on_all(lambda: _attempt(check_share), topology.control)
+    for _, *problem in outcomes:
         if problem:
             error, is_away = problem
             raise Outage(error) if is_away else TrainingError(f"{path}: {error}")
-    return found, next((reason for reason, *_ in parts if reason), None)
+    return checkpoint, next((reason for reason, *_ in outcomes if reason), None)
 
 
 def _agree(topology: Topology, make: Callable[[], Any]) -> Any:
-    """What `make` gives the main rank, on all of them, however long that takes; its errors too."""
+    """Returns what `make` returns on the main rank, on all ranks, however long that takes; raises its errors, too."""
     value, *problem = topology.run_on_main(lambda: _attempt(make))
     if problem:
         error, is_away = problem
@@ -239,7 +244,7 @@ def _agree(topology: Topology, make: Callable[[], Any]) -> Any:
 
 
 def _attempt(make: Callable[[], Any]) -> list[Any]:
-    """What it gives; or nothing, its error, and whether that is an outage."""
+    """Returns [value of `make`]; or None, the text of its error, and whether that is an outage."""
     try:
         return [make()]
     except OSError as error:
@@ -249,9 +254,9 @@ def _attempt(make: Callable[[], Any]) -> list[Any]:
 
 
 def _set_aside(path: Path) -> str:
-    """Keeps a damaged checkpoint under another name, which does not count; gives the name."""
-    moved, number = path.with_name(f"{DAMAGED}{path.name}"), 1
-    while moved.exists():
-        moved, number = path.with_name(f"{DAMAGED}{path.name}-{number}"), number + 1
-    move(path, moved)
-    return moved.name
+    """Renames a damaged checkpoint, so that it does not count any more. Returns the new name."""
+    target, number = path.with_name(f"{DAMAGED}{path.name}"), 1
+    while target.exists():
+        target, number = path.with_name(f"{DAMAGED}{path.name}-{number}"), number + 1
+    move(path, target)
+    return target.name

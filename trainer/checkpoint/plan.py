@@ -1,7 +1,7 @@
-"""Who writes what: of all processes that hold a piece, one writes it. Made once a run, the same on every process.
+"""The plan of which rank writes what: of all ranks that hold a shard, one writes it. Made once a run, the same on all.
 
 What ranks hold follows from few descriptions (a mesh, an even split) that thousands of tensors and ranks share. They
-are exchanged, each distinct one once; then every rank computes the plan of all and the pieces of its own.
+are exchanged, each distinct one once; then every rank computes the plan of all ranks and the shards of its own file.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from trainer.checkpoint.state import DTYPES, NAMES, Box, FlatShard, State, dtype
 from trainer.errors import TrainingError
 from trainer.topology import Topology
 
-SMALL = 1 << 16  # bytes; the bits of smaller tensors are summed up together
-WRITERS = 64  # of the replicas of a tensor, so many may be asked to write it: whoever reads all opens no more files
+SMALL = 1 << 16  # bytes; smaller tensors are concatenated before their bits are summed
+WRITERS = 64  # replicas of a tensor that may write it, so that a process that reads all of it opens no more files
 
 
 class Shard(NamedTuple):
@@ -43,23 +43,24 @@ class Shard(NamedTuple):
 
 
 def local_shards(state: State) -> list[tuple[Shard, Tensor]]:
-    """All that this process holds, as views of its memory. TrainingError for a type that cannot be saved."""
-    found = []
+    """Returns all shards that this process holds, as views of its memory. Raises TrainingError for a type that cannot
+    be saved."""
+    shards = []
     for name, value in state.items():
         dtype, shape = dtype_of(value), shape_of(value)
         if dtype not in NAMES:
             raise TrainingError(f"'{name}' is {dtype}, which no checkpoint holds")
-        found += [(Shard(name, NAMES[dtype], shape, box), tensor.detach()) for box, tensor in shards_of(value)]
-    return found
+        shards += [(Shard(name, NAMES[dtype], shape, box), tensor.detach()) for box, tensor in shards_of(value)]
+    return shards
 
 
 Description = tuple[Any, Any, list[Any]]
 Sections = dict[str, str]
-"""What a rank holds: descriptions of tensors that lie alike, JSON by its digest. Most are the same on many ranks."""
+"""What a rank holds: descriptions of tensors with one sharding, JSON by its digest. Most are the same on many ranks."""
 
 
 def describe_state(state: State, rank: int, world: int) -> Sections:
-    """`state` as the rank `rank` of `world` holds it."""
+    """Describes `state` as the rank `rank` of `world` holds it."""
     rows: defaultdict[tuple[str, Any], list[Any]] = defaultdict(list)
     shardings: dict[Any, Any] = {}
     grids: dict[Any, Any] = {}
@@ -68,7 +69,7 @@ def describe_state(state: State, rank: int, world: int) -> Sections:
         if sharding is not None:
             shardings[key] = sharding
             rows[name.rpartition("/")[0], key].append([name, NAMES[dtype_of(value)], shape_of(value), *blocks])
-    texts = [json.dumps([shardings[key], its], separators=(",", ":")) for (_, key), its in rows.items()]
+    texts = [json.dumps([shardings[key], group], separators=(",", ":")) for (_, key), group in rows.items()]
     return dict(sorted((_digest(text), text) for text in texts))
 
 
@@ -77,8 +78,8 @@ def _digest(text: str) -> str:
 
 
 def _describe_tensor(value: Tensor | FlatShard, rank: int, world: int, grids: dict[Any, Any]) -> Description:
-    """What tensors of one sharding have in common, the sharding as JSON (None where nothing is held), and the blocks of
-    a tensor that no sharding describes."""
+    """Returns a key that tensors of one sharding share, the sharding as JSON (None if nothing is held), and the blocks
+    of a tensor that no sharding describes."""
     shape = shape_of(value)
     if isinstance(value, FlatShard):
         if (value.start, len(value.values)) == EvenSharding.span(shape, rank, world):
@@ -88,48 +89,48 @@ def _describe_tensor(value: Tensor | FlatShard, rank: int, world: int, grids: di
     else:
         key = value.device_mesh, value.placements
         if key not in grids:
-            grids[key] = MeshSharding.of(*key).to_json()
+            grids[key] = MeshSharding.from_placements(*key).to_json()
         return key, grids[key], []
     boxes = [box for box, _ in shards_of(value)]
     return "boxes", {"boxes": []} if boxes else None, [boxes]
 
 
 def exchange(sections: Sections, topology: Topology) -> list[tuple[list[int], Any]]:
-    """Returns all ranks' sections, each once, with the ranks that have it; only the first of these sends it."""
+    """Returns all ranks' sections, each once, with the ranks that have it; only the first of them sends it."""
     holders: defaultdict[str, list[int]] = defaultdict(list)
     for rank, digests in enumerate(topology.gather(list(sections))):
         for digest in digests:
             holders[digest].append(rank)
-    own = [text for digest, text in sections.items() if holders[digest][0] == topology.rank]
-    texts = [text for part in topology.gather(own) for text in part]
+    local_texts = [text for digest, text in sections.items() if holders[digest][0] == topology.rank]
+    texts = [text for rank_texts in topology.gather(local_texts) for text in rank_texts]
     return [(holders[_digest(text)], json.loads(text)) for text in texts]
 
 
 class Holding(NamedTuple):
-    """A tensor, and how ranks hold it: more than one sharding where several groups do (both ends of a pipeline, or the
-    ranks of tensor parallel that do not split it)."""
+    """How ranks hold a tensor: with more than one sharding where several groups hold it (both ends of a pipeline, or
+    the ranks of tensor parallel that do not split it)."""
 
     dtype: str
     shape: tuple[int, ...]
     shardings: list[Sharding]
 
 
-def holdings(shared: Sequence[tuple[list[int], Any]]) -> dict[str, Holding]:
+def collect_holdings(sections: Sequence[tuple[list[int], Any]]) -> dict[str, Holding]:
     """Returns each tensor's holding, by name. Raises TrainingError if ranks disagree on its type or shape."""
-    found: dict[str, Holding] = {}
-    for ranks, (description, rows) in shared:
+    holdings: dict[str, Holding] = {}
+    for ranks, (description, rows) in sections:
         sharding = _sharding(description, ranks)
         for name, dtype, shape, *blocks in rows:
-            holding = found.setdefault(name, Holding(dtype, tuple(shape), []))
+            holding = holdings.setdefault(name, Holding(dtype, tuple(shape), []))
             if (holding.dtype, holding.shape) != (dtype, tuple(shape)):
-                one, another = f"{holding.dtype} {list(holding.shape)}", f"{dtype} {list(shape)}"
-                raise TrainingError(f"'{name}' is {one} on one process, {another} on another")
-            holding.shardings.append(sharding or _boxes(ranks, blocks[0]))
-    return {name: holding for name, holding in found.items() if 0 not in holding.shape}
+                first, second = f"{holding.dtype} {list(holding.shape)}", f"{dtype} {list(shape)}"
+                raise TrainingError(f"'{name}' is {first} on one process, {second} on another")
+            holding.shardings.append(sharding or _box_sharding(ranks, blocks[0]))
+    return {name: holding for name, holding in holdings.items() if 0 not in holding.shape}
 
 
 def _sharding(description: Any, ranks: list[int]) -> Sharding | None:
-    """None where each tensor has its own."""
+    """Returns the sharding that all tensors of a section share; None if each has its own."""
     match description:
         case {"boxes": _}:
             return None
@@ -140,59 +141,57 @@ def _sharding(description: Any, ranks: list[int]) -> Sharding | None:
     return MeshSharding(np.array(ranks))
 
 
-def _boxes(ranks: list[int], blocks: Any) -> Sharding:
+def _box_sharding(ranks: list[int], blocks: Any) -> Sharding:
     return BoxSharding([(ranks[0], Box(tuple(offset), tuple(size))) for offset, size in blocks])
 
 
 @dataclass(frozen=True)
 class Plan:
-    """`tensors`: what the index will say. `tables`: who holds what of each. `sizes`: bytes that each rank writes behind
-    the header of its file."""
+    """The plan of a save. `tensors`: what the index will say. `tables`: which ranks hold which blocks of each tensor.
+    `sizes`: bytes that each rank writes after the header of its file."""
 
     tensors: dict[str, StoredTensor]
     tables: dict[str, Table]
     sizes: Ints
 
     @classmethod
-    def of(cls, state: State, topology: Topology) -> Plan:
-        """All ranks call it. Raises TrainingError for a state that cannot be saved."""
-        shared = exchange(describe_state(state, topology.rank, topology.world_size), topology)
-        return cls.from_holdings(holdings(shared), topology.world_size)
+    def from_state(cls, state: State, topology: Topology) -> Plan:
+        """Returns the plan for this state. All ranks call it. Raises TrainingError for a state that cannot be saved."""
+        sections = exchange(describe_state(state, topology.rank, topology.world_size), topology)
+        return cls.from_holdings(collect_holdings(sections), topology.world_size)
 
     @classmethod
-    def from_holdings(cls, held: Mapping[str, Holding], world: int) -> Plan:
-        """Plans who writes what: a shard that several ranks hold is written by the one with the least to write."""
-        tables = dict(_tables(held))
+    def from_holdings(cls, holdings: Mapping[str, Holding], world: int) -> Plan:
+        """Returns the plan in which a shard that several ranks hold is written by the one with the least to write."""
+        tables = dict(_make_tables(holdings))
         sizes, tensors = np.zeros(world, np.int64), {}
-        nbytes = {name: prod(it.shape) * DTYPES[it.dtype].itemsize for name, it in held.items()}
-        for name in sorted(held, key=lambda name: (tables[name].ranks.shape[1] > 1, -nbytes[name], name)):
-            dtype, shape, shardings = held[name]
+        nbytes = {name: prod(holding.shape) * DTYPES[holding.dtype].itemsize for name, holding in holdings.items()}
+        for name in sorted(holdings, key=lambda name: (tables[name].ranks.shape[1] > 1, -nbytes[name], name)):
+            dtype, shape, shardings = holdings[name]
             table = tables[name]
             count = table.ranks.shape[1]
             replicas = np.arange(min(count, WRITERS)) * count // min(count, WRITERS)
             busiest = sizes[table.ranks[:, replicas]].max(axis=0)
-            replica = int(replicas[busiest.argmin()]) if shape else 0  # counts of steps lie together, in one file more
+            replica = int(replicas[busiest.argmin()]) if shape else 0  # scalars (step counts) share one file
             np.add.at(sizes, table.ranks[:, replica], table.numel * DTYPES[dtype].itemsize)
             tensors[name] = StoredTensor(dtype, shape, *_sharding_of_replica(shardings, shape, table, replica))
         if table_numbers(tensors) > LARGEST_TABLES:
-            raise TrainingError(
-                "the run's state cannot be saved: it is cut into more pieces than a checkpoint can have"
-            )
+            raise TrainingError("the run's state cannot be saved: it has more shards than a checkpoint can have")
         return cls(tensors, tables, sizes)
 
     def file(self, rank: int) -> list[tuple[Shard, int]]:
         """Returns the shards that a rank writes, in order, each with its first byte after the header."""
-        own = [
+        shards = [
             Shard(name, stored.dtype, stored.shape, box)
             for name, stored in self.tensors.items()
-            for box in stored.written_by(rank)
+            for box in stored.boxes_written_by(rank)
         ]
-        return _lay_out(own)
+        return _lay_out(shards)
 
     def replicated_shards(self, rank: int) -> dict[str, list[Shard]]:
-        """What this process has to agree on with others, by a digest of who they are: weights, which show the rest
-        too."""
-        found: defaultdict[str, list[Shard]] = defaultdict(list)
+        """Returns the shards that a rank has to hold alike with others, by a digest of the ranks that hold them:
+        weights only, which show an error in the rest of the state, too."""
+        shards: defaultdict[str, list[Shard]] = defaultdict(list)
         groups: dict[tuple[Table, int], str] = {}
         for name, table in self.tables.items():
             if not is_weight(name) or table.ranks.shape[1] == 1:
@@ -203,26 +202,26 @@ class Plan:
                     groups[table, row] = xxhash.xxh3_64_hexdigest(holders.tobytes()) if len(holders) > 1 else ""
                 if group := groups[table, row]:
                     stored = self.tensors[name]
-                    found[group].append(Shard(name, stored.dtype, stored.shape, table.box(row)))
-        return found
+                    shards[group].append(Shard(name, stored.dtype, stored.shape, table.box(row)))
+        return shards
 
 
-def _tables(held: Mapping[str, Holding]) -> Iterator[tuple[str, Table]]:
-    """Made and checked once for all tensors of one shape that lie alike."""
-    made: dict[Any, Table] = {}
-    for name, (_, shape, shardings) in held.items():
+def _make_tables(holdings: Mapping[str, Holding]) -> Iterator[tuple[str, Table]]:
+    """Yields each tensor's table, which is made and checked once for all tensors of one shape and sharding."""
+    tables: dict[Any, Table] = {}
+    for name, (_, shape, shardings) in holdings.items():
         key = shape, *shardings
-        if key not in made:
-            made[key] = _merged([sharding.table(shape) for sharding in shardings], shape)
+        if key not in tables:
+            tables[key] = _merge_tables([sharding.table(shape) for sharding in shardings], shape)
             try:
-                made[key].raise_unless_whole(shape)
+                tables[key].raise_unless_whole(shape)
             except ValueError as error:
-                raise TrainingError(f"'{name}' cannot be saved, of what all processes hold of it {error}") from None
-        yield name, made[key]
+                raise TrainingError(f"'{name}' cannot be saved: {error}") from None
+        yield name, tables[key]
 
 
-def _merged(tables: Sequence[Table], shape: tuple[int, ...]) -> Table:
-    """One of all: of the same blocks the holders beside each other, of others the blocks behind each other."""
+def _merge_tables(tables: Sequence[Table], shape: tuple[int, ...]) -> Table:
+    """Merges tables of one tensor: more columns where all have the same blocks, more rows otherwise."""
     first = tables[0]
     if all(table.has_blocks_of(first) for table in tables):
         ranks = np.hstack([table.ranks for table in tables])
@@ -232,9 +231,9 @@ def _merged(tables: Sequence[Table], shape: tuple[int, ...]) -> Table:
         for box, ranks in zip(table.boxes, table.ranks.tolist(), strict=True):
             holders[box] += ranks
     width = max(map(len, holders.values()))
-    columns = [(its * width)[:width] for its in holders.values()]  # a table has as many columns in each row
+    padded = [(ranks * width)[:width] for ranks in holders.values()]  # each row of a table has as many columns
     offset, size = (np.array([box[i] for box in holders], np.int64).reshape(len(holders), len(shape)) for i in (0, 1))
-    return Table(offset, size, np.array(columns))
+    return Table(offset, size, np.array(padded))
 
 
 def _sharding_of_replica(
@@ -250,16 +249,16 @@ def _sharding_of_replica(
 
 
 def fingerprint(tensors: Sequence[Tensor]) -> Tensor:
-    """The sum of all their bits, read as integers: an int64 scalar where the tensors lie; only it is ever fetched. The
-    sums of two lists add up to that of both."""
-    few = [tensor.nbytes < SMALL and tensor.nbytes % 8 == 0 for tensor in tensors]
-    small = [tensor.reshape(-1).view(torch.uint8) for tensor, is_few in zip(tensors, few, strict=True) if is_few]
-    sums = [_words(tensor) for tensor, is_few in zip(tensors, few, strict=True) if not is_few]
-    sums += [_words(torch.cat(small))] if small else []
+    """Returns the sum of all bits of the tensors, read as integers: an int64 scalar on their device. The sums of two
+    lists add up to that of both."""
+    flags = [tensor.nbytes < SMALL and tensor.nbytes % 8 == 0 for tensor in tensors]
+    small = [tensor.reshape(-1).view(torch.uint8) for tensor, is_small in zip(tensors, flags, strict=True) if is_small]
+    sums = [_sum_words(tensor) for tensor, is_small in zip(tensors, flags, strict=True) if not is_small]
+    sums += [_sum_words(torch.cat(small))] if small else []
     return torch.stack(sums).sum() if sums else torch.zeros((), dtype=torch.int64)
 
 
-def _words(tensor: Tensor) -> Tensor:
+def _sum_words(tensor: Tensor) -> Tensor:
     flat = tensor.reshape(-1).view(torch.uint8)
     if flat.data_ptr() % 8:
         flat = flat.clone()  # a view of words begins at one
@@ -270,19 +269,20 @@ def _words(tensor: Tensor) -> Tensor:
 def fingerprint_of(state: State) -> Tensor:
     """Returns the fingerprint of this rank's weights: an integer below 2^40 as a float64 scalar, so that many can be
     summed."""
-    weights = [tensor for piece, tensor in local_shards(state) if is_weight(piece.name)]
+    weights = [tensor for shard, tensor in local_shards(state) if is_weight(shard.name)]
     return fingerprint(weights).remainder(1 << 40).double()
 
 
-def _lay_out(its: Sequence[Shard]) -> list[tuple[Shard, int]]:
-    """Wide types first: then each piece begins at a multiple of its own type's size."""
-    at, found = 0, []
-    for piece in sorted(its, key=lambda piece: (-DTYPES[piece.dtype].itemsize, piece)):
-        found.append((piece, at))
-        at += piece.nbytes
-    return found
+def _lay_out(shards: Sequence[Shard]) -> list[tuple[Shard, int]]:
+    """Returns each shard with its first byte: wide types first, so that each begins at a multiple of its item size."""
+    offset, layout = 0, []
+    for shard in sorted(shards, key=lambda shard: (-DTYPES[shard.dtype].itemsize, shard)):
+        layout.append((shard, offset))
+        offset += shard.nbytes
+    return layout
 
 
-def header_of(file: Sequence[tuple[Shard, int]], about: dict[str, str]) -> bytes:
-    """The beginning of a file of these pieces."""
-    return header([(key_of(its.name, its.shape, its.box), its.dtype, its.box, at) for its, at in file], about)
+def header_of(file: Sequence[tuple[Shard, int]], metadata: dict[str, str]) -> bytes:
+    """Returns the header of a file of these shards."""
+    entries = [(key_of(shard.name, shard.shape, shard.box), shard.dtype, shard.box, begin) for shard, begin in file]
+    return header(entries, metadata)

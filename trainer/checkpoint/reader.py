@@ -1,4 +1,4 @@
-"""Reading the files of a checkpoint. Storage that does not answer is waited for: that says nothing about them."""
+"""Reads the files of a checkpoint. Storage that does not answer is waited for: that is not damage."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ ADVICE = (
 
 
 class DamagedCheckpoint(Exception):
-    """This checkpoint does not count; the text says why."""
+    """Raised for a checkpoint that does not count; the text says why."""
 
 
 def wait_for_answer(path: Path, make: Callable[[], T], patience_s: float | None = None) -> T:
-    """Returns what `make` reads of `path`, once its storage answers. Raises Outage; OSError that is an answer."""
-    return outage.patiently(make, outage.Patience(str(path), str(path), patience_s, advice=ADVICE))
+    """Returns what `make` reads of `path`, once its storage answers. Raises Outage; an OSError that is an answer."""
+    return outage.retry_during_outage(make, outage.Patience(str(path), str(path), patience_s, advice=ADVICE))
 
 
 class Reader(io.RawIOBase):
-    """A file of a checkpoint, open for reading from any byte on. After an outage it is opened anew, for a stale handle
-    stays stale, and read on from where it was."""
+    """A file of a checkpoint, open for reading from any byte on. After an outage it is reopened, since a stale handle
+    stays stale, and reading continues where it stopped."""
 
     def __init__(self, path: Path, patience_s: float | None = None):
-        """Raises as `wait_for_answer`; DamagedCheckpoint for a link or a pipe."""
-        self._path, self._patience_s, self._at = path, patience_s, 0
+        """Opens the file. Raises what `wait_for_answer` does; DamagedCheckpoint for a link or a pipe."""
+        self._path, self._patience_s, self._position = path, patience_s, 0
         self._file: io.FileIO | None = None
         self.size: int = self._use(lambda file: os.fstat(file.fileno()).st_size)
 
@@ -44,27 +44,27 @@ class Reader(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         count = self._use(lambda file: _read_into(file, buffer))
-        self._at += count
+        self._position += count
         return count
 
-    def seek(self, at: int, whence: int = os.SEEK_SET) -> int:
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         assert whence == os.SEEK_SET
-        self._at = self._use(lambda file: file.seek(at))
-        return self._at
+        self._position = self._use(lambda file: file.seek(offset))
+        return self._position
 
     def close(self) -> None:
         self._drop()
         super().close()
 
-    def _use(self, use: Callable[[io.FileIO], T]) -> T:
-        return wait_for_answer(self._path, lambda: self._attempt(use), self._patience_s)
+    def _use(self, call: Callable[[io.FileIO], T]) -> T:
+        return wait_for_answer(self._path, lambda: self._attempt(call), self._patience_s)
 
-    def _attempt(self, use: Callable[[io.FileIO], T]) -> T:
+    def _attempt(self, call: Callable[[io.FileIO], T]) -> T:
         try:
             if self._file is None:
-                self._file = _opened(self._path)
-                self._file.seek(self._at)
-            return use(self._file)
+                self._file = _open_regular(self._path)
+                self._file.seek(self._position)
+            return call(self._file)
         except OSError:
             self._drop()
             raise
@@ -76,12 +76,12 @@ class Reader(io.RawIOBase):
 
 
 def _read_into(file: io.FileIO, buffer: Any) -> int:
-    if (count := file.readinto(buffer)) is None:  # how Python tells of EAGAIN; it is not the end
+    if (count := file.readinto(buffer)) is None:  # how Python reports EAGAIN; it is not the end of the file
         raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
     return count
 
 
-def _opened(path: Path) -> io.FileIO:
+def _open_regular(path: Path) -> io.FileIO:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
@@ -96,13 +96,13 @@ def _opened(path: Path) -> io.FileIO:
 
 
 def open_file(path: Path, patience_s: float | None = None) -> Reader:
-    """Opens a file for reading. Raises Outage, OSError; DamagedCheckpoint for a link or a pipe: what a checkpoint holds
-    lies in it."""
+    """Opens a file of a checkpoint for reading. Raises Outage; OSError; DamagedCheckpoint for a link or a pipe, since
+    all of a checkpoint lies in its own folder."""
     return Reader(path, patience_s)
 
 
 def read_small(path: Path, patience_s: float | None = None) -> bytes:
-    """All of a file of JSON."""
+    """Returns the contents of a JSON file. Raises DamagedCheckpoint if it is absurdly large; Outage; OSError."""
     with open_file(path, patience_s) as file:
         if file.size > LARGEST_JSON:
             raise DamagedCheckpoint(f"{path.name} is absurdly large")
@@ -116,9 +116,9 @@ def read_exactly(file: Reader, count: int) -> bytes:
 
 
 def fill_buffer(file: Reader, data: bytearray) -> None:
-    """Reads so many bytes. Raises EOFError, Outage, OSError."""
-    filled = 0
-    while filled < len(data):
-        if not (got := file.readinto(memoryview(data)[filled:])):
+    """Fills `data` with the next bytes of the file. Raises EOFError; Outage; OSError."""
+    position = 0
+    while position < len(data):
+        if not (count := file.readinto(memoryview(data)[position:])):
             raise EOFError("it ends too early")
-        filled += got
+        position += count

@@ -1,10 +1,10 @@
-"""How a tensor lies over ranks. A sharding holds for any shape: what is said of a mesh and its sharded dimensions is
-said of all tensors that are sharded so, and costs as much for one tensor as for thousands.
+"""How a tensor lies over ranks. A sharding holds for any shape: a mesh and its sharded dimensions describe all tensors
+that are sharded this way, and cost as much for one tensor as for thousands.
 
 - `MeshSharding`: a mesh of ranks. Along some of its dimensions the tensor is sharded (FSDP, tensor parallel), along the
-others replicated; one that several ranks hold whole lies on a mesh along which nothing is sharded.
-- `EvenSharding`: flat stretches of equal length, one a rank (ZeRO 3).
-- `BoxSharding`: blocks told one by one, where nothing shorter describes them (ZeRO 1 and 2; format version 2).
+others replicated; a tensor that several ranks hold whole lies on a mesh along which nothing is sharded.
+- `EvenSharding`: flat stretches of equal length, one for each rank (ZeRO 3).
+- `BoxSharding`: blocks listed one by one, where nothing shorter describes them (ZeRO 1 and 2; format version 2).
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ MOST_DIMENSIONS = 64  # torch has no more
 
 
 class Table:
-    """All blocks of a tensor of one shape: block i begins at `offset[i]` and is `size[i]` large; the ranks `ranks[i]`
-    hold it, one in each column. No block is empty. `disjoint`: no element can be in two of them."""
+    """All blocks of a tensor of one shape: block i begins at `offset[i]` and has the size `size[i]`; the ranks
+    `ranks[i]` hold it, one in each column. No block is empty. `disjoint`: no element can be in two blocks."""
 
     def __init__(self, offset: Ints, size: Ints, ranks: Ints, disjoint: bool = False):
-        filled = size.all(axis=1)
-        self.offset, self.size, self.ranks = offset[filled], size[filled], ranks[filled]
+        is_filled = size.all(axis=1)
+        self.offset, self.size, self.ranks = offset[is_filled], size[is_filled], ranks[is_filled]
         self.disjoint = disjoint
-        self._meeting: dict[Box, list[int]] = {}
-        self._rows: dict[int, dict[int, list[int]]] = {}
-        self._held: dict[int, list[int]] = {}
+        self._intersecting_rows: dict[Box, list[int]] = {}
+        self._rows_by_replica: dict[int, dict[int, list[int]]] = {}
+        self._rows_by_rank: dict[int, list[int]] = {}
 
     def __len__(self) -> int:
         return len(self.offset)
@@ -47,11 +47,11 @@ class Table:
 
     @property
     def boxes(self) -> list[Box]:
-        """All of them: much larger than the table."""
+        """Returns all blocks as boxes, which take much more memory than the table."""
         return [Box(tuple(a), tuple(n)) for a, n in zip(self.offset.tolist(), self.size.tolist(), strict=True)]
 
     def has_blocks_of(self, other: Table) -> bool:
-        """Whether both have the same blocks in the same order."""
+        """Returns whether both tables have the same blocks in the same order."""
         return np.array_equal(self.offset, other.offset) and np.array_equal(self.size, other.size)
 
     @cached_property
@@ -60,51 +60,52 @@ class Table:
         return self.size.prod(axis=1, dtype=np.int64)
 
     def rows_of(self, rank: int, replica: int) -> list[int]:
-        """The blocks that a rank holds in this column."""
-        if replica not in self._rows:
+        """Returns the blocks that a rank holds in this column."""
+        if replica not in self._rows_by_replica:
             rows: defaultdict[int, list[int]] = defaultdict(list)
             for row, holder in enumerate(self.ranks[:, replica].tolist()):
                 rows[holder].append(row)
-            self._rows[replica] = dict(rows)
-        return self._rows[replica].get(rank, [])
+            self._rows_by_replica[replica] = dict(rows)
+        return self._rows_by_replica[replica].get(rank, [])
 
     def rows_held_by(self, rank: int) -> list[int]:
-        """The blocks that a rank holds in any column."""
-        if rank not in self._held:
-            self._held[rank] = np.flatnonzero((self.ranks == rank).any(axis=1)).tolist()
-        return self._held[rank]
+        """Returns the blocks that a rank holds in any column."""
+        if rank not in self._rows_by_rank:
+            self._rows_by_rank[rank] = np.flatnonzero((self.ranks == rank).any(axis=1)).tolist()
+        return self._rows_by_rank[rank]
 
-    def intersecting(self, box: Box) -> list[int]:
-        """The blocks that have elements in common with this one."""
-        if box not in self._meeting:
+    def rows_intersecting(self, box: Box) -> list[int]:
+        """Returns the blocks that have elements in common with this one."""
+        if box not in self._intersecting_rows:
             begin, size = np.array(box.offset, np.int64), np.array(box.size, np.int64)
-            hit = (self.offset < begin + size).all(axis=1) & (begin < self.offset + self.size).all(axis=1)
-            self._meeting[box] = np.flatnonzero(hit).tolist()
-        return self._meeting[box]
+            is_hit = (self.offset < begin + size).all(axis=1) & (begin < self.offset + self.size).all(axis=1)
+            self._intersecting_rows[box] = np.flatnonzero(is_hit).tolist()
+        return self._intersecting_rows[box]
 
     def raise_unless_whole(self, shape: Shape) -> None:
-        """Raises ValueError unless the blocks make up a tensor of this shape, each element once."""
+        """Raises ValueError unless the blocks cover a tensor of this shape, each element once."""
         if (self.offset + self.size > np.array(shape, np.int64)).any():
-            raise ValueError("a piece lies outside")
+            raise ValueError("a shard lies outside of the tensor")
         if sum(self.numel.tolist()) != prod(shape) or (not self.disjoint and _overlap(self.boxes)):
-            raise ValueError("its pieces do not make it up")
+            raise ValueError("its shards do not cover it exactly once")
 
 
 class Sharding:
-    """Tables are made once a shape."""
+    """How a tensor of any shape lies over ranks. The table of each shape is made once."""
 
     _tables: dict[Shape, Table]
 
     def table(self, shape: Shape) -> Table:
         if shape not in self._tables:
-            self._tables[shape] = self._made(shape)
+            self._tables[shape] = self._make_table(shape)
         return self._tables[shape]
 
-    def _made(self, shape: Shape) -> Table:
+    def _make_table(self, shape: Shape) -> Table:
         raise NotImplementedError
 
     def cost(self, dims: int) -> int:
-        """How many numbers the table of a shape of so many dimensions has at most, known before it is made."""
+        """Returns an upper bound on how many numbers the table of a shape with `dims` dimensions has, without making
+        it."""
         raise NotImplementedError
 
     def to_json(self) -> dict[str, Any]:
@@ -114,34 +115,34 @@ class Sharding:
 
 @dataclass(eq=False)
 class MeshSharding(Sharding):
-    """`shards`: pairs of a dimension of the mesh and the one of the tensor that is cut along it, in the order of the
-    cuts (`pieces.cut`)."""
+    """A tensor on a mesh of ranks. `shards`: pairs of a dimension of the mesh and the dimension of the tensor that is
+    split along it, in the order of the splits (`state.sharded_dims`)."""
 
     mesh: Ints
     shards: tuple[tuple[int, int], ...] = ()
     _tables: dict[Shape, Table] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def of(cls, mesh: DeviceMesh, placements: Sequence[Placement]) -> MeshSharding:
+    def from_placements(cls, mesh: DeviceMesh, placements: Sequence[Placement]) -> MeshSharding:
         """Returns the sharding of a DTensor with this mesh and these placements."""
         return cls(mesh.mesh.numpy().astype(np.int64), sharded_dims(placements))
 
     @cached_property
     def _ranks(self) -> Ints:
-        """One row a block, with a column a replica."""
+        """Returns the ranks with a row for each block and a column for each replica."""
         axes = [axis for axis, _ in self.shards]
         whole = [axis for axis in range(self.mesh.ndim) if axis not in axes]
         rows = prod(self.mesh.shape[axis] for axis in axes)
         return self.mesh.transpose([*axes, *whole]).reshape(rows, self.mesh.size // rows)
 
-    def _made(self, shape: Shape) -> Table:
+    def _make_table(self, shape: Shape) -> Table:
         counts = [self.mesh.shape[axis] for axis, _ in self.shards]
         numbers = np.unravel_index(np.arange(prod(counts)), counts) if counts else ()
         size = np.tile(np.array(shape, np.int64), (prod(counts), 1))
         offset = np.zeros_like(size)
         for (_, dim), count, number in zip(self.shards, counts, numbers, strict=True):
             if dim >= len(shape):
-                raise ValueError("it is sharded in a dimension that it has not")
+                raise ValueError("it is sharded in a dimension that it does not have")
             start, size[:, dim] = chunk_bounds(size[:, dim], count, number)
             offset[:, dim] += start
         return Table(offset, size, self._ranks, disjoint=True)
@@ -155,8 +156,8 @@ class MeshSharding(Sharding):
 
 @dataclass(eq=False)
 class EvenSharding(Sharding):
-    """Rank r of `world` holds the elements from r * n on, n at most, of the flattened tensor, where n is as small as it
-    can be. `ranks`: those of them that hold their share."""
+    """Rank r of `world` holds at most n elements of the flattened tensor, from r * n on, where n is as small as it can
+    be. `ranks`: the ranks that hold their shard."""
 
     world: int
     ranks: list[int]
@@ -164,12 +165,12 @@ class EvenSharding(Sharding):
 
     @staticmethod
     def span(shape: Shape, rank: int, world: int) -> tuple[int, int]:
-        """First element and how many."""
+        """Returns the first element that a rank holds, and how many."""
         numel = prod(shape)
         length = -(-numel // world)
         return rank * length, min(length, max(0, numel - rank * length))
 
-    def _made(self, shape: Shape) -> Table:
+    def _make_table(self, shape: Shape) -> Table:
         rows = []
         for rank in self.ranks:
             start, count = self.span(shape, rank, self.world)
@@ -185,12 +186,14 @@ class EvenSharding(Sharding):
 
 @dataclass(eq=False)
 class BoxSharding(Sharding):
-    rows: list[tuple[int, Box]]  # which rank, which block
+    """A tensor whose blocks are listed one by one."""
+
+    rows: list[tuple[int, Box]]  # (rank, block)
     _tables: dict[Shape, Table] = field(default_factory=dict, repr=False)
 
-    def _made(self, shape: Shape) -> Table:
+    def _make_table(self, shape: Shape) -> Table:
         if any(len(box.offset) != len(shape) or len(box.size) != len(shape) for _, box in self.rows):
-            raise ValueError("a piece has other dimensions")
+            raise ValueError("a shard has other dimensions than the tensor")
         return _table(self.rows, len(shape))
 
     def cost(self, dims: int) -> int:
@@ -200,9 +203,9 @@ class BoxSharding(Sharding):
         return {"boxes": [[rank, *box] for rank, box in self.rows]}
 
 
-def sharding_of(told: Any) -> Sharding:
-    """Raises ValueError or TypeError for what describes none."""
-    match told:
+def sharding_of(description: Any) -> Sharding:
+    """Returns the sharding that `to_json` described. Raises ValueError or TypeError if it does not describe one."""
+    match description:
         case {"mesh": mesh, "shards": shards}:
             ranks = np.array(mesh)
             if ranks.dtype != np.int64 or ranks.ndim == 0 or (ranks < 0).any() or len(np.unique(ranks)) != ranks.size:
@@ -230,7 +233,7 @@ def whole_number(number: Any) -> int:
 
 
 def shape_from(numbers: Any) -> Shape:
-    """Raises ValueError or TypeError for what is not the shape of a tensor."""
+    """Returns `numbers` as a shape. Raises ValueError or TypeError if they are not the shape of a tensor."""
     if len(numbers) > MOST_DIMENSIONS:
         raise ValueError(f"a tensor has at most {MOST_DIMENSIONS} dimensions")
     return whole_numbers(numbers)
@@ -248,11 +251,11 @@ def _table(rows: Sequence[tuple[int, Box]], dims: int, disjoint: bool = False) -
 
 
 def _overlap(boxes: Sequence[Box]) -> bool:
-    """Whether an element is in two of them. Sorted by where they begin, only a few lie beside each other."""
-    beside: list[Box] = []
+    """Returns whether an element is in two boxes. Sorted by their offsets, only a few are neighbors in dimension 0."""
+    neighbors: list[Box] = []
     for box in sorted(boxes, key=lambda box: box.offset):
-        beside = [other for other in beside if not box.offset or other.offset[0] + other.size[0] > box.offset[0]]
-        if any(box.intersect(other) for other in beside):
+        neighbors = [near for near in neighbors if not box.offset or near.offset[0] + near.size[0] > box.offset[0]]
+        if any(box.intersect(near) for near in neighbors):
             return True
-        beside.append(box)
+        neighbors.append(box)
     return False

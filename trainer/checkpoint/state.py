@@ -1,6 +1,7 @@
 """The canonical form of a run's state: names -> tensors, of which a process may hold all, a block or a flat stretch.
 
-Every strategy says what it holds in this form; so what one has saved any other can read, each process what it needs.
+Every strategy describes what it holds in this form, so any strategy can load what another one saved, and each process
+reads only what it needs.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-"""What can be saved, by the names that the safetensors format has."""
+"""The data types that can be saved, by their names in the safetensors format."""
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class FlatShard(NamedTuple):
-    """Elements `start` to `start + len(values)` of a tensor of `shape`, flattened: how DeepSpeed deals out a parameter.
-    `local_values` is 1-D, and filled in place when it is loaded."""
+    """Elements `start` to `start + len(values)` of a flattened tensor of `shape`: how DeepSpeed shards a parameter.
+    `values` is 1-D, and filled in place when a checkpoint is loaded."""
 
     values: Tensor
     shape: torch.Size
@@ -40,13 +41,14 @@ Shape = tuple[int, ...]
 
 
 ROOTS = ("model", "optimizer", "scaler")
-"""Where the state of the run's own model begins; that of another model has its name before them."""
+"""The first parts of the paths of the run's own model; paths of another model have its name before them."""
 
 
 def model_of(path: str) -> tuple[str, str]:
-    """Returns the name of the model that a path of a state belongs to, empty for the run's own, and the rest of it."""
-    first, _, rest = path.partition("/")
-    return ("", path) if first in ROOTS else (first, rest)
+    """Returns the name of the model that a path of a state belongs to, empty for the run's own, and the path within
+    it."""
+    first, _, inner_path = path.partition("/")
+    return ("", path) if first in ROOTS else (first, inner_path)
 
 
 def is_weight(path: str) -> bool:
@@ -65,14 +67,14 @@ class Box(NamedTuple):
         return prod(self.size)
 
     def intersect(self, other: Box) -> Box | None:
-        """What two blocks of one tensor have in common, if anything."""
+        """Returns the block that two blocks of one tensor have in common, if any."""
         first = tuple(map(max, self.offset, other.offset))
         ends = [min(a + n, b + m) for a, n, b, m in zip(*self, *other, strict=True)]
         size = tuple(end - start for start, end in zip(first, ends, strict=True))
         return Box(first, size) if all(n > 0 for n in size) else None
 
-    def within(self, outer: Box, tensor: Tensor) -> Tensor:
-        """The view of this block in `tensor`, which holds the block `outer`."""
+    def narrow(self, outer: Box, tensor: Tensor) -> Tensor:
+        """Returns the view of this block in `tensor`, which holds the block `outer`."""
         for dim, (start, first, size) in enumerate(zip(self.offset, outer.offset, self.size, strict=True)):
             tensor = tensor.narrow(dim, start - first, size)
         return tensor
@@ -93,14 +95,14 @@ def dtype_of(value: Tensor | FlatShard) -> torch.dtype:
 
 
 def shards_of(value: Tensor | FlatShard) -> list[tuple[Box, Tensor]]:
-    """The blocks that this process holds, as views of its memory; none where its share is empty. Raises TrainingError
-    for a tensor that is sharded in a way of its own."""
+    """Returns the blocks that this process holds, as views of its memory; none where its shard is empty. Raises
+    TrainingError for a tensor that is sharded in an unknown way."""
     if isinstance(value, FlatShard):
-        start, found = 0, []
+        start, shards = 0, []
         for box in flat_blocks(tuple(value.shape), value.start, value.start + len(value.values)):
-            found.append((box, value.values[start : start + box.numel].view(box.size)))
+            shards.append((box, value.values[start : start + box.numel].view(box.size)))
             start += box.numel
-        return found
+        return shards
     if isinstance(value, DTensor):
         local = value.to_local()
         coordinate = value.device_mesh.get_coordinate()
@@ -118,16 +120,19 @@ def shards_of(value: Tensor | FlatShard) -> list[tuple[Box, Tensor]]:
 
 
 def sharded_dims(placements: Sequence[Placement]) -> tuple[tuple[int, int], ...]:
-    """Pairs of a dimension of the mesh and the one of the tensor that is cut along it, in the order of the cuts. FSDP
-    cuts what tensor parallel has cut already, though its dimension of the mesh comes first: torch calls that a strided
-    shard."""
-    cuts = [(isinstance(it, _StridedShard), axis, getattr(it, "dim", None)) for axis, it in enumerate(placements)]
-    return tuple((axis, dim) for _, axis, dim in sorted(cuts, key=lambda cut: cut[:2]) if dim is not None)
+    """Returns pairs of a dimension of the mesh and the dimension of the tensor that is split along it, in the order of
+    the splits. FSDP splits what tensor parallel has split already, though its mesh dimension comes first: torch calls
+    that a strided shard."""
+    splits = [
+        (isinstance(placement, _StridedShard), axis, getattr(placement, "dim", None))
+        for axis, placement in enumerate(placements)
+    ]
+    return tuple((axis, dim) for _, axis, dim in sorted(splits, key=lambda split: split[:2]) if dim is not None)
 
 
 def chunk_bounds(length: Any, count: int, number: Any) -> tuple[Any, Any]:
-    """The first index and the size of a piece, or of many, of `count`: each as large as the first, as `torch.chunk`
-    cuts."""
+    """Returns the first index and the size of chunk `number` of `count`, or of many: each as large as the first, as
+    `torch.chunk` splits."""
     chunk = -(-length // count)
     start = np.minimum(number * chunk, length)
     return start, np.minimum(chunk, length - start)
@@ -137,8 +142,8 @@ def chunk_bounds(length: Any, count: int, number: Any) -> tuple[Any, Any]:
 def _box(
     shape: tuple[int, ...], mesh: tuple[int, ...], coordinate: tuple[int, ...], placements: tuple[Placement, ...]
 ) -> Box:
-    """What of a DTensor lies at this place of its mesh, by the rule of `shardings.Grid`: torch's own answer is wrong
-    for a strided shard of a size that does not divide. A state has thousands of tensors of a few kinds."""
+    """Returns the block of a DTensor at this coordinate of its mesh, by the rule of `shardings.MeshSharding`: torch's
+    own answer is wrong for a strided shard of an uneven size. A state has thousands of tensors of a few kinds."""
     offset, size = [0] * len(shape), list(shape)
     for axis, dim in sharded_dims(placements):
         start, length = chunk_bounds(size[dim], mesh[axis], coordinate[axis])
@@ -147,25 +152,26 @@ def _box(
 
 
 def flat_blocks(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
-    """The elements from `start` to `stop` of a flattened tensor as blocks: in order, each of consecutive elements."""
+    """Yields the elements from `start` to `stop` of a flattened tensor as blocks: in order, each of consecutive
+    elements."""
     if start == stop:
         return
     if not shape:
         yield Box((), ())
         return
-    row, rest = prod(shape[1:]), tuple(shape[1:])
+    row, row_shape = prod(shape[1:]), tuple(shape[1:])
     (first, a), (last, b) = divmod(start, row), divmod(stop, row)
     if first == last:
-        yield from _in_row(first, rest, a, b)
+        yield from _blocks_in_row(first, row_shape, a, b)
         return
     if a:
-        yield from _in_row(first, rest, a, row)
+        yield from _blocks_in_row(first, row_shape, a, row)
         first += 1
     if last > first:
-        yield Box((first, *(0 for _ in rest)), (last - first, *rest))
-    yield from _in_row(last, rest, 0, b)
+        yield Box((first, *(0 for _ in row_shape)), (last - first, *row_shape))
+    yield from _blocks_in_row(last, row_shape, 0, b)
 
 
-def _in_row(row: int, shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
+def _blocks_in_row(row: int, shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
     for box in flat_blocks(shape, start, stop):
         yield Box((row, *box.offset), (1, *box.size))

@@ -1,4 +1,4 @@
-"""Hydra: from overrides to raw values. Writes nothing, so that any number of ranks may compose at once."""
+"""Composes raw values from overrides with Hydra. Writes nothing, so that any number of ranks may compose at once."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from trainer.secrets import shown_override
 
 
 def load(overrides: Sequence[str], world_size: int = 1, config_dir: str | None = None) -> Config:
-    """The checked config of a command line. Raises ConfigError with every problem of it at once."""
+    """Returns the checked config of a command line. Raises ConfigError with all its problems at once."""
     return config_of(*compose(overrides, config_dir), world_size)
 
 
@@ -46,14 +46,14 @@ def config_of(raw: dict[str, Any], problems: list[str], world_size: int) -> Conf
 
 
 def homeless_paths(config: Config) -> list[str]:
-    """Returns what is wrong with paths that begin with `~`: a user of a container may have no home."""
+    """Returns a problem for each path that begins with `~` if the user has no home, as in some containers."""
     paths = {"run.dir": config.run.dir, "data.cache": config.data.cache, "data.tokenizer": config.data.tokenizer}
     paths["model.weights"] = getattr(config.model, "weights", None) or ""
-    if os.path.expanduser("~") != "~":  # as it stays where there is none
+    if os.path.expanduser("~") != "~":  # it stays `~` where there is no home
         return []
     advice = "this user has no home folder: set HOME, or give a folder"
-    more = {"data.cache": " (also by ONECURVE_CACHE)"}
-    return [f"{key}={path}: {advice}{more.get(key, '')}" for key, path in paths.items() if path.startswith("~")]
+    hints = {"data.cache": " (also by ONECURVE_CACHE)"}
+    return [f"{key}={path}: {advice}{hints.get(key, '')}" for key, path in paths.items() if path.startswith("~")]
 
 
 def load_sized(
@@ -62,22 +62,22 @@ def load_sized(
     config_dir: str | None = None,
     otherwise: Callable[[], int] = lambda: 1,
 ) -> tuple[Config, int]:
-    """The checked config, and the number of processes that it is checked for: `procs`, or what its section `launch`
-    asks for, or what `otherwise` finds. Raises ConfigError with every problem at once."""
+    """Returns the checked config, and the number of processes it is checked for: `procs`, or that of its section
+    `launch`, or the result of `otherwise`. Raises ConfigError with all problems at once."""
     raw, problems = compose(overrides, config_dir)
     try:
         launch, run = raw["launch"], raw["run"]
         schema = config_class("launch", launch["name"], run["plugins"])
         procs = procs or validate_section("launch", schema, launch).processes
     except (ConfigError, LookupError, TypeError):
-        pass  # the check names it, with all else
+        pass  # the check below reports it
     procs = procs or otherwise()
     return config_of(raw, problems, procs), procs
 
 
 def load_composed(path: str | os.PathLike[str], world_size: int) -> Config:
-    """The config in a file that holds all of `Config.with_secrets()`, as a launcher writes it: whatever happens to the
-    YAML files meanwhile, each start of a run has the same. Raises ConfigError."""
+    """Returns the config in a file with all of `Config.with_secrets()`, as a launcher writes it: each attempt of a run
+    has the same, even if the YAML files change meanwhile. Raises ConfigError."""
     try:
         raw = yaml.safe_load(Path(path).read_bytes())
     except (OSError, yaml.YAMLError) as error:
@@ -86,12 +86,12 @@ def load_composed(path: str | os.PathLike[str], world_size: int) -> Config:
 
 
 def compose(overrides: Sequence[str], config_dir: str | None = None) -> tuple[dict[str, Any], list[str]]:
-    """Raw values of a command line, and what is wrong with the overrides themselves. Wrong ones are left out."""
+    """Returns the raw values of a command line, and the problems of its overrides. Wrong overrides are left out."""
     problems: list[str] = []
     if config_dir and not os.path.isdir(config_dir):
         problems.append(f"--config-dir {config_dir}: no such folder")
         config_dir = None
-    good: list[str] = []
+    valid: list[str] = []
     parser = OverridesParser.create()
     for text in overrides:
         if text.startswith("--"):
@@ -99,91 +99,91 @@ def compose(overrides: Sequence[str], config_dir: str | None = None) -> tuple[di
             continue
         try:
             parser.parse_overrides([text])
-            good.append(text)
+            valid.append(text)
         except OverrideParseException:
-            if fixed := quote(text, parser):
-                good.append(fixed)
+            if quoted := quote(text, parser):
+                valid.append(quoted)
                 continue
-            what = "is not an override; write key=value (quote values with spaces, commas or braces)"
-            problems.append(f"{shown_override(text)}: {what}")
+            reason = "is not an override; write key=value (quote values with spaces, commas or braces)"
+            problems.append(f"{shown_override(text)}: {reason}")
     extra = [f"hydra.searchpath=[file://{os.path.abspath(config_dir)}]"] if config_dir else []
     with in_hydra():
         while True:
             try:
-                given = [*extra, *map(parse_leniently, good)]
-                return raw_values(hydra.compose("config", overrides=given)), problems
+                arguments = [*extra, *map(parse_leniently, valid)]
+                return raw_values(hydra.compose("config", overrides=arguments)), problems
             except MissingConfigException as error:
                 group, option = _missing(error)
-                culprit = next((text for text in good if text in (f"{group}={option}", f"+{group}={option}")), None)
+                culprit = next((text for text in valid if text in (f"{group}={option}", f"+{group}={option}")), None)
                 problems.append(f"{group}={option}: no such option{nearest_hint(option, error.options or [])}")
                 if culprit is None:
                     return {}, problems
-                good.remove(culprit)
+                valid.remove(culprit)
             except (HydraException, OmegaConfBaseException, ValueError) as error:
                 return {}, [*problems, " ".join(str(error if str(error) else error.__cause__).split())]
 
 
 def with_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """The values that a run was resolved to, some of them replaced. Raises ConfigError."""
-    made = OmegaConf.create()
+    """Returns the values that a run was resolved to, with overrides applied. Raises ConfigError."""
+    changes = OmegaConf.create()
     try:
         for key, _, value in (text.partition("=") for text in overrides):
-            # A command or an address is itself: a colon in it makes no mapping.
+            # A command or an address is plain text: a colon in it does not make it a mapping.
             plain = value[:1] in ("[", "{", "'", '"') or value == "null"
-            OmegaConf.update(made, key, yaml.safe_load(value) if plain else value)
-        again = OmegaConf.to_container(made, resolve=True)
+            OmegaConf.update(changes, key, yaml.safe_load(value) if plain else value)
+        new_values = OmegaConf.to_container(changes, resolve=True)
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(f"{first_line(error)}; write key=value, such as data.shards='...'") from None
-    return _merged(raw, again)
+    return _merge(raw, new_values)
 
 
-def _merged(raw: Any, again: Any) -> Any:
-    if not (isinstance(raw, dict) and isinstance(again, dict)):
-        return again
-    return raw | {key: _merged(raw.get(key), value) for key, value in again.items()}
+def _merge(raw: Any, changes: Any) -> Any:
+    if not (isinstance(raw, dict) and isinstance(changes, dict)):
+        return changes
+    return raw | {key: _merge(raw.get(key), value) for key, value in changes.items()}
 
 
 def quote(text: str, parser: OverridesParser) -> str | None:
-    """The override with its value in quotes, where that is all it lacks: paths and URLs with braces, `~`, `?`."""
+    """Returns the override with its value in quotes if that makes it valid (paths and URLs with braces, `~`, `?`)."""
     key, equals, value = text.partition("=")
     if not equals or not value or value[0] in "{[\"'":
         return None
     escaped = value.replace("'", "\\'")
-    fixed = f"{key}='{escaped}'"
+    quoted = f"{key}='{escaped}'"
     try:
-        parser.parse_overrides([fixed])
+        parser.parse_overrides([quoted])
     except OverrideParseException:
         return None
-    return fixed
+    return quoted
 
 
 def complete(raw: dict[str, Any]) -> dict[str, Any]:
-    """The values that a run of an earlier version was resolved to, with the defaults of keys that are new since."""
+    """Returns the values that a run of an earlier version was resolved to, with the defaults of newer keys."""
     sections = {name: values for name, values in raw.items() if isinstance(values, dict)}
-    chosen = {
+    option_names = {
         group: values["name"] for group, values in sections.items() if values.get("name") in OPTIONS.get(group, ())
     }
-    defaults, _ = compose(["experiment=none", *(f"{group}={name}" for group, name in chosen.items())])
-    known = sections.keys() & {*SECTIONS, *chosen}
-    new = {name: defaults[name] for name in SECTIONS if name not in raw}
-    return new | raw | {name: {**defaults[name], **sections[name]} for name in known}
+    defaults, _ = compose(["experiment=none", *(f"{group}={name}" for group, name in option_names.items())])
+    known_sections = sections.keys() & {*SECTIONS, *option_names}
+    new_sections = {name: defaults[name] for name in SECTIONS if name not in raw}
+    return new_sections | raw | {name: {**defaults[name], **sections[name]} for name in known_sections}
 
 
 def raw_values(config: DictConfig) -> dict[str, Any]:
-    """A composed config as plain values, interpolations resolved. Raises OmegaConfBaseException."""
+    """Returns a composed config as plain values, interpolations resolved. Raises OmegaConfBaseException."""
     values = OmegaConf.to_container(config, resolve=True)
     assert isinstance(values, dict)
     return {str(key): value for key, value in values.items() if key not in ("hydra", "experiment")}
 
 
 def options(group: str) -> list[str]:
-    """The options of a config group that ship with onecurve."""
+    """Returns the options of a config group that ship with onecurve."""
     with in_hydra():
         return GlobalHydra.instance().config_loader().get_group_options(group)
 
 
 def parse_leniently(text: str) -> str:
-    """`key=value` as `++key=value`: Hydra then takes unknown keys, and our check names all of them, with a guess."""
+    """Turns `key=value` into `++key=value`: Hydra then accepts unknown keys, and our own check reports all of them."""
     override: Override = OverridesParser.create().parse_override(text)
     key = override.key_or_group
     is_group = key in (*OPTIONS, "experiment") or "/" in key or override.package is not None
@@ -196,7 +196,7 @@ def _missing(error: MissingConfigException) -> tuple[str, str]:
 
 
 def recipe_message() -> str:
-    """A sentence on the recipe of the config that was composed last: which it is, and what it does not decide."""
+    """Returns a sentence on the recipe of the config that was composed last: its name, and what it does not decide."""
     return recipes.Loader.recipe_message
 
 

@@ -1,4 +1,4 @@
-"""Keys of data: where the shards are, what is taken of their samples, and what contradicts them."""
+"""Keys of data: where the shards are, which parts of their samples are used, and refused combinations."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ IMAGES = {"jpg", "jpeg", "png", "webp", "ppm", "pgm", "pbm"}
 
 
 def _class_names(value: Any) -> Any:
-    """Returns the names that a file gives, so that the config has them from then on and the file is not asked again."""
+    """Replaces the path of a file by the class names in it: they are then in the config, and the file is not needed."""
     if not isinstance(value, str):
         return value
     try:
@@ -29,13 +29,15 @@ def _class_names(value: Any) -> Any:
     except OSError as error:
         raise ValueError(f"{value}: {error.strerror or error}") from error
     except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{value}: should be JSON as onecurve data pack writes it, {{NAME: NUMBER}}: {error}") from error
+        raise ValueError(
+            f"{value}: should be JSON as onecurve data pack writes it, {{NAME: NUMBER}}: {error}"
+        ) from error
     return names
 
 
 def _distinct(names: list[str]) -> list[str]:
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"names a class twice: {', '.join(twice)}")
+    if duplicates := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"names a class twice: {', '.join(duplicates)}")
     return names
 
 
@@ -45,10 +47,10 @@ class DataSource(Section):
 
 
 class Data(Tokenization):
-    """What text and decoded samples have in common: where the shards are, their order, faults, reading."""
+    """The keys that text and decoded samples share: where the shards are, their order, faults, reading."""
 
     decoded: ClassVar[bool] = False
-    """Whether samples are decoded, one by one; else their text is packed into sequences."""
+    """True: samples are decoded one by one. False: their text is packed into sequences."""
 
     shards: str | list[str] | None = Field(
         description="Training shards: paths of WebDataset tars or `http(s)://`, `s3://`, `gs://` addresses; braces "
@@ -73,7 +75,7 @@ class Data(Tokenization):
     workers: Int = Field(ge=0, description="Threads that read ahead. 0: read in the training thread.")
     processes: bool = Field(description="The workers are processes instead: for decoding that keeps a core busy.")
     lanes: Count = Field(
-        description="Parallel streams the data is dealt to, fixed at the run's birth. Best a multiple of the "
+        description="Parallel streams the data is dealt to, fixed when the run starts. Best a multiple of the "
         "number of processes: each then reads only its own lanes."
     )
     window: Count = Field(description="Blocks of samples that a lane shuffles among each other.")
@@ -107,15 +109,15 @@ class Data(Tokenization):
 
     @property
     def has_text(self) -> bool:
-        """Whether its batches have `inputs` and `targets` made of text."""
+        """Returns whether batches have `inputs` and `targets` made of text."""
         return True
 
     def without_text(self, group: str, name: str) -> Iterator[str]:
-        """Yields what to tell of an option of a group that takes text, where there is none."""
+        """Yields a problem of an option that needs text (`name` of `group`) if the samples have none."""
         return iter(())
 
     def row(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """What a row of a batch is made of, as far as the config tells: of each field torch's data type, and shape."""
+        """Returns torch's data type and the shape of each field of a batch row, as far as the config tells them."""
         raise NotImplementedError
 
     def problems(self, sections: Mapping[str, Any], world_size: int) -> Iterator[str]:
@@ -199,14 +201,14 @@ class Samples(Data):
         return TOKENS in self.fields
 
     def without_text(self, group: str, name: str) -> Iterator[str]:
-        if not self.has_text and not self.maps:  # which could make a text of anything
+        if not self.has_text and not self.maps:  # maps could make text of anything
             yield (
                 f"{group}.name={name}: takes text, which data.fields has none of: call it `tokens`, such as "
                 f"data.fields={{tokens: txt}}, or take {group} of your own"
             )
 
     def row(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Images have a size that is known; what is not text is taken for a number."""
+        """Returns the fields of a row. Images have a known size; all else that is not text counts as a number."""
         fields: dict[str, tuple[str, tuple[int, ...]]] = {}
         for name, extensions in self.fields.items():
             if name == TOKENS:

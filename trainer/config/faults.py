@@ -1,4 +1,4 @@
-"""What can be made to go wrong on purpose, by `debug.faults`: where, how, at which pass, on which process."""
+"""Faults to inject by `debug.faults`: at which point, which action, at which pass, on which process."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ POINTS = {
     "track.rows": "before steps are recorded",
     "end.finished": "all is done and saved, before the process ends",
 }
-TENSORS = ("step.weights", "step.loss")  # what `nan` and `flip` have something to change at
+TENSORS = ("step.weights", "step.loss")  # the points where `nan` and `flip` can change something
 ACTIONS = {
     "kill": "SIGKILL to itself",
     "stop": "SIGSTOP to itself: it hangs until somebody ends it",
@@ -36,13 +36,13 @@ ACTIONS = {
     "nan": "not a number, in one value",
     "flip": "one bit of one value flipped",
 }
-_ARGUMENT = {"errno": "ENOSPC", "delay": "1"}  # what `errno` and `delay` mean without one
+_ARGUMENT = {"errno": "ENOSPC", "delay": "1"}  # the defaults of `errno` and `delay`
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Once in the life of the run, at the `n`-th pass of one process's life; `again`: at that and each later pass, in
-    every life. `rank` None: on all."""
+    """A fault that happens once in a run, at the `n`-th pass of an attempt; with `again` at that and each later pass of
+    every attempt. `rank` None means on all ranks."""
 
     text: str
     point: str
@@ -54,7 +54,7 @@ class Fault:
 
     @classmethod
     def parse(cls, text: str) -> Fault:
-        """Raises ValueError that says what is accepted."""
+        """Parses a fault. Raises ValueError that says what is accepted."""
         match = re.fullmatch(r"([a-z_.]+):([a-z]+)(?:@([A-Za-z0-9.]+))?:(\d+)(\+?)(?::(\d+))?", text)
         if not match:
             form = "point:action:n or point:action:n:rank, such as step.after_backward:kill:3:1"

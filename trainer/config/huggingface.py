@@ -1,6 +1,6 @@
-"""Keys of transformers' models, checked: transformers itself takes any key, and keeps silent.
+"""Checks the keys of transformers' models: transformers itself silently accepts any key.
 
-It is an extra, imported only for a config that names a model of it.
+The package is optional, and imported only for a config that names one of its models.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _USELESS = {"add_cross_attention", "use_cache"}  # not for training on text alon
 
 
 class HuggingFace(Pretrained):
-    """What models of transformers have in common."""
+    """The keys that all models of transformers share."""
 
     architecture: str = Field(description="The class in transformers.")
     config: dict[str, Any] = Field(
@@ -47,52 +47,54 @@ class GPT2(HuggingFace):
 
 
 def architecture(model: HuggingFace) -> Any:
-    """The class in transformers. Raises ConfigError if either is not there."""
+    """Returns the class in transformers. Raises ConfigError if the class or the package is missing."""
     from trainer.optional_packages import without_torchao
 
-    without_torchao()  # transformers imports torchao where it is installed: this way without a word on the terminal
+    without_torchao()  # transformers imports torchao if it is installed: this keeps that silent
     try:
         import transformers
     except ImportError:
         needs = "needs the package transformers: pip install 'onecurve[transformers]'"
         raise ConfigError(f"model.architecture={model.architecture}: {needs}") from None
-    found = getattr(transformers, model.architecture, None)
-    if found is None:
+    model_class = getattr(transformers, model.architecture, None)
+    if model_class is None:
         raise ConfigError(f"model.architecture={model.architecture}: no such class in transformers")
-    return found
+    return model_class
 
 
 def make_transformers_config(model: HuggingFace, sequence_length: int, **defaults: Any) -> Any:
-    """The config object of transformers. What is not given of `defaults`, and the longest position, are filled in."""
-    kind, given = architecture(model).config_class, model.config
+    """Returns the config object of transformers; `defaults` and the longest position fill in keys that are not set."""
+    config_class, keys = architecture(model).config_class, model.config
     filled = {"bos_token_id": None, "eos_token_id": None, "attn_implementation": "sdpa", **defaults}
-    positions = kind.attribute_map.get("max_position_embeddings", "max_position_embeddings")
-    if not {positions, "max_position_embeddings"} & set(given):
+    positions = config_class.attribute_map.get("max_position_embeddings", "max_position_embeddings")
+    if not {positions, "max_position_embeddings"} & set(keys):
         filled[positions] = sequence_length
-    return kind(**{**filled, **given})
+    return config_class(**{**filled, **keys})
 
 
 def refused_combinations(model: HuggingFace, sequence_length: int, tensor_parallel: int) -> Iterator[str]:
-    """What is wrong with `model.config`."""
+    """Yields the problems of `model.config`."""
     try:
-        kind = architecture(model).config_class
+        config_class = architecture(model).config_class
     except ConfigError as error:
         yield from error.problems
         return
-    given, aliases = set(model.config), kind.attribute_map
-    own = {field.name for field in fields(kind)} - {field.name for field in fields(kind.__base__)}
-    unknown = given - (own | set(aliases)) | given & _USELESS
+    names, aliases = set(model.config), config_class.attribute_map
+    known_names = {field.name for field in fields(config_class)} - {
+        field.name for field in fields(config_class.__base__)
+    }
+    unknown = names - (known_names | set(aliases)) | names & _USELESS
     for key in sorted(unknown):
-        near = nearest_hint(f"model.config.{key}", [f"model.config.{name}" for name in own - _USELESS])
+        near = nearest_hint(f"model.config.{key}", [f"model.config.{name}" for name in known_names - _USELESS])
         yield f"model.config.{key}: no such key{near}"
-    twice = {name for name in given & set(aliases) if aliases[name] in given}
-    for name in sorted(twice):
+    duplicates = {name for name in names & set(aliases) if aliases[name] in names}
+    for name in sorted(duplicates):
         yield f"model.config.{name}: is another name of model.config.{aliases[name]}; give one of the two"
-    if unknown or twice:
+    if unknown or duplicates:
         return
     try:
         config = make_transformers_config(model, sequence_length)
-    except Exception as error:  # of many kinds, with what is wrong in the last line
+    except Exception as error:  # of many kinds; the last line says what is wrong
         yield f"model.config: {str(error).splitlines()[-1].strip()}"
         return
     width, heads = config.hidden_size, config.num_attention_heads

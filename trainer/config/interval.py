@@ -1,4 +1,4 @@
-"""How often something happens: "100" (steps), "30min" (wall time), "2e9tok" (target tokens), 0 (never)."""
+"""Parses how often something happens: "100" (steps), "30min" (wall time), "2e9tok" (target tokens), 0 (never)."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ _UNITS |= {"s": ("seconds", 1), "sec": ("seconds", 1), "min": ("seconds", 60), "
 
 @dataclass(frozen=True)
 class Interval:
-    """`amount` of `unit`: steps, tokens or seconds. An amount of 0 means never."""
+    """An amount of steps, tokens or seconds (`unit`). An amount of 0 means never."""
 
     amount: int
     unit: str
 
     @classmethod
     def parse(cls, text: str | int) -> Interval:
-        """Raises ValueError with the accepted forms."""
+        """Parses an interval. Raises ValueError with the accepted forms."""
         match = re.fullmatch(r"\s*([0-9.]+(?:[eE]\+?[0-9]+)?)\s*([a-z]*)\s*", str(text))
         if not match or match[2] not in _UNITS:
             raise ValueError(f"'{text}' is not an interval: write 100 (steps), 30min (also s, h) or 2e9tok")
@@ -32,5 +32,5 @@ class Interval:
         return cls(int(amount), unit)
 
     def due(self, before: dict[str, float], now: dict[str, float]) -> bool:
-        """Whether a multiple of the interval was reached between two readings of steps, tokens and seconds."""
+        """Returns whether a multiple of the interval was reached between two readings of steps, tokens and seconds."""
         return bool(self.amount) and now[self.unit] // self.amount > before[self.unit] // self.amount

@@ -13,13 +13,13 @@ from trainer.config.interval import Interval
 from trainer.config.section import Count, Int, IntervalText, Plugin, Positive, Section
 from trainer.secrets import holds_secret
 
-# What sbatch takes: minutes, min:sec, h:min:sec, days-h, days-h:min, days-h:min:sec.
+# The times that sbatch accepts: minutes, min:sec, h:min:sec, days-h, days-h:min, days-h:min:sec.
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d+){0,2})")
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW", re.IGNORECASE)
 
 
 def slurm_seconds(text: str) -> int:
-    """A time as sbatch writes it, in seconds. Raises ValueError with the forms it has."""
+    """Converts a time in sbatch's notation to seconds. Raises ValueError with the accepted forms."""
     match = _TIME.fullmatch(text)
     if not match:
         raise ValueError("should be a time of Slurm: 90 (minutes), 4:00:00 or 2-12:00:00 (days-hours:minutes:seconds)")
@@ -34,7 +34,7 @@ def slurm_seconds(text: str) -> int:
 
 class Launch(Plugin):
     command: ClassVar[str]
-    """The command of `onecurve` that starts a run with it."""
+    """The command of `onecurve` that starts a run this way."""
 
     restarts: Int = Field(
         ge=0,
@@ -54,7 +54,7 @@ class Launch(Plugin):
             yield f"launch.time_limit={self.time_limit}: should be a time, such as 3h or 90min"
 
     def command_line(self, procs: int) -> str:
-        """How the command starts a run of that many processes."""
+        """Returns the command line that starts a run of that many processes."""
         return self.command
 
     @property
@@ -111,7 +111,7 @@ class Slurm(Launch):
     )
     chain: Count = Field(
         description="Jobs that are submitted together, one after the other (`--dependency=afterany`): each goes on "
-        "where the one before stopped; what is left when the run is finished is cancelled."
+        "where the one before stopped; what is left when the run is finished is canceled."
     )
     max_parallel: Count | None = Field(description="Jobs of a sweep that run at a time. null: as many as Slurm lets.")
     account: str | None = Field(description="Account that pays. null: the default one.")
@@ -138,7 +138,7 @@ class Slurm(Launch):
         "GLOO_SOCKET_IFNAME. null: they choose."
     )
     ib_devices: str | None = Field(description="InfiniBand devices, such as `mlx5_0,mlx5_1`: NCCL_IB_HCA.")
-    nccl_debug: Literal["VERSION", "WARN", "INFO", "TRACE"] = Field(description="What NCCL tells: NCCL_DEBUG.")
+    nccl_debug: Literal["VERSION", "WARN", "INFO", "TRACE"] = Field(description="What NCCL logs: NCCL_DEBUG.")
     env: dict[str, str] = Field(
         description="Further variables of the environment, such as `{NCCL_NET_GDR_LEVEL: PHB}`. No secrets: they are "
         "written into the run's folder; export those before you submit."
@@ -154,8 +154,8 @@ class Slurm(Launch):
         if self.lead_s >= (limit := slurm_seconds(self.time)):
             yield f"launch.lead_s={self.lead_s}: must be less than launch.time={self.time}, which is {limit} s"
         if self.chain > 1 and self.requeue:
-            way = "set launch.requeue=false, or launch.chain=1"
-            yield f"launch.chain={self.chain}: a job that queues itself again needs no other behind it; {way}"
+            remedy = "set launch.requeue=false, or launch.chain=1"
+            yield f"launch.chain={self.chain}: a job that queues itself again needs no other behind it; {remedy}"
         if self.health_check and self.container.runtime:
             yield "launch.health_check=true: looks at nodes, not into containers; set one of them aside"
         if bool(self.container.runtime) != bool(self.container.image):
@@ -168,12 +168,12 @@ class Slurm(Launch):
 
     @property
     def local_processes(self) -> int:
-        """On each node."""
+        """Returns the number of processes on each node."""
         return self.procs_per_node or max(1, self.gpus_per_node)
 
     @field_validator("time")
     @classmethod
-    def _time(cls, text: str) -> str:
+    def _check_time(cls, text: str) -> str:
         slurm_seconds(text)
         return text
 
@@ -199,20 +199,20 @@ class Slurm(Launch):
     @field_validator("setup", "options")
     @classmethod
     def _no_secrets_in_text(cls, lines: list[str]) -> list[str]:
-        """They are written into the script of the job."""
+        """Refuses secrets: the lines are written into the script of the job."""
         for line in lines:
             if holds_secret(line):
-                what = "an address with a password or a signature: export that before you submit, and write $NAME"
-                raise PydanticCustomError("secret", "holds {what}", {"what": what})
-            if found := re.search(r"\w*(?:KEY|TOKEN|SECRET|PASSW)\w*(?==[^$\s])", line, re.IGNORECASE):
+                content = "an address with a password or a signature: export that before you submit, and write $NAME"
+                raise PydanticCustomError("secret", "holds {content}", {"content": content})
+            if match := re.search(r"\w*(?:KEY|TOKEN|SECRET|PASSW)\w*(?==[^$\s])", line, re.IGNORECASE):
                 raise PydanticCustomError(
-                    "secret", "{name} looks like a secret; export it before you submit", {"name": found[0]}
+                    "secret", "{name} looks like a secret; export it before you submit", {"name": match[0]}
                 )
         return lines
 
     @field_validator("options")
     @classmethod
-    def _options(cls, options: list[str]) -> list[str]:
+    def _check_options(cls, options: list[str]) -> list[str]:
         for option in options:
             if not option.startswith("-") or "\n" in option:
                 raise ValueError(f"'{option}' should start with a dash, as on sbatch's command line")

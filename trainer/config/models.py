@@ -1,4 +1,4 @@
-"""Keys of models of our own, and what contradicts them."""
+"""Keys of onecurve's own models, and refused combinations."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trainer.config.words import divisor, multiples
 
 
 class Pretrained(Transformed):
-    """A model that may start with weights of Hugging Face's."""
+    """A model that may start with pretrained weights in Hugging Face's format."""
 
     # With a default, unlike all others: sections of users' own models, and of earlier runs, do not have it.
     weights: str | None = Field(
@@ -43,7 +43,7 @@ class GPT(Pretrained):
     )
 
     def problems(self, sections: Mapping[str, Any], world_size: int) -> Iterator[str]:
-        yield from self._of_itself()
+        yield from self._model_problems()
         if data := sections.get("data"):
             yield from data.without_text("model", self.name)
         strategy = strategy_of(sections)
@@ -60,12 +60,12 @@ class GPT(Pretrained):
             )
         yield from strategy.cut_problems(self.layers, world_size, tied=True)
 
-    def _of_itself(self) -> Iterator[str]:
-        if self.weights is not None and (other := self.unlike_gpt2()):
-            yield f"model.weights={self.weights}: transformers has no weights for it; it is GPT-2 with {other}"
+    def _model_problems(self) -> Iterator[str]:
+        if self.weights is not None and (differences := self.unlike_gpt2()):
+            yield f"model.weights={self.weights}: transformers has no weights for it; it is GPT-2 with {differences}"
         if self.fused_norm and not self.bias:
-            way = "set model.bias=true, or model.fused_norm=false"
-            yield f"model.fused_norm=true: Apex's FusedLayerNorm has a bias; {way}"
+            remedy = "set model.bias=true, or model.fused_norm=false"
+            yield f"model.fused_norm=true: Apex's FusedLayerNorm has a bias; {remedy}"
         if self.width % self.heads:
             near = multiples(self.width, self.heads)
             yield f"model.width={self.width}: does not divide by model.heads={self.heads}; nearest: {near}"
@@ -74,7 +74,7 @@ class GPT(Pretrained):
             yield f"model.positions=rotary: needs an even head size, but {sizes}"
 
     def unlike_gpt2(self) -> str | None:
-        """The keys that would have to be set otherwise for it to be GPT-2."""
+        """Returns the keys to change so that the model is GPT-2; None if it is."""
         gpt2 = {"positions": "learned", "activation": "gelu", "bias": True}
-        other = {key: value for key, value in gpt2.items() if getattr(self, key) != value}
-        return " ".join(f"model.{key}={str(value).lower()}" for key, value in other.items()) or None
+        changes = {key: value for key, value in gpt2.items() if getattr(self, key) != value}
+        return " ".join(f"model.{key}={str(value).lower()}" for key, value in changes.items()) or None

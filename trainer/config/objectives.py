@@ -1,4 +1,4 @@
-"""Keys of objectives, and what contradicts them."""
+"""Keys of objectives, and refused combinations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keys of optimizers and schedules, and what contradicts them."""
+"""Keys of optimizers and schedules, and refused combinations."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import Field
 from trainer.config.section import Count, Float, Int, Plugin, Share
 from trainer.config.strategy import strategy_of
 
-BUILT_IN_STRATEGIES = {"apex": "single, ddp", "8bit": "single, ddp, fsdp, hsdp"}  # which name them as theirs
+BUILT_IN_STRATEGIES = {"apex": "single, ddp", "8bit": "single, ddp, fsdp, hsdp"}  # these list them in `implementations`
 
 
 class Optimizer(Plugin):
@@ -22,7 +22,7 @@ class Optimizer(Plugin):
     )
     ema: Share | None = Field(
         description="Decay (such as 0.999) of a moving average of the weights, kept with the optimizer's state in fp32 "
-        "and exported by `onecurve export --ema`. null: none. It may be switched on or off between lives."
+        "and exported by `onecurve export --ema`. null: none. It may be switched on or off between attempts."
     )
 
 
@@ -36,10 +36,10 @@ class AdamW(Optimizer):
     eps: Float = Field(gt=0, description="Added to the denominator.")
 
     def problems(self, sections: Mapping[str, Any], world_size: int) -> Iterator[str]:
-        strategy, able = strategy_of(sections), BUILT_IN_STRATEGIES.get(self.implementation)
-        if able and self.implementation not in strategy.implementations:
+        strategy, supported = strategy_of(sections), BUILT_IN_STRATEGIES.get(self.implementation)
+        if supported and self.implementation not in strategy.implementations:
             yield (
-                f"optimizer.implementation={self.implementation}: works with strategy={able}, not with "
+                f"optimizer.implementation={self.implementation}: works with strategy={supported}, not with "
                 f"{strategy.name}; nearest: optimizer.implementation=fused"
             )
 

@@ -1,4 +1,4 @@
-"""What a pipeline's schedules can do: one table for the config's check, the strategy and the docs."""
+"""The pipeline schedules and what they can do: one table for the config's check, the strategy and the docs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Protocol
 
 
 class Cut(Protocol):
-    """Of the keys of a pipeline those that decide about micro-batches."""
+    """The keys of a pipeline that decide about micro-batches."""
 
     @property
     def schedule(self) -> str: ...
@@ -22,17 +22,17 @@ class Cut(Protocol):
 class Schedule:
     torch_name: str
     parts: int | None
-    """Parts of the model that each process holds; None: any number of two or more."""
+    """Stages that each process holds; None: any number of two or more."""
     v_shaped: bool
-    """Process r holds the parts r and 2P-1-r of 2P, so the first and the last are on one process; else r, r+P, ..."""
+    """Process r holds the stages r and 2P-1-r of 2P, so the first and the last are on one process; else r, r+P, ..."""
     least: Callable[[int, int], int]
-    """The least number of micro-batches, of (processes, parts of the model)."""
+    """Returns the least number of micro-batches for (processes, stages)."""
     rounds: bool
-    """Their number must be a multiple of how often it holds the number of processes."""
+    """The number of micro-batches n must be a multiple of n // processes."""
     splits_backward: bool
-    """Gradients of weights are computed apart from those of activations: not with torch.compile."""
+    """Gradients of weights are computed apart from those of activations, which excludes torch.compile."""
     idle: str
-    """The share of time a process waits, with p processes, v parts on each, m micro-batches."""
+    """The share of time that a process waits, with p processes, v stages on each, m micro-batches."""
     source: str
 
 
@@ -63,10 +63,10 @@ SCHEDULES = {
 
 
 def micro_batches(config: Cut, processes: int, sequences: int) -> int:
-    """Into how many pieces that many sequences are cut.
+    """Returns the number of micro-batches that so many sequences are split into.
 
-    With `strategy.micro_batches=null` the number n, up to four a part, for which (n + processes - 1) steps of
-    ceil(sequences / n) sequences each take least.
+    With `strategy.micro_batches=null` it is the number n, up to four a stage, for which (n + processes - 1) steps of
+    ceil(sequences / n) sequences each take the least time.
     """
     if config.micro_batches:
         return config.micro_batches
@@ -74,9 +74,9 @@ def micro_batches(config: Cut, processes: int, sequences: int) -> int:
     return min(allowed, key=lambda n: ((n + processes - 1) * -(-max(1, sequences) // n), n))
 
 
-def allowed_micro_batches(config: Cut, processes: int, most: int) -> list[int]:
-    """The numbers of micro-batches up to `most` that the schedule can do, in rising order; at least one."""
+def allowed_micro_batches(config: Cut, processes: int, at_most: int) -> list[int]:
+    """Returns the numbers of micro-batches up to `at_most` that the schedule allows, in rising order; at least one."""
     schedule = SCHEDULES[config.schedule]
     least = schedule.least(processes, processes * config.stages_per_rank)
-    allowed = range(least, max(least, most) + 1)
+    allowed = range(least, max(least, at_most) + 1)
     return [n for n in allowed if not schedule.rounds or n % max(1, n // processes) == 0]

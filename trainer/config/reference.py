@@ -1,4 +1,4 @@
-"""Help for every key, from the schema: the text of `--help` and the page docs/REFERENCE.md."""
+"""Makes help for every key from the schema: the text of `--help` and the page docs/REFERENCE.md."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Key:
 
 
 def help_text(width: int = 110) -> str:
-    """Everything that can be set, section by section."""
+    """Returns the text of `--help`: every key, section by section."""
     lines = [USAGE, f"experiments   experiment={'|'.join(options('experiment'))}", ""]
     for title, rows in sections():
         lines.append(title)
@@ -47,7 +47,7 @@ def help_text(width: int = 110) -> str:
 
 
 def markdown() -> str:
-    """docs/REFERENCE.md."""
+    """Returns the page docs/REFERENCE.md."""
     lines = [
         "# Every key",
         "",
@@ -63,7 +63,7 @@ def markdown() -> str:
 
 
 def sections() -> Iterator[tuple[str, list[Key]]]:
-    """(title, keys) of each section, and of each option of a group; options alike are shown once."""
+    """Yields (title, keys) for each section and each option of a group; options with the same keys come once."""
     defaults, problems = compose([])
     assert not problems, problems
     for name, schema in SECTIONS.items():
@@ -71,7 +71,7 @@ def sections() -> Iterator[tuple[str, list[Key]]]:
     for group, choices in OPTIONS.items():
         schemas = {name: option.config for name, option in choices.items()}
         for schema in dict.fromkeys(schemas.values()):
-            alike = [name for name, found in schemas.items() if found is schema]
+            alike = [name for name, candidate in schemas.items() if candidate is schema]
             shown = "webdataset" if "webdataset" in alike else alike[0]
             values = defaults
             if defaults[group]["name"] != shown:
@@ -104,7 +104,7 @@ def _resolve(node: dict[str, Any], root: dict[str, Any]) -> dict[str, Any]:
 
 
 def _type(node: dict[str, Any]) -> str:
-    """A JSON schema node in words: `integer >= 1`, `none|full|selective`, ..."""
+    """Describes a JSON schema node: `integer >= 1`, `none|full|selective`, ..."""
     if "enum" in node:
         return "|".join(map(str, node["enum"]))
     if "const" in node:

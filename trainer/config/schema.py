@@ -1,8 +1,8 @@
 """The typed schema: every key with its type, bounds and help. Values live in conf/*.yaml, and only there.
 
-A section of the config is one class, which also checks that its keys contradict no others (`problems`). Where a Hydra
-group offers a choice (model, strategy, ...), each option has a class of its own, found by the section's `name` in
-`trainer.registry`. Nothing heavy is imported here.
+A section of the config is one class, which also refuses combinations with other keys (`problems`). Where a Hydra group
+offers a choice (model, strategy, ...), each option has a class of its own, which `trainer.registry` finds by the
+section's `name`. Nothing heavy is imported here.
 """
 
 from __future__ import annotations
@@ -82,19 +82,19 @@ class Train(Section):
 
     def problems(self, sections: Mapping[str, Any], world_size: int) -> Iterator[str]:
         layout = strategy_of(sections).layout(world_size)
-        if world_size % layout.processes:  # of which the strategy tells
+        if world_size % layout.processes:  # the strategy reports that
             layout = ONE_STAGE
-        copies, who = world_size // layout.processes, f"{world_size} processes"
+        replicas, sharers = world_size // layout.processes, f"{world_size} processes"
         if layout.processes > 1:
-            who = f"{copies} copies of the model ({world_size} processes / {layout.processes})"
+            sharers = f"{replicas} copies of the model ({world_size} processes / {layout.processes})"
         sizes = {"train.global_batch": self.global_batch}
         sizes |= {f"train.batch_ramp.{step}": size for step, size in sorted(self.batch_ramp.items())}
-        unit = (self.micro_batch or 1) * copies
+        unit = (self.micro_batch or 1) * replicas
         micro = f" x train.micro_batch={self.micro_batch} = {unit}" if self.micro_batch else ""
         for key, size in sizes.items():
             if size % unit:
-                what = f"is not a multiple of {who}{micro}" if micro else f"does not divide by {who}"
-                yield f"{key}={size}: {what}; nearest: {multiples(size, unit)}"
+                reason = f"is not a multiple of {sharers}{micro}" if micro else f"does not divide by {sharers}"
+                yield f"{key}={size}: {reason}; nearest: {multiples(size, unit)}"
 
 
 class Eval(Section):
@@ -145,7 +145,7 @@ class Sample(Section):
 
 
 class Trained(Section):
-    """A second model that is trained, with an optimizer and a schedule of its own."""
+    """A second model that is trained, with its own optimizer and schedule."""
 
     model: Any
     optimizer: Any
@@ -179,7 +179,7 @@ SECTIONS: dict[str, type[Section]] = {
 
 
 class Config(BaseModel):
-    """The whole config, checked. Plugin sections hold the class of their option."""
+    """The whole config, checked. Sections with options are objects of the option's class."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -203,13 +203,13 @@ class Config(BaseModel):
     launch: Any
 
     def layout(self, world_size: int) -> Layout:
-        """How the strategy uses that many processes."""
+        """Returns how the strategy uses that many processes."""
         return self.strategy.layout(world_size)
 
     def resolved(self) -> dict[str, Any]:
-        """Plain, JSON-able values of every key, as others may see them: without secrets."""
+        """Returns plain, JSON-able values of every key, with secrets masked."""
         return masked(self.with_secrets())
 
     def with_secrets(self) -> dict[str, Any]:
-        """Plain, JSON-able values of every key, for who starts the run or reads its data: to be shown to nobody."""
+        """Returns plain, JSON-able values of every key with their secrets, to start the run: never show them."""
         return {name: getattr(self, name).model_dump(mode="json") for name in type(self).model_fields}

@@ -1,4 +1,4 @@
-"""What every section of the config is made of: bounded types, `Section` and `Plugin`."""
+"""The building blocks of every config section: bounded types, `Section` and `Plugin`."""
 
 from __future__ import annotations
 
@@ -46,17 +46,17 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _given(cls, value: Any) -> Any:
+    def _refuse_missing(cls, value: Any) -> Any:
         if value == MISSING:
             raise PydanticCustomError("missing", "missing")
         return value
 
     def problems(self, sections: Mapping[str, Any], world_size: int) -> Iterator[str]:
-        """Yields what contradicts another key or the number of processes: one message each, with the key, what is wrong
-        and the way out. `sections`: all that are valid, by name; one that is not is missing.
+        """Yields the conflicts with other keys or the number of processes, one message each: the key, what is wrong and
+        what to do. `sections`: all valid sections by name; invalid ones are missing.
 
-        The checks of a model that is trained beside the run's own see it, its optimizer and its schedule under the
-        names of the run's (`model`, ...); in the messages they get the names that they have in the config.
+        For a second model that is trained, the checks see it, its optimizer and its schedule under the names of the
+        run's own (`model`, ...); the messages are then given the names in the config.
         """
         return iter(())
 

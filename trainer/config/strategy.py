@@ -1,7 +1,7 @@
 """Keys of strategies and of precision: how a model is spread over processes, and in which data types it is trained.
 
-What a strategy can do, its section says, so that the checks of other sections, and `onecurve plan`, need not know which
-one it is. What it cannot do is refused here.
+The section of a strategy describes what it can do, so that the checks of other sections and `onecurve plan` need not
+know which one it is. Combinations that it cannot do are refused here.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from trainer.config.words import divisor
 
 
 class Layout(NamedTuple):
-    """How many processes share one replica of the model, by mesh dimension."""
+    """The number of processes that share one replica of the model, by mesh dimension."""
 
     stages: int = 1
-    """Processes in a row, each with a part of the layers."""
+    """Pipeline stages: processes that each hold a part of the layers."""
     tensor: int = 1
     """Processes that share each layer's matrices."""
 
@@ -30,33 +30,33 @@ class Layout(NamedTuple):
         return self.stages * self.tensor
 
 
-ONE_STAGE = Layout()  # every process holds all of the model, or its share of all layers
+ONE_STAGE = Layout()  # every process holds the whole model, or its shard of all layers
 
 
 class Strategy(Plugin):
-    """What all strategies say of themselves; a user's own overrides what is otherwise there."""
+    """The base of all strategies; a strategy of a user's overrides what differs."""
 
     implementations: ClassVar[tuple[str, ...]] = ()
-    """Of `optimizer.implementation` those, besides torch's, that can step on what it holds."""
+    """The values of `optimizer.implementation`, besides torch's, that can step on its tensors."""
     accountant: ClassVar[str] = "launch.planning.memory:Accountant"
-    """Who counts its memory and traffic for `onecurve plan`: a subclass of this one, or this one itself for a strategy
-    whose processes each hold the whole model and all-reduce gradients. Imported by nobody else."""
+    """The class that counts its memory and traffic for `onecurve plan`, which alone imports it: a subclass of this one,
+    or this one itself if each process holds the whole model and all-reduces gradients."""
 
     def layout(self, world_size: int) -> Layout:
-        """How `world_size` processes are used."""
+        """Returns how `world_size` processes are used."""
         return ONE_STAGE
 
     def splits_sequences(self) -> bool:
-        """Whether a process may hold a part of a sequence between two matrices, where a model could want all of it."""
+        """Returns whether a process may hold only a part of a sequence between two matrices."""
         return False
 
     def flat_update(self) -> str:
-        """Why its optimizer does not step on matrices as they are; empty where it does."""
+        """Returns why its optimizer does not step on whole matrices; empty if it does."""
         return ""
 
     def cut_problems(self, layers: int, world_size: int, tied: bool, key: str = "model.layers") -> Iterator[str]:
-        """Yields why it cannot cut a model of so many layers (by its `key`), whose embedding is its head, too, where
-        `tied`: for the checks of models."""
+        """Yields why it cannot cut a model of so many layers (set by `key`) into stages; `tied`: the embedding is also
+        the head. The checks of models call it."""
         return iter(())
 
 
@@ -70,12 +70,12 @@ class Single(Strategy):
 
 
 def strategy_of(sections: Mapping[str, Any]) -> Strategy:
-    """The strategy, for the checks of other sections: if it is not valid, one that nothing is wrong with."""
+    """Returns the strategy for the checks of other sections; if it is not valid, a stand-in that passes all of them."""
     return sections.get("strategy") or Single(name="single")
 
 
 class UnusedParameters(Strategy):
-    """What strategies have in common that must agree on what was used."""
+    """The keys of strategies whose processes must agree on the parameters that were used."""
 
     find_unused_parameters: bool = Field(
         description="A step may use a parameter on one process and not on another, or on none, as models with branches "
@@ -99,10 +99,10 @@ class DDP(UnusedParameters):
 
 
 class TensorParallel(Strategy):
-    """What is common to strategies that can also split the matrices of each layer."""
+    """The keys of strategies that can also split the matrices of each layer."""
 
     tensor_parallel: Count = Field(
-        description="Neighbouring processes that share the matrices of each layer, of models that declare how. 1: off."
+        description="Neighboring processes that share the matrices of each layer, of models that declare how. 1: off."
     )
     sequence_parallel: bool = Field(
         description="Between matrices the processes that share them hold a part of each sequence instead of all of it: "
@@ -128,18 +128,18 @@ class TensorParallel(Strategy):
             yield f"{key}: does not go with precision.compute=fp8; nearest: precision=bf16"
         if self.splits_sequences() and (data := sections.get("data")) and (length := data.sequence_length) % size:
             near = f"{length // size * size or size} or {(length // size + 1) * size}"
-            what = f"does not divide by {key} for strategy.sequence_parallel"
-            yield f"data.sequence_length={length}: {what}; nearest: {near}"
+            reason = f"does not divide by {key} for strategy.sequence_parallel"
+            yield f"data.sequence_length={length}: {reason}; nearest: {near}"
 
 
 class Sharded(UnusedParameters):
-    """What FSDP has in common with and without copies."""
+    """The keys that FSDP and HSDP share."""
 
     implementations = ("8bit",)
     accountant = "launch.planning.sharded:Sharded"
 
     reshard_after_forward: bool = Field(
-        description="Let go of a layer's whole parameters between its forward and backward pass: less memory, one more "
+        description="Free a layer's whole parameters between its forward and backward pass: less memory, one more "
         "gathering."
     )
     gather: Literal["param", "compute"] = Field(
@@ -169,8 +169,8 @@ class Sharded(UnusedParameters):
                 "strategy.reduce=each"
             )
         if self.gather == "compute" and precision.compute == "fp16":
-            what = "not with precision.compute=fp16, whose range weights may leave"
-            yield f"strategy.gather=compute: {what}; nearest: param"
+            reason = "not with precision.compute=fp16, whose range weights may leave"
+            yield f"strategy.gather=compute: {reason}; nearest: param"
 
 
 class FSDP(Sharded, TensorParallel):
@@ -214,20 +214,20 @@ class Zero(Strategy):
 
     def problems(self, sections: Mapping[str, Any], world_size: int) -> Iterator[str]:
         if self.offload_optimizer and self.stage == 0:
-            what = "stage 0 steps on the weights that it computes with"
-            yield f"strategy.offload_optimizer=true: {what}; nearest: strategy.stage=1"
+            reason = "stage 0 steps on the weights that it computes with"
+            yield f"strategy.offload_optimizer=true: {reason}; nearest: strategy.stage=1"
         if self.offload_parameters and self.stage < 3:
-            what = f"strategy.stage={self.stage} computes with all of them all the time"
-            yield f"strategy.offload_parameters=true: {what}; nearest: strategy.stage=3"
+            reason = f"strategy.stage={self.stage} computes with all of them all the time"
+            yield f"strategy.offload_parameters=true: {reason}; nearest: strategy.stage=3"
         if self.stage == 3 and (train := sections.get("train")) and train.compile:
-            what = "the compiler cannot look through DeepSpeed's gathering of parameters inside of layers"
-            yield f"train.compile=true: not with strategy.stage=3: {what}; nearest: strategy.stage=2"
+            reason = "the compiler cannot look through DeepSpeed's gathering of parameters inside of layers"
+            yield f"train.compile=true: not with strategy.stage=3: {reason}; nearest: strategy.stage=2"
         if precision := sections.get("precision"):
             if precision.compute in ("fp16", "fp8"):
                 yield f"precision.compute={precision.compute}: not with strategy=zero; nearest: precision=bf16"
             if precision.param != "fp32":
-                what = "DeepSpeed keeps weights in fp32 here"
-                yield f"precision.param={precision.param}: {what}; nearest: precision.param=fp32"
+                reason = "DeepSpeed keeps weights in fp32 here"
+                yield f"precision.param={precision.param}: {reason}; nearest: precision.param=fp32"
 
 
 class Pipeline(UnusedParameters, TensorParallel):
@@ -263,8 +263,8 @@ class Pipeline(UnusedParameters, TensorParallel):
 
     def problems(self, sections: Mapping[str, Any], world_size: int) -> Iterator[str]:
         yield from super().problems(sections, world_size)
-        if unfit := self._unfit(world_size):
-            yield unfit
+        if problem := self._layout_problem(world_size):
+            yield problem
             return
         schedule, name = SCHEDULES[self.schedule], f"strategy.schedule={self.schedule}"
         if self.micro_batches and world_size > 1:
@@ -272,32 +272,32 @@ class Pipeline(UnusedParameters, TensorParallel):
             count = stages * self.stages_per_rank
             allowed = allowed_micro_batches(self, stages, 2 * n + 4 * count)
             if n not in allowed:
-                nearest = min(allowed, key=lambda other: (abs(other - n), other))
-                what = f"not with {name} on {stages} processes ({count} parts)"
-                yield f"strategy.micro_batches={n}: {what}; nearest: {nearest}"
+                nearest = min(allowed, key=lambda number: (abs(number - n), number))
+                reason = f"not with {name} on {stages} processes ({count} parts)"
+                yield f"strategy.micro_batches={n}: {reason}; nearest: {nearest}"
         if schedule.splits_backward and (train := sections.get("train")) and train.compile:
             yield (
                 f"train.compile=true: not with {name}, which computes the gradients of weights apart from those of "
                 "activations; nearest: strategy.schedule=interleaved_1f1b"
             )
 
-    def _unfit(self, world_size: int) -> str:
-        """Why it cannot use that many processes, or hold so many parts on each."""
-        layout, parts, need = self.layout(world_size), self.stages_per_rank, SCHEDULES[self.schedule].parts
+    def _layout_problem(self, world_size: int) -> str:
+        """Returns why it cannot use that many processes, or hold so many stages on each; empty if it can."""
+        layout, parts, required_parts = self.layout(world_size), self.stages_per_rank, SCHEDULES[self.schedule].parts
         if world_size % layout.processes:
-            what = f"strategy.stages={layout.stages}"
-            what += f" x strategy.tensor_parallel={layout.tensor} = {layout.processes}" if layout.tensor > 1 else ""
+            setting = f"strategy.stages={layout.stages}"
+            setting += f" x strategy.tensor_parallel={layout.tensor} = {layout.processes}" if layout.tensor > 1 else ""
             fits = world_size % layout.tensor == 0
             near = divisor(world_size // layout.tensor, layout.stages) if fits else "null"
-            return f"{what}: does not divide {world_size} processes; nearest: strategy.stages={near}"
-        if (need and parts != need) or (not need and parts == 1):
-            holds = f"{need} part{'s' * (need > 1)}" if need else "2 parts or more"
+            return f"{setting}: does not divide {world_size} processes; nearest: strategy.stages={near}"
+        if (required_parts and parts != required_parts) or (not required_parts and parts == 1):
+            requirement = f"{required_parts} part{'s' * (required_parts > 1)}" if required_parts else "2 parts or more"
             key, with_schedule = f"strategy.virtual_stages={parts}", f"with strategy.schedule={self.schedule}"
-            return f"{key}: {with_schedule} a process holds {holds}; nearest: {need or 2}"
+            return f"{key}: {with_schedule} a process holds {requirement}; nearest: {required_parts or 2}"
         return ""
 
     def cut_problems(self, layers: int, world_size: int, tied: bool, key: str = "model.layers") -> Iterator[str]:
-        if self._unfit(world_size):  # of which its own check tells
+        if self._layout_problem(world_size):  # its own check reports that
             return
         layout, parts, schedule = self.layout(world_size), self.stages_per_rank, SCHEDULES[self.schedule]
         count = layout.stages * parts
@@ -307,12 +307,12 @@ class Pipeline(UnusedParameters, TensorParallel):
                 f"{key}={layers}: cannot be cut into {layout.stages} processes x {parts} parts = {count}; "
                 f"nearest: {key}={count}, or strategy.{f'stages={fewer}' if fewer else 'schedule=1f1b'}"
             )
-        together, copies = schedule.v_shaped or layout.stages == 1, world_size // layout.processes
-        if tied and self.data_parallel == "fsdp" and copies > 1 and together:
+        ends_share_rank, replicas = schedule.v_shaped or layout.stages == 1, world_size // layout.processes
+        if tied and self.data_parallel == "fsdp" and replicas > 1 and ends_share_rank:
             name = f"strategy.schedule={self.schedule}"
-            what = f"the two ends of the model, whose embedding is tied, are on one process with {name}"
-            what += f" on {layout.stages} processes" if not schedule.v_shaped else ""
-            yield f"strategy.data_parallel=fsdp: {what}; nearest: strategy.data_parallel=ddp"
+            reason = f"the two ends of the model, whose embedding is tied, are on one process with {name}"
+            reason += f" on {layout.stages} processes" if not schedule.v_shaped else ""
+            yield f"strategy.data_parallel=fsdp: {reason}; nearest: strategy.data_parallel=ddp"
 
 
 class Precision(Plugin):

@@ -1,4 +1,4 @@
-"""The parts of docs/STRATEGIES.md that come from the schema's own tables and checks: `make docs` renews them."""
+"""Generates the parts of docs/STRATEGIES.md that come from the schema's tables and checks, for `make docs`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from trainer.registry import OPTIONS
 
 
 class Cost(NamedTuple):
-    """Of a process and a step. P: bytes of the weights, S: of the optimizer's state (2 P for AdamW), N: processes,
-    H: bytes of what passes between two layers in a step, on one process."""
+    """The costs per process and step. P: bytes of the weights, S: of optimizer state (2 P for AdamW), N: processes,
+    H: bytes that pass between two layers in a step, on one process."""
 
     weights: str
     gradients: str
@@ -46,7 +46,7 @@ COSTS = {
     ),
 }  # fmt: skip
 
-# Of each rule one case: (processes, command line).
+# One case for each rule: (processes, command line).
 REFUSED = [
     (2, "strategy=single"),
     (6, "strategy=hsdp strategy.shard_size=4"),
@@ -89,7 +89,7 @@ def schedules() -> Iterator[str]:
 
 
 def refused() -> Iterator[str]:
-    """What the check says, as it says it."""
+    """Yields refused combinations with the messages of the check."""
     for processes, overrides in REFUSED:
         try:
             load(overrides.split(), processes)
@@ -104,10 +104,10 @@ PARTS: dict[str, Callable[[], Iterator[str]]] = {"costs": costs, "schedules": sc
 
 
 def renewed(page: str) -> str:
-    """The page with its generated parts between their marks as they are now."""
+    """Returns the page with the parts between its marks generated anew."""
     for mark, lines in PARTS.items():
-        before, begin, rest = page.partition(f"<!-- {mark} -->\n")
-        _, end, after = rest.partition(f"<!-- end of {mark} -->")
+        before, begin, remainder = page.partition(f"<!-- {mark} -->\n")
+        _, end, after = remainder.partition(f"<!-- end of {mark} -->")
         if not (begin and end):
             raise ValueError(f"the page has no marks of {mark}")
         page = before + begin + "\n".join(lines()) + "\n" + end + after

@@ -1,4 +1,4 @@
-"""Keys of what keeps a run alive: guards, the watchdog, faults on purpose."""
+"""Keys of resilience: guards, the watchdog, injected faults."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hydra's sweep grammar: from a command line with sweeps to the command lines of its jobs."""
+"""Hydra's sweep grammar: turns a command line with sweeps into the command lines of its jobs."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from trainer.secrets import shown_override
 
 
 def name_of(overrides: Sequence[str]) -> str:
-    """Of the folder of a sweep's job, below `run.dir`, by all that it overrides: another sweep must not go on with
-    these runs under other values. How they are launched does not matter, nor a secret in them."""
+    """Returns the name of a job's folder below `run.dir`, made of its overrides: another sweep must not continue these
+    runs with other values. Keys of `launch` and secrets do not count."""
     bare = (shown_override(text).lstrip("+") for text in overrides)
     name = ",".join(sorted(text for text in bare if not re.match(r"launch[.=]", text)))
     name = re.sub(r"[^A-Za-z0-9=.,+-]", "_", name) or "0"
@@ -28,34 +28,36 @@ def name_of(overrides: Sequence[str]) -> str:
 
 
 def parse(overrides: Sequence[str]) -> tuple[list[Override], list[str]]:
-    """And what is wrong with the others. Sweeps over groups (`glob`) need `in_hydra`."""
+    """Returns the parsed overrides, and the problems of the others. Sweeps over groups (`glob`) need `in_hydra`."""
     parser, parsed, problems = OverridesParser.create(GlobalHydra.instance().config_loader()), [], []
     for text in overrides:
         try:
-            given = text if _parses(text, parser) else quote(text, parser) or text
-            parsed += parser.parse_overrides([parse_leniently(given)])
+            argument = text if _parses(text, parser) else quote(text, parser) or text
+            parsed += parser.parse_overrides([parse_leniently(argument)])
         except HydraException:
-            what = "is not an override; write key=value, and a sweep as key=1,2 or key=range(1,4)"
-            problems.append(f"{shown_override(text)}: {what}")
+            reason = "is not an override; write key=value, and a sweep as key=1,2 or key=range(1,4)"
+            problems.append(f"{shown_override(text)}: {reason}")
     return parsed, problems
 
 
 def jobs(overrides: Sequence[str]) -> tuple[list[str], list[list[str]], list[str]]:
-    """The keys that are swept, the overrides of each job, in Hydra's order, and what is wrong with the overrides.
+    """Returns the swept keys, the overrides of each job, in Hydra's order, and the problems of the overrides.
 
-    Raises ConfigError: a sweep gives nothing.
+    Raises ConfigError if a sweep has no values.
     """
     with in_hydra():
         parsed, problems = parse(overrides)
-        continuous = [one for one in parsed if one.is_sweep_override() and not one.is_discrete_sweep()]
+        continuous = [
+            override for override in parsed if override.is_sweep_override() and not override.is_discrete_sweep()
+        ]
         endless = "an interval has no end of values: give --trials N"
-        problems += [f"{str(one.input_line).lstrip('+')}: {endless}" for one in continuous]
-        parsed = [one for one in parsed if one not in continuous]
+        problems += [f"{str(override.input_line).lstrip('+')}: {endless}" for override in continuous]
+        parsed = [override for override in parsed if override not in continuous]
         try:
-            (found,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
+            (job_overrides,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
         except (HydraException, ValueError, TypeError) as error:
             raise ConfigError(" ".join(str(error).split())) from error
-    return [key_of(one) for one in parsed if one.is_sweep_override()], found, problems
+    return [key_of(override) for override in parsed if override.is_sweep_override()], job_overrides, problems
 
 
 def key_of(override: Override) -> str:
@@ -63,15 +65,15 @@ def key_of(override: Override) -> str:
 
 
 def values_of(job: Sequence[str], keys: Sequence[str]) -> dict[str, Any]:
-    """What the overrides of a job give the swept keys."""
-    given = dict(text.lstrip("+").partition("=")[::2] for text in job)
-    return {key: given[key] for key in keys}
+    """Returns the values that the overrides of a job set the swept keys to."""
+    values = dict(text.lstrip("+").partition("=")[::2] for text in job)
+    return {key: values[key] for key in keys}
 
 
 def plain_of(overrides: Sequence[str]) -> list[str]:
     """Returns the overrides that are not swept."""
     with in_hydra():
-        return [str(one.input_line) for one in parse(overrides)[0] if not one.is_sweep_override()]
+        return [str(override.input_line) for override in parse(overrides)[0] if not override.is_sweep_override()]
 
 
 def _parses(text: str, parser: OverridesParser) -> bool:

@@ -1,4 +1,4 @@
-"""The keys of how text becomes tokens."""
+"""Keys of tokenization."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Keys of the built-in transforms (`model.transforms`). Unlike all other keys they have their defaults here: no file of
-conf/ says which of them a run has."""
+"""Keys of the built-in transforms (`model.transforms`). Unlike other keys, their defaults are here: no file of conf/
+lists the transforms of a run."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ class LoRA(Plugin):
 
 
 class FP8(Plugin):
-    """What `precision.compute=fp8` adds."""
+    """The transform that `precision.compute=fp8` adds."""
 
     emulate: bool = False
 
 
 class Transformed(Plugin):
-    """A section of a model, whose class may be a user's."""
+    """A section of a model, built-in or a user's."""
 
     # With a default, unlike all others: sections of users' own models, and of earlier runs, do not have it.
     transforms: dict[str, Any] = Field(
@@ -60,32 +60,32 @@ class Transformed(Plugin):
 
     @field_validator("transforms", mode="before")
     @classmethod
-    def _by_name(cls, given: Any) -> Any:
-        """A list of sections as a mapping of them."""
-        if not isinstance(given, list):
-            return {} if given is None else given
-        names = [section.get("name") if isinstance(section, dict) else None for section in given]
+    def _index_by_name(cls, value: Any) -> Any:
+        """Turns a list of sections into a mapping by name."""
+        if not isinstance(value, list):
+            return {} if value is None else value
+        names = [section.get("name") if isinstance(section, dict) else None for section in value]
         if None in names or len(set(names)) < len(names):
             raise ValueError("in a list each transform should have a `name` of its own; or write {NAME: {KEY: VALUE}}")
-        return dict(zip(names, given, strict=True))
+        return dict(zip(names, value, strict=True))
 
 
 @cache
 def transformed(name: str, section: type[Plugin]) -> type[Plugin]:
-    """The keys of a user's model, and `transforms`."""
+    """Returns a user's model section with the key `transforms` added."""
     if issubclass(section, Transformed):
         return section
     if "transforms" in section.model_fields:
         raise ConfigError(f"model.name={name}: its key `transforms` is one that every model has; rename it")
 
-    class Made(section, Transformed):  # type: ignore[valid-type, misc]
+    class WithTransforms(section, Transformed):  # type: ignore[valid-type, misc]
         def __reduce__(self) -> Any:  # no module has this class
-            return _made_anew, (name, section), self.__getstate__()
+            return _rebuild, (name, section), self.__getstate__()
 
-    Made.__name__, Made.__module__ = section.__name__, section.__module__
-    return Made
+    WithTransforms.__name__, WithTransforms.__module__ = section.__name__, section.__module__
+    return WithTransforms
 
 
-def _made_anew(name: str, section: type[Plugin]) -> Plugin:
-    made = transformed(name, section)
-    return made.__new__(made)
+def _rebuild(name: str, section: type[Plugin]) -> Plugin:
+    section_class = transformed(name, section)
+    return section_class.__new__(section_class)

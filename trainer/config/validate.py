@@ -1,4 +1,4 @@
-"""Raw values in, a checked `Config` or all problems out. Nothing is imported, read or created for it but plugins."""
+"""Turns raw values into a checked `Config`, or reports all problems. Imports plugins, reads and creates nothing."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from trainer.errors import ConfigError
 from trainer.registry import OPTIONS, config_class, transform_class
 from trainer.secrets import masked
 
-OF_ONE_MODEL = ("weights", "transforms")  # keys of the run's own model that others do not take over
-TAKEN = ("model", "optimizer", "scaler")  # how names of what a checkpoint holds begin
-# Where a key of one of the sections that such a model has of its own begins in a message.
-ITS_KEY = re.compile(rf"(?<![\w.])(?=(?:{'|'.join(Trained.model_fields)})[.=]\w)")
+UNSHARED_KEYS = ("weights", "transforms")  # keys of the run's own model that other models do not inherit
+RESERVED_NAMES = ("model", "optimizer", "scaler")  # first parts of the names in a checkpoint
+# The start of a key in a message, of a section that each trained model has of its own.
+TRAINED_KEY = re.compile(rf"(?<![\w.])(?=(?:{'|'.join(Trained.model_fields)})[.=]\w)")
 
 
 def validate(raw: dict[str, Any], world_size: int = 1) -> Config:
@@ -30,7 +30,7 @@ def validate(raw: dict[str, Any], world_size: int = 1) -> Config:
         for unknown in sorted(set(raw) - set(SECTIONS) - set(OPTIONS), key=str)
     ]
     sections: dict[str, Any] = {}
-    for name in [*SECTIONS, *OPTIONS]:  # `run` first: it says which packages may be imported
+    for name in [*SECTIONS, *OPTIONS]:  # `run` first: it lists the packages that may be imported
         value = raw.get(name)
         try:
             if not isinstance(value, dict):
@@ -41,93 +41,99 @@ def validate(raw: dict[str, Any], world_size: int = 1) -> Config:
             sections[name] = _with_trained(section, raw, plugins) if name == "models" else section
         except ConfigError as error:
             problems.extend(error.problems)
-    problems.extend(dict.fromkeys(_contradictions(sections, world_size)))  # each once
+    problems.extend(dict.fromkeys(_conflicts(sections, world_size)))  # each once
     if problems:
         raise ConfigError(problems)
     return Config.model_validate(sections)
 
 
-def _contradictions(sections: Mapping[str, Section], world_size: int) -> Iterator[str]:
-    """Yields what the valid sections refuse; then, of each model that is trained beside the run's own, what they would
-    refuse if it were the run's."""
-    yield from _of_one_model(sections, world_size)
+def _conflicts(sections: Mapping[str, Section], world_size: int) -> Iterator[str]:
+    """Yields the conflicts of the valid sections; then, for each further model that is trained, the conflicts that it
+    would have as the run's own model."""
+    yield from _model_conflicts(sections, world_size)
     models: Any = sections.get("models")
-    for name, other in models.trained.items() if models else ():
-        for problem in _of_one_model({**sections, **dict(other)}, world_size):
+    for name, trained_sections in models.trained.items() if models else ():
+        for problem in _model_conflicts({**sections, **dict(trained_sections)}, world_size):
             yield in_trained(name, problem)
 
 
-def _of_one_model(sections: Mapping[str, Section], world_size: int) -> Iterator[str]:
-    """Asks each section, the strategy first: other sections say what does not fit it."""
+def _model_conflicts(sections: Mapping[str, Section], world_size: int) -> Iterator[str]:
+    """Yields the problems of each section, those of the strategy first."""
     for name in sorted(sections, key="strategy".__ne__):
         yield from sections[name].problems(sections, world_size)
 
 
 def in_trained(name: str, problem: str) -> str:
-    """Returns a problem of the model `name`, which is trained beside the run's own, with the keys that it has in the
-    config: `model.heads=3` as `models.trained.NAME.model.heads=3`."""
-    return ITS_KEY.sub(f"models.trained.{name}.", problem)
+    """Returns a problem of the trained model `name` with the keys that it has in the config: `model.heads=3` becomes
+    `models.trained.NAME.model.heads=3`."""
+    return TRAINED_KEY.sub(f"models.trained.{name}.", problem)
 
 
 def _with_trained(models: Models, raw: dict[str, Any], plugins: list[str]) -> Models:
-    """Checks the sections of models that are trained beside the run's: what they do not say is as in its own."""
+    """Checks the sections of further trained models. Keys that they do not set are as in the run's own sections."""
     trained, problems = {}, []
-    for name, given in models.trained.items():
-        key, made = f"models.trained.{name}", {}
-        if not isinstance(given, dict) or (unknown := given.keys() - Trained.model_fields.keys()):
-            which = f": no such key {', '.join(sorted(map(str, unknown)))}" if isinstance(given, dict) else ""
+    for name, value in models.trained.items():
+        key, sections = f"models.trained.{name}", {}
+        if not isinstance(value, dict) or (unknown := value.keys() - Trained.model_fields.keys()):
+            which = f": no such key {', '.join(sorted(map(str, unknown)))}" if isinstance(value, dict) else ""
             problems.append(f"{key}{which}: should be a section with the keys model, optimizer, schedule")
             continue
-        if not str(name).isidentifier() or name in TAKEN or name in models.frozen:
-            others = f"none of {', '.join(TAKEN)}, nor the name of a frozen model"
-            problems.append(f"{key}: should have another name: a word, {others}")
+        if not str(name).isidentifier() or name in RESERVED_NAMES or name in models.frozen:
+            exclusions = f"none of {', '.join(RESERVED_NAMES)}, nor the name of a frozen model"
+            problems.append(f"{key}: should have another name: a word, {exclusions}")
         for group in Trained.model_fields:
-            own, base = given.get(group) or {}, raw.get(group) or {}
-            if not isinstance(own, dict):
-                problems.append(f"{key}.{group}={masked(own)}: should be a section, such as {{name: {masked(own)}}}")
+            group_value, run_value = value.get(group) or {}, raw.get(group) or {}
+            if not isinstance(group_value, dict):
+                problems.append(
+                    f"{key}.{group}={masked(group_value)}: should be a section, such as {{name: {masked(group_value)}}}"
+                )
                 continue
-            if not isinstance(base, dict):
-                continue  # which is told of the run's own section
-            same = own.get("name", base.get("name")) == base.get("name")
-            values = {**base, **{key: None for key in OF_ONE_MODEL if key in base}, **own} if same else own
+            if not isinstance(run_value, dict):
+                continue  # the check of the run's own section reports that
+            is_same_option = group_value.get("name", run_value.get("name")) == run_value.get("name")
+            values = (
+                {**run_value, **{key: None for key in UNSHARED_KEYS if key in run_value}, **group_value}
+                if is_same_option
+                else group_value
+            )
             try:
                 schema = config_class(group, str(values.get("name")), plugins, f"{key}.{group}")
-                made[group] = with_transforms(
+                sections[group] = with_transforms(
                     f"{key}.{group}", validate_section(f"{key}.{group}", schema, values), plugins
                 )
             except ConfigError as error:
                 problems.extend(error.problems)
-        if getattr(made.get("model"), "weights", None) is not None:
+        if getattr(sections.get("model"), "weights", None) is not None:
             problems.append(f"{key}.model.weights: only the run's own model can start with given weights")
-        if made.keys() == Trained.model_fields.keys():
-            trained[name] = Trained(**made)
+        if sections.keys() == Trained.model_fields.keys():
+            trained[name] = Trained(**sections)
     if problems:
         raise ConfigError(problems)
     return models.model_copy(update={"trained": trained})
 
 
 def with_transforms(name: str, section: Any, plugins: Sequence[str]) -> Any:
-    """The section, each of its transforms (if it is a model's) as an object of the schema of its own. Raises
-    ConfigError with all of their problems."""
+    """Returns the section; the transforms of a model section become objects of their schemas. Raises ConfigError with
+    all of their problems."""
     if not isinstance(section, Transformed):
         return section
-    made, problems = {}, []
-    for label, given in section.transforms.items():
+    transforms, problems = {}, []
+    for label, value in section.transforms.items():
         key = f"{name}.transforms.{label}"
         try:
-            if not isinstance(given, dict):
-                raise ConfigError(f"{key}={masked(given)}: should be a section, such as {{{label}: {{...}}}}")
-            values = {"name": str(label), **given}
-            made[str(label)] = validate_section(key, transform_class(key, str(values["name"]), plugins), values)
+            if not isinstance(value, dict):
+                raise ConfigError(f"{key}={masked(value)}: should be a section, such as {{{label}: {{...}}}}")
+            values = {"name": str(label), **value}
+            transforms[str(label)] = validate_section(key, transform_class(key, str(values["name"]), plugins), values)
         except ConfigError as error:
             problems.extend(error.problems)
     if problems:
         raise ConfigError(problems)
-    return section.model_copy(update={"transforms": made})
+    return section.model_copy(update={"transforms": transforms})
 
 
 def validate_section(name: str, schema: type[Section], value: dict[str, Any]) -> Any:
-    """The section `name` as an object of its schema. Raises ConfigError with all problems of the section."""
+    """Returns the section `name` as an object of its schema. Raises ConfigError with all problems of the section."""
     try:
         return schema.model_validate(value)
     except ValidationError as error:
@@ -135,7 +141,7 @@ def validate_section(name: str, schema: type[Section], value: dict[str, Any]) ->
 
 
 def keys(schema: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every (dotted key, field) of a section's schema, nested sections flattened."""
+    """Yields every (dotted key, field) of a section's schema, nested sections flattened."""
     for name, field in schema.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
             yield from keys(field.annotation, f"{prefix}{name}.")
@@ -144,7 +150,7 @@ def keys(schema: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 
 def _describe(section: str, schema: type[Section], error: ValidationError) -> list[str]:
-    """pydantic's errors in one line each, with the whole key and the value given."""
+    """Returns pydantic's errors in one line each, with the whole key and its value."""
     lines = {}
     for item in error.errors():
         parts = [
@@ -153,8 +159,8 @@ def _describe(section: str, schema: type[Section], error: ValidationError) -> li
         # A union reports one error for each of its types, with the type as the last part: keep the key's own.
         key = ".".join([section, *[part for part in parts if part not in {"int", "str", "float", "list[str]", "none"}]])
         if item["type"] == "extra_forbidden":
-            known = [f"{section}.{name}" for name, _ in keys(schema)]
-            lines[key] = f"{key}: no such key{nearest_hint(key, known)}"
+            names = [f"{section}.{name}" for name, _ in keys(schema)]
+            lines[key] = f"{key}: no such key{nearest_hint(key, names)}"
         elif item["type"] == "secret":  # not shown
             lines[key] = f"{key}: {item['msg']}"
         elif item["type"] == "missing":

@@ -1,4 +1,4 @@
-"""What is wrong with a sample or a shard, as it is told and written down."""
+"""A record of what is wrong with a sample or a shard, for messages and files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from trainer.errors import DataError
 
 @dataclass(frozen=True)
 class BadData:
-    """`shard` as it was given, `key` of the sample and `byte` in the shard where they are known, `cause` in words."""
+    """Says what is wrong: `shard` as the user wrote it, `key` of the sample, `byte` in the shard (None: not known), and
+    `cause` in words."""
 
     shard: str | None
     key: str | None

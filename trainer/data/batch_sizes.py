@@ -1,4 +1,4 @@
-"""How many sequences each optimizer step takes: the global batch, and the ramp that may lead up to it."""
+"""The number of sequences in each step: the global batch, and the ramp that may lead up to it."""
 
 from __future__ import annotations
 
@@ -7,24 +7,25 @@ from itertools import pairwise
 
 
 class Batches:
-    """`ramp[s] = b`: up to step s (from the entry before it on) a step takes b sequences; then `global_batch`."""
+    """Knows the batch size of every step: `ramp[s] = b` means b sequences a step until step s; after the last of them,
+    `global_batch`."""
 
     def __init__(self, global_batch: int, ramp: Mapping[int, int] | None = None):
-        until = sorted((ramp or {}).items())
-        bounds = [0, *(step for step, _ in until)]
-        self._stretches: list[tuple[int, int, int]] = []  # first of its finished steps, sequences before it, batch size
-        taken = 0
-        for (begin, end), (_, size) in zip(pairwise(bounds), until, strict=True):
-            self._stretches.append((begin, taken, size))
-            taken += (end - begin) * size
-        self._stretches.append((bounds[-1], taken, global_batch))
+        ramp_ends = sorted((ramp or {}).items())
+        bounds = [0, *(step for step, _ in ramp_ends)]
+        self._stretches: list[tuple[int, int, int]] = []  # first step, sequences before it, batch size
+        sequences = 0
+        for (begin, end), (_, size) in zip(pairwise(bounds), ramp_ends, strict=True):
+            self._stretches.append((begin, sequences, size))
+            sequences += (end - begin) * size
+        self._stretches.append((bounds[-1], sequences, global_batch))
 
     def size(self, done: int) -> int:
-        """Sequences of the step behind `done` finished ones."""
+        """Returns the number of sequences in the step that follows `done` finished steps."""
         return self._stretch(done)[2]
 
-    def taken(self, done: int) -> int:
-        """Sequences of the first `done` steps together: where in the run the next one begins."""
+    def position(self, done: int) -> int:
+        """Returns the number of sequences in the first `done` steps together: where in the run the next step begins."""
         begin, before, size = self._stretch(done)
         return before + (done - begin) * size
 

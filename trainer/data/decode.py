@@ -1,4 +1,5 @@
-"""One member of a sample, decoded as webdataset does; never unpickled, and never larger than its bytes account for.
+"""Decodes one member of a sample as webdataset does; never unpickles, and never makes more of it than its bytes
+justify.
 
 What a header claims is compared with what is there before memory is taken for it. What is compressed may unpack to
 `UNPACKED_BYTES`, a large one to `TIMES` its own size: more than that is not data but a bomb.
@@ -23,70 +24,70 @@ INSTEAD = "store it as .npy, .npz or .json"
 
 
 def kind(extension: str) -> str:
-    """What decides about the decoder: the last part, without compression."""
+    """Returns the part of an extension that selects the decoder: the last one, without compression."""
     return extension.removesuffix(".gz").rpartition(".")[2]
 
 
 def is_known(extension: str) -> bool:
-    """Whether it says how the member is to be decoded."""
+    """Returns whether there is a decoder for the extension."""
     from webdataset import autodecode
 
     return kind(extension) in images.EXTENSIONS or kind(extension) in autodecode.decoders.keys() - PICKLES
 
 
 def decode(extension: str, content: bytes) -> Any:
-    """The value of a member; its bytes where the extension means nothing. Raises whatever the libraries do for what
-    cannot be decoded, ImportError for a package that is missing."""
+    """Returns the value of a member; its bytes if the extension is not known. Raises whatever the libraries raise for
+    content that cannot be decoded, and ImportError for a missing package."""
     return _decoder()(extension, content)
 
 
 def unpacked(extension: str, content: bytes) -> bytes:
-    """The content of a member, without compression. Raises ValueError, OSError, EOFError."""
+    """Returns the content of a member, decompressed. Raises ValueError, OSError, EOFError."""
     if not extension.endswith(".gz"):
         return content
-    room = _room(content)
+    limit = _unpacked_limit(content)
     with gzip.GzipFile(fileobj=io.BytesIO(content)) as file:
-        found = file.read(room + 1)
-    if len(found) > room:
-        raise ValueError(f"unpacks to more than {room} bytes")
-    return found
+        unpacked_content = file.read(limit + 1)
+    if len(unpacked_content) > limit:
+        raise ValueError(f"unpacks to more than {limit} bytes")
+    return unpacked_content
 
 
 def array(content: bytes) -> Any:
-    """The array of a .npy file. Raises ValueError."""
+    """Returns the array of a .npy file. Raises ValueError."""
     file = io.BytesIO(content)
-    claimed = _claimed(file)
-    if claimed > (rest := len(content) - file.tell()):
-        raise ValueError(f"its header tells of {claimed} bytes, but {rest} follow")
+    claimed = _claimed_bytes(file)
+    if claimed > (available := len(content) - file.tell()):
+        raise ValueError(f"its header tells of {claimed} bytes, but {available} follow")
     file.seek(0)
     return np.lib.format.read_array(file, allow_pickle=False)
 
 
 def arrays(content: bytes) -> dict[str, Any]:
-    """The arrays of a .npz file by name. Raises ValueError, BadZipFile."""
+    """Returns the arrays of a .npz file by name. Raises ValueError, BadZipFile."""
     with np.lib.npyio.NpzFile(io.BytesIO(content), allow_pickle=False) as file:
-        parts = file.zip.infolist()
-        if (size := sum(part.file_size for part in parts)) > (room := _room(content)):
-            raise ValueError(f"unpacks to {size} bytes, more than {room}")
-        for part in (part for part in parts if part.filename.endswith(".npy")):
-            with file.zip.open(part) as member:
-                if _claimed(member) > part.file_size:
-                    raise ValueError(f"the header of {part.filename} tells of more bytes than are there")
+        entries = file.zip.infolist()
+        if (size := sum(entry.file_size for entry in entries)) > (limit := _unpacked_limit(content)):
+            raise ValueError(f"unpacks to {size} bytes, more than {limit}")
+        for entry in (entry for entry in entries if entry.filename.endswith(".npy")):
+            with file.zip.open(entry) as member:
+                if _claimed_bytes(member) > entry.file_size:
+                    raise ValueError(f"the header of {entry.filename} tells of more bytes than are there")
         return dict(file)
 
 
-def _room(content: bytes) -> int:
-    """How many bytes may come of these."""
+def _unpacked_limit(content: bytes) -> int:
+    """Returns how many bytes these may unpack to."""
     return max(UNPACKED_BYTES, TIMES * len(content))
 
 
-def _claimed(file: Any) -> int:
-    """How many bytes the header of a .npy file announces; it is read up to its end. Raises ValueError."""
+def _claimed_bytes(file: Any) -> int:
+    """Reads the header of a .npy file and returns the number of bytes that it announces. Raises ValueError."""
     version = np.lib.format.read_magic(file)
-    # The third version differs from the second in how names of fields are spelt, which says nothing of the size.
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read(file)
-    return 0 if dtype.hasobject else math.prod(shape) * dtype.itemsize  # those are refused as pickles
+    # The third version differs from the second in how names of fields are spelled, which does not matter for the size.
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read_header(file)
+    return 0 if dtype.hasobject else math.prod(shape) * dtype.itemsize  # objects are refused as pickles
 
 
 @cache
@@ -105,9 +106,9 @@ def _refuse_pickle(key: str, content: bytes) -> None:
 
 
 def _decode_array(key: str, content: bytes) -> Any:
-    make = {"npy": array, "npz": arrays}.get(kind(key))
-    return make(content) if make else None
+    parse = {"npy": array, "npz": arrays}.get(kind(key))
+    return parse(content) if parse else None
 
 
 def _decode_image(key: str, content: bytes) -> Any:
-    return images.decode(content, _room(content)) if kind(key) in images.EXTENSIONS else None
+    return images.decode(content, _unpacked_limit(content)) if kind(key) in images.EXTENSIONS else None

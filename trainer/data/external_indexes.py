@@ -1,4 +1,4 @@
-"""Other people's indexes of shards: how many samples a shard has, told without reading it.
+"""Indexes of shards in other tools' formats: they say how many samples a shard has, without reading it.
 
 - Megatron-Energon: `X.tar.idx`, little-endian uint64: the byte at which each sample begins, then the one at which the
   last one ends; and `.nv-meta/.info.json`: {"shard_counts": {"X.tar": samples}}.
@@ -38,11 +38,11 @@ _LARGEST = 1 << 30
 class SampleCount(NamedTuple):
     samples: int
     source: str
-    """The file that says so."""
+    """The file that the count is from."""
 
 
 class Listing(NamedTuple):
-    """What a file says of all the shards of a folder: base name -> (samples, bytes or None)."""
+    """Holds what an index file says about all shards of a folder: base name -> (samples, bytes or None)."""
 
     place: str
     mtime_ns: int | None
@@ -50,7 +50,7 @@ class Listing(NamedTuple):
 
 
 class ExternalCounts:
-    """Asks the indexes beside shards. The files of a folder are read once. Any thread may ask."""
+    """Reads sample counts from the indexes beside shards. Reads the files of a folder once. It is thread-safe."""
 
     def __init__(self, storage: Storage):
         self._storage = storage
@@ -58,31 +58,31 @@ class ExternalCounts:
         self._lock = threading.Lock()
 
     def count(self, blob: Blob) -> SampleCount | None:
-        """How many samples of the shard some index tells of; None if there is none that can be of it."""
+        """Returns the number of samples according to an index of the shard; None if no index fits it."""
         if blob.url.startswith("pipe:"):
             return None
-        local = None if is_remote(blob.url) else Path(local_path(blob.url))
-        written = None
-        if local is not None:
+        local_file = None if is_remote(blob.url) else Path(local_path(blob.url))
+        modified_ns = None
+        if local_file is not None:
             with suppress(OSError):
-                written = stat_file(local).st_mtime_ns
-            if (found := _energon(local, blob.size, written)) is not None:
-                return found
+                modified_ns = stat_file(local_file).st_mtime_ns
+            if (energon_count := _energon(local_file, blob.size, modified_ns)) is not None:
+                return energon_count
         folder, name = split(blob.url)
         for listing in self.listings(folder):
             samples, size = listing.shards.get(name, (None, None))
-            older = written is not None and listing.mtime_ns is not None and listing.mtime_ns < written
-            if samples is not None and not older and size in (None, blob.size):
+            is_stale = modified_ns is not None and listing.mtime_ns is not None and listing.mtime_ns < modified_ns
+            if samples is not None and not is_stale and size in (None, blob.size):
                 return SampleCount(samples, listing.place)
         return None
 
     def listings(self, folder: str) -> list[Listing]:
-        """What the files that speak of all shards of a folder say, in the order in which they are believed."""
+        """Returns what index files say about all shards of a folder, in the order in which they are believed."""
         with self._lock:  # held while reading: the other shards of the folder wait for the same files
             if folder not in self._listings:
                 readers = ((ENERGON_INFO, _info), (WIDS, _wids), (SIZES, _sizes))
-                found = (self._read(posixpath.join(folder, name), parse) for name, parse in readers)
-                self._listings[folder] = [listing for listing in found if listing is not None]
+                results = (self._read(posixpath.join(folder, name), parse) for name, parse in readers)
+                self._listings[folder] = [listing for listing in results if listing is not None]
             return self._listings[folder]
 
     def _read(self, place: str, parse: Callable[[Any], dict[str, tuple[int, int | None]]]) -> Listing | None:
@@ -101,24 +101,25 @@ class ExternalCounts:
 
 
 def split(url: str) -> tuple[str, str]:
-    """Folder and base name of a shard's path or URL, without its query."""
+    """Splits a shard's path or URL, without its query, into folder and base name."""
     return posixpath.split(url.partition("?")[0] if is_url(url) else url)
 
 
 def energon_offsets(path: Path) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Where each sample of a shard begins, and where the last one ends: int64 [n + 1]. OSError, ValueError."""
+    """Returns where each sample of a shard begins, and where the last one ends: int64 [n + 1]. Raises OSError,
+    ValueError."""
     return np.frombuffer(read_file(path), "<u8").astype(np.int64)
 
 
-def _energon(shard: Path, size: int, written: int | None) -> SampleCount | None:
-    place = Path(f"{shard}{ENERGON}")
+def _energon(shard: Path, size: int, modified_ns: int | None) -> SampleCount | None:
+    sidecar = Path(f"{shard}{ENERGON}")
     with suppress(OSError, ValueError):
-        about = stat_file(place)
-        if written is None or about.st_mtime_ns < written:
+        status = stat_file(sidecar)
+        if modified_ns is None or status.st_mtime_ns < modified_ns:
             return None
-        offsets = energon_offsets(place)
+        offsets = energon_offsets(sidecar)
         if len(offsets) and offsets[0] >= 0 and np.all(np.diff(offsets) > 0) and offsets[-1] <= size:
-            return SampleCount(len(offsets) - 1, os.fspath(place))
+            return SampleCount(len(offsets) - 1, os.fspath(sidecar))
     return None
 
 
@@ -130,19 +131,19 @@ def _wids(content: Any) -> dict[str, tuple[int, int | None]]:
     if content["wids_version"] != 1:
         raise ValueError("another version")
     shards = [(shard["url"], (_samples(shard["nsamples"]), shard.get("filesize"))) for shard in content["shardlist"]]
-    return _by_name([(split(url)[1], told) for url, told in shards])
+    return _by_name([(split(url)[1], counts) for url, counts in shards])
 
 
 def _sizes(content: Any) -> dict[str, tuple[int, int | None]]:
-    """Names are relative to the folder: those with one of their own are not of its shards."""
-    names = [(posixpath.normpath(name), (_samples(count), None)) for name, count in content.items()]
-    return _by_name([(name, told) for name, told in names if "/" not in name])
+    """Names are relative to the folder: a name with a folder of its own is not one of its shards."""
+    shards = [(posixpath.normpath(name), (_samples(count), None)) for name, count in content.items()]
+    return _by_name([(name, counts) for name, counts in shards if "/" not in name])
 
 
-def _by_name(told: list[tuple[str, tuple[int, int | None]]]) -> dict[str, tuple[int, int | None]]:
-    """Without those whose name comes twice: which of them is meant cannot be known."""
-    times = Counter(name for name, _ in told)
-    return {name: of for name, of in told if times[name] == 1}
+def _by_name(shards: list[tuple[str, tuple[int, int | None]]]) -> dict[str, tuple[int, int | None]]:
+    """Leaves out names that occur twice: which shard is meant cannot be known."""
+    occurrences = Counter(name for name, _ in shards)
+    return {name: counts for name, counts in shards if occurrences[name] == 1}
 
 
 def _samples(count: Any) -> int:

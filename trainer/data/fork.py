@@ -1,4 +1,4 @@
-"""Work done in a fork of this process, of which nothing stays behind: no threads, no connections."""
+"""Work done in a fork of this process, so that it leaves nothing behind: no threads, no connections."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from trainer.errors import ConfigError, Crashed, OnecurveError
 T = TypeVar("T")
 
 
-def run_in_fork(make: Callable[[], T]) -> T:
-    """Returns what `make` does, which must be picklable. Raises ConfigError with the problems of an OnecurveError;
-    where there is no fork, or a daemon may have no children, it is made here."""
+def run_in_fork(work: Callable[[], T]) -> T:
+    """Calls `work` in a fork and returns its result, which must be picklable. Raises ConfigError with the problems of
+    an OnecurveError. Where forks are not available, or to a daemon, calls it in this process."""
     if "fork" not in multiprocessing.get_all_start_methods() or multiprocessing.current_process().daemon:
-        return make()
+        return work()
     context = multiprocessing.get_context("fork")
-    receiving, sending = context.Pipe(duplex=False)
-    process = context.Process(target=_send, args=(make, sending), daemon=True)
-    with receiving, warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads: this one needs none of them
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(work, sender), daemon=True)
+    with receiver, warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # about forks beside threads: this one needs none
         process.start()
-        sending.close()
+        sender.close()
         try:
-            made, problems, code = receiving.recv()
+            result, problems, exit_code = receiver.recv()
         except EOFError:
             process.join()
             raise Crashed(f"a process that opens remote shards ended with code {process.exitcode}") from None
     process.join()
     if problems is not None:
-        raise ConfigError(problems, code)
-    return made
+        raise ConfigError(problems, exit_code)
+    return result
 
 
-def _send(make: Callable[[], object], sending: Connection) -> None:
+def _send(work: Callable[[], object], sender: Connection) -> None:
     try:
-        answer: tuple[object, list[str] | None, int] = (make(), None, 0)
+        answer: tuple[object, list[str] | None, int] = (work(), None, 0)
     except OnecurveError as error:
         answer = (None, str(error).split("\n"), error.exit_code)
-    with sending:
-        sending.send(answer)
+    with sender:
+        sender.send(answer)

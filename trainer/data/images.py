@@ -23,7 +23,7 @@ EXTENSIONS = frozenset((
 ))  # fmt: skip
 # Pillow goes by content, whatever the extension says, and hands some formats (EPS) to other programs.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
-_SIXTEEN_BITS_AS_I = ("PNG", "PPM")  # which Pillow has had in this mode
+_SIXTEEN_BITS_AS_I = ("PNG", "PPM")  # formats whose 16 bits Pillow has had in this mode
 _SCALES, _RATIOS, _ATTEMPTS = (0.08, 1.0), (3 / 4, 4 / 3), 10  # of a random crop: share of the area, width to height
 
 Box = tuple[float, float, float, float]
@@ -37,34 +37,34 @@ def require_pillow(key: str) -> None:
         raise ConfigError(f"{key}: images need Pillow: pip install 'onecurve[images]'") from None
 
 
-def decode(content: bytes, most_bytes: int) -> Image:
-    """The image, RGB, as `webdataset.decode("pil")` gives it. Raises ValueError or OSError: it is not a whole image,
-    its pixels would take more than `most_bytes`, or are not known to be colors."""
+def decode(content: bytes, max_bytes: int) -> Image:
+    """Decodes an RGB image, as `webdataset.decode("pil")` does. Raises ValueError or OSError if it is not a whole
+    image, its pixels would take more than `max_bytes`, or they are not known to be colors."""
     import PIL.Image
 
     try:
         image = PIL.Image.open(io.BytesIO(content), formats=_FORMATS)
     except PIL.UnidentifiedImageError:
         raise ValueError(f"is not an image of a known format ({', '.join(_FORMATS)})") from None
-    if (size := image.width * image.height * 3) > most_bytes:
-        raise ValueError(f"has {image.width} x {image.height} pixels, which take {size} bytes, more than {most_bytes}")
+    if (size := image.width * image.height * 3) > max_bytes:
+        raise ValueError(f"has {image.width} x {image.height} pixels, which take {size} bytes, more than {max_bytes}")
     image.load()
     return _rgb(image)
 
 
 def is_image(value: Any) -> bool:
-    """Whether it is an image of Pillow's."""
+    """Returns whether the value is a Pillow image."""
     pillow = sys.modules.get("PIL.Image")
     return pillow is not None and isinstance(value, pillow.Image)
 
 
 @dataclass(frozen=True)
 class ImageTensor:
-    """Makes float32 [3, H, W] of an image: (value from 0 to 1 - `mean`) / `std`, by channel.
+    """Converts an image to float32 [3, H, W]: (value from 0 to 1 - `mean`) / `std`, by channel.
 
     `size`: H and W; the shorter side is scaled to it, the center is cut out. None: as large as the image is. With
     `augment` a random part of the image (8 % to 100 % of its area, 3:4 to 4:3) is scaled to `size`, and half of the
-    images are flipped from left to right. What is random follows from `draw` alone; where that is 0, nothing is.
+    images are flipped from left to right. Randomness follows from `draw` alone; if that is 0, nothing is random.
     """
 
     size: int | None
@@ -82,7 +82,7 @@ class ImageTensor:
             image = image.resize((self.size, self.size), PIL.Image.Resampling.BILINEAR, box=box)
         if random and random.random() < 0.5:
             image = image.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT)
-        pixels = np.empty((3, image.height, image.width), np.float32)  # and in place: ten times as fast as copies
+        pixels = np.empty((3, image.height, image.width), np.float32)  # computed in place: ten times as fast as copies
         np.divide(np.asarray(image).transpose(2, 0, 1), np.float32(255), out=pixels)
         pixels -= np.array(self.mean, np.float32)[:, None, None]
         pixels /= np.array(self.std, np.float32)[:, None, None]
@@ -90,31 +90,31 @@ class ImageTensor:
 
 
 def _rgb(image: Image) -> Image:
-    """The image with 8 bits a channel. Transparency is dropped, as webdataset and torchvision do: what lies beneath
-    shows. Raises ValueError where Pillow would cut off what is above 255."""
+    """Returns the image with 8 bits a channel. Drops transparency, as webdataset and torchvision do. Raises ValueError
+    where Pillow would clip values above 255."""
     import PIL.Image
 
     if image.mode == "RGB":
         return image
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in _SIXTEEN_BITS_AS_I):
-        grey = (np.asarray(image).astype(np.uint32) + 128) // 257  # 65,535 becomes 255
-        image = PIL.Image.fromarray(grey.astype(np.uint8))
+        gray = (np.asarray(image).astype(np.uint32) + 128) // 257  # 65,535 becomes 255
+        image = PIL.Image.fromarray(gray.astype(np.uint8))
     elif image.mode in ("I", "F"):
         raise ValueError(
             f"its pixels are numbers of 32 bits (mode {image.mode}) of no known range: store 8 or 16 bits a channel, "
             "or an array (.npy)"
         )
-    return image.convert("RGB")  # which copies
+    return image.convert("RGB")  # a copy
 
 
 def center_box(width: int, height: int) -> Box:
-    """The largest square in the middle: (left, top, right, bottom)."""
+    """Returns the largest square in the middle: (left, top, right, bottom)."""
     side = min(width, height)
-    return _middle(width, height, side, side)
+    return _center(width, height, side, side)
 
 
 def random_box(width: int, height: int, random: Random) -> Box:
-    """A random part of the image, drawn as torchvision's RandomResizedCrop does."""
+    """Returns a random part of the image, drawn as torchvision's RandomResizedCrop does."""
     narrowest, widest = map(math.log, _RATIOS)
     for _ in range(_ATTEMPTS):
         area = width * height * (_SCALES[0] + random.random() * (_SCALES[1] - _SCALES[0]))
@@ -123,9 +123,9 @@ def random_box(width: int, height: int, random: Random) -> Box:
         left, top = int(random.random() * (width - w + 1)), int(random.random() * (height - h + 1))
         if 0 < w <= width and 0 < h <= height:
             return left, top, left + w, top + h
-    return _middle(width, height, min(width, height * _RATIOS[1]), min(height, width / _RATIOS[0]))  # very long
+    return _center(width, height, min(width, height * _RATIOS[1]), min(height, width / _RATIOS[0]))  # very long
 
 
-def _middle(width: int, height: int, w: float, h: float) -> Box:
+def _center(width: int, height: int, w: float, h: float) -> Box:
     left, top = (width - w) / 2, (height - h) / 2
     return left, top, left + w, top + h

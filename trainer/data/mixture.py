@@ -1,4 +1,4 @@
-"""Which source each sequence of a run comes from: exact shares at every point, as pure functions of the position."""
+"""The mixture: which source each sequence of a run comes from. Shares are exact at every position."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ LONGEST_CYCLE = 1 << 14
 
 @dataclass(frozen=True)
 class _Segment:
-    """Positions from `start` on go round a cycle: slot s takes from `source[s]` its number `rank[s]` of the cycle."""
+    """Deals positions from `start` on in cycles: slot s gets from `source[s]` its number `rank[s]` of the cycle."""
 
     start: int
     source: Numbers
     rank: Numbers
     counts: Numbers
-    bases: Numbers  # what each source had given before `start`
+    bases: Numbers  # sequences of each source before `start`
 
-    def given(self, position: int) -> Numbers:
-        """How many of each source lie before `position`, int64 [sources]."""
+    def counts_before(self, position: int) -> Numbers:
+        """Returns how many sequences of each source come before `position`, int64 [sources]."""
         cycles, slots = divmod(position - self.start, len(self.source))
         return self.bases + cycles * self.counts + np.bincount(self.source[:slots], minlength=len(self.counts))
 
@@ -35,8 +35,8 @@ class Mixture:
     """Deals the positions of a run to sources: after any k of them source i has been dealt k * its share, within one.
 
     `schedule`: (first position, weights of the sources, in their order) of every stretch of the run, from 0 on.
-    A weight may be 0; shares are weights over their sum, exact up to a cycle of `LONGEST_CYCLE`. ValueError for weights
-    that are none.
+    A weight may be 0; shares are weights over their sum, exact up to a cycle of `LONGEST_CYCLE`. Raises ValueError for
+    weights that are negative or all 0.
     """
 
     def __init__(self, schedule: Sequence[tuple[int, Sequence[float]]]):
@@ -51,27 +51,28 @@ class Mixture:
             rank = np.empty(len(source), np.int64)
             for i in range(len(counts)):
                 rank[source == i] = np.arange(counts[i])
-            bases = self._segments[-1].given(start) if self._segments else np.zeros(len(counts), np.int64)
+            bases = self._segments[-1].counts_before(start) if self._segments else np.zeros(len(counts), np.int64)
             self._segments.append(_Segment(start, source, rank, np.array(counts, np.int64), bases))
 
     def at(self, positions: Numbers) -> tuple[Numbers, Numbers]:
-        """(source, number of that source's own sequence) at each of `positions`, int64 [k] each."""
+        """Returns (source, number of the sequence in that source) at each of `positions`, int64 [k] each."""
         sources, numbers = np.empty_like(positions), np.empty_like(positions)
-        which = np.searchsorted(self._starts, positions, side="right") - 1
-        for number in np.unique(which):
-            segment, here = self._segments[number], which == number
-            cycles, slots = np.divmod(positions[here] - segment.start, len(segment.source))
-            sources[here] = source = segment.source[slots]
-            numbers[here] = segment.bases[source] + cycles * segment.counts[source] + segment.rank[slots]
+        segment_numbers = np.searchsorted(self._starts, positions, side="right") - 1
+        for number in np.unique(segment_numbers):
+            segment, in_segment = self._segments[number], segment_numbers == number
+            cycles, slots = np.divmod(positions[in_segment] - segment.start, len(segment.source))
+            sources[in_segment] = source = segment.source[slots]
+            numbers[in_segment] = segment.bases[source] + cycles * segment.counts[source] + segment.rank[slots]
         return sources, numbers
 
-    def given(self, position: int) -> list[int]:
-        """How many sequences of each source come before `position`."""
-        return self._segments[bisect_right(self._starts, position) - 1].given(position).tolist()
+    def counts_before(self, position: int) -> list[int]:
+        """Returns how many sequences of each source come before `position`."""
+        return self._segments[bisect_right(self._starts, position) - 1].counts_before(position).tolist()
 
 
 def cycle(weights: Sequence[float]) -> list[int]:
-    """Whole numbers in the ratio of `weights`: exactly, or by largest remainders where that takes too many."""
+    """Returns integers in the ratio of `weights`: exactly, or by largest remainders where that makes too long a
+    cycle."""
     shares = [Fraction(str(weight)) for weight in weights]
     if not shares or min(shares) < 0 or not any(shares):
         raise ValueError(f"weights are >= 0 and not all 0, not {list(weights)}")
@@ -81,27 +82,29 @@ def cycle(weights: Sequence[float]) -> list[int]:
     if (total := sum(counts)) <= LONGEST_CYCLE:
         return counts
     wholes = [count * LONGEST_CYCLE // total for count in counts]
-    rest = sorted(range(len(counts)), key=lambda i: (-(counts[i] * LONGEST_CYCLE % total), i))
-    for i in rest[: LONGEST_CYCLE - sum(wholes)]:
+    by_remainder = sorted(range(len(counts)), key=lambda i: (-(counts[i] * LONGEST_CYCLE % total), i))
+    for i in by_remainder[: LONGEST_CYCLE - sum(wholes)]:
         wholes[i] += 1
     return wholes
 
 
 def deal(counts: Sequence[int]) -> Numbers:
-    """A row in which source i stands `counts[i]` times, as evenly as can be: every part of it that begins at the start
-    holds its share of each source within less than one (Tijdeman, "The chairman assignment problem", 1980).
+    """Deals a row in which source i occurs `counts[i]` times, as evenly as possible: every prefix of it has each
+    source's share within less than one (Tijdeman, "The chairman assignment problem", 1980).
 
     Returns int64 [sum of counts].
     """
-    total, given = sum(counts), [0] * len(counts)
+    total, counts_so_far = sum(counts), [0] * len(counts)
     slack = max(1, 2 * len(counts) - 2)
     row = np.empty(total, np.int64)
     for slot in range(total):
-        # Those that are so far behind that they may be served; of them the one that would first be too late.
-        due = [i for i, c in enumerate(counts) if slack * (c * (slot + 1) - given[i] * total) >= total and c]
+        # Of the sources that are far enough behind to be served: the one whose deadline comes first.
+        due = [i for i, c in enumerate(counts) if slack * (c * (slot + 1) - counts_so_far[i] * total) >= total and c]
         chosen = (
-            min(due, key=lambda i: (Fraction(slack * (given[i] + 1) - 1, counts[i]), i)) if len(due) > 1 else due[0]
+            min(due, key=lambda i: (Fraction(slack * (counts_so_far[i] + 1) - 1, counts[i]), i))
+            if len(due) > 1
+            else due[0]
         )
         row[slot] = chosen
-        given[chosen] += 1
+        counts_so_far[chosen] += 1
     return row

@@ -1,6 +1,6 @@
-"""Which sample comes when: pure integer functions of (seed, epoch, lane, index), with no tables and no state.
+"""The order of samples: pure integer functions of (seed, epoch, lane, index), with no tables and no state.
 
-Nothing here knows of ranks or workers, so nothing here changes with them.
+Nothing in this module depends on ranks or workers.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _key = lru_cache(maxsize=4096)(random_key)
 
 
 def permute(i: int, n: int, key: int) -> int:
-    """Where `i` goes in the permutation of 0..n-1 that `key` names, for any n >= 1 and 0 <= i < n.
+    """Returns where `i` goes in the permutation of 0..n-1 that `key` selects, for any n >= 1 and 0 <= i < n.
 
     An alternating Feistel network over a rectangle of a x b >= n cells, almost square, with modular
     addition; cells >= n are walked through again (Black and Rogaway, "Ciphers with arbitrary finite
@@ -49,7 +49,7 @@ def permute(i: int, n: int, key: int) -> int:
 
 
 def unpermute(j: int, n: int, key: int) -> int:
-    """The inverse: `unpermute(permute(i, n, key), n, key) == i`."""
+    """Inverts `permute`: `unpermute(permute(i, n, key), n, key) == i`."""
     a, b = _rectangle(n)
     keys = _round_keys(key)
     while True:
@@ -63,7 +63,7 @@ def unpermute(j: int, n: int, key: int) -> int:
 
 
 def permute_many(numbers: Numbers, n: int, key: int) -> Numbers:
-    """`permute` of each of `numbers`, int64 [k]: the same function, 100 times faster for thousands of them."""
+    """Permutes each of `numbers`, int64 [k]: the same function as `permute`, 100 times faster for thousands of them."""
     a, b = map(np.uint64, _rectangle(n))
     keys = [np.uint64(part) for part in _round_keys(key)]
     result, waiting, cells = np.empty(len(numbers), np.int64), np.arange(len(numbers)), numbers.astype(np.uint64)
@@ -80,16 +80,16 @@ def permute_many(numbers: Numbers, n: int, key: int) -> Numbers:
 
 
 def default_block(n_samples: int, total_bytes: int, lanes: int) -> int:
-    """Samples a block: about 4 MiB of them, but at least 4 blocks a lane while there are samples for it."""
+    """Returns the number of samples a block: about 4 MiB of them, but at least 4 blocks a lane if there are enough."""
     by_bytes = _BLOCK_BYTES * n_samples // max(total_bytes, 1)
     return max(1, min(by_bytes, n_samples // (4 * min(lanes, n_samples))))
 
 
-_find = lru_cache(maxsize=256)(unpermute)
+_cached_unpermute = lru_cache(maxsize=256)(unpermute)
 
 
 class Order:
-    """The order of `samples` virtual samples, dealt to `lanes`: every epoch is a permutation of all of them.
+    """Orders `samples` virtual samples, dealt to `lanes`: every epoch is a permutation of all of them.
 
     Epoch e permutes the blocks (`block` consecutive samples, the last one may be short) into a row. Lane j
     owns the j-th contiguous part of the row; within it, windows of `window` blocks' worth of samples (the
@@ -108,22 +108,24 @@ class Order:
         self._short = samples - (self._blocks - 1) * block  # samples of the last block, 1..block
 
     def lane_size(self, lane: int) -> int:
-        """Samples of an epoch that are dealt to `lane`; differs by at most one between lanes."""
+        """Returns the number of samples of an epoch in `lane`; it differs by at most one between lanes."""
         return self.samples // self.lanes + (lane < self.samples % self.lanes)
 
     def sample(self, epoch: int, lane: int, index: int) -> int:
-        """The virtual sample, 0..samples-1, that is number `index` (< lane_size) of `lane` in `epoch`."""
+        """Returns the virtual sample, 0..samples-1, that is number `index` (< lane_size) of `lane` in `epoch`."""
         size = self.lane_size(lane)
         if not 0 <= index < size:
             raise IndexError(f"lane {lane} has {size} samples an epoch, not one of number {index}")
         length = self.window * self.block
         number = index // length
         start = number * length
-        within = permute(index - start, min(length, size - start), _key(self.seed, "window", epoch, lane, number))
-        return self._row(epoch, self._lane_start(lane) + start + within)
+        window_offset = permute(
+            index - start, min(length, size - start), _key(self.seed, "window", epoch, lane, number)
+        )
+        return self._row(epoch, self._lane_start(lane) + start + window_offset)
 
     def window_samples(self, epoch: int, lane: int, number: int) -> Numbers:
-        """The virtual samples of window `number` of `lane` in their order, int64 [<= window * block].
+        """Returns the virtual samples of window `number` of `lane` in their order, int64 [<= window * block].
 
         `window_samples(e, j, i // length)[i % length]` is `sample(e, j, i)` for length = window * block.
         """
@@ -132,42 +134,42 @@ class Order:
         if not 0 <= start < size:
             raise IndexError(f"lane {lane} has {-(-size // length)} windows an epoch, not one of number {number}")
         count = min(length, size - start)
-        within = permute_many(np.arange(count), count, _key(self.seed, "window", epoch, lane, number))
-        places = self._lane_start(lane) + start + within
-        places += (places >= self._behind_short(epoch)) * (self.block - self._short)
+        window_offsets = permute_many(np.arange(count), count, _key(self.seed, "window", epoch, lane, number))
+        places = self._lane_start(lane) + start + window_offsets
+        places += (places >= self._end_of_short_block(epoch)) * (self.block - self._short)
         slots, offsets = np.divmod(places, self.block)
         first = int(slots.min())  # a window's slots are neighbors
         blocks = permute_many(np.arange(first, int(slots.max()) + 1), self._blocks, self._blocks_key(epoch))
         return blocks[slots - first] * self.block + offsets
 
     def at(self, position: int) -> tuple[int, int, int]:
-        """(epoch, lane, index) of the run's sample number `position`: lanes take turns, epoch after epoch."""
+        """Returns (epoch, lane, index) of the run's sample number `position`: lanes take turns, epoch after epoch."""
         epoch, place = divmod(position, self.samples)
         return epoch, place % self.lanes, place // self.lanes
 
     def _lane_start(self, lane: int) -> int:
-        """The place in the row at which the part of `lane` begins."""
+        """Returns the place in the row at which the part of `lane` begins."""
         return lane * (self.samples // self.lanes) + min(lane, self.samples % self.lanes)
 
     def _blocks_key(self, epoch: int) -> int:
         return _key(self.seed, "blocks", epoch)
 
-    def _behind_short(self, epoch: int) -> int:
-        """The place behind the short block: places from there on lie as if the short block were a whole one."""
-        return _find(self._blocks - 1, self._blocks, self._blocks_key(epoch)) * self.block + self._short
+    def _end_of_short_block(self, epoch: int) -> int:
+        """Returns the place after the short block: places from there on lie as if the short block were a whole one."""
+        return _cached_unpermute(self._blocks - 1, self._blocks, self._blocks_key(epoch)) * self.block + self._short
 
     def _row(self, epoch: int, place: int) -> int:
-        """The virtual sample at `place` (0..samples-1) of the epoch's row of permuted blocks."""
-        if place >= self._behind_short(epoch):
+        """Returns the virtual sample at `place` (0..samples-1) of the epoch's row of permuted blocks."""
+        if place >= self._end_of_short_block(epoch):
             place += self.block - self._short
         slot, offset = divmod(place, self.block)
         return permute(slot, self._blocks, self._blocks_key(epoch)) * self.block + offset
 
 
 class Walk:
-    """An `Order` asked for many positions at once, near each other as a run's are: open windows are kept.
+    """Looks up many positions of an `Order` at once, near each other as a run's are: it caches open windows.
 
-    Any thread may ask. Windows that would take more than `window_bytes` together are not kept, but asked one by one.
+    It is thread-safe. If the windows together would take more than `window_bytes`, samples are looked up one by one.
     """
 
     def __init__(self, order: Order, window_bytes: int = 64 << 20):
@@ -177,22 +179,23 @@ class Walk:
         self._windows: OrderedDict[tuple[int, int, int], Numbers] = OrderedDict()
 
     def samples(self, positions: Numbers) -> Numbers:
-        """The virtual samples at `positions` of the run, int64 [k] both: `Order.sample(*Order.at(p))` of each."""
+        """Returns the virtual samples at `positions` of the run, int64 [k] both: `Order.sample(*Order.at(p))` of
+        each."""
         epochs, places = np.divmod(positions, self.order.samples)
         indexes, lanes = np.divmod(places, self.order.lanes)
         numbers, offsets = np.divmod(indexes, self._length)
         windows = np.stack([epochs, lanes, numbers], axis=1)
         by_window = np.lexsort(windows.T)
         windows = windows[by_window]
-        starts = np.flatnonzero(np.any(windows[1:] != windows[:-1], axis=1)) + 1
-        found = np.empty(len(positions), np.int64)
-        for part in np.split(by_window, starts) if len(positions) else ():
+        boundaries = np.flatnonzero(np.any(windows[1:] != windows[:-1], axis=1)) + 1
+        samples = np.empty(len(positions), np.int64)
+        for part in np.split(by_window, boundaries) if len(positions) else ():
             key = (int(epochs[part[0]]), int(lanes[part[0]]), int(numbers[part[0]]))
             if self._room >= self.order.lanes or 64 * len(part) > self._length:
-                found[part] = self._window(key)[offsets[part]]
+                samples[part] = self._window(key)[offsets[part]]
             else:
-                found[part] = [self.order.sample(key[0], key[1], index) for index in indexes[part].tolist()]
-        return found
+                samples[part] = [self.order.sample(key[0], key[1], index) for index in indexes[part].tolist()]
+        return samples
 
     def _window(self, key: tuple[int, int, int]) -> Numbers:
         window = self._windows.get(key)
@@ -206,7 +209,7 @@ class Walk:
 
 @lru_cache(maxsize=256)
 def _rectangle(n: int) -> tuple[int, int]:
-    """Sides a >= b with a * b >= n, as small as they come for a = ceil(sqrt(n))."""
+    """Returns sides a >= b with a * b >= n: a = ceil(sqrt(n)), and the smallest b."""
     a = isqrt(n - 1) + 1
     return a, -(-n // a)
 

@@ -1,4 +1,4 @@
-"""The stream's order for other trainers: a stage that a `webdataset.DataPipeline` starts with, or any loader iterates.
+"""onecurve's order for other trainers: the first stage of a `webdataset.DataPipeline`, or a dataset for any loader.
 
     source = OrderedSamples("shards/train-{000000..000099}.tar", seed=1, rank=rank, world_size=size)
     pipeline = webdataset.DataPipeline(source, webdataset.decode(), webdataset.to_tuple("txt", "json"))
@@ -23,12 +23,12 @@ from trainer.data.shards import Shards
 from trainer.data.storage import Storage, default_cache, is_remote
 from trainer.data.storage.obstore_backend import has_clients
 
-_AT_ONCE = 1024  # samples whose places are worked out together
+_AT_ONCE = 1024  # samples that are located together
 _MOST_WORKERS = 64
 
 
 class OrderedSamples(IterableDataset):
-    """Endless samples {"__key__", "__url__", extension: bytes} in onecurve's order, every epoch exact.
+    """Yields samples {"__key__", "__url__", extension: bytes} without end in onecurve's order, every epoch exact.
 
     Sample number k of the run goes to rank k mod `world_size` and there to the data loader's worker
     (k div `world_size`) mod its workers, so one sample at a time (`batch_size=None`) any number of workers gives one
@@ -55,13 +55,13 @@ class OrderedSamples(IterableDataset):
         if epoch_length is not None and epoch_length < 1:
             raise ValueError(f"epoch_length={epoch_length}: a pass has at least one sample")
         self._rank, self._world_size = rank, world_size
-        self._pass = epoch_length and epoch_length * world_size  # samples of the run
+        self._pass_length = epoch_length and epoch_length * world_size  # samples of the run
         storage = storage or Storage(default_cache())
-        find = partial(Shards.open, shards, None, storage, key="shards")
-        remote = any(map(is_remote, [shards] if isinstance(shards, str) else shards))
-        # So that this process has no clients of servers, which no worker that a data loader forks could use.
-        self._shards: Shards = run_in_fork(find) if remote and not has_clients() else find()
-        self._mapped = storage.mmap
+        open_shards = partial(Shards.open, shards, None, storage, key="shards")
+        is_any_remote = any(map(is_remote, [shards] if isinstance(shards, str) else shards))
+        # In a fork, so that this process has no clients of servers: workers forked by a data loader could not use them.
+        self._shards: Shards = run_in_fork(open_shards) if is_any_remote and not has_clients() else open_shards()
+        self._is_mapped = storage.mmap
         block = default_block(self._shards.n, self._shards.bytes, lanes)
         self._walk = Walk(Order(self._shards.n, lanes, window, block, seed))
         self._identity = {
@@ -71,37 +71,37 @@ class OrderedSamples(IterableDataset):
         self._progress = _Progress()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        shards, urls, mapped = self._shards, self._shards.urls, self._mapped
-        turns = _Turns(self)
+        shards, urls, is_mapped = self._shards, self._shards.urls, self._is_mapped
+        reader = _Pass(self)
         count = 8
-        while len(numbers := turns.next(count := min(2 * count, _AT_ONCE))):
+        while len(numbers := reader.next(count := min(2 * count, _AT_ONCE))):
             for number, i in shards.locate_many(numbers):
                 key, members = shards.sample(number, i)
-                turns.take(1)
-                if mapped:  # views of files can be neither decoded by others nor sent to another process
+                reader.take(1)
+                if is_mapped:  # views of files can be neither decoded by others nor sent to another process
                     members = {name: bytes(content) for name, content in members.items()}
                 yield {"__key__": key, "__url__": urls[number], **members}
-        turns.end()
+        reader.end()
 
     def payloads(self, field: str, count: int) -> Iterator[list[bytes | memoryview]]:
-        """Instead of samples lists of `count` times their member `field`: the same order, read in bulk. Of shards that
-        are mapped (`Storage(mmap=True)`) they are views, to be made tensors of where they are read."""
-        turns = _Turns(self)
-        while len(numbers := turns.next(-(-_AT_ONCE // count) * count)):
+        """Yields lists of the member `field` of `count` samples: the same order, read in bulk. Members of mapped shards
+        (`Storage(mmap=True)`) are views: make tensors of them in the process that reads them."""
+        reader = _Pass(self)
+        while len(numbers := reader.next(-(-_AT_ONCE // count) * count)):
             payloads = self._shards.read_many(numbers, field)
             for _ in range(0, len(numbers), count):
-                found = list(islice(payloads, count))
-                turns.take(len(found))
-                yield found
-        turns.end()
+                chunk = list(islice(payloads, count))
+                reader.take(len(chunk))
+                yield chunk
+        reader.end()
 
     def state_dict(self) -> dict[str, Any]:
-        """Where this stage stands: under 1 KB, at any place of any data set."""
-        taken, until = self._progress.get(*_worker())
-        return {**self._identity, "taken": taken, "until": until}
+        """Returns where this stage stands: under 1 KB, at any place of any data set."""
+        position, pass_end = self._progress.get(*_worker())
+        return {**self._identity, "taken": position, "until": pass_end}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes to where `state_dict` was taken, in constant time. ValueError if it is of other data or another order.
+        """Goes to where `state_dict` was called, in constant time. Raises ValueError for other data or another order.
 
         When each rank has taken equally many samples, all their states are equal (without workers), and any other
         number of ranks goes on from one of them.
@@ -113,60 +113,60 @@ class OrderedSamples(IterableDataset):
 
 
 def _worker() -> tuple[int, int]:
-    """How many workers the data loader has (0: this is none of a loader), and the number of this one."""
+    """Returns the number of the data loader's workers (0: this process is not a worker), and the id of this one."""
     worker = get_worker_info()
     return (worker.num_workers, worker.id) if worker else (0, 0)
 
 
 class _Progress:
-    """How far a stage is, in memory that a process shares with the workers it starts: they come and go with each pass.
+    """Holds how far a stage is, in memory that a process shares with its workers: they come and go with each pass.
 
-    Of each reader: the samples of the run that were taken, all ranks' together, in the rounds that it has done; and
-    where its pass ends (0: none is under way). A row for each number of workers that a loader may have, as each deals
-    samples out otherwise; of two rows the one that is further was read later.
+    For each reader: the samples of the run, over all ranks, in the rounds that it has done; and where its pass ends
+    (0: no pass is under way). There is a row for each number of workers that a loader may have, as each number deals
+    samples differently; of two rows the one that is further was read later.
     """
 
     def __init__(self) -> None:
         self._table = torch.zeros(_MOST_WORKERS + 1, _MOST_WORKERS, 2, dtype=torch.int64)
-        self._share()
+        self._share_memory()
 
-    def _share(self) -> None:
+    def _share_memory(self) -> None:
         self._table.share_memory_()
         self._cells = self._table.numpy()
-        self._resumed = False  # whether this process is a worker that is put in the middle of a pass
+        self._resumed = False  # whether this process is a worker that resumes in the middle of a pass
 
-    def get(self, workers: int, own: int) -> tuple[int, int]:
-        """Where a reader stands: (taken, until)."""
-        row, place = self._latest(workers, own)
-        taken, until = self._cells[row, place].tolist()
-        return taken, until
+    def get(self, workers: int, worker_id: int) -> tuple[int, int]:
+        """Returns where a reader stands: (position, end of its pass)."""
+        row, place = self._latest_cell(workers, worker_id)
+        position, pass_end = self._cells[row, place].tolist()
+        return position, pass_end
 
-    def begin(self, workers: int, own: int, length: int | None) -> memoryview:
-        """The numbers of a reader that begins a pass, to be written to. `length`: of a pass; None: it never ends. One
-        that was broken off goes on, unless all its readers were through."""
-        row, place = self._latest(workers, own)
-        taken, until = self._cells[row, place].tolist()
-        is_over = bool((self._cells[row, : max(row, 1), 0] >= until).all()) and not self._resumed
-        if is_over or not until:
-            until = (taken // length + 1) * length if length else 0
+    def begin(self, workers: int, worker_id: int, length: int | None) -> memoryview:
+        """Begins a reader's pass and returns its cell, to be written to. `length`: of a pass; None: it never ends. A
+        pass that was broken off goes on, unless all its readers were through."""
+        row, place = self._latest_cell(workers, worker_id)
+        position, pass_end = self._cells[row, place].tolist()
+        is_over = bool((self._cells[row, : max(row, 1), 0] >= pass_end).all()) and not self._resumed
+        if is_over or not pass_end:
+            pass_end = (position // length + 1) * length if length else 0
         self._resumed = False
-        cell = self._cells[workers, own].data
-        cell[0], cell[1] = taken, until
+        cell = self._cells[workers, worker_id].data
+        cell[0], cell[1] = position, pass_end
         return cell
 
-    def _latest(self, workers: int, own: int) -> tuple[int, int]:
-        """Row and place of the reader that stands where this one goes on: its own, or of another loader's row."""
-        taken = self._cells[..., 0]
-        furthest = max(taken[:workers].max(initial=0), taken[workers + 1 :].max(initial=0))
-        if taken[workers, own] >= furthest:
-            return workers, own
-        rows, places = np.nonzero(taken == furthest)
+    def _latest_cell(self, workers: int, worker_id: int) -> tuple[int, int]:
+        """Returns row and place of the reader where this one continues: its own, or one in another loader's row."""
+        positions = self._cells[..., 0]
+        furthest = max(positions[:workers].max(initial=0), positions[workers + 1 :].max(initial=0))
+        if positions[workers, worker_id] >= furthest:
+            return workers, worker_id
+        rows, places = np.nonzero(positions == furthest)
         return next((int(row), int(place)) for row, place in zip(rows, places, strict=True) if row != workers)
 
-    def reset(self, workers: int, own: int, taken: int, until: int) -> None:
-        """Puts a reader somewhere, also further back; each worker of a loader does so for itself."""
+    def reset(self, workers: int, worker_id: int, position: int, pass_end: int) -> None:
+        """Moves a reader, forward or back; each worker of a loader moves itself."""
         self._cells[:workers] = self._cells[workers + 1 :] = 0
-        self._cells[workers, own] = taken, until
+        self._cells[workers, worker_id] = position, pass_end
         self._resumed = workers > 0
 
     def __getstate__(self) -> dict[str, Any]:
@@ -174,39 +174,39 @@ class _Progress:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._share()
+        self._share_memory()
 
 
-class _Turns:
-    """One pass of one reader: which samples are its own, from where the one before ended."""
+class _Pass:
+    """Runs one pass of one reader: deals it its samples, from where the last pass ended."""
 
     def __init__(self, stage: OrderedSamples):
-        workers, own = _worker()
+        workers, worker_id = _worker()
         if workers > _MOST_WORKERS:
             raise ValueError(f"{workers} workers: a data loader of this stage has at most {_MOST_WORKERS}")
         self._walk, self._shards = stage._walk, stage._shards
-        self._first = stage._rank + own * stage._world_size
+        self._first = stage._rank + worker_id * stage._world_size
         self._stride = stage._world_size * max(workers, 1)
-        self._cell = stage._progress.begin(workers, own, stage._pass)
-        self._taken, self._until = self._cell
-        self._asked = self._taken
+        self._cell = stage._progress.begin(workers, worker_id, stage._pass_length)
+        self._position, self._pass_end = self._cell
+        self._requested = self._position
 
     def next(self, count: int) -> Numbers:
-        """The samples that come next, int64 [<= count]; none where the pass ends."""
-        numbers: Numbers = self._asked + self._first + self._stride * np.arange(count)
-        if self._until:
-            numbers = numbers[numbers < self._until]
-        self._asked += self._stride * count
+        """Returns the next samples, int64 [<= count]; none at the end of the pass."""
+        numbers: Numbers = self._requested + self._first + self._stride * np.arange(count)
+        if self._pass_end:
+            numbers = numbers[numbers < self._pass_end]
+        self._requested += self._stride * count
         samples = self._walk.samples(numbers)
         self._shards.foresee(samples)
         return samples
 
     def take(self, count: int) -> None:
-        """Notes that so many more have been read."""
-        self._taken += self._stride * count
-        is_last = self._until and self._taken + self._first >= self._until
-        self._cell[0] = self._until if is_last else self._taken
+        """Records that `count` more samples have been read."""
+        self._position += self._stride * count
+        is_last = self._pass_end and self._position + self._first >= self._pass_end
+        self._cell[0] = self._pass_end if is_last else self._position
 
     def end(self) -> None:
-        """Notes that the pass is over."""
-        self._cell[0], self._cell[1] = self._until, 0
+        """Records that the pass is over."""
+        self._cell[0], self._cell[1] = self._pass_end, 0

@@ -1,4 +1,4 @@
-"""Documents to sequences: the units that a run shuffles. Which tokens a sequence holds depends on the data alone.
+"""Packing: documents to sequences, the examples that a run shuffles. A sequence's tokens depend on the data alone.
 
 `concat` cuts the token line every `length` tokens. `best_fit` puts whole documents of a shard together, as tightly as
 they fit (Ding et al., "Fewer truncations improve language modeling", 2024): only those longer than a sequence are cut.
@@ -22,14 +22,14 @@ from trainer.data.tokens import TokenLine
 from trainer.errors import ConfigError
 
 NO_TARGET = -100
-BEST_FIT = "best_fit-1"  # part of the name of what is kept: a change of the algorithm needs another one
+BEST_FIT = "best_fit-1"  # part of the cache files' names: a change of the algorithm needs another one
 
 Row = dict[str, npt.NDArray[np.int64]]
 Numbers = npt.NDArray[np.int64]
 
 
 class Span(NamedTuple):
-    """Input tokens [first_token, end_token) of one document; its separator counts as its last token."""
+    """Names input tokens [first_token, end_token) of one document; its separator counts as its last token."""
 
     shard: str
     key: str
@@ -38,21 +38,22 @@ class Span(NamedTuple):
 
 
 class Concatenated:
-    """Unit u is the tokens [u * length, (u + 1) * length) of the line; only the last one may be short."""
+    """Cuts the line every `length` tokens: example i is tokens [i * length, (i + 1) * length); only the last is
+    short."""
 
     def __init__(self, line: TokenLine, length: int):
         self.n = -(-line.total // length)
         self._length, self._total = length, line.total
 
     def ranges(self, example_index: int) -> list[tuple[int, int]]:
-        """The ranges of the token line that make the unit."""
+        """Returns the ranges of the token line that make the example."""
         return [(example_index * self._length, min((example_index + 1) * self._length, self._total))]
 
 
 class BestFit:
-    """A unit is documents of one shard, none of them cut unless it is longer than a sequence by itself.
+    """Makes each example of whole documents of one shard; cuts only documents that are longer than a sequence.
 
-    How a shard is packed is worked out once, and kept beside its tokens.
+    How a shard is packed is computed once, and kept beside its tokens.
     """
 
     def __init__(self, line: TokenLine, length: int, team: WorkSharing):
@@ -65,7 +66,7 @@ class BestFit:
     def ranges(self, example_index: int) -> list[tuple[int, int]]:
         shard = int(np.searchsorted(self._starts, example_index, side="right")) - 1
         packed, base, number = (
-            self._packed(shard),
+            self._packed_spans(shard),
             int(self._line.starts[shard]),
             example_index - int(self._starts[shard]),
         )
@@ -73,25 +74,25 @@ class BestFit:
         return [(base + begin, base + stop) for begin, stop in packed[1:, first:end].T.tolist()]
 
     def _count(self, shard: int) -> int:
-        return int(self._packed(shard)[0].max(initial=-1)) + 1
+        return int(self._packed_spans(shard)[0].max(initial=-1)) + 1
 
-    def _packed(self, shard: int) -> Numbers:
+    def _packed_spans(self, shard: int) -> Numbers:
         """Returns for each span of the shard its example, first and end token in the shard: int64 [3, spans]."""
         return self._open.get(shard, self._load)
 
     def _load(self, shard: int) -> Numbers:
-        ends, path = self._line.shard(shard).ends, self._line.beside(shard, f"{BEST_FIT}-{self._length}.npy")
+        ends, path = self._line.shard(shard).ends, self._line.derived_path(shard, f"{BEST_FIT}-{self._length}.npy")
         tokens = int(ends[-1]) if len(ends) else 0
         packed = array_cache.load_array(path)
         if packed is not None and int((packed[2] - packed[1]).sum()) == tokens:
             return packed
-        pieces = [
+        spans = [
             (first, min(first + self._length, end))
             for begin, end in pairwise([0, *ends.tolist()])
             for first in range(begin, end, self._length)
         ]
-        example_indices = best_fit([end - first for first, end in pieces], self._length)
-        rows = [(number, *pieces[i]) for number, chosen in enumerate(example_indices) for i in chosen]
+        bins = best_fit([end - first for first, end in spans], self._length)
+        rows = [(example_index, *spans[i]) for example_index, items in enumerate(bins) for i in items]
         packed = np.array(rows, np.int64).reshape(-1, 3).T.copy()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -102,12 +103,12 @@ class BestFit:
 
 
 class Packed:
-    """Sequences of `length` tokens as the units of a run; see `trainer.data.stream.Source`.
+    """Packs documents into sequences of `length` tokens, the examples of a run; see `trainer.data.stream.Source`.
 
     A row is {"inputs", "targets"}, int64 [length] each. Every token of the line is an input once an epoch, and its
-    target is the token that follows it. There is none (-100) behind the end of the data set; nor behind a document's,
-    where `document_mask` is on or documents that do not belong together are packed (`best_fit`). With `document_mask` a
-    row also has "documents" and "positions": which of the row's documents a token is of (-1: of none), and its place
+    target is the token that follows it. There is no target (-100) at the end of the data set, nor at the end of a
+    document if `document_mask` is on or unrelated documents are packed together (`best_fit`). With `document_mask` a
+    row also has "documents" and "positions": which of the row's documents a token is in (-1: none), and its place
     there, counted from 0 at the row's or the document's start.
     """
 
@@ -121,16 +122,16 @@ class Packed:
         team: WorkSharing = ALONE,
     ):
         self._line, self._length, self._document_mask = line, length, document_mask
-        self._cut: Any = Concatenated(line, length) if packing == "concat" else BestFit(line, length, team)
-        self._flows = packing == "concat"  # whether what follows a range is what follows it in the text
-        self.n = self._cut.n
+        self._layout: Any = Concatenated(line, length) if packing == "concat" else BestFit(line, length, team)
+        self._is_continuous = packing == "concat"  # whether consecutive ranges are consecutive text
+        self.n = self._layout.n
         self.bytes = line.total * 2
         self.faults, self.fingerprint = line.faults, line.fingerprint
 
     def read(self, example_index: int, draw: int) -> Row:
-        """The row of a unit."""
-        ranges = self._cut.ranges(example_index)
-        if not self._document_mask and self._flows:
+        """Reads the row of an example."""
+        ranges = self._layout.ranges(example_index)
+        if not self._document_mask and self._is_continuous:
             (first, end), (inputs, targets) = ranges[0], self._empty()
             tokens = self._line.read(first, end - first + 1)
             inputs[: end - first] = tokens[: end - first]
@@ -139,17 +140,17 @@ class Packed:
         return self._row(ranges)
 
     def foresee(self, example_indices: Sequence[int]) -> None:
-        """A hint that these units will be read soon."""
+        """Hints that these examples will be read soon."""
         if self._line.foresees:
             for example_index in example_indices:
-                for first, end in self._cut.ranges(example_index):
+                for first, end in self._layout.ranges(example_index):
                     self._line.foresee(first, end)
 
     def entry(self, example_index: int) -> list[Span]:
-        """The unit as the ledger names it."""
+        """Returns the example as the ledger names it."""
         return [
             Span(*self._line.shards.name(int(self._line.shards.starts[shard]) + document), first, end)
-            for begin, stop in self._cut.ranges(example_index)
+            for begin, stop in self._layout.ranges(example_index)
             for shard, document, first, end in self._line.documents(begin, stop)
         ]
 
@@ -160,18 +161,18 @@ class Packed:
         for first, end in ranges:
             tokens = self._line.read(first, end - first + 1).astype(np.int64)
             for shard, document, begin, stop in self._line.documents(first, end):
-                count, whole = stop - begin, stop == self._size(shard, document)
+                count, whole = stop - begin, stop == self._document_size(shard, document)
                 inputs[at : at + count] = tokens[:count]
                 following = tokens[1 : count + 1]
                 targets[at : at + len(following)] = following
-                if whole and (self._document_mask or not self._flows):
+                if whole and (self._document_mask or not self._is_continuous):
                     targets[at + count - 1] = NO_TARGET  # what comes next is another text
                 documents[at : at + count], positions[at : at + count] = number, np.arange(count)
                 at, number, tokens = at + count, number + 1, tokens[count:]
         row = {"inputs": inputs, "targets": targets}
         return row | {"documents": documents, "positions": positions} if self._document_mask else row
 
-    def _size(self, shard: int, document: int) -> int:
+    def _document_size(self, shard: int, document: int) -> int:
         ends = self._line.shard(shard).ends
         return int(ends[document]) - (int(ends[document - 1]) if document else 0)
 
@@ -180,27 +181,27 @@ class Packed:
 
 
 def best_fit(sizes: Sequence[int], room: int) -> list[list[int]]:
-    """Best-fit decreasing: the longest first, each into the fullest bin that still has room for it.
+    """Packs items by best-fit decreasing: the longest first, each into the fullest bin that still has room for it.
 
-    Returns the bins, each the rising numbers of what it holds. `sizes` are 1..room.
+    Returns the bins, each the sorted indexes of its items. `sizes` are 1..room.
     """
     bins: list[list[int]] = []
-    by_rest: dict[int, list[int]] = defaultdict(list)
-    rests: list[int] = []  # the different rests of space that bins have, rising
+    bins_by_space: dict[int, list[int]] = defaultdict(list)
+    spaces: list[int] = []  # the different amounts of free space in bins, rising
     for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        at = bisect_left(rests, sizes[i])
-        if at == len(rests):
-            number, rest = len(bins), room
+        at = bisect_left(spaces, sizes[i])
+        if at == len(spaces):
+            number, space = len(bins), room
             bins.append([])
         else:
-            rest = rests[at]
-            number = by_rest[rest].pop()
-            if not by_rest[rest]:
-                del rests[at]
+            space = spaces[at]
+            number = bins_by_space[space].pop()
+            if not bins_by_space[space]:
+                del spaces[at]
         bins[number].append(i)
-        left = rest - sizes[i]
-        if left:
-            if not by_rest[left]:
-                insort(rests, left)
-            by_rest[left].append(number)
-    return [sorted(chosen) for chosen in bins]
+        remaining = space - sizes[i]
+        if remaining:
+            if not bins_by_space[remaining]:
+                insort(spaces, remaining)
+            bins_by_space[remaining].append(number)
+    return [sorted(items) for items in bins]

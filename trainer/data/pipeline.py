@@ -10,10 +10,10 @@ from trainer.data.ordered_samples import OrderedSamples
 
 
 class OrderedPipeline(webdataset.DataPipeline):
-    """A `webdataset.DataPipeline` that `source` starts, torchdata's `Stateful` as that is.
+    """Runs a `webdataset.DataPipeline` that `source` starts; torchdata's `Stateful`, as the source is.
 
-    Exact for stages that hold no sample back when they give one, such as `map`, `decode` and `to_tuple`; not for
-    `batched` (let the data loader make batches) and `shuffle` (the order is shuffled already).
+    The state is exact for stages that hold no sample back, such as `map`, `decode` and `to_tuple`; not for `batched`
+    (let the data loader make batches) and `shuffle` (the order is shuffled already).
     """
 
     def __init__(self, source: OrderedSamples, *stages: Any):
@@ -21,9 +21,9 @@ class OrderedPipeline(webdataset.DataPipeline):
         self._source = source
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the source stands."""
+        """Returns where the source stands."""
         return self._source.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes there, in constant time. ValueError if the state is of other data or another order."""
+        """Goes to where `state` was saved, in constant time. Raises ValueError for other data or another order."""
         self._source.load_state_dict(state)

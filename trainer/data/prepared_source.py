@@ -1,4 +1,4 @@
-"""A source whose rows an objective makes its examples of, in the threads that read: masked, paired, padded."""
+"""A source whose rows an objective turns into its examples, in the threads that read: masked, paired, padded."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from trainer.randomness import key
 
 
 class PreparedSource:
-    """`source`, each of its rows given to `prepare` with a draw. An evaluation, in which a row has no draw of its own,
-    gives it that of its unit: the same at each evaluation, on any process."""
+    """Passes each row of `source` to `prepare` with a draw. In an evaluation, which has no draws, the draw follows from
+    the example's index: it is the same at each evaluation, on any process."""
 
     def __init__(self, source: Source, prepare: Callable[[dict[str, Tensor], int], dict[str, Tensor]]):
         self.source, self.prepare = source, prepare

@@ -1,4 +1,4 @@
-"""The dataset that is always there: Shakespeare's plays, packed on first use from the text in the package.
+"""The built-in dataset: Shakespeare's plays, packed on first use from the text in the package.
 
 A sample is a scene or a part of one; whole scenes are held out. scripts/build_shakespeare.py made the text.
 """
@@ -25,25 +25,25 @@ SHARD_BYTES = 1 << 20
 
 
 def ensure(cache: Path, tokenizer: str = "bpe:1024") -> Path:
-    """The folder of the packed dataset in `cache`, made there (seconds) if new; safe in many processes.
+    """Returns the folder of the packed dataset in `cache`; packs it there (seconds) if new. Many processes may call it.
 
     `tokenizer`: `bpe:SIZE`, `chars` or `bytes`. Raises `ConfigError` if `cache` cannot be written.
     """
     if not re.fullmatch(r"bpe:\d+|chars|bytes", tokenizer):
         raise ConfigError(f"data.tokenizer: {tokenizer!r} is none of bpe:SIZE, chars, bytes")
-    packed = resources.files(__package__).joinpath(ASSET).read_bytes()
-    name = f"shakespeare-{hashlib.sha256(packed).hexdigest()[:8]}-{tokenizer.replace(':', '')}"
+    asset = resources.files(__package__).joinpath(ASSET).read_bytes()
+    name = f"shakespeare-{hashlib.sha256(asset).hexdigest()[:8]}-{tokenizer.replace(':', '')}"
     cache = cache.expanduser()
     folder = cache / name
     if folder.is_dir():
         return folder
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with locks.waited_for(cache / f".{name}.lock"):
+        with locks.hold_when_free(cache / f".{name}.lock"):
             if not folder.is_dir():
-                _pack(lzma.decompress(packed).decode(), folder, tokenizer)
+                _pack(lzma.decompress(asset).decode(), folder, tokenizer)
     except OSError as error:
-        raise ConfigError(f"{cache}: {locks.refused(error)}") from error
+        raise ConfigError(f"{cache}: {locks.describe_refusal(error)}") from error
     except ConfigError:
         if not folder.is_dir():  # else another machine was faster: locks may not reach across a network
             raise
@@ -51,13 +51,13 @@ def ensure(cache: Path, tokenizer: str = "bpe:1024") -> Path:
 
 
 def scenes(text: str) -> dict[str, str]:
-    """Text of each scene by its name, `genre/play/act-1/scene-2`."""
-    parted = (scene.partition("\n") for scene in text.split("\f")[1:])
-    return {name: speeches.strip("\n") + "\n" for name, _, speeches in parted}
+    """Returns the text of each scene by its name, `genre/play/act-1/scene-2`."""
+    parts = (scene.partition("\n") for scene in text.split("\f")[1:])
+    return {name: speeches.strip("\n") + "\n" for name, _, speeches in parts}
 
 
 def documents(text: str) -> Iterator[Document]:
-    """Scenes of at most about `PART_BYTES`, longer ones in parts: `genre/play/act-1/scene-2/part-1`."""
+    """Yields scenes in parts of at most about `PART_BYTES`: `genre/play/act-1/scene-2/part-1`."""
     for name, scene in scenes(text).items():
         for number, part in enumerate(_parts(scene), 1):
             yield Document(f"{name}/part-{number}", part)
@@ -74,11 +74,11 @@ def _parts(scene: str) -> Iterator[str]:
 
 
 def held_out_scenes(text: str) -> set[str]:
-    """One scene of each play, the one that a hash draws: 38 of 781."""
-    drawn: dict[tuple[str, ...], str] = {}
+    """Returns one scene of each play, drawn by a hash: 38 of 781."""
+    scene_of_play: dict[tuple[str, ...], str] = {}
     for name in sorted(scenes(text), key=lambda name: random_key("validation", name)):
-        drawn.setdefault(tuple(name.split("/")[:2]), name)
-    return set(drawn.values())
+        scene_of_play.setdefault(tuple(name.split("/")[:2]), name)
+    return set(scene_of_play.values())
 
 
 def _pack(text: str, folder: Path, tokenizer: str) -> None:

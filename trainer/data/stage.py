@@ -1,4 +1,4 @@
-"""The former home of `OrderedSamples`, from which scripts import it."""
+"""The former module of `OrderedSamples`: scripts import it from here."""
 
 from trainer.data.ordered_samples import OrderedSamples
 

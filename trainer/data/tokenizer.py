@@ -1,4 +1,4 @@
-"""Text to token ids and back: raw bytes, or any Hugging Face `tokenizer.json`; and training small ones."""
+"""Tokenizers, text to token ids and back: raw bytes, or any Hugging Face `tokenizer.json`; and training small ones."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from trainer.errors import ConfigError
 from trainer.files import read_file, replace_file, with_file
 
 SEPARATOR = "<|endoftext|>"
-# What ends a document where nothing says so: the first of these that a tokenizer has. New ones go behind the others.
+# The default separator is the first of these that a tokenizer has. New ones go at the end.
 _SEPARATORS = (
     SEPARATOR, "</s>", "<eos>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "<EOS_TOKEN>", "[EOS]", "<|im_end|>",
     "[SEP]",
 )  # fmt: skip
 _SETTINGS = "tokenizer_config.json"  # of transformers, beside a tokenizer.json
-_NAMED = 8  # special tokens that a message names
-_UNKNOWN = "\ufffd"  # what a character tokenizer makes of characters that it does not have
+_MAX_NAMED = 8  # special tokens that a message lists
+_UNKNOWN = "\ufffd"  # a character tokenizer's token for unknown characters
 
 Ids = npt.NDArray[np.int32]
 
 
 class Tokenizer(ABC):
-    """Text to ids and back.
+    """Converts text to ids and back.
 
     `vocab_size`: ids are below it. `separator`: the id that ends a document. `token_bytes`, `token_chars`:
     int32 [vocab_size], UTF-8 bytes that a token stands for, and characters that start in it; 0 for special
-    tokens. `fingerprint`: sha256 of what the tokenizer is. `content`: the text of the tokenizer.json that it was
-    made from, to keep beside what was trained with it (`save`); None for bytes. `settings`: what must be kept of its
-    tokenizer_config.json; {} for most.
+    tokens. `fingerprint`: sha256 of all that defines the tokenizer. `content`: the text of the tokenizer.json that
+    it was made from, to keep beside what was trained with it (`save`); None for bytes. `settings`: what must be kept of
+    its tokenizer_config.json; {} for most.
     """
 
     vocab_size: int
@@ -53,15 +53,15 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, text: str) -> Ids:
-        """Ids of `text`, int32 [n], without separator: a document cannot smuggle one in. Other special tokens spelt
-        out in it are ordinary text, too, unless they were asked for."""
+        """Returns the ids of `text`, int32 [n], without separator: a document cannot smuggle one in. Other special
+        tokens spelled out in it are ordinary text, too, unless the tokenizer was made with `special_tokens`."""
 
     def count_special(self, text: str) -> int:
-        """Returns how many special tokens are spelt out in `text` and taken for ordinary text."""
+        """Returns how many special tokens are spelled out in `text` and taken for ordinary text."""
         return 0
 
     def save(self, folder: Path) -> None:
-        """Writes the files of which `load` makes the same tokenizer, if any."""
+        """Writes the files from which `load` makes the same tokenizer, if any."""
         if self.settings:  # first: without them the tokenizer would be another one
             replace_file(folder / _SETTINGS, json.dumps(self.settings).encode())
         if self.content is not None:
@@ -69,11 +69,11 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`, special tokens left out; bytes that are not UTF-8 become U+FFFD."""
+        """Returns the text of `ids` without special tokens; bytes that are not UTF-8 become U+FFFD."""
 
 
 class ByteTokenizer(Tokenizer):
-    """A token is a byte of UTF-8; the separator is 256."""
+    """Makes a token of each byte of UTF-8; the separator is 256."""
 
     def __init__(self) -> None:
         self.vocab_size, self.separator = 257, 256
@@ -90,7 +90,7 @@ class ByteTokenizer(Tokenizer):
 
 
 class JsonTokenizer(Tokenizer):
-    """A Hugging Face tokenizer, its padding, truncation and template switched off."""
+    """Wraps a Hugging Face tokenizer, with padding, truncation and template switched off."""
 
     def __init__(
         self,
@@ -101,9 +101,9 @@ class JsonTokenizer(Tokenizer):
         eos_token: str | None = None,
         special_tokens: bool = False,
     ):
-        """`content`: JSON text, `source`: its file. `separator`: the token that ends a document; by default
-        `eos_token`, if the tokenizer has it, or else one that is known. `special_tokens`: whether those that texts
-        spell out are taken as tokens. Raises `ConfigError`: no tokenizer, or no separator."""
+        """Parses `content`, the JSON text of file `source`. `separator`: the token that ends a document; by default
+        `eos_token`, if the tokenizer has it, or else a well-known one. `special_tokens`: whether special tokens that
+        texts spell out become tokens. Raises `ConfigError` for a malformed tokenizer, or one without separator."""
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(content)
             description = json.loads(content)
@@ -116,25 +116,29 @@ class JsonTokenizer(Tokenizer):
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         special = [token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special]
         self._special = re.compile("|".join(map(re.escape, special))) if special and not special_tokens else None
-        spelt = _separator(source, vocabulary, special, separator, eos_token)
-        self.vocab_size, self.separator, self._spelt = max(vocabulary.values()) + 1, vocabulary[spelt], spelt
+        separator_text = _find_separator(source, vocabulary, special, separator, eos_token)
+        self.vocab_size, self.separator, self._separator_text = (
+            max(vocabulary.values()) + 1,
+            vocabulary[separator_text],
+            separator_text,
+        )
         added = self._tokenizer.get_added_tokens_decoder().get(self.separator)
         if added is None or not added.special:  # whatever the file says of it
-            self._tokenizer.add_special_tokens([tokenizers.AddedToken(spelt, special=True, normalized=False)])
+            self._tokenizer.add_special_tokens([tokenizers.AddedToken(separator_text, special=True, normalized=False)])
         self.token_bytes, self.token_chars = _measure(list(self._pieces(vocabulary, description)))
         for part in ("padding", "truncation"):
             description.pop(part, None)
-        self.settings = {} if spelt == _known(vocabulary) else {"eos_token": spelt}
-        unusual = self.settings | ({"special_tokens": "tokens"} if special_tokens else {})
-        what = json.dumps([description, unusual] if unusual else description, sort_keys=True)
-        self.fingerprint = hashlib.sha256(what.encode()).hexdigest()
+        self.settings = {} if separator_text == _known_separator(vocabulary) else {"eos_token": separator_text}
+        options = self.settings | ({"special_tokens": "tokens"} if special_tokens else {})
+        description_text = json.dumps([description, options] if options else description, sort_keys=True)
+        self.fingerprint = hashlib.sha256(description_text.encode()).hexdigest()
 
     def encode(self, text: str) -> Ids:
         ids = self._ids(text)
-        if self._spelt in text and self.separator in ids:  # the model has it as a word, too: take it apart
-            first, *others = text.split(self._spelt)
-            begin, end = self._spelt[:1], self._spelt[1:]
-            parts = [first + begin, *(end + part + begin for part in others[:-1]), end + others[-1]]
+        if self._separator_text in text and self.separator in ids:  # the model has it as a word, too: take it apart
+            first, *later_parts = text.split(self._separator_text)
+            begin, end = self._separator_text[:1], self._separator_text[1:]
+            parts = [first + begin, *(end + part + begin for part in later_parts[:-1]), end + later_parts[-1]]
             ids = np.concatenate([self._ids(part) for part in parts])
         return ids
 
@@ -148,12 +152,12 @@ class JsonTokenizer(Tokenizer):
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def _pieces(self, vocabulary: dict[str, int], description: dict) -> Iterator[bytes]:
-        """The bytes that each id stands for."""
+        """Yields the bytes that each id stands for."""
         tokens = {i: token for token, i in vocabulary.items()}
         added = self._tokenizer.get_added_tokens_decoder()
         kinds = _kinds(description.get("decoder"))
         context = self._tokenizer.encode("a", add_special_tokens=False).ids
-        before = self._tokenizer.decode(context)
+        context_text = self._tokenizer.decode(context)
         for i in range(self.vocab_size):
             token = tokens.get(i)
             if token is None or i == self.separator:
@@ -161,63 +165,65 @@ class JsonTokenizer(Tokenizer):
             elif i in added:
                 yield b"" if added[i].special else token.encode("utf-8")
             elif "ByteLevel" in kinds:
-                known = all(character in _BYTE_OF for character in token)  # else the decoder takes it as it is
-                yield bytes(_BYTE_OF[character] for character in token) if known else token.encode("utf-8")
+                is_byte_level = all(character in _BYTE_OF for character in token)  # else the decoder leaves it as it is
+                yield bytes(_BYTE_OF[character] for character in token) if is_byte_level else token.encode("utf-8")
             elif "ByteFallback" in kinds and len(token) == 6 and token.startswith("<0x"):
                 yield bytes.fromhex(token[3:5])
             else:  # decoded in mid-text: at the start of a text decoders drop the space of a word
-                after = self._tokenizer.decode([*context, i])
-                yield (after[len(before) :] if after.startswith(before) else self.decode([i])).encode("utf-8")
+                text = self._tokenizer.decode([*context, i])
+                yield (text[len(context_text) :] if text.startswith(context_text) else self.decode([i])).encode("utf-8")
 
 
-def _known(vocabulary: Mapping[str, int]) -> str | None:
+def _known_separator(vocabulary: Mapping[str, int]) -> str | None:
     return next((token for token in _SEPARATORS if token in vocabulary), None)
 
 
-def _separator(
-    source: str, vocabulary: Mapping[str, int], special: Sequence[str], asked: str | None, eos_token: str | None
+def _find_separator(
+    source: str, vocabulary: Mapping[str, int], special: Sequence[str], separator: str | None, eos_token: str | None
 ) -> str:
-    """The token that ends a document. Raises `ConfigError` if that is not to be known."""
-    if asked is not None and asked in vocabulary:
-        return asked
-    its = f"its special tokens: {', '.join(special[:_NAMED]) or 'none'}{', ...' if len(special) > _NAMED else ''}"
-    if asked is not None:
-        raise ConfigError(f"data.separator={asked}: {source} has no such token; {its}")
-    if (found := eos_token if eos_token in vocabulary else _known(vocabulary)) is None:
-        known = ", ".join(_SEPARATORS)
+    """Returns the token that ends a document. Raises `ConfigError` if it cannot be determined."""
+    if separator is not None and separator in vocabulary:
+        return separator
+    special_tokens = (
+        f"its special tokens: {', '.join(special[:_MAX_NAMED]) or 'none'}{', ...' if len(special) > _MAX_NAMED else ''}"
+    )
+    if separator is not None:
+        raise ConfigError(f"data.separator={separator}: {source} has no such token; {special_tokens}")
+    if (known_separator := eos_token if eos_token in vocabulary else _known_separator(vocabulary)) is None:
+        candidates = ", ".join(_SEPARATORS)
         raise ConfigError(
-            f"data.tokenizer: {source} has no end-of-document token (one of {known}): name another one that it has by "
-            f"data.separator; {its}"
+            f"data.tokenizer: {source} has no end-of-document token (one of {candidates}): name another one that it "
+            f"has by data.separator; {special_tokens}"
         )
-    return found
+    return known_separator
 
 
 def _kinds(decoder: dict | None) -> set[str]:
-    """Types of a decoder and of those it is made of."""
+    """Returns the types of a decoder and of its parts."""
     parts = [decoder, *decoder.get("decoders", [])] if decoder else []
     return {part["type"] for part in parts}
 
 
 def _measure(pieces: Sequence[bytes]) -> tuple[Ids, Ids]:
-    """Bytes, and characters that start (bytes that are not 0b10xxxxxx continuation), of each piece."""
+    """Counts the bytes of each piece, and the characters that start in it (bytes that are not 0b10xxxxxx)."""
     sizes = [len(piece) for piece in pieces]
     starts = [sum(byte & 0xC0 != 0x80 for byte in piece) for piece in pieces]
     return np.array(sizes, dtype=np.int32), np.array(starts, dtype=np.int32)
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's stand-in character for each byte: itself where printable, else the next from U+0100 on."""
+    """Returns GPT-2's character for each byte: the byte itself if printable, else the next one from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+    unprintable = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(unprintable)}
 
 
 _BYTE_OF = _byte_alphabet()
 
 
 def load(spec: str, separator: str | None = None, special_tokens: bool = False) -> Tokenizer:
-    """`bytes`, or the path of a `tokenizer.json` (or of the folder that holds it); see `JsonTokenizer`. What ends a
-    document, a tokenizer_config.json beside it may tell. Raises `ConfigError`."""
+    """Loads a tokenizer: `bytes`, or the path of a `tokenizer.json` (or of its folder); see `JsonTokenizer`. A
+    tokenizer_config.json beside it may say what ends a document. Raises `ConfigError`."""
     if spec == "bytes":
         if separator is not None:
             raise ConfigError(f"data.separator={separator}: data.tokenizer=bytes has one of its own, which is not text")
@@ -228,33 +234,35 @@ def load(spec: str, separator: str | None = None, special_tokens: bool = False) 
         content = with_file(path, lambda file: io.TextIOWrapper(file, "utf-8").read())
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        made = "; bpe:SIZE and chars are made by `onecurve data pack`, which writes a tokenizer.json beside the shards"
+        advice = (
+            "; bpe:SIZE and chars are made by `onecurve data pack`, which writes a tokenizer.json beside the shards"
+        )
         raise ConfigError(
             f"data.tokenizer: {path}: {reason}; give 'bytes' or a tokenizer.json"
-            f"{made if re.fullmatch(r'chars|bpe:.*', spec) else ''}"
+            f"{advice if re.fullmatch(r'chars|bpe:.*', spec) else ''}"
         ) from error
-    eos_token = _eos_token(path.with_name(_SETTINGS))
+    eos_token = _read_eos_token(path.with_name(_SETTINGS))
     return JsonTokenizer(content, str(path), separator=separator, eos_token=eos_token, special_tokens=special_tokens)
 
 
-def _eos_token(settings: Path) -> str | None:
-    """What a tokenizer_config.json calls the end of a text: as a string, or as a token with properties."""
+def _read_eos_token(settings: Path) -> str | None:
+    """Reads the end-of-text token from a tokenizer_config.json: a string, or a token with properties."""
     with suppress(FileNotFoundError, NotADirectoryError, ValueError, AttributeError):
-        told = json.loads(read_file(settings)).get("eos_token")
-        told = told.get("content") if isinstance(told, dict) else told
-        return told if isinstance(told, str) else None
+        token = json.loads(read_file(settings)).get("eos_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        return token if isinstance(token, str) else None
     return None
 
 
 def check_bpe_size(vocab_size: int) -> int:
-    """`vocab_size`, if a byte-level BPE can have it. Raises `ConfigError`."""
+    """Returns `vocab_size` if a byte-level BPE can have it. Raises `ConfigError`."""
     if vocab_size < 257:
         raise ConfigError(f"bpe:{vocab_size}: at least 257 tokens are needed (256 bytes and the separator)")
     return vocab_size
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
-    """Byte-level BPE of at most `vocab_size` tokens: separator (id 0), 256 bytes, merges. Lossless."""
+    """Trains a byte-level BPE of at most `vocab_size` tokens: separator (id 0), 256 bytes, merges. It is lossless."""
     check_bpe_size(vocab_size)
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -271,7 +279,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
 
 
 def train_chars(texts: Iterable[str]) -> tokenizers.Tokenizer:
-    """A token for each character of `texts`: separator (id 0), U+FFFD for all others (id 1), then by code."""
+    """Makes a token for each character of `texts`: separator (id 0), U+FFFD for all others (id 1), then by code."""
     characters: set[str] = set()
     for text in texts:
         characters.update(text)
@@ -284,12 +292,12 @@ def train_chars(texts: Iterable[str]) -> tokenizers.Tokenizer:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Keeps the library from starting its thread pool: processes that fork after that are warned, or hang."""
+    """Keeps the library from starting its thread pool: a process that forks after that is warned, or hangs."""
     name = "TOKENIZERS_PARALLELISM"
-    before = os.environ.get(name)
+    old_value = os.environ.get(name)
     os.environ.setdefault(name, "false")
     try:
         yield
     finally:
-        if before is None:
+        if old_value is None:
             del os.environ[name]

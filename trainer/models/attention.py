@@ -1,7 +1,7 @@
-"""Attention in one place: which tokens see which (`Spec`), and what computes it (`Backend`).
+"""Attention in one place: which tokens attend to which (`Spec`), and what computes it (`Backend`).
 
-A model has one `Attend`, which all of its layers call. Its backend is the only thing that a strategy replaces or wraps
-to compute attention otherwise.
+A model has one `Attend`, which all of its layers call. A strategy that computes attention in another way
+replaces or wraps its backend, and nothing else.
 """
 
 from __future__ import annotations
@@ -13,22 +13,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LARGEST_GROUPED_HEAD = 256  # torch's fast kernels take grouped heads up to this size
+LARGEST_GROUPED_HEAD = 256  # torch's fast kernels support grouped heads up to this size
 
 
 @dataclass(frozen=True)
 class Spec:
-    """Which tokens of a sequence see which. Each condition narrows what the others leave, but for `prefix`."""
+    """Which tokens of a sequence see which. Each condition narrows what the others allow, except `prefix`."""
 
     causal: bool = True
-    """A token sees itself and the tokens before it; else those behind it, too."""
+    """A token sees itself and the tokens before it; if false, those after it, too."""
     window: int | None = None
-    """A token sees tokens at distances below this; 1 is itself alone. None: at any distance."""
+    """A token sees tokens at distances below this; 1: only itself. None: at any distance."""
     documents: Tensor | None = None
-    """Integers [B, T], equal for the tokens of one document, which lie in a row: a token sees its own document only."""
+    """Integers [B, T], equal for the contiguous tokens of one document: a token sees its own document only."""
     prefix: int | Tensor | None = None
     """How many tokens at the beginning of each document (of the sequence, without `documents`) all of its tokens see,
-    within the window, even if `causal`: a number, [B] or, for each token that of its document, [B, T]."""
+    within the window, even if `causal`: a number, a number for each sequence [B], or one for each token [B, T], equal
+    within a document."""
 
     def allowed(self, length: int, device: torch.device) -> Tensor | None:
         """Returns the spec as a mask that is True where a query (dimension 2) sees a key (dimension 3): bool [1, 1, T,
@@ -36,31 +37,31 @@ class Spec:
         window = self.window if self.window is not None and self.window < length else None
         if window is None and self.documents is None and self.prefix is None:
             return None
-        places = torch.arange(length, device=device)
-        distance = places[:, None] - places
+        positions = torch.arange(length, device=device)
+        distance = positions[:, None] - positions
         mask = (distance >= 0 if self.causal else torch.ones_like(distance, dtype=torch.bool))[None, None]
         if self.prefix is not None:
-            mask = mask | self._in_prefix(places)[:, None, None]
+            mask = mask | self._in_prefix(positions)[:, None, None]
         if window is not None:
             mask = mask & (distance.abs() < window)
         if self.documents is not None:
             mask = mask & (self.documents[:, None, :, None] == self.documents[:, None, None, :])
         return mask
 
-    def _in_prefix(self, places: Tensor) -> Tensor:
+    def _in_prefix(self, positions: Tensor) -> Tensor:
         """Returns which tokens are in the prefix of their document, bool [1 or B, T]."""
-        lengths = torch.as_tensor(self.prefix, device=places.device)
+        lengths = torch.as_tensor(self.prefix, device=positions.device)
         lengths = lengths[:, None] if lengths.dim() == 1 else lengths
         if self.documents is None:
-            return torch.atleast_2d(places < lengths)
-        first = torch.ones_like(self.documents, dtype=torch.bool)
-        first[:, 1:] = self.documents[:, 1:] != self.documents[:, :-1]
-        begins = torch.where(first, places, 0).cummax(dim=1).values
-        return places - begins < lengths
+            return torch.atleast_2d(positions < lengths)
+        is_first = torch.ones_like(self.documents, dtype=torch.bool)
+        is_first[:, 1:] = self.documents[:, 1:] != self.documents[:, :-1]
+        starts = torch.where(is_first, positions, 0).cummax(dim=1).values
+        return positions - starts < lengths
 
 
 class Mask(NamedTuple):
-    """A spec as `SDPA` takes it."""
+    """A spec in the form that `SDPA` takes."""
 
     causal: bool
     allowed: Tensor | None
@@ -84,7 +85,7 @@ class Backend(Protocol):
 
 
 class SDPA:
-    """torch's scaled_dot_product_attention, with a mask only where causal attention is not all that is asked for."""
+    """torch's scaled_dot_product_attention, with a mask only where causal attention alone is not enough."""
 
     def mask(self, spec: Spec, length: int, device: torch.device) -> Mask:
         allowed = spec.allowed(length, device)
@@ -94,16 +95,16 @@ class SDPA:
         self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, dropout: float = 0.0, scale: float | None = None
     ) -> Tensor:
         group = q.shape[1] // k.shape[1]
-        grouped = group > 1 and mask.allowed is None and k.shape[-1] == v.shape[-1] <= LARGEST_GROUPED_HEAD
-        if group > 1 and not grouped:  # with a mask, torch has a slow kernel alone for grouped heads
+        gqa = group > 1 and mask.allowed is None and k.shape[-1] == v.shape[-1] <= LARGEST_GROUPED_HEAD
+        if group > 1 and not gqa:  # with a mask, torch only has a slow kernel for grouped heads
             k, v = (x[:, :, None].expand(-1, -1, group, -1, -1).flatten(1, 2) for x in (k, v))
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask.allowed, dropout_p=dropout, is_causal=mask.causal, scale=scale, enable_gqa=grouped
+            q, k, v, attn_mask=mask.allowed, dropout_p=dropout, is_causal=mask.causal, scale=scale, enable_gqa=gqa
         )
 
 
 class Attend:
-    """Attention of one model. All of its layers call this object, so that a new `backend` is that of all of them."""
+    """Attention of one model. All of its layers call this object, so that a new `backend` is used by all of them."""
 
     def __init__(self, backend: Backend | None = None):
         self.backend: Backend = backend or SDPA()

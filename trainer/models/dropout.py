@@ -14,7 +14,7 @@ def dropout(x: Tensor, p: float, draws: Tensor | None, site: int) -> Tensor:
     """Zeroes a share `p` of `x` [B, T, C] and scales the rest by 1 / (1 - p).
 
     `draws` [B] int64 names each sequence; `site` numbers the place in the model. Without `draws` (evaluation) or with
-    p = 0, `x` is returned as it is. The hash is two multiply-xorshift rounds per element on a well mixed row key
+    p = 0, `x` is returned unchanged. The hash is two multiply-xorshift rounds per element on a well mixed row key
     (constants of xxHash32, rows mixed by splitmix64: Steele et al., OOPSLA 2014).
     """
     if p == 0 or draws is None:
@@ -30,8 +30,8 @@ def dropout(x: Tensor, p: float, draws: Tensor | None, site: int) -> Tensor:
 
 @torch.library.custom_op("onecurve::dropout_keys", mutates_args=())
 def _keys(draws: Tensor, site: int, length: int, width: int) -> tuple[Tensor, Tensor]:
-    """int32 [B, length] and [width]. A whole to torch.compile: in the C++ that it writes for CPUs products of 64 bits
-    that wrap are undefined, and became others (torch 2.13)."""
+    """Returns the keys of rows, int32 [B, length], and of columns, [width]. Opaque to torch.compile: in the C++ that it
+    writes for CPUs, 64-bit products that wrap are undefined, and came out wrong (torch 2.13)."""
     rows = _splitmix64(draws[:, None] + _splitmix64(torch.arange(length, device=draws.device) + (site << 32)))
     columns = _splitmix64(torch.arange(width, device=draws.device) + (1 << 62))
     return rows.to(torch.int32), columns.to(torch.int32)
@@ -43,7 +43,7 @@ def _(draws: Tensor, site: int, length: int, width: int) -> tuple[Tensor, Tensor
 
 
 def _splitmix64(x: Tensor) -> Tensor:
-    """The finalizer of splitmix64 on int64 (products wrap, shifts made logical)."""
+    """Applies the finalizer of splitmix64 to int64 values (products wrap, shifts are logical)."""
     x = x + -7046029254386353131  # 0x9E3779B97F4A7C15
     x = (x ^ _shift(x, 30)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
     x = (x ^ _shift(x, 27)) * -7723592293110705685  # 0x94D049BB133111EB

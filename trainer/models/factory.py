@@ -1,4 +1,4 @@
-"""From the config to what makes the run's model: its class, then its transforms."""
+"""From the config to the factory of the run's model: its class, then its transforms."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trainer.config.validate import in_trained
 from trainer.data.tokenizer import Tokenizer
 from trainer.errors import ConfigError
 from trainer.facts import Facts, NoExample
-from trainer.models import Fill, ModelFactory, of_type
+from trainer.models import Fill, ModelFactory, cast_parameters
 from trainer.patches import without_values
 from trainer.precision import DTYPES
 from trainer.registry import plugin
@@ -28,44 +28,47 @@ def model_factory(
     example: Callable[[], dict[str, torch.Tensor]] | None = None,
     pretrained: Fill | None = None,
     loaded: bool = False,
-    before: Sequence[Transform] = (),
+    leading_transforms: Sequence[Transform] = (),
 ) -> ModelFactory:
-    """What makes the model and gives it its initial weights: drawn ones, unless others are given, or loaded from a
-    checkpoint. `before`: transforms that are applied before those of the config."""
+    """Returns the factory that makes the model and gives it its initial weights: drawn ones, unless they are
+    `pretrained`, or loaded from a checkpoint. `leading_transforms` are applied before those of the config."""
 
-    facts, changes = Facts.of(config, tokenizer, example), [*before, *build_transforms(config)]
+    facts = Facts.of(config, tokenizer, example)
+    transforms = [*leading_transforms, *build_transforms(config)]
 
     def make() -> nn.Module:
         model: Any = plugin(config, "model")(config.model, facts)
-        frozen = apply(changes, model)
+        frozen = apply(transforms, model)
         if frozen and reads_weights(config):
             model.not_saved = frozen
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ConfigError(f"model={config.model.name}: all of its parameters are frozen, nothing would be trained")
-        return model if config.precision.param == "fp32" else of_type(model, DTYPES[config.precision.param])
+        return model if config.precision.param == "fp32" else cast_parameters(model, DTYPES[config.precision.param])
 
-    return ModelFactory(make, config.run.seed, example, pretrained, loaded, [change.initialise for change in changes])
+    return ModelFactory(
+        make, config.run.seed, example, pretrained, loaded, [transform.initialise for transform in transforms]
+    )
 
 
 def without_transforms(config: Config) -> Config:
-    """The config of the same run, whose model is as its class makes it."""
+    """Returns the config of the same run without the transforms of its model."""
     return config.model_copy(update={"model": config.model.model_copy(update={"transforms": {}})})
 
 
 def knows_weights(config: Config) -> bool:
-    """Whether `model.weights` means weights of Hugging Face's to the run's model; that of a user's may lack the key, or
-    mean otherwise."""
+    """Returns whether `model.weights` means Hugging Face's weights to the run's model; a user's model may lack the key,
+    or give it another meaning."""
     return hasattr(plugin(config, "model"), "family")
 
 
 def reads_weights(config: Config) -> bool:
-    """Whether the run starts with the values of `model.weights`."""
+    """Returns whether the run starts with the values of `model.weights`."""
     return getattr(config.model, "weights", None) is not None and knows_weights(config)
 
 
 def not_saved(config: Config, tokenizer: Tokenizer) -> frozenset[str]:
-    """The parameters that checkpoints of the run leave out: what transforms have frozen of `model.weights`, which each
-    life reads again. (Values that are drawn are saved: other processors draw other bits.)"""
+    """Returns the parameters that checkpoints of the run leave out: those of `model.weights` that transforms have
+    frozen, which each attempt reads again. (Drawn values are saved, since other processors draw other bits.)"""
     if not (config.model.transforms and reads_weights(config)):
         return frozenset()
     try:
@@ -80,17 +83,17 @@ def not_saved(config: Config, tokenizer: Tokenizer) -> frozenset[str]:
 
 
 def check_transforms(config: Config, tokenizer: Tokenizer) -> None:
-    """Raises ConfigError where a transform does not fit the run's model, or another one that is trained. A model that
-    looks at the data while it is made is not made here."""
-    problems = _unfit_transforms(config, tokenizer)
-    for name, other in sorted(config.models.trained.items()):
-        its = _unfit_transforms(config.model_copy(update={"model": other.model}), tokenizer)
-        problems += [in_trained(name, problem) for problem in its]
+    """Raises ConfigError if a transform does not fit the run's model, or another trained model. Skips a model that
+    looks at the data while it is made."""
+    problems = _find_unfit_transforms(config, tokenizer)
+    for name, section in sorted(config.models.trained.items()):
+        model_problems = _find_unfit_transforms(config.model_copy(update={"model": section.model}), tokenizer)
+        problems += [in_trained(name, problem) for problem in model_problems]
     if problems:
         raise ConfigError(problems)
 
 
-def _unfit_transforms(config: Config, tokenizer: Tokenizer) -> list[str]:
+def _find_unfit_transforms(config: Config, tokenizer: Tokenizer) -> list[str]:
     try:
         if config.model.transforms:
             with suppress(NoExample), without_values():

@@ -17,7 +17,7 @@ from trainer.config import schema
 from trainer.facts import Facts
 from trainer.models.attention import Attend, Spec
 from trainer.models.dropout import dropout
-from trainer.models.family import of_gpt
+from trainer.models.family import gpt_family
 from trainer.models.tensor_parallel import Replicated
 from trainer.optional_packages import without_apex
 
@@ -34,7 +34,7 @@ class GPT(nn.Module):
     Config = schema.GPT
     embedding_parts = ("token_embedding", "position_embedding")
     head_parts = ("norm", "token_embedding")
-    family = staticmethod(of_gpt)
+    family = staticmethod(gpt_family)
 
     def __init__(self, config: schema.GPT, facts: Facts):
         super().__init__()
@@ -51,21 +51,22 @@ class GPT(nn.Module):
         """`inputs` int64 [B, T], optional `draws` int64 [B] (used in training only) -> logits [B, T, vocabulary].
 
         Optional `documents` and `positions`, int64 [B, T]: tokens attend to their own document only, and count their
-        places in it.
+        positions in it.
         """
         return self.project(self.run(self.blocks, self.embed(batch), batch), batch)
 
     def embed(self, batch: dict[str, Tensor]) -> Tensor:
-        """What goes into the first block, [B, T, width]."""
+        """Returns the input of the first block, [B, T, width]."""
         inputs, positions = batch["inputs"], batch.get("positions")
         x = self.token_embedding(inputs)
         if self.config.positions == "learned":
-            places = torch.arange(inputs.shape[1], device=inputs.device)[None] if positions is None else positions
-            x = x + self.position_embedding(places)
+            if positions is None:
+                positions = torch.arange(inputs.shape[1], device=inputs.device)[None]
+            x = x + self.position_embedding(positions)
         return dropout(x, self.config.dropout, self._draws(batch), site=0)
 
     def run(self, blocks: Iterable[nn.Module], x: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        """`x` [B, T, width] behind these of the blocks."""
+        """Returns `x` [B, T, width] after these blocks."""
         inputs, rotation = batch["inputs"], None
         if self.config.positions == "rotary":
             head_size = self.config.width // self.config.heads
@@ -76,20 +77,21 @@ class GPT(nn.Module):
         return x
 
     def project(self, x: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        """Logits of what comes out of the last block."""
+        """Returns the logits of the output of the last block."""
         return F.linear(self.norm(x), self.token_embedding.weight)
 
     def tensor_parallel_plan(self, sequence_parallel: bool) -> dict[str, ParallelStyle]:
-        """Each process has a part of the heads, of the MLP's inside and of the vocabulary. In between it has all of the
-        activations, or with `sequence_parallel` a part of each sequence."""
+        """Returns the plan in which each rank has a shard of the heads, of the MLP's hidden layer and of the
+        vocabulary. In between it has all activations, or with `sequence_parallel` a part of each sequence."""
         between: Placement = Shard(1) if sequence_parallel else Replicate()
         plan: dict[str, ParallelStyle] = {
             "token_embedding": RowwiseParallel(input_layouts=Replicate(), output_layouts=between),
-            "position_embedding": Replicated(given=between),
-            "norm": Replicated(taken=between, plain=False),  # what the embedding's matrix is multiplied by
+            "position_embedding": Replicated(output_layout=between),
+            # The embedding's matrix, a DTensor, is multiplied by the norm's output.
+            "norm": Replicated(input_layout=between, use_local_output=False),
         }
         for name in ("attention_norm", "mlp_norm"):
-            plan[f"blocks.*.{name}"] = Replicated(taken=between, given=between)
+            plan[f"blocks.*.{name}"] = Replicated(input_layout=between, output_layout=between)
         for name in ("attention.query_key_value", "mlp.input"):
             plan[f"blocks.*.{name}"] = ColwiseParallel(input_layouts=between)
         for name in ("attention.output", "mlp.output"):
@@ -100,7 +102,7 @@ class GPT(nn.Module):
         return batch.get("draws") if self.training else None
 
     def initialise(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
-        """GPT-2's initial value of one parameter: residual projections are scaled by 1 / sqrt(2 layers)."""
+        """Gives a parameter GPT-2's initial value: residual projections are scaled by 1 / sqrt(2 layers)."""
         if name.endswith("bias"):
             parameter.zero_()
         elif "norm" in name:
@@ -111,7 +113,7 @@ class GPT(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each behind a norm and on a residual branch."""
+    """Attention and MLP, each after a norm and on a residual branch."""
 
     def __init__(self, config: schema.GPT, layer: int, attend: Attend):
         super().__init__()
@@ -127,28 +129,28 @@ class Block(nn.Module):
 
 
 def layer_norm(config: schema.GPT) -> nn.Module:
-    """torch's, or Apex's in its place. No run that is to train without it is started (`missing`); who
-    only samples from its weights need not have it."""
+    """Returns torch's LayerNorm, or Apex's if it is configured and installed. Training does not start without it
+    (`missing`), but sampling from its weights works."""
     if config.fused_norm and not without_apex("FusedLayerNorm"):
         return importlib.import_module("apex.normalization").FusedLayerNorm(config.width)
     return nn.LayerNorm(config.width, bias=config.bias)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention. `mask`: which tokens see which, as `attend` made it."""
+    """Multi-head self-attention. `mask`: which tokens see which, as made by `attend`."""
 
     def __init__(self, config: schema.GPT, attend: Attend):
         super().__init__()
         self.attend = attend
         self.head_size = config.width // config.heads
-        # Its rows are head by head query, key and value, so that a part of them is a part of the heads.
+        # Its rows are query, key and value head by head, so that a shard of the rows is a shard of the heads.
         self.query_key_value = nn.Linear(config.width, 3 * config.width, bias=config.bias)
         self.output = nn.Linear(config.width, config.width, bias=config.bias)
 
     def forward(self, x: Tensor, rotation: Tensor | None, mask: Any) -> Tensor:
         qkv = self.query_key_value(x)
         qkv = qkv.unflatten(-1, (-1, 3, self.head_size))
-        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(dim=3))
+        q, k, v = (x.transpose(1, 2) for x in qkv.unbind(dim=3))
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
         y = self.attend(q, k, v, mask)
@@ -166,22 +168,22 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.input(x)
-        return self.output(F.gelu(x, approximate="tanh") if self.activation == "gelu" else _squared(F.relu(x)))
+        return self.output(F.gelu(x, approximate="tanh") if self.activation == "gelu" else _square(F.relu(x)))
 
 
-def _squared(x: Tensor) -> Tensor:
-    """A power, which is what torch makes of `x.square()`, is computed by CUDA's autocast in fp32, and kept in it."""
+def _square(x: Tensor) -> Tensor:
+    """Returns x * x. CUDA's autocast computes a power, such as torch's `x.square()`, in fp32 and keeps it so."""
     return x * x
 
 
 def rotary(
     length: int, head_size: int, device: torch.device, positions: Tensor | None = None, base: float = 10_000.0
 ) -> Tensor:
-    """Cosines and sines of the rotation angles: [2, T, head_size / 2]; of `positions` [B, T] if they are given,
+    """Returns cosines and sines of the rotation angles: [2, T, head_size / 2], or of `positions` [B, T]:
     [2, B, 1, T, head_size / 2]."""
     frequencies = base ** (-torch.arange(0, head_size, 2, device=device, dtype=torch.float32) / head_size)
-    places = torch.arange(length, device=device) if positions is None else positions[:, None]
-    angles = places[..., None].float() * frequencies
+    positions = torch.arange(length, device=device) if positions is None else positions[:, None]
+    angles = positions[..., None].float() * frequencies
     return torch.stack((angles.cos(), angles.sin()))
 
 

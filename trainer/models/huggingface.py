@@ -1,6 +1,6 @@
 """Causal language models of the transformers library, trained from their configs.
 
-Parameters keep the names that transformers gives them, so that exported weights are those of its checkpoints.
+Parameters keep their names in transformers, so that exported weights have the names of its checkpoints.
 """
 
 from __future__ import annotations
@@ -22,37 +22,37 @@ from trainer.config.huggingface import architecture, make_transformers_config
 from trainer.errors import ConfigError
 from trainer.facts import Facts
 from trainer.models.attention import Attend, Spec
-from trainer.models.family import of_transformers
+from trainer.models.family import transformers_family
 from trainer.models.tensor_parallel import Replicated
 
 IMPLEMENTATION = "onecurve"  # of attention, as transformers' configs name it
 
 
 class HuggingFace(nn.Module, ABC):
-    """The modules of a model of transformers, under the names they have there, called layer by layer.
+    """A model of transformers, whose modules keep their names and are called layer by layer.
 
-    A subclass knows one layout of models: where its parts are, and how a layer is called.
+    A subclass knows one layout of models: where its modules are, and how a layer is called.
     """
 
     Config = schema.HuggingFace
-    family = staticmethod(of_transformers)
+    family = staticmethod(transformers_family)
     layers: str
     embedding_parts: Sequence[str]
     head_parts: Sequence[str]
-    residual: str | None = None  # how the projections into the residual stream are called, if they are born smaller
+    residual: str | None = None  # the name of projections into the residual stream, if their initial values are smaller
 
     def __init__(self, config: schema.HuggingFace, facts: Facts):
         super().__init__()
         self.config = make_transformers_config(config, facts.sequence_length, vocab_size=facts.vocab_size)
         if self.config.vocab_size < facts.vocab_size:
-            fewer = f"fewer than the {facts.vocab_size} tokens of data.tokenizer"
-            raise ConfigError(f"model.config.vocab_size={self.config.vocab_size}: {fewer}")
+            problem = f"fewer than the {facts.vocab_size} tokens of data.tokenizer"
+            raise ConfigError(f"model.config.vocab_size={self.config.vocab_size}: {problem}")
         for name, module in architecture(config)(self.config).named_children():
             self.add_module(name, module)
         self.attend = Attend()
         route_attention(self, self.attend)
         self.tied = self.config.tie_word_embeddings
-        if self.tied:  # the embedding's matrix is the head's: one parameter, one name, as transformers saves it
+        if self.tied:  # the head shares the embedding's matrix: one parameter, one name, as transformers saves it
             del self.lm_head
         self.head_parts = (*self.head_parts, self.embedding_parts[0] if self.tied else "lm_head")
 
@@ -60,7 +60,7 @@ class HuggingFace(nn.Module, ABC):
         """`inputs` int64 [B, T] -> logits [B, T, vocabulary].
 
         Optional `documents` and `positions`, int64 [B, T]: tokens attend to their own document only, and count their
-        places in it. Dropout, if the config has any, draws from torch's generator.
+        positions in it. Dropout, if the config has any, draws from torch's generator.
         """
         return self.project(self.run(self.blocks, self.embed(batch), batch), batch)
 
@@ -70,36 +70,36 @@ class HuggingFace(nn.Module, ABC):
 
     @abstractmethod
     def embed(self, batch: dict[str, Tensor]) -> Tensor:
-        """What goes into the first block, [B, T, width]."""
+        """Returns the input of the first block, [B, T, width]."""
 
     @abstractmethod
     def run(self, blocks: Iterable[nn.Module], x: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        """`x` [B, T, width] behind these of the blocks."""
+        """Returns `x` [B, T, width] after these blocks."""
 
     def mask(self, batch: dict[str, Tensor]) -> Any:
-        """Which tokens see which, as `attend` takes it."""
+        """Returns which tokens see which, in the form that `attend` takes."""
         inputs = batch["inputs"]
         return self.attend.mask(Spec(documents=batch.get("documents")), inputs.shape[1], inputs.device)
 
     def project(self, x: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        """Logits of what comes out of the last block."""
+        """Returns the logits of the output of the last block."""
         norm, matrix = (self.get_submodule(name) for name in self.head_parts)
         return F.linear(norm(x), matrix.weight) if self.tied else matrix(norm(x))  # type: ignore[arg-type]
 
     def initialise(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
-        """transformers' initial value of one parameter."""
+        """Gives a parameter the initial value that transformers gives it."""
         if name.endswith("bias"):
             parameter.zero_()
         elif parameter.ndim == 1:  # of a norm
             parameter.fill_(1.0)
         else:
-            small = self.residual is not None and name.endswith(f"{self.residual}.weight")
-            scale = 1 / math.sqrt(2 * self.config.num_hidden_layers) if small else 1.0
+            is_residual = self.residual is not None and name.endswith(f"{self.residual}.weight")
+            scale = 1 / math.sqrt(2 * self.config.num_hidden_layers) if is_residual else 1.0
             parameter.normal_(0.0, self.config.initializer_range * scale, generator=generator)
 
 
 class Llama(HuggingFace):
-    """LlamaForCausalLM, and those of its layout."""
+    """LlamaForCausalLM, and models of its layout."""
 
     model: Any
     layers = "model.layers"
@@ -116,10 +116,10 @@ class Llama(HuggingFace):
         return x
 
     def tensor_parallel_plan(self, sequence_parallel: bool) -> dict[str, ParallelStyle]:
-        """Of the layers' matrices the plan of transformers; the vocabulary is split, too.
+        """Returns transformers' plan for the layers' matrices; the vocabulary is sharded, too.
 
-        With `sequence_parallel` the residual stream and its norms are in parts of each sequence. They are gathered
-        behind the norms: attention takes the shape of all it computes from what it is given.
+        With `sequence_parallel` each rank has a part of each sequence in the residual stream and its norms. The parts
+        are gathered after the norms, since attention takes the sequence length from its input.
         """
         between: Placement = Shard(1) if sequence_parallel else Replicate()
         styles = {
@@ -131,7 +131,8 @@ class Llama(HuggingFace):
         plan["model.embed_tokens"] = RowwiseParallel(input_layouts=Replicate(), output_layouts=between)
         for name in ("input_layernorm", "post_attention_layernorm"):
             plan[f"model.layers.*.{name}"] = Replicated(between)
-        plan["model.norm"] = Replicated(between, plain=not self.tied)  # tied, its output meets the embedding's matrix
+        # If tied, the embedding's matrix, a DTensor, is multiplied by the norm's output.
+        plan["model.norm"] = Replicated(between, use_local_output=not self.tied)
         if not self.tied:
             plan["lm_head"] = ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)
         return plan
@@ -157,14 +158,14 @@ class GPT2(HuggingFace):
 
 
 def position_ids(batch: dict[str, Tensor]) -> Tensor:
-    """Places of the tokens, [B, T], or [1, T] where they are the same in every sequence."""
+    """Returns the positions of the tokens, [B, T], or [1, T] if they are the same in every sequence."""
     inputs = batch["inputs"]
     positions = batch.get("positions")
     return torch.arange(inputs.shape[1], device=inputs.device)[None] if positions is None else positions
 
 
 def route_attention(model: nn.Module, attend: Attend) -> None:
-    """Makes the layers of transformers call `attend` where they would call torch's attention."""
+    """Makes the layers of transformers call `attend` instead of torch's attention."""
     from transformers import AttentionInterface  # an extra
 
     AttentionInterface.register(IMPLEMENTATION, _attention)
@@ -172,7 +173,7 @@ def route_attention(model: nn.Module, attend: Attend) -> None:
     for module in model.modules():
         config = getattr(module, "config", None)
         if hasattr(module, "is_causal") and getattr(config, "_attn_implementation", None) == "sdpa":
-            module.config = copy.copy(config)  # else the config that is exported would say it, too
+            module.config = copy.copy(config)  # a copy, since the original is exported
             module.config._attn_implementation = IMPLEMENTATION
             module.attend = attend
 
@@ -187,5 +188,5 @@ def _attention(
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """As transformers calls it: [B, heads, T, head size] in, [B, T, heads, head size] out."""
+    """Calls `attend` as transformers expects: [B, heads, T, head size] in, [B, T, heads, head size] out."""
     return module.attend(q, k, v, mask, dropout=dropout, scale=scaling).transpose(1, 2).contiguous(), None

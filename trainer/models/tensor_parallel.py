@@ -1,4 +1,4 @@
-"""A style for plans of tensor parallelism, beside torch's column-wise and row-wise ones: modules kept whole."""
+"""A style for plans of tensor parallelism, besides torch's column-wise and row-wise ones: replicated modules."""
 
 from __future__ import annotations
 
@@ -13,31 +13,41 @@ from torch.distributed.tensor.parallel import ParallelStyle
 
 
 class Replicated(ParallelStyle):
-    """Every process keeps all parameters of the module. Its inputs are plain tensors, laid out as `taken`; its output
-    is laid out as `given`, a plain tensor if `plain`, else a DTensor, for products with parameters that are shared.
+    """The style of a module whose parameters every rank keeps whole. Its inputs are plain tensors in `input_layout`;
+    its output is in `output_layout`, a plain tensor if `use_local_output`, else a DTensor, for products with sharded
+    parameters.
 
-    With `Shard(1)` each process computes its part of the sequence.
+    With `Shard(1)` each rank computes its part of the sequence.
     """
 
-    def __init__(self, taken: Placement = Replicate(), given: Placement = Replicate(), plain: bool = True):  # noqa: B008
+    def __init__(
+        self,
+        input_layout: Placement = Replicate(),  # noqa: B008
+        output_layout: Placement = Replicate(),  # noqa: B008
+        use_local_output: bool = True,
+    ):
         super().__init__()
-        self.taken, self.given, self.plain = taken, given, plain
+        self.input_layout, self.output_layout, self.use_local_output = input_layout, output_layout, use_local_output
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        take: Any = partial(_take, self.taken)
-        give: Any = partial(_give, self.given, self.plain)
-        return distribute_module(module, device_mesh, None, take, give)
+        prepare_inputs: Any = partial(_prepare_inputs, self.input_layout)
+        prepare_output: Any = partial(_prepare_output, self.output_layout, self.use_local_output)
+        return distribute_module(module, device_mesh, None, prepare_inputs, prepare_output)
 
 
-def _take(layout: Placement, _module: nn.Module, inputs: tuple[Any, ...], mesh: DeviceMesh) -> tuple[Any, ...]:
-    def shared(value: Any) -> Any:
+def _prepare_inputs(
+    layout: Placement, _module: nn.Module, inputs: tuple[Any, ...], mesh: DeviceMesh
+) -> tuple[Any, ...]:
+    def to_dtensor(value: Any) -> Any:
         if not isinstance(value, Tensor) or isinstance(value, DTensor):
             return value
         return DTensor.from_local(value, mesh, [layout if torch.is_floating_point(value) else Replicate()])
 
-    return tuple(map(shared, inputs))
+    return tuple(map(to_dtensor, inputs))
 
 
-def _give(layout: Placement, plain: bool, _module: nn.Module, output: DTensor, mesh: DeviceMesh) -> Tensor:
+def _prepare_output(
+    layout: Placement, use_local_output: bool, _module: nn.Module, output: DTensor, mesh: DeviceMesh
+) -> Tensor:
     output = output.redistribute(mesh, [layout])
-    return output.to_local() if plain else output
+    return output.to_local() if use_local_output else output

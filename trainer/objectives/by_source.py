@@ -1,4 +1,4 @@
-"""The metrics of a step once more for each source of a mixture: `loss/web` beside `loss`."""
+"""Adds the metrics of a step for each source of a mixture: `loss/web` beside `loss`."""
 
 from __future__ import annotations
 
@@ -18,38 +18,40 @@ SOURCE = "source_number"  # field of a batch, int64 [B]: which of the mixture's 
 
 
 def by_source(kind: type[Objective], names: Sequence[str]) -> Callable[..., Objective]:
-    """Returns what makes an objective of `kind` that also sums for each source alone, by their names.
+    """Returns a subclass of `kind` whose objectives also sum for each source alone, under the source's name.
 
-    An objective's sums are sums over rows, so those of a source are what `kind` makes of its rows. Held-out data are of
-    no source. Raises ConfigError for what is not a subclass of Objective.
+    An objective's sums are sums over rows, so a source's sums are those of its rows. Held-out data belong to no source.
+    Raises ConfigError if `kind` is not a subclass of Objective.
     """
     if not (isinstance(kind, type) and issubclass(kind, Objective)):
         raise ConfigError("track.by_source=true: needs an objective that is a subclass of onecurve.Objective")
 
-    longest_first = sorted(names, key=len, reverse=True)  # a name may end as another one does
+    longest_first = sorted(names, key=len, reverse=True)  # a name may end with another one
 
     class BySource(kind):  # type: ignore[valid-type, misc]
         def __reduce__(self) -> Any:
-            return _restored, (kind, names, self.__dict__)
+            return _restore, (kind, names, self.__dict__)
 
         def counts(self, batch: Batch) -> Mapping[str, float]:
-            counts, of_sources = dict(super().counts(batch)), dict[str, float]()
+            counts, source_counts = dict(super().counts(batch)), dict[str, float]()
             for name, rows in _rows(batch, names):
                 part = super().counts(_select(batch, rows, batch)) if len(rows) else dict.fromkeys(counts, 0)
-                of_sources |= {f"{key}/{name}": value for key, value in part.items()}
-            return counts | of_sources
+                source_counts |= {f"{key}/{name}": value for key, value in part.items()}
+            return counts | source_counts
 
-        def loss(self, outputs: Outputs, batch: Batch, totals: Normalizers) -> tuple[Tensor, Sums]:
-            share, sums = super().loss(outputs, batch, totals)
-            ones: Normalizers = defaultdict(lambda: torch.ones_like(share.detach(), dtype=torch.float64))
-            nothing, of_sources = {key: torch.zeros_like(value.detach()) for key, value in sums.items()}, Sums()
+        def loss(self, outputs: Outputs, batch: Batch, normalizers: Normalizers) -> tuple[Tensor, Sums]:
+            share, sums = super().loss(outputs, batch, normalizers)
+            unit_normalizers: Normalizers = defaultdict(lambda: torch.ones_like(share.detach(), dtype=torch.float64))
+            zeros, source_sums = {key: torch.zeros_like(value.detach()) for key, value in sums.items()}, Sums()
             with torch.no_grad():
                 for name, rows in _rows(batch, names):
-                    part = nothing
+                    part = zeros
                     if len(rows):
-                        _, part = super().loss(_select(outputs, rows, batch), _select(batch, rows, batch), ones)
-                    of_sources |= {f"{key}/{name}": value for key, value in part.items()}
-            return share, {**sums, **of_sources}
+                        _, part = super().loss(
+                            _select(outputs, rows, batch), _select(batch, rows, batch), unit_normalizers
+                        )
+                    source_sums |= {f"{key}/{name}": value for key, value in part.items()}
+            return share, {**sums, **source_sums}
 
         def summary(self, sums: Mapping[str, float], rows: Mapping[str, Tensor]) -> dict[str, float]:
             by_name: dict[str, dict[str, float]] = {name: {} for name in ("", *names)}
@@ -57,39 +59,39 @@ def by_source(kind: type[Objective], names: Sequence[str]) -> Callable[..., Obje
                 name = next((name for name in longest_first if key.endswith(f"/{name}")), "")
                 by_name[name][key.removesuffix(f"/{name}") if name else key] = value
             result = super().summary(by_name.pop(""), rows)
-            for name, its in by_name.items():
-                if targets := its.get(NUM_TARGETS):
-                    result |= {f"{key}/{name}": value for key, value in super().summary(its, {}).items()}
-                    result[f"{NUM_TARGETS}/{name}"] = targets
+            for name, source_sums in by_name.items():
+                if num_targets := source_sums.get(NUM_TARGETS):
+                    result |= {f"{key}/{name}": value for key, value in super().summary(source_sums, {}).items()}
+                    result[f"{NUM_TARGETS}/{name}"] = num_targets
             return result
 
     return BySource
 
 
-def _restored(kind: type[Objective], names: Sequence[str], state: dict[str, Any]) -> Objective:
-    made: Any = by_source(kind, names)
-    objective: Objective = made.__new__(made)
+def _restore(kind: type[Objective], names: Sequence[str], state: dict[str, Any]) -> Objective:
+    objective_class: Any = by_source(kind, names)
+    objective: Objective = objective_class.__new__(objective_class)
     objective.__dict__.update(state)
     return objective
 
 
 def _rows(batch: Batch, names: Sequence[str]) -> list[tuple[str, Tensor]]:
-    """Returns each source's name and its rows in a batch, int64 [n]; nothing of a batch without sources."""
+    """Returns each source's name and its rows in a batch, int64 [n]; an empty list for a batch without sources."""
     if SOURCE not in batch:
         return []
     return [(name, (batch[SOURCE] == number).nonzero().flatten()) for number, name in enumerate(names)]
 
 
 def _select(tree: Any, rows: Tensor, batch: Batch) -> Any:
-    """Returns these rows of what has rows; anything else as it is."""
+    """Returns these rows of each tensor that has rows, and anything else unchanged."""
     count = len(batch["draws"])
 
-    def of(leaf: Any) -> Any:
+    def select(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or not leaf.ndim or len(leaf) != count:
             return leaf
-        if isinstance(leaf, DTensor):  # logits of a vocabulary that processes share
-            where = DTensor.from_local(rows, leaf.device_mesh, [Replicate()] * leaf.device_mesh.ndim)
-            return leaf.detach().index_select(0, where)
+        if isinstance(leaf, DTensor):  # logits of a vocabulary that is sharded over ranks
+            indices = DTensor.from_local(rows, leaf.device_mesh, [Replicate()] * leaf.device_mesh.ndim)
+            return leaf.detach().index_select(0, indices)
         return leaf.detach()[rows]
 
-    return tree_map(of, tree)
+    return tree_map(select, tree)

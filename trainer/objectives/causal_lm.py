@@ -17,9 +17,9 @@ IGNORE = -100
 
 
 class CausalLM(Objective):
-    """`inputs`, `targets` int64 [B, T]; a target of -100 is none.
+    """Learns to predict `targets` from `inputs`, both int64 [B, T]; a target of -100 is ignored.
 
-    An evaluation is stated in nats a character and bits a byte, too, whatever the tokenizer.
+    An evaluation also reports nats per character and bits per byte, which do not depend on the tokenizer.
     """
 
     Config = schema.CausalLM

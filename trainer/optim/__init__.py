@@ -1,1 +1,1 @@
-"""Optimizers and schedules. A schedule is a pure function of the step: nothing of it is saved or restored."""
+"""Optimizers and schedules. A schedule is a pure function of the step: none of it is saved or restored."""

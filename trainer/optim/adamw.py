@@ -14,28 +14,28 @@ from trainer.optional_packages import without_apex, without_torchao
 
 
 def adamw(config: schema.AdamW, model: nn.Module) -> torch.optim.Optimizer:
-    """The implementation asked for, on the model's parameters, in two groups: with and without decay.
+    """Returns AdamW in the configured implementation, on the model's parameters, in two groups: with and without decay.
 
-    Raises ConfigError where this machine does not have it.
+    Raises ConfigError if this machine does not have the implementation.
     """
     if problem := missing(config):
         raise ConfigError(problem)
     groups = by_decay(model, names(model), config.weight_decay, config.no_decay)
-    same: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
+    options: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
     if config.implementation == "apex":
         from trainer.optim.apex import ApexAdamW  # late: it imports Apex
 
-        return ApexAdamW(groups, **same, adam_w_mode=True)
+        return ApexAdamW(groups, **options, adam_w_mode=True)
     if config.implementation == "8bit":
         from trainer.optim.adamw8bit import AdamW8bit  # late: it imports torchao
 
-        return AdamW8bit(groups, **same)
+        return AdamW8bit(groups, **options)
     foreach = config.implementation == "foreach"
-    return torch.optim.AdamW(groups, **same, foreach=foreach, fused=not foreach)
+    return torch.optim.AdamW(groups, **options, foreach=foreach, fused=not foreach)
 
 
 def missing(config: schema.AdamW) -> str:
-    """What the implementation needs and this machine does not have, as a problem of the config; empty if nothing."""
+    """Returns what the implementation needs and this machine lacks, as a problem of the config; empty if nothing."""
     reason = ""
     if config.implementation == "apex":
         reason = without_apex("FusedAdam")

@@ -13,14 +13,15 @@ from torchao.optim.subclass_8bit import OptimState8bit
 
 
 class AdamW8bit(torchao.optim.AdamW8bit):
-    """torchao's, in such a way that its state can be saved as plain numbers, and its rate set as other optimizers'."""
+    """torchao's AdamW8bit, whose state can be saved as plain numbers, and whose rate is set like other optimizers'."""
 
     @staticmethod
     def _subclass_zeros(parameter: Tensor, signed: bool, block_size: int) -> Tensor:
-        """State of zeros, whose numbers, quantized again, are the same numbers: a resumed run goes on exactly.
+        """Returns a state of zeros whose numbers stay the same when they are quantized again: a resumed run goes on
+        exactly.
 
-        That holds if the largest of a block, which all others are divided by, is represented exactly. torchao's numbers
-        go from -0.993 to 1.
+        That holds if the largest number of a block, which divides all others, is represented exactly. torchao's
+        numbers go from -0.993 to 1.
         """
         state = OptimState8bit.zeros(parameter.shape, signed, block_size, parameter.device)
         if signed:
@@ -31,7 +32,7 @@ class AdamW8bit(torchao.optim.AdamW8bit):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         for group in self.param_groups:
             group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32)
-        # torchao compiles the step. On CPUs that takes a C++ compiler and a while, and gains little.
+        # torchao compiles the step. On CPUs that needs a C++ compiler, takes a while and gains little.
         on_cpu = all(parameter.device.type == "cpu" for group in self.param_groups for parameter in group["params"])
         with torch.compiler.set_stance("force_eager") if on_cpu else nullcontext():
             return super().step(closure)

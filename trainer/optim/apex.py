@@ -10,7 +10,7 @@ from apex.optimizers import FusedAdam  # type: ignore[import-not-found]
 
 
 class ApexAdamW(FusedAdam):  # type: ignore[misc]
-    """Apex counts steps by parameter group, outside of the state; a checkpoint has them by parameter, as torch does."""
+    """FusedAdam with step counts in the state of each parameter, as torch has them; Apex counts by parameter group."""
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         for group in self.param_groups:

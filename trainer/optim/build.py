@@ -13,7 +13,7 @@ from trainer.registry import plugin
 
 def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     optimizer = plugin(config, "optimizer")(config.optimizer, model)
-    decay = getattr(config.optimizer, "ema", None)  # which the Config of a user's may not have
+    decay = getattr(config.optimizer, "ema", None)  # the Config of a user's optimizer may lack it
     return track_average(optimizer, decay) if decay else optimizer
 
 

@@ -1,4 +1,4 @@
-"""A step of an optimizer that is done or not, as a number on the device says."""
+"""An optimizer step that is skipped if a number on the device says so."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from torch.distributed.tensor import DTensor, Replicate
 from trainer.patches import has_step_hooks
 
 
-def step_unless(optimizer: torch.optim.Optimizer, refused: Tensor) -> None:
-    """Steps unless `refused` (a bool scalar).
+def step_unless(optimizer: torch.optim.Optimizer, is_refused: Tensor) -> None:
+    """Steps the optimizer unless `is_refused` (a bool scalar).
 
-    Optimizers whose kernels can leave their work undone (torch's fused ones, as for its GradScaler) decide on the
-    device; for the others this waits to know.
+    Optimizers whose kernels can skip their work (torch's fused ones, as for its GradScaler) decide on the device; for
+    the others this waits for the value.
     """
     fused: Any = optimizer
     example = next((parameter for group in optimizer.param_groups for parameter in group["params"]), None)
     if example is None:  # a stage of a pipeline that is frozen
         return
     hooks = has_step_hooks(optimizer)  # an average of weights would count a step that was not done
-    if hooks or not optimizer.defaults.get("fused") or example.device.type != refused.device.type:
-        if not bool(refused):
+    if hooks or not optimizer.defaults.get("fused") or example.device.type != is_refused.device.type:
+        if not bool(is_refused):
             optimizer.step()
         return
-    found = refused.float()
+    found_inf = is_refused.float()
     if isinstance(example, DTensor):
         mesh = example.device_mesh
-        found = DTensor.from_local(found, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    fused.grad_scale, fused.found_inf = None, found
+        found_inf = DTensor.from_local(found_inf, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    fused.grad_scale, fused.found_inf = None, found_inf
     try:
         optimizer.step()
     finally:

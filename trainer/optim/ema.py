@@ -1,6 +1,6 @@
 """An exponential moving average of the weights, often better than the last ones (Polyak & Juditsky 1992).
 
-It is state of the optimizer, by parameter: so it is sharded, saved and loaded as that is, under every strategy.
+It is optimizer state, by parameter: so it is sharded, saved and loaded like all of that state, under every strategy.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import torch
 
 
 def track_average(optimizer: torch.optim.Optimizer, decay: float) -> torch.optim.Optimizer:
-    """After each step of a parameter: `ema` (fp32, like it) = decay * `ema` + (1 - decay) * weight. It begins at zero;
-    `ema_weight` is what the shares taken so far add up to, so `ema / ema_weight` is the average (as in Adam, Kingma &
-    Ba 2015, section 3)."""
+    """Makes the optimizer track an average of each parameter, and returns it. After each step: `ema` (fp32, shaped like
+    the parameter) = decay * `ema` + (1 - decay) * weight. It begins at zero; `ema_weight` is the sum of the weights so
+    far, so `ema / ema_weight` is the average (as in Adam, Kingma & Ba 2015, section 3)."""
 
     @torch.no_grad()
     def average(optimizer: torch.optim.Optimizer, *_: Any) -> None:

@@ -1,4 +1,4 @@
-"""Which parameters are treated alike: by what they are, found from their module and their own name."""
+"""Groups of parameters that are treated alike: by kind, which follows from the module and the parameter's name."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import torch
 from torch import nn
 
 _NORMS = ("LayerNorm", "RMSNorm", "GroupNorm", "BatchNorm", "InstanceNorm")
-_TABLES = ("embed", "token", "position")  # in the name of a parameter that is looked up in, not multiplied by
+_TABLES = ("embed", "token", "position")  # in the names of lookup tables, which are not multiplied by
 
 
 def kind(model: nn.Module, name: str) -> str:
-    """Returns `bias`, `norm`, `embedding`, `vector` or `matrix`: what the parameter `name` is, by its module, its own
-    name and its shape.
+    """Returns the kind of the parameter `name`, by its module, its own name and its shape: `bias`, `norm`, `embedding`,
+    `vector` or `matrix`.
 
-    A vector is what scales or gates: of one dimension or none (LayerScale, a temperature), or of more that are all 1
-    but one (a class token).
+    A vector scales or gates: it has one dimension or none (LayerScale, a temperature), or more that are all 1 but one
+    (a class token).
     """
     path, _, leaf = name.rpartition(".")
     module, shape = model.get_submodule(path), shape_of(model.get_parameter(name))
@@ -33,26 +33,26 @@ def kind(model: nn.Module, name: str) -> str:
 
 
 def shape_of(parameter: nn.Parameter) -> torch.Size:
-    """Returns the whole shape, also where DeepSpeed holds a part of the parameter."""
+    """Returns the whole shape, even if DeepSpeed holds only a shard of the parameter."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def by_decay(
     model: nn.Module, names: Iterable[str], weight_decay: float, no_decay: Iterable[str]
 ) -> list[dict[str, Any]]:
-    """Parameter groups of these parameters, in this order: with and without decay; none that is empty, unless both are:
-    a stage of a pipeline may have nothing that is trained."""
+    """Returns parameter groups of these parameters: with decay, then without. Leaves out an empty group, unless both
+    are empty: a pipeline stage may have no trained parameters."""
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name in names:
         groups[kind(model, name) not in no_decay].append(model.get_parameter(name))
-    made = [
-        {"params": parameters, "weight_decay": weight_decay if decayed else 0.0}
-        for decayed, parameters in groups.items()
+    param_groups = [
+        {"params": parameters, "weight_decay": weight_decay if has_decay else 0.0}
+        for has_decay, parameters in groups.items()
         if parameters
     ]
-    return made or [{"params": [], "weight_decay": 0.0}]
+    return param_groups or [{"params": [], "weight_decay": 0.0}]
 
 
 def names(model: nn.Module) -> list[str]:
-    """The names of all parameters that are trained, tied ones once. A frozen one is in no optimizer."""
+    """Returns the names of all trained parameters, tied ones once. Frozen ones are in no optimizer."""
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]

@@ -16,8 +16,8 @@ from trainer.optim.groups import by_decay, names
 
 
 class Lion(torch.optim.Optimizer):
-    """State of a parameter: `exp_avg`, like it. `betas`: of the momentum that is taken the sign of, and of the one that
-    is kept. No step has a number, so nothing else needs to be saved."""
+    """Lion. The state of a parameter is `exp_avg`, shaped like it; no step count is needed. `betas`: of the momentum
+    whose sign is the direction, and of the momentum that is kept."""
 
     def __init__(
         self,
@@ -30,26 +30,27 @@ class Lion(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step along the gradients; gives what `closure`, called first, gives."""
+        """Does one step along the gradients. Returns the value of `closure`, which is called first."""
         with torch.enable_grad():
             loss = closure() if closure else None
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             if not parameters:
                 continue
-            gradients, lr, (taken, kept) = [parameter.grad for parameter in parameters], group["lr"], group["betas"]
+            gradients, lr = [parameter.grad for parameter in parameters], group["lr"]
+            direction_beta, momentum_beta = group["betas"]
             for parameter in parameters:
                 if not self.state[parameter]:
                     self.state[parameter]["exp_avg"] = torch.zeros_like(parameter)
             momenta = [self.state[parameter]["exp_avg"] for parameter in parameters]
-            directions = torch._foreach_lerp(momenta, gradients, 1 - taken)
+            directions = torch._foreach_lerp(momenta, gradients, 1 - direction_beta)
             torch._foreach_sign_(directions)
             torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
             torch._foreach_add_(parameters, directions, alpha=-lr)
-            torch._foreach_lerp_(momenta, gradients, 1 - kept)
+            torch._foreach_lerp_(momenta, gradients, 1 - momentum_beta)
         return loss
 
 
 def lion(config: schema.Lion, model: nn.Module) -> torch.optim.Optimizer:
-    """Lion on the model's parameters, in two groups: with and without decay."""
+    """Returns Lion on the model's parameters, in two groups: with and without decay."""
     return Lion(by_decay(model, names(model), config.weight_decay, config.no_decay), config.lr, config.betas)

@@ -1,6 +1,6 @@
-"""Muon (Jordan et al. 2024) on the hidden matrices of a model, AdamW on all else.
+"""Muon (Jordan et al. 2024) on the hidden matrices of a model, AdamW on all other parameters.
 
-A matrix is moved along its momentum made orthogonal. Rates are scaled as Liu et al. 2025 ("Muon is scalable for LLM
+A matrix moves along its orthogonalized momentum. Rates are scaled as Liu et al. 2025 ("Muon is scalable for LLM
 training", section 2.2) do, so that one learning rate and weight decay fit both.
 """
 
@@ -22,10 +22,11 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Muon(torch.optim.Optimizer):
-    """torch's own Muon computes in bf16 only, which makes of the rounding of a gradient a difference of 1e-4 within 20
-    steps: no longer one curve on any number of processes.
+    """Muon in any data type. torch's own computes in bf16 only, which turns the rounding of a gradient into a
+    difference of 1e-4 within 20 steps: no longer one curve on any number of processes.
 
-    Parameters are matrices [m, n]. State of each: `momentum_buffer`, like it. `dtype`: of the Newton-Schulz steps.
+    Parameters are matrices [m, n]. The state of each is `momentum_buffer`, shaped like it. `dtype`: of the
+    Newton-Schulz steps.
     """
 
     def __init__(
@@ -42,26 +43,26 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step along the gradients; gives what `closure`, called first, gives."""
+        """Does one step along the gradients. Returns the value of `closure`, which is called first."""
         with torch.enable_grad():
             loss = closure() if closure else None
-        moved = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        entries = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
 
         def momentum(number: int) -> Tensor:
-            parameter, group = moved[number]
+            parameter, group = entries[number]
             return self._momentum(parameter, group["momentum"])
 
-        parameters = [parameter for parameter, _ in moved]
+        parameters = [parameter for parameter, _ in entries]
         for number, direction in map_whole_matrices(
             parameters, momentum, lambda matrix: orthogonal(matrix, self.steps)
         ):
-            parameter, lr = parameters[number], moved[number][1]["lr"]
-            parameter.mul_(1 - lr * moved[number][1]["weight_decay"])
+            parameter, lr = parameters[number], entries[number][1]["lr"]
+            parameter.mul_(1 - lr * entries[number][1]["weight_decay"])
             parameter.add_(direction.to(parameter.dtype), alpha=-lr * 0.2 * math.sqrt(max(parameter.shape)))
         return loss
 
     def _momentum(self, parameter: Tensor, momentum: float) -> Tensor:
-        """Nesterov's, in the data type of the Newton-Schulz steps."""
+        """Updates and returns Nesterov's momentum, in the data type of the Newton-Schulz steps."""
         state, gradient = self.state[parameter], parameter.grad
         assert gradient is not None
         if not state:
@@ -71,50 +72,51 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrix: Tensor, steps: int) -> Tensor:
-    """About U V^T of the matrix U S V^T, [m, n]: Newton-Schulz steps of a quintic bring all singular values near 1."""
+    """Returns about U V^T of the matrix U S V^T, [m, n]: Newton-Schulz steps of a quintic bring singular values near
+    1."""
     a, b, c = _COEFFICIENTS
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if tall else matrix
+    is_tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.T if is_tall else matrix
     x = x / x.norm().clamp(min=1e-7)
     for _ in range(steps):
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.T if tall else x
+    return x.T if is_tall else x
 
 
 class CombinedOptimizer(torch.optim.Optimizer):
     """Several optimizers of different parameters as one: it has their groups and their state, and steps them all."""
 
-    def __init__(self, parts: Sequence[torch.optim.Optimizer]):
-        super().__init__([group for part in parts for group in part.param_groups], {})
-        self.parts = list(parts)
-        for part in parts:
-            part.state = self.state
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer]):
+        super().__init__([group for optimizer in optimizers for group in optimizer.param_groups], {})
+        self.optimizers = list(optimizers)
+        for optimizer in optimizers:
+            optimizer.state = self.state
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One step of each; gives what `closure`, called first, gives."""
+        """Does one step of each. Returns the value of `closure`, which is called first."""
         loss = closure() if closure else None
-        for part in self.parts:
-            part.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         return loss
 
 
 def muon(config: schema.Muon, model: nn.Module) -> torch.optim.Optimizer:
-    """Muon on matrices that are neither embeddings nor in modules called as in `config.adamw_modules`, torch's fused
-    AdamW on the rest."""
-    hidden = [name for name in names(model) if _hidden(model, name, config.adamw_modules)]
-    rest = [name for name in names(model) if name not in set(hidden)]
-    parts: list[torch.optim.Optimizer] = []
+    """Returns Muon on matrices that are neither embeddings nor in modules named in `config.adamw_modules`, with torch's
+    fused AdamW on all other parameters."""
+    hidden = [name for name in names(model) if _is_hidden(model, name, config.adamw_modules)]
+    other_names = [name for name in names(model) if name not in set(hidden)]
+    optimizers: list[torch.optim.Optimizer] = []
     if hidden:
         groups = by_decay(model, hidden, config.weight_decay, config.no_decay)
         dtype = _DTYPES[config.newton_schulz_dtype]
-        parts.append(Muon(groups, config.lr, config.momentum, steps=config.newton_schulz_steps, dtype=dtype))
-    if rest or not hidden:
-        groups = by_decay(model, rest, config.weight_decay, config.no_decay)
-        parts.append(torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True))
-    return CombinedOptimizer(parts)
+        optimizers.append(Muon(groups, config.lr, config.momentum, steps=config.newton_schulz_steps, dtype=dtype))
+    if other_names or not hidden:
+        groups = by_decay(model, other_names, config.weight_decay, config.no_decay)
+        optimizers.append(torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True))
+    return CombinedOptimizer(optimizers)
 
 
-def _hidden(model: nn.Module, name: str, adamw_modules: Sequence[str]) -> bool:
+def _is_hidden(model: nn.Module, name: str, adamw_modules: Sequence[str]) -> bool:
     modules, shape = name.split(".")[:-1], shape_of(model.get_parameter(name))
     return len(shape) == 2 and kind(model, name) == "matrix" and not set(modules) & set(adamw_modules)

@@ -1,1 +1,1 @@
-"""What keeps a run alive and honest: requests, guards, the watchdog, quarantine, the ledger of time."""
+"""Keeps a run alive and correct: stop requests, guards, the watchdog, quarantine, the ledger of time."""

@@ -1,4 +1,4 @@
-"""From the config to what keeps a run alive and honest."""
+"""Builds the objects of this package from the config."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from trainer.tracking.run_files import RunFiles
 
 @dataclass
 class Resilience:
-    """What the loop asks before, in and behind each step."""
+    """The objects that the loop calls before, in and after each step."""
 
     requests: Requests
     quarantine: Quarantine
@@ -32,15 +32,14 @@ def build_resilience(config: Config, topology: Topology, folder: RunDirectory, r
     budget = config.data.error_budget if config.data.on_error == "quarantine" else None
     return Resilience(
         requests=Requests(folder.path, watch_files=topology.is_main),
-        quarantine=Quarantine(folder.path, topology, budget, resumed=folder.found is not None),
+        quarantine=Quarantine(folder.path, topology, budget, resumed=folder.checkpoint is not None),
         guard=Guard(config.guard, topology.device),
         replicas=Replicas(topology),
         stragglers=Stragglers(topology, run_files.open_appender(RANKS) if topology.is_main else None),
     )
 
 
-def agreed(stream: Stream, topology: Topology) -> Stream | AgreedStream:
-    """Returns the stream; of processes that share a copy of the model, and may fail to read a sample, one on which they
-    agree."""
-    alike = topology.layout.processes == 1 or not stream.share.tolerant
-    return stream if alike else AgreedStream(stream, topology)
+def agree_on_faults(stream: Stream, topology: Topology) -> Stream | AgreedStream:
+    """Returns the stream; if ranks may fail to read samples, one whose faults all ranks of a replica agree on."""
+    needs_no_agreement = topology.layout.processes == 1 or not stream.share.tolerant
+    return stream if needs_no_agreement else AgreedStream(stream, topology)

@@ -1,4 +1,4 @@
-"""Who hangs, in one sentence, from what the ranks report of where they are."""
+"""Finds the ranks that hang from the reports of all ranks, and says it in one sentence."""
 
 from __future__ import annotations
 
@@ -10,30 +10,35 @@ Report = Mapping[str, Any]
 
 
 def verdict(reports: Mapping[int, Report], silent: Mapping[int, str]) -> tuple[list[int], str]:
-    """The ranks that hold up the others, and the sentence. `silent`: what is known of those that did not report."""
+    """Returns the ranks that hold up the others, and a sentence about it. `silent` describes those without a report."""
     culprits = sorted({*silent, *(rank for rank, report in reports.items() if not report["waits"])})
-    why = ""
+    reason = ""
     if not culprits and len(reports) > 1:
-        culprits, why = _who_is_missing(reports)
+        culprits, reason = _find_missing_ranks(reports)
     if not culprits:
         culprits = sorted(reports)
-    parts = [f"rank {rank} {silent[rank] if rank in silent else _at(reports[rank])}{why}" for rank in culprits]
+    parts = [
+        f"rank {rank} {silent[rank] if rank in silent else _describe_culprit(reports[rank])}{reason}"
+        for rank in culprits
+    ]
     waiting: dict[str, list[int]] = {}
     for rank, report in sorted(reports.items()):
         if rank not in culprits:
-            waiting.setdefault(_waits_in(report), []).append(rank)
-    parts += [f"{_ranks(ranks)} {'wait' if len(ranks) > 1 else 'waits'} {what}" for what, ranks in waiting.items()]
+            waiting.setdefault(_describe_wait(report), []).append(rank)
+    parts += [
+        f"{_ranks(ranks)} {'wait' if len(ranks) > 1 else 'waits'} {location}" for location, ranks in waiting.items()
+    ]
     return culprits, "; ".join(parts)
 
 
-def _at(report: Report) -> str:
-    doing = f"has been in {report['where']} for {report['seconds']:.0f} s"
+def _describe_culprit(report: Report) -> str:
+    description = f"has been in {report['where']} for {report['seconds']:.0f} s"
     if report["reader"]:
-        doing += f", while its reader is in {report['reader']}"
-    return f"{doing} (step {report['step']}, {report['kind'].replace('_', ' ')})"
+        description += f", while its reader is in {report['reader']}"
+    return f"{description} (step {report['step']}, {report['kind'].replace('_', ' ')})"
 
 
-def _waits_in(report: Report) -> str:
+def _describe_wait(report: Report) -> str:
     if report["collective"]:
         return f"in {report['collective']} of step {report['step']}"
     if report["backward"]:
@@ -41,23 +46,26 @@ def _waits_in(report: Report) -> str:
     return f"in {report['where']} (step {report['step']})"
 
 
-def _who_is_missing(reports: Mapping[int, Report]) -> tuple[list[int], str]:
-    """All wait. Right are most of them, else the first to wait; who has not come to the same collective is missed."""
-    known = {rank: report["last"] for rank, report in reports.items() if report["last"]}
-    if known:
-        came = Counter((last["group"], last["number"]) for last in known.values())
-        usual, count = came.most_common(1)[0]
-        first = min(known.values(), key=lambda last: last["time"])
+def _find_missing_ranks(reports: Mapping[int, Report]) -> tuple[list[int], str]:
+    """Returns the ranks that are missing while all wait: those that have not reached the collective of the majority, or
+    else of the first rank that waits, or that are elsewhere than the majority; and the words for it."""
+    last_collectives = {rank: report["last"] for rank, report in reports.items() if report["last"]}
+    if last_collectives:
+        arrivals = Counter((last["group"], last["number"]) for last in last_collectives.values())
+        common_collective, count = arrivals.most_common(1)[0]
+        first = min(last_collectives.values(), key=lambda last: last["time"])
         if count * 2 > len(reports):
-            first = next(last for last in known.values() if (last["group"], last["number"]) == usual)
+            first = next(
+                last for last in last_collectives.values() if (last["group"], last["number"]) == common_collective
+            )
         group, number = first["group"], first["number"]
-        missing = [rank for rank, report in reports.items() if report["counts"].get(group, number) < number]
-        if missing and len(missing) < len(reports):
-            return sorted(missing), f", and left out {first['name'].partition(':')[2]} that others wait in"
+        missing_ranks = [rank for rank, report in reports.items() if report["counts"].get(group, number) < number]
+        if missing_ranks and len(missing_ranks) < len(reports):
+            return sorted(missing_ranks), f", and left out {first['name'].partition(':')[2]} that others wait in"
     places = Counter((report["step"], report["where"]) for report in reports.values())
-    (most, count), *others = places.most_common()
-    if others and count * 2 > len(reports):
-        return sorted(rank for rank, report in reports.items() if (report["step"], report["where"]) != most), ""
+    (majority, count), *minorities = places.most_common()
+    if minorities and count * 2 > len(reports):
+        return sorted(rank for rank, report in reports.items() if (report["step"], report["where"]) != majority), ""
     return [], ""
 
 

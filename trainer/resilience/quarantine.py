@@ -1,6 +1,7 @@
-"""Bad data under `data.on_error=quarantine`: counted on all ranks together, written down before the run goes on.
+"""Bad data under `data.on_error=quarantine`: counted over all ranks, and recorded before the run continues.
 
-What is written down stays left out in every later life of the run, also should it be readable by then: the same curve.
+Recorded samples stay left out in every later attempt of the run, even if they are readable by then, so that the curve
+is the same.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ NAME = "quarantine.jsonl"
 
 
 class Quarantine:
-    """`budget`: how many samples and shards may be bad in the whole run. None: this run fails at the first."""
+    """The samples and shards that a run has left out. `budget` is how many may be bad; None fails at the first one."""
 
     def __init__(self, folder: Path, topology: Topology, budget: int | None, resumed: bool):
         self._path, self._topology, self._budget = folder / NAME, topology, budget
@@ -35,26 +36,28 @@ class Quarantine:
 
     @property
     def left_out(self) -> list[ExampleId]:
-        """What earlier lives left out. Of a step that weights or batch sizes were changed for since, other units may
-        come at these numbers: those are read."""
+        """Returns the samples that earlier attempts left out. If mixture weights or batch sizes have changed since,
+        other samples may be at these positions; those are read."""
         return [ExampleId(row["number"], row["source"], row["unit"]) for row in self._rows if row["number"] is not None]
 
-    def opened(self, faults: Sequence[BadData]) -> list[dict[str, Any]]:
-        """Takes in what was found damaged when the data was opened; all ranks bring the same. As `steps`."""
-        known = [{name: row[name] for name in ("shard", "key", "byte", "cause")} for row in self._rows]
-        nowhere = {"step": None, "number": None, "source": None, "unit": None}
-        return self._add([nowhere | asdict(fault) for fault in faults if asdict(fault) not in known])
+    def add_opening_faults(self, faults: Sequence[BadData]) -> list[dict[str, Any]]:
+        """Records shards that were damaged when the data was opened, the same on all ranks. Returns their events."""
+        recorded_faults = [{name: row[name] for name in ("shard", "key", "byte", "cause")} for row in self._rows]
+        no_position = {"step": None, "number": None, "source": None, "unit": None}
+        return self._add([no_position | asdict(fault) for fault in faults if asdict(fault) not in recorded_faults])
 
-    def steps(self, steps: Sequence[StepData]) -> list[dict[str, Any]]:
-        """Takes in what these steps left out, on all ranks; gives what is to be told of it.
+    def add_step_faults(self, steps: Sequence[StepData]) -> list[dict[str, Any]]:
+        """Records the samples that these steps left out, on all ranks. Returns their events.
 
-        One collective, where there is a budget. DataError on all ranks if it is spent.
+        It is one collective if there is a budget. Raises DataError on all ranks if the budget is spent.
         """
         if self._budget is None:
             return []
-        own = [{"step": data.step, **slot._asdict(), **asdict(fault)} for data in steps for slot, fault in data.faults]
-        own = own if self._topology.is_data_rank else []
-        rows = [row for part in self._topology.gather(own) for row in part]
+        local_rows = [
+            {"step": data.step, **slot._asdict(), **asdict(fault)} for data in steps for slot, fault in data.faults
+        ]
+        local_rows = local_rows if self._topology.is_data_rank else []
+        rows = [row for part in self._topology.gather(local_rows) for row in part]
         return self._add(sorted(rows, key=lambda row: row["number"]))
 
     def _add(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -64,12 +67,12 @@ class Quarantine:
                 file.flush()
                 sync(file.fileno())
         self._rows += rows
-        # A sample that comes again, in another epoch or sequence or from where the data was moved to, is one.
-        bad = len({(row["shard"] and file_name(row["shard"]), row["key"]) for row in self._rows})
-        if self._budget is not None and bad > self._budget:
-            last = self._rows[-1]["cause"]
+        # A sample counts once, also if it comes again in another epoch or sequence, or after the data was moved.
+        num_bad = len({(row["shard"] and file_name(row["shard"]), row["key"]) for row in self._rows})
+        if self._budget is not None and num_bad > self._budget:
+            last_cause = self._rows[-1]["cause"]
             raise DataError(
-                f"{bad} samples or shards cannot be read, but data.error_budget={self._budget}; "
-                f"the last: {last}. All are in {self._path}"
+                f"{num_bad} samples or shards cannot be read, but data.error_budget={self._budget}; "
+                f"the last: {last_cause}. All are in {self._path}"
             )
         return [{name: row[name] for name in ("number", "shard", "key", "byte", "cause")} for row in rows]

@@ -1,4 +1,4 @@
-"""What the loop does about bad steps and wrong weights, and how it restores a checkpoint. All ranks do the same."""
+"""Handles bad steps and wrong weights, and restores checkpoints. All ranks do the same."""
 
 from __future__ import annotations
 
@@ -18,60 +18,67 @@ OPTIMIZER = "optimizer/"
 NAMED = 20  # parameters in an event
 
 
-def restore(job: Job, found: FoundCheckpoint) -> None:
-    """Fills the strategy with what a checkpoint holds."""
-    same = found.manifest["config"]["optimizer"]["name"] == job.config.optimizer.name
-    reset = load_models(job.models, found, same_optimizer=same)
-    names = sorted({name for others in job.topology.gather(reset if same else []) for name in others})
+def restore(job: Job, checkpoint: FoundCheckpoint) -> None:
+    """Loads a checkpoint into the models, the guard and the saver."""
+    same_optimizer = checkpoint.manifest["config"]["optimizer"]["name"] == job.config.optimizer.name
+    reset = load_models(job.models, checkpoint, same_optimizer=same_optimizer)
+    names = sorted(
+        {name for names_of_rank in job.topology.gather(reset if same_optimizer else []) for name in names_of_rank}
+    )
     if names:
         job.logger.event(kind="optimizer_state_reset", count=len(names), parameters=names[:NAMED])
-    job.resilience.guard.load_state(found.manifest.get("guard", {}))
-    job.saver.resume_from(found.manifest["step"])
+    job.resilience.guard.load_state(checkpoint.manifest.get("guard", {}))
+    job.saver.resume_from(checkpoint.manifest["step"])
 
 
-def load_models(models: Strategy | RunModels, found: FoundCheckpoint, *, same_optimizer: bool) -> list[str]:
-    """Fills models. State that another optimizer kept is of no use: that of parameters of which the checkpoint has
-    other kinds than are kept now (`optimizer.adamw_modules` was changed, or all of it) begins anew. Returns their
-    names."""
+def load_models(models: Strategy | RunModels, checkpoint: FoundCheckpoint, *, same_optimizer: bool) -> list[str]:
+    """Loads models from a checkpoint. State of another optimizer is useless: if the checkpoint has other kinds of state
+    for a parameter than are needed now (`optimizer.adamw_modules` or the optimizer was changed), its state is reset.
+    Returns the names of these parameters."""
     state = dict(models.state())
-    now, then = _kinds(state), _kinds(found.index)
+    current_kinds, saved_kinds = _collect_kinds(state), _collect_kinds(checkpoint.index)
     reset = {
         name: kinds
-        for name, kinds in now.items()
-        if kinds != then.get(name) or not (same_optimizer or "/" in name)  # another model has an optimizer of its own
+        for name, kinds in current_kinds.items()
+        if kinds != saved_kinds.get(name)
+        or not (same_optimizer or "/" in name)  # another model has an optimizer of its own
     }
-    anew = {path for path in state if (part := _kind_of(path)) and part[1] in reset.get(part[0], ())}
-    for path in anew:
+    reset_paths = {
+        path
+        for path in state
+        if (parameter_and_kind := _split_path(path)) and parameter_and_kind[1] in reset.get(parameter_and_kind[0], ())
+    }
+    for path in reset_paths:
         local_values(state[path]).zero_()
-    read_state(found, {path: tensor for path, tensor in state.items() if path not in anew})
+    read_state(checkpoint, {path: tensor for path, tensor in state.items() if path not in reset_paths})
     models.load_state(state)
     return list(reset)
 
 
-def _kinds(paths: Iterable[str]) -> dict[str, set[str]]:
-    """What an optimizer keeps of each parameter, besides what may be switched on and off."""
+def _collect_kinds(paths: Iterable[str]) -> dict[str, set[str]]:
+    """Returns the kinds of optimizer state of each parameter, without those that may be switched on and off."""
     kinds: dict[str, set[str]] = {}
     for path in paths:
-        if found := _kind_of(path):
-            parameter, kind = found
-            of_parameter = kinds.setdefault(parameter, set())
+        if parameter_and_kind := _split_path(path):
+            parameter, kind = parameter_and_kind
+            parameter_kinds = kinds.setdefault(parameter, set())
             if not model_of(path)[1].startswith(OPTIONAL):
-                of_parameter.add(kind)
+                parameter_kinds.add(kind)
     return kinds
 
 
-def _kind_of(path: str) -> tuple[str, str] | None:
-    """Returns of state of an optimizer the parameter, `critic/` before it in another model than the run's, and what it
-    is of it."""
-    model, rest = model_of(path)
-    if not rest.startswith(OPTIMIZER):
+def _split_path(path: str) -> tuple[str, str] | None:
+    """Returns the parameter and the kind of an optimizer's state, or None for other paths. In another model than the
+    run's the parameter begins with the model's name, as in `critic/`."""
+    model, local_path = model_of(path)
+    if not local_path.startswith(OPTIMIZER):
         return None
-    _, kind, name = rest.split("/", 2)
+    _, kind, name = local_path.split("/", 2)
     return f"{model}/{name}" if model else name, kind
 
 
 def handle_bad_steps(job: Job, rows: list[dict[str, Any]], bad: list[bool], steps: list[StepData]) -> None:
-    """Says what follows bad steps. Raises Rollback, or TrainingError."""
+    """Handles the bad steps among these. Raises Rollback or TrainingError if the guard decides so."""
     if any(bad):
         wait_for_save(job)
     for i, row in enumerate(rows):
@@ -90,27 +97,27 @@ def handle_bad_steps(job: Job, rows: list[dict[str, Any]], bad: list[bool], step
 
 
 def raise_ranks_disagree(job: Job, step: int, count: int) -> None:
-    """Raises Rollback, Crashed or TrainingError because some ranks did an update that others did not: one computes
-    wrongly."""
+    """Raises Rollback, Crashed or TrainingError, because some ranks did an update that others did not: one of them
+    computes wrongly."""
     _go_back(job, step, [], f"{count} of {job.topology.world_size} processes left a step out")
 
 
 def compare_replicas(job: Job, step: int) -> None:
-    """Raises Rollback or Crashed where a process has other weights than those it shares them with; or TrainingError."""
+    """Raises Rollback, Crashed or TrainingError if a rank has other weights than its replicas."""
     if differing := job.resilience.replicas.find_differing(job.models.state(everything=True)):
         _go_back(job, step, differing, "replicas differ")
 
 
-def _go_back(job: Job, step: int, differing: list[int], why: str) -> None:
+def _go_back(job: Job, step: int, differing: list[int], reason: str) -> None:
     wait_for_save(job)
     event = job.resilience.guard.handle_corruption(step, differing, may_go_back=job.saver.newest is not None)
     job.logger.event(**event)
     if job.models.state(everything=True).keys() - job.models.state().keys():  # not in the checkpoint: maybe those
         raise Crashed(f"{event['reason']}. A new start reads frozen weights again; run the same command to continue")
-    raise Rollback(why)
+    raise Rollback(reason)
 
 
 def wait_for_save(job: Job) -> None:
-    with job.clock.watched_elsewhere():
+    with job.clock.pause_watchdog():
         events = job.saver.wait()
     job.logger.events(events)

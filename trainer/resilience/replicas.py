@@ -15,29 +15,29 @@ from trainer.topology import Topology
 class Replicas:
     def __init__(self, topology: Topology):
         self.topology = topology
-        self._pieces: dict[str, set[Shard]] | None = None
+        self._shards: dict[str, set[Shard]] | None = None
 
     def find_differing(self, state: State) -> list[int] | None:
-        """The ranks that hold other weights than those they share them with; None if there are none. All of a group
-        where it has no majority. All ranks call it, and hear the same."""
-        held = local_shards(state)
-        if self._pieces is None:
-            shared = Plan.of(state, self.topology).replicated_shards(self.topology.rank)
-            self._pieces = {group: set(shards) for group, shards in shared.items()}
-        prints_here = {
-            group: int(fingerprint([tensor for piece, tensor in held if piece in shards]))
-            for group, shards in self._pieces.items()
+        """Returns the ranks whose weights differ from their replicas, or None if there are none. In a group without a
+        majority these are all ranks. All ranks call it and get the same result."""
+        shards_and_tensors = local_shards(state)
+        if self._shards is None:
+            shared = Plan.from_state(state, self.topology).replicated_shards(self.topology.rank)
+            self._shards = {group: set(group_shards) for group, group_shards in shared.items()}
+        local_prints = {
+            group: int(fingerprint([tensor for shard, tensor in shards_and_tensors if shard in group_shards]))
+            for group, group_shards in self._shards.items()
         }
         groups: defaultdict[str, dict[int, int]] = defaultdict(dict)
-        for rank, prints in enumerate(self.topology.gather(prints_here)):
+        for rank, prints in enumerate(self.topology.gather(local_prints)):
             for group, print_ in prints.items():
                 groups[group][rank] = print_
-        differing = {rank for prints in groups.values() for rank in _minority(prints)}
+        differing = {rank for prints in groups.values() for rank in _find_minority(prints)}
         return sorted(differing) or None
 
 
-def _minority(prints: dict[int, int]) -> list[int]:
-    (most, count), *others = Counter(prints.values()).most_common()
-    if others and count * 2 <= len(prints):
+def _find_minority(prints: dict[int, int]) -> list[int]:
+    (majority, count), *minorities = Counter(prints.values()).most_common()
+    if minorities and count * 2 <= len(prints):
         return list(prints)
-    return [rank for rank, print_ in prints.items() if print_ != most]
+    return [rank for rank, print_ in prints.items() if print_ != majority]

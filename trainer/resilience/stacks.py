@@ -1,4 +1,4 @@
-"""Where a process is, in words: what one rank reports of a hang."""
+"""Reports where a process is, in words: one rank's report of a hang."""
 
 from __future__ import annotations
 
@@ -22,32 +22,33 @@ Entry = Mapping[str, Any]  # of a flight recorder: one collective
 _RECORDERS = {"gloo": "_dump_fr_trace_json", "nccl": "_dump_nccl_trace_json"}
 _HOME = str(Path(__file__).parents[2]) + os.sep
 _FOREIGN = (f"{os.sep}site-packages{os.sep}", f"{os.sep}dist-packages{os.sep}", f"lib{os.sep}python3")
-_LOOK_S = 0.3  # how long a thread is watched to see whether it computes
+_LOOK_S = 0.3  # how long a thread is observed to see whether it computes
 
 
 def report(thread_name: str) -> dict[str, Any]:
-    """Of the thread of that name: `where` it is, whether it `waits` for other processes and in which `collective`,
-    whether it is `busy`; and the last collective of this process, if torch kept record."""
+    """Returns a report of the thread of that name: `where` it is, whether it `waits` for other ranks and in which
+    `collective`, and whether it is `busy`; and the last collective of this process, if torch recorded it."""
     thread = next((t for t in threading.enumerate() if t.name.startswith(thread_name)), threading.main_thread())
-    busy = _busy(thread)
+    busy = _is_busy(thread)
     frame = sys._current_frames().get(thread.ident or 0)
     frames = list(_walk(frame))
-    inside = [_module(frame) for frame in frames]
+    modules = [_module(frame) for frame in frames]
     collective = next(
-        (f.f_code.co_name for f, name in zip(frames, inside, strict=True) if name.startswith("torch/distributed")), None
+        (f.f_code.co_name for f, name in zip(frames, modules, strict=True) if name.startswith("torch/distributed")),
+        None,
     )
-    backward = any(name.startswith("torch/autograd") for name in inside)
+    backward = any(name.startswith("torch/autograd") for name in modules)
     return {
-        "where": _where(frames),
-        "reader": _reader() if any("loader.py" in name for name in inside) else None,
+        "where": _locate(frames),
+        "reader": _locate_reader() if any("loader.py" in name for name in modules) else None,
         "collective": collective and collective.strip("_"),
         # CUDA's host spins while it waits for the device.
-        "waits": (not busy or torch.cuda.is_initialized()) and bool(collective or backward or _in_native(frames)),
+        "waits": (not busy or torch.cuda.is_initialized()) and bool(collective or backward or _is_in_native(frames)),
         "backward": backward and collective is None,
         "busy": busy,
         "stack": traceback.format_stack(frame) if frame else [],
         "threads": {t.name: _stack_of(t) for t in threading.enumerate() if t is not thread},
-        **_recorded(),
+        **_read_flight_recorders(),
     }
 
 
@@ -58,16 +59,16 @@ def _walk(frame: FrameType | None) -> Any:
         frame = frame.f_back
 
 
-def _where(frames: list[FrameType]) -> str:
-    """The innermost place that is the project's or the user's own."""
-    own = [frame for frame in frames if _own(frame.f_code.co_filename)]
-    if not own:
+def _locate(frames: list[FrameType]) -> str:
+    """Returns the innermost frame that is in code of the project or the user."""
+    own_frames = [frame for frame in frames if _is_own_code(frame.f_code.co_filename)]
+    if not own_frames:
         return "nowhere that can be named"
-    code = own[0].f_code
-    return f"{code.co_filename.removeprefix(_HOME)} {code.co_name}() line {own[0].f_lineno}"
+    code = own_frames[0].f_code
+    return f"{code.co_filename.removeprefix(_HOME)} {code.co_name}() line {own_frames[0].f_lineno}"
 
 
-def _own(file: str) -> bool:
+def _is_own_code(file: str) -> bool:
     if file.startswith((f"{_HOME}trainer{os.sep}", f"{_HOME}launch{os.sep}")):  # wherever it is installed
         return True
     return not file.startswith("<") and not any(part in file for part in _FOREIGN)
@@ -77,23 +78,23 @@ def _module(frame: FrameType) -> str:
     return frame.f_code.co_filename.rpartition(f"{os.sep}site-packages{os.sep}")[2].removeprefix(_HOME)
 
 
-def _in_native(frames: list[FrameType]) -> bool:
-    """Whether the innermost call went into torch: on GPUs the host waits there for what the device waits for."""
+def _is_in_native(frames: list[FrameType]) -> bool:
+    """Returns whether the innermost call went into torch: on GPUs the host waits there for the device."""
     return bool(frames) and _module(frames[0]).startswith(("torch/", "trainer/strategies"))
 
 
-def _reader() -> str | None:
-    """What a thread that reads ahead is at, where it is in code of the project's or the user's own."""
+def _locate_reader() -> str | None:
+    """Returns where a thread that reads ahead is, if it is in code of the project or the user."""
     for thread in threading.enumerate():
         if thread.name.startswith("read-ahead"):
             frames = list(_walk(sys._current_frames().get(thread.ident or 0)))
-            if frames and "loader.py" not in _where(frames):
-                return _where(frames)
+            if frames and "loader.py" not in _locate(frames):
+                return _locate(frames)
     return None
 
 
-def _busy(thread: threading.Thread) -> bool:
-    """Whether a thread computes, rather than sleeps or waits."""
+def _is_busy(thread: threading.Thread) -> bool:
+    """Returns whether a thread computes rather than sleeps or waits."""
     before = _cpu_seconds(thread)
     time.sleep(_LOOK_S)
     after = _cpu_seconds(thread)
@@ -113,8 +114,8 @@ def _stack_of(thread: threading.Thread) -> list[str]:
     return traceback.format_stack(frame) if frame else []
 
 
-def _recorded() -> dict[str, Any]:
-    """What torch's flight recorders tell: of gloo and of NCCL each has its own."""
+def _read_flight_recorders() -> dict[str, Any]:
+    """Reads torch's flight recorders: gloo and NCCL each have their own."""
     library = getattr(torch._C, "_distributed_c10d", None)
     dumps = {backend: _entries(getattr(library, name, None)) for backend, name in _RECORDERS.items()}
     world = getattr(torch.distributed.distributed_c10d, "_world", None)
@@ -122,7 +123,7 @@ def _recorded() -> dict[str, Any]:
 
 
 def _entries(dump: Callable[[], str] | None) -> list[Entry]:
-    """A recorder's entries, the oldest first; none where torch was built without it, or it kept no record."""
+    """Returns a recorder's entries, the oldest first; none if torch was built without it or has recorded nothing."""
     try:
         return json.loads(dump()).get("entries", []) if dump else []
     except (RuntimeError, ValueError):
@@ -130,11 +131,11 @@ def _entries(dump: Callable[[], str] | None) -> list[Entry]:
 
 
 def last_collective(dumps: Mapping[str, Sequence[Entry]], groups: Iterable[str]) -> dict[str, Any]:
-    """The collective that this process waits in, or else its newest, and how many each group has had.
+    """Returns the collective that this process waits in, or else its newest one, and the number of collectives a group.
 
-    `dumps`: entries by backend; `groups`: names of all that this process is in, also of those it never used. A group of
-    two backends counts the collectives of each apart. NCCL's are on record once they are in the device's queue, far
-    ahead of what the device does: the oldest that has not ended is the one that holds it up.
+    `dumps` are entries by backend; `groups` are the names of all groups of this process, also of unused ones. A group
+    of two backends counts their collectives separately. NCCL's are recorded once they are in the device's queue, far
+    ahead of the device: the oldest that has not ended is the one that blocks it.
     """
     entries = [(f"{backend}/{entry['process_group'][0]}", entry) for backend in dumps for entry in dumps[backend]]
     if not entries:

@@ -1,7 +1,7 @@
-"""Slow ranks: every half minute all tell how long they waited for data and computed forward passes, one line a look.
+"""Slow ranks: every half minute all compare how long they waited for data and computed forward passes, in one line.
 
-Only what a rank does without the others tells them apart: where it waits for them, all are as slow as the slowest. So
-forward passes count where they exchange nothing (single, ddp, zero 0 to 2).
+Only work that a rank does alone can show that it is slow: where ranks wait for each other, all are as slow as the
+slowest. So forward passes count where they communicate nothing (single, ddp, zero 0 to 2).
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ from trainer.tracking.run_files import Appender
 
 RANKS = "ranks.jsonl"
 EVERY_S = 30.0
-FACTOR, LEAST = 1.5, 0.02  # of the median, and of the time between two looks, by which a rank is a straggler
+FACTOR, LEAST = 1.5, 0.02  # of the median, and of the time between two comparisons: a straggler exceeds both
 
 
 class Stragglers:
     def __init__(self, topology: Topology, file: Appender | None):
-        """`file`: where the main rank keeps the lines."""
+        """`file` is where the main rank appends the lines."""
         self.topology, self.file = topology, file
-        self._looked, self._own = 0.0, {"data_wait_s": 0.0, "forward_s": 0.0}
+        self._compared_at, self._local_seconds = 0.0, {"data_wait_s": 0.0, "forward_s": 0.0}
 
     def record(self, data_wait: float, forward: float) -> None:
         """Adds seconds of this rank."""
-        self._own["data_wait_s"] += data_wait
-        self._own["forward_s"] += forward
+        self._local_seconds["data_wait_s"] += data_wait
+        self._local_seconds["forward_s"] += forward
 
-    def look(self, step: int, elapsed: float) -> list[dict[str, Any]]:
-        """All ranks call it with the same numbers; now and then one collective. Gives events of stragglers."""
-        if self.topology.world_size == 1 or elapsed < self._looked + EVERY_S:
+    def compare_ranks(self, step: int, elapsed: float) -> list[dict[str, Any]]:
+        """Returns events of stragglers. All ranks call it with equal arguments; twice a minute it is a collective."""
+        if self.topology.world_size == 1 or elapsed < self._compared_at + EVERY_S:
             return []
-        span, self._looked = elapsed - self._looked, elapsed
-        told = self.topology.gather({kind: round(value, 4) for kind, value in self._own.items()})
-        self._own = dict.fromkeys(self._own, 0.0)
-        row = {kind: [own[kind] for own in told] for kind in self._own}
+        span, self._compared_at = elapsed - self._compared_at, elapsed
+        gathered = self.topology.gather({kind: round(value, 4) for kind, value in self._local_seconds.items()})
+        self._local_seconds = dict.fromkeys(self._local_seconds, 0.0)
+        row = {kind: [seconds[kind] for seconds in gathered] for kind in self._local_seconds}
         if self.file is not None:
             self.file.append([{"step": step, "seconds": round(span, 2), **row}])
         return [
@@ -47,6 +47,10 @@ class Stragglers:
 
 
 def find_slow(values: Sequence[float], span: float) -> list[int]:
-    """Ranks whose seconds stand out among all of them, in a time of `span` seconds."""
-    usual = median(values)
-    return [rank for rank, value in enumerate(values) if value > FACTOR * usual and value - usual > LEAST * span]
+    """Returns the ranks whose seconds, within a time of `span` seconds, are far above the median."""
+    median_value = median(values)
+    return [
+        rank
+        for rank, value in enumerate(values)
+        if value > FACTOR * median_value and value - median_value > LEAST * span
+    ]

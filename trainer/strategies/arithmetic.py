@@ -1,7 +1,7 @@
-"""The arithmetic of a step: what every strategy does alike, around the few methods in which they differ.
+"""The arithmetic of a step: what all strategies have in common, around the few methods in which they differ.
 
 Losses are divided by totals of the whole step, sums are added up over all ranks, gradients are unscaled, measured,
-clipped and applied. What is here holds for processes that each have the whole model.
+clipped and applied. The methods here are right for ranks that each have the whole model.
 """
 
 from __future__ import annotations
@@ -36,25 +36,25 @@ from trainer.topology import Topology
 
 @dataclass
 class StepOptions:
-    """What every strategy is told of the step, besides its own keys."""
+    """The options of a step that every strategy gets, besides its own keys."""
 
     clip_norm: float
     activation_checkpointing: str
     compile: bool
-    micro_batch: int = 1  # sequences of a forward pass, where none are missing
+    micro_batch: int = 1  # sequences of a forward pass, if none are missing
     unequal_micro_batches: bool = False
-    """Whether processes may have micro-batches of different sizes: what cannot be read is left out of them."""
+    """Whether ranks may have micro-batches of different sizes: examples that cannot be read are left out of them."""
 
 
 class StepArithmetic:
-    """The base class of all strategies. What talks to other processes is in `all_reduce`, `norm`, `gather_rows` and
+    """The base class of all strategies. It communicates with other ranks in `all_reduce`, `norm`, `gather_rows` and
     `local_rows`."""
 
-    runs_alone = False  # on one process, too; else `Single` does it there
+    runs_alone = False  # on one process, too; otherwise `Single` replaces it there
     config: schema.Plugin
-    num_targets: Tensor  # of the step, over all processes
-    materialized = False  # the optimizer's state, of every parameter
-    casts_kept = True  # by autocast, of weights, until the forward pass is over
+    num_targets: Tensor  # of the step, over all ranks
+    is_materialized = False  # whether every trained parameter has its optimizer state
+    keeps_casts = True  # whether autocast keeps its copies of weights until the forward pass is over
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class StepArithmetic:
         self.scaler = precision.scaler()
         self.num_averaged_ranks = topology.dp_size  # how many ranks' gradients are averaged; 1 if they are summed
         self.timer = ForwardTimer(topology.device)
-        self.reports_data = topology.is_data_rank  # of all ranks that train on the same sequences, one's sums count
+        self.reports_data = topology.is_data_rank  # one of the ranks that train on the same sequences
 
     def setup(self, model_factory: ModelFactory, optimizer_factory: OptimizerFactory | None) -> None:
         self.example = cache(model_factory.example) if model_factory.example else None  # it is read from the data
@@ -95,7 +95,7 @@ class StepArithmetic:
         return model
 
     def sync(self, last: bool) -> AbstractContextManager[object]:
-        """Returns the context of a micro-batch: only the last one's backward needs to exchange gradients."""
+        """Returns the context of a micro-batch: only the last one's backward pass has to exchange gradients."""
         return nullcontext()
 
     def backward(self, loss: Tensor, last: bool) -> None:
@@ -112,7 +112,7 @@ class StepArithmetic:
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
     def norm(self, gradients: Sequence[Tensor]) -> Tensor:
-        """The global norm of the gradients of the whole model, of which these are here; fp32 of gradients in bf16."""
+        """Returns the global norm of the whole model's gradients; this rank has these. For bf16 it is in fp32."""
         if not gradients:
             return torch.zeros((), device=self.topology.device)
         dtype = torch.promote_types(gradients[0].dtype, torch.float32)
@@ -127,10 +127,10 @@ class StepArithmetic:
         self.buffers.snapshot()
         for number, batch in enumerate(micro_batches, 1):
             with self.sync(last=number == len(micro_batches)):
-                loss, part = self.forward(batch, objective, normalizers)
+                loss, micro_sums = self.forward(batch, objective, normalizers)
                 fault_points.point("step.loss", [loss])
                 self.backward(loss * self.loss_scale, number == len(micro_batches))
-            self.add(sums, part)
+            self.add(sums, micro_sums)
         return sums
 
     def forward(self, batch: Batch, objective: Objective, normalizers: Normalizers) -> tuple[Tensor, Sums]:
@@ -142,14 +142,14 @@ class StepArithmetic:
     def reduce_counts(
         self, micro_batches: Sequence[Batch], objective: Objective, abandoned: bool = False
     ) -> tuple[Normalizers, Sums]:
-        """Returns the counts of the whole step, by which losses are divided, and what this rank adds to them: the rule
-        that makes all strategies one curve. A mean of means would weigh targets by the company they are in.
+        """Returns the counts of the whole step, by which losses are divided, and this rank's part of them. This rule
+        gives all strategies one curve: a mean of means would weigh a target by the micro-batch that it is in.
 
-        A rank that abandons the step tells the others by counts that are not numbers: the one message that all wait for
-        anyway. Every rank then refuses the update.
+        A rank that abandons the step sends counts that are not numbers: every rank waits for this message anyway, and
+        then refuses the update.
         """
         counts = [objective.counts(batch) for batch in micro_batches]
-        local_counts = {name: sum(float(part[name]) for part in counts) for name in counts[0]}
+        local_counts = {name: sum(float(batch_counts[name]) for batch_counts in counts) for name in counts[0]}
         local = torch.tensor(list(local_counts.values()), dtype=torch.float64, device=self.topology.device)
         summed = self.all_reduce(local * math.nan if abandoned else local.clone()) / self.topology.layout.processes
         normalizers = dict(zip(local_counts, torch.where(summed == 0, 1.0, summed).unbind(), strict=True))
@@ -160,42 +160,42 @@ class StepArithmetic:
 
     @property
     def loss_scale(self) -> float:
-        """What a loss is multiplied by for its backward pass: the number of ranks whose gradients will be averaged,
-        and the scale of fp16."""
+        """Returns the factor of a loss in its backward pass: the number of ranks whose gradients are averaged, times
+        the scale of fp16."""
         return self.scaler.scale * self.num_averaged_ranks
 
-    def add(self, sums: Sums, part: Sums) -> None:
-        """Adds the numbers of a micro-batch; on ranks whose sums do not count, zeros of their names."""
-        for name, value in part.items():
+    def add(self, sums: Sums, addends: Sums) -> None:
+        """Adds the sums of a micro-batch; ranks that do not report data add zeros under the same names."""
+        for name, value in addends.items():
             value = self.full_tensor(value.detach()).double()
             value = value if self.reports_data else torch.zeros_like(value)
             sums[name] = sums[name] + value if name in sums else value
 
     def run_forward(self, model: nn.Module, batch: Batch) -> tuple[Outputs, Batch]:
-        """What the objective is given: the model's outputs and the batch, both on the device.
+        """Returns the arguments of the objective: the model's outputs and the batch, both on the device.
 
-        A batch without a row is filled up to a whole micro-batch (batch norm refuses a single row), and its outputs are
-        cut back to none; the model's buffers hear nothing of it.
+        A batch without rows is padded to a whole micro-batch (batch norm refuses a single row), and its outputs are
+        trimmed to no rows; the model's buffers do not change.
         """
         device = self.topology.device
         if num_rows(batch):
             batch = to_device(batch, device)
             with self.autocast_forward():
                 return self.outputs(model(batch)), batch
-        filled = to_device(take_rows(batch, 0, self.options.micro_batch, self.padding_row()), device)
+        padded = to_device(take_rows(batch, 0, self.options.micro_batch, self.padding_row()), device)
         with self.autocast_forward(), preserve_buffers(self.model):
-            return trim_rows(self.outputs(model(filled)), 0), trim_rows(filled, 0)
+            return trim_rows(self.outputs(model(padded)), 0), trim_rows(padded, 0)
 
     def padding_row(self) -> Batch | None:
         """Returns a row that a batch can be padded with."""
         return self.example() if self.example else None
 
     def autocast_forward(self) -> AbstractContextManager[object]:
-        """Returns the context of a forward pass: matrix products in the type that precision asks for."""
-        return self.precision.autocast(cache=self.casts_kept)
+        """Returns the context of a forward pass, which computes matrix products in the data type of `precision`."""
+        return self.precision.autocast(cache=self.keeps_casts)
 
     def outputs(self, outputs: Outputs) -> Outputs:
-        """What the objective is given of what the model gives."""
+        """Returns the outputs that the objective gets for the outputs of the model."""
         return tree_map(self.full_tensor, outputs)
 
     def update(self, lr: float, limit: Tensor | float = math.inf) -> UpdateResult:
@@ -213,7 +213,7 @@ class StepArithmetic:
         return UpdateResult(norm, skipped, bad & (not overflow))
 
     def discard(self) -> Tensor:
-        """Ends a step without its update: drops the gradients, and returns the norm that they had."""
+        """Ends a step without its update: drops the gradients and returns their norm."""
         norm = self._unscaled_norm()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
@@ -224,8 +224,8 @@ class StepArithmetic:
         return self.norm(gradients)
 
     def check_norm(self, norm: Tensor, limit: Tensor | float) -> tuple[Tensor, Tensor]:
-        """Whether the norm is too large or no number, and whether there was no target at all or the step was abandoned
-        (where all ranks did so, there is no gradient that could show it)."""
+        """Returns whether the norm is too large or not a number, and whether the step had no target at all or was
+        abandoned (if all ranks abandon it, no gradient shows it)."""
         return (norm < limit).logical_not(), (self.num_targets > 0).logical_not().to(norm.device)
 
     @torch.no_grad()
@@ -245,28 +245,28 @@ class StepArithmetic:
     def gather_rows(self, rows: Tensor) -> Tensor:
         if self.topology.dp_size == 1:
             return rows
-        present = self._present(len(rows))
-        padded = rows.new_zeros((max(present), *rows.shape[1:]))
+        row_counts = self._rows_per_replica(len(rows))
+        padded = rows.new_zeros((max(row_counts), *rows.shape[1:]))
         padded[: len(rows)] = rows
-        gathered = [torch.empty_like(padded) for _ in present]
+        gathered = [torch.empty_like(padded) for _ in row_counts]
         dist.all_gather(gathered, padded, group=self.replicas)
-        return torch.stack(gathered, dim=1)[_interleaved(present).to(rows.device)]
+        return torch.stack(gathered, dim=1)[_row_mask(row_counts).to(rows.device)]
 
     def local_rows(self, rows: Tensor, count: int) -> Tensor:
         if self.topology.dp_size == 1:
             return rows
-        places = _interleaved(self._present(count))
-        of_rank = torch.arange(places.shape[1]).expand_as(places)[places]
-        return rows[(of_rank == self.topology.dp_rank).to(rows.device)]
+        is_row = _row_mask(self._rows_per_replica(count))
+        replicas = torch.arange(is_row.shape[1]).expand_as(is_row)[is_row]
+        return rows[(replicas == self.topology.dp_rank).to(rows.device)]
 
-    def _present(self, count: int) -> list[int]:
-        """How many rows each replica has: what cannot be read is left out, and held-out data end somewhere."""
+    def _rows_per_replica(self, count: int) -> list[int]:
+        """Returns how many rows each replica has: they differ where samples are left out or held-out data end."""
         counts = [torch.zeros((), dtype=torch.int64, device=self.topology.device) for _ in range(self.topology.dp_size)]
         dist.all_gather(counts, torch.tensor(count, device=self.topology.device), group=self.replicas)
         return [int(count) for count in counts]
 
     def _seed(self, batch: Batch) -> None:
-        """For models that draw from torch's generator: the same draws in every attempt of the run."""
+        """Seeds torch's generator, so that a model draws the same numbers in every attempt of the run."""
         seed_torch(int(batch["draws"][0]) if num_rows(batch) else 0, self.topology.device)
 
     @torch.no_grad()
@@ -278,7 +278,7 @@ class StepArithmetic:
         return sums, self.objective.rows(tree_map(self.full_tensor, outputs), on_device)
 
     def evaluation_sums(self, outputs: Outputs, batch: Batch, counts: Mapping[str, float]) -> Sums:
-        """Returns this rank's sums of a batch of held-out data: those of the objective, and the counts."""
+        """Returns this rank's sums of a batch of held-out data: the objective's sums and the counts."""
         sums, device = Sums(), self.topology.device
         self.add(
             sums, {name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in counts.items()}
@@ -316,43 +316,44 @@ class StepArithmetic:
             yield name, tensor.detach().cpu()
 
     def close(self) -> None:
-        """Drops the wrapper, and with it its reference to the process group."""
+        """Drops the wrapper, which refers to the process group."""
         del self.wrapped
 
     def _materialize(self) -> None:
-        """Makes the optimizer's state of every parameter that is trained, so that it can be read into, and is the same
-        in every attempt. torch creates it only with a parameter's first gradient.
+        """Creates the optimizer state of every trained parameter, so that a checkpoint can be read into it and it is
+        the same in every attempt. torch creates it only with a parameter's first gradient.
 
-        A step of no length does it for any optimizer; then the state is what it is before a first step, zero.
+        A step with a learning rate of zero creates it in any optimizer; then the state is set to zero, as before a
+        first step.
         """
-        if self.materialized:
+        if self.is_materialized:
             return
-        self.materialized = True
-        new = [parameter for parameter in self.parameters if not self.optimizer.state.get(parameter)]
-        if not new:
+        self.is_materialized = True
+        stateless = [parameter for parameter in self.parameters if not self.optimizer.state.get(parameter)]
+        if not stateless:
             return
         rates = [group["lr"] for group in self.optimizer.param_groups]
         for group in self.optimizer.param_groups:
             group["lr"] = 0.0
-        for parameter in new:
+        for parameter in stateless:
             parameter.grad = torch.zeros_like(parameter)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
-        for parameter in new:
+        for parameter in stateless:
             for value in self.optimizer.state[parameter].values():
                 value.copy_(torch.zeros_like(plain_tensor(value)))
 
 
-def _interleaved(present: Sequence[int]) -> Tensor:
-    """Which rows are there, bool [rows, replicas], in the run's order: row k of a step is that of replica k mod n."""
-    return torch.arange(max(present))[:, None] < torch.tensor(list(present))
+def _row_mask(row_counts: Sequence[int]) -> Tensor:
+    """Returns which rows exist, bool [rows, replicas]; in the run's order, row k of a step is on replica k mod n."""
+    return torch.arange(max(row_counts))[:, None] < torch.tensor(list(row_counts))
 
 
 def plain_tensor(tensor: Tensor) -> Tensor:
-    """`tensor` as it is saved. Of one that is quantized (an optimizer's 8-bit state) what it stands for: a copy, on
-    the CPU unless it is sharded."""
+    """Returns `tensor` as it is saved: a quantized one (an optimizer's 8-bit state) as a dequantized copy, on the CPU
+    unless it is sharded."""
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     if type(local).dequantize is Tensor.dequantize:
         return tensor
@@ -364,7 +365,7 @@ def plain_tensor(tensor: Tensor) -> Tensor:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Copies that do not wait for the device's queue (from pinned memory)."""
+    """Returns the batch on the device; it is copied from pinned memory, which does not wait for the device's queue."""
     if device.type == "cpu":
         return batch
     return {

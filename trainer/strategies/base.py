@@ -1,7 +1,7 @@
-"""The seam between the loop and a strategy: only verbs that every strategy can honor.
+"""The interface between the loop and a strategy: only calls that every strategy can answer.
 
-A pipeline schedule owns forward and backward of all micro-batches, DeepSpeed merges unscale, clip, step and zero; so
-the loop says no less than `train_step` and `update`.
+A pipeline schedule runs forward and backward of all micro-batches, and DeepSpeed merges unscale, clip, step and zero.
+So the loop's smallest calls are `train_step` and `update`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ OptimizerFactory = Callable[[nn.Module], torch.optim.Optimizer]
 
 
 class UpdateResult(NamedTuple):
-    """All stay on the device until somebody reads them."""
+    """What an update did; the tensors stay on the device until somebody reads them."""
 
     grad_norm: Tensor  # global norm before clipping, float32 scalar
     skipped: Tensor  # bool scalar: the step was left out
@@ -34,25 +34,25 @@ class Strategy(Model, Protocol):
     timer: ForwardTimer
 
     def setup(self, model_factory: ModelFactory, optimizer_factory: OptimizerFactory | None) -> None:
-        """Builds the model, parallelizes it, then builds the optimizer on the final parameters; None for a model that
-        is only asked, in evaluation mode."""
+        """Builds the model, parallelizes it, then builds the optimizer on the final parameters. Without an optimizer
+        factory the model is not trained and stays in evaluation mode."""
         ...
 
     def train_step(
         self, micro_batches: Sequence[Batch], objective: Objective | None = None, abandoned: bool = False
     ) -> Sums:
-        """Forward and backward of every micro-batch, no update. Returns this rank's sums, on the device: what the
-        objective (None: the strategy's own) counts and sums. Where one rank has `abandoned` the step, its update
-        changes nothing on any."""
+        """Runs forward and backward of every micro-batch, without an update. Returns this rank's sums, on the device:
+        counts and sums of the objective (None: the strategy's own). If any rank has `abandoned` the step, its update
+        changes nothing on any rank."""
         ...
 
     def update(self, lr: float, limit: Tensor | float = math.inf) -> UpdateResult:
-        """Unscale, clip, step, zero. A step whose gradient norm is not below `limit`, or that has no target on any
-        process, changes nothing."""
+        """Unscales and clips the gradients, steps the optimizer and zeroes them. A step changes nothing if its gradient
+        norm is not below `limit`, or if it has no target on any rank."""
         ...
 
     def eval_step(self, batch: Batch) -> tuple[Sums, Rows]:
-        """Forward only; this rank's sums and rows, of the strategy's own objective."""
+        """Runs only the forward pass. Returns this rank's sums and rows of the strategy's own objective."""
         ...
 
     def reduce(self, sums: Mapping[str, Tensor]) -> dict[str, list[float]]:
@@ -60,12 +60,12 @@ class Strategy(Model, Protocol):
         ...
 
     def state(self, everything: bool = False) -> Mapping[str, Tensor | FlatShard]:
-        """The canonical form: `model/<name>`, `optimizer/<kind>/<name>`, `scaler/<kind>` -> what this process holds.
-        `everything`: also weights that checkpoints leave out."""
+        """Returns what this rank holds, by canonical name: `model/<name>`, `optimizer/<kind>/<name>`, `scaler/<kind>`.
+        `everything` includes weights that checkpoints leave out."""
         ...
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Takes over what `state` gave, filled with other values."""
+        """Loads other values for the tensors that `state` returned."""
         ...
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:

@@ -1,4 +1,4 @@
-"""Gradients added up over processes in few large pieces, several of which are under way at once."""
+"""All-reduces gradients in few large buckets, several of which are under way at once."""
 
 from __future__ import annotations
 
@@ -9,38 +9,38 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-BUCKET_BYTES = 25 * 2**20  # as large as torch's DDP makes them: links are busy, and two fit beside any model
-IN_FLIGHT = 2  # buckets; more would only take memory
+BUCKET_BYTES = 25 * 2**20  # as in torch's DDP: this keeps links busy, and two buckets fit next to any model
+IN_FLIGHT = 2  # buckets; more would only cost memory
 
 
 @torch.no_grad()
 def all_reduce_buckets(gradients: Sequence[Tensor], group: dist.ProcessGroup, dtype: torch.dtype | None = None) -> None:
-    """Replaces each gradient by its sum over the group, which is computed in `dtype`, or in the gradients' own.
+    """Replaces each gradient by its sum over the group, computed in `dtype`, or in the gradients' own data type.
 
-    Every process of the group gives gradients of the same shapes in the same order. The order of the sums follows from
-    that and from `BUCKET_BYTES` alone, so a resumed run adds up as the run before it.
+    Every rank of the group passes gradients of the same shapes in the same order. Only these and `BUCKET_BYTES` decide
+    the order of the sums, so a resumed run adds up exactly as an uninterrupted one.
     """
-    sent: deque[tuple[list[Tensor], Tensor, dist.Work]] = deque()
+    in_flight: deque[tuple[list[Tensor], Tensor, dist.Work]] = deque()
     for bucket in _buckets(gradients):
         flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
         flat = flat if dtype is None else flat.to(dtype)
         work = dist.all_reduce(flat, group=group, async_op=True)
         assert work is not None
-        sent.append((bucket, flat, work))
-        if len(sent) == IN_FLIGHT:
-            _take(*sent.popleft())
-    while sent:
-        _take(*sent.popleft())
+        in_flight.append((bucket, flat, work))
+        if len(in_flight) == IN_FLIGHT:
+            _wait_and_copy(*in_flight.popleft())
+    while in_flight:
+        _wait_and_copy(*in_flight.popleft())
 
 
-def _take(bucket: list[Tensor], flat: Tensor, work: dist.Work) -> None:
+def _wait_and_copy(bucket: list[Tensor], flat: Tensor, work: dist.Work) -> None:
     work.wait()
     parts = flat.split([gradient.numel() for gradient in bucket])
     torch._foreach_copy_(bucket, [part.view(gradient.shape) for part, gradient in zip(parts, bucket, strict=True)])
 
 
 def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Runs of gradients of one data type, each of about `BUCKET_BYTES`."""
+    """Yields runs of gradients of one data type, each of about `BUCKET_BYTES`."""
     bucket: list[Tensor] = []
     size = 0
     for gradient in gradients:

@@ -1,4 +1,4 @@
-"""From the config to a strategy with its model. The one place that knows what runs on one process."""
+"""Builds a strategy and its model from the config; only this module knows which strategies run on one process."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from trainer.transforms.fp8 import FP8
 def build_strategy(
     config: Config, topology: Topology, run_data: RunData, pretrained: Fill | None = None, loaded: bool = False
 ) -> StepArithmetic:
-    """The strategy, set up: model on its device, with its own initial values or those given, optimizer made. `loaded`:
-    a checkpoint's values follow, so the model has none but those that are not saved."""
+    """Returns the strategy, set up: with its model on the device, filled with its initial or the `pretrained` weights,
+    and its optimizer. `loaded`: a checkpoint will be loaded, so only weights that it does not hold are filled."""
     strategy = strategy_for(config, topology, run_data)
     fp8 = [FP8(schema.FP8(name="fp8"))] if strategy.precision.compute == "fp8" else []
     factory = model_factory(config, run_data.tokenizer, run_data.stream.share.example, pretrained, loaded, fp8)
@@ -32,13 +32,14 @@ def build_strategy(
 
 
 def strategy_for(config: Config, topology: Topology, run_data: RunData, frozen: bool = False) -> StepArithmetic:
-    """The strategy, not yet set up. DeepSpeed shards what has an optimizer: a `frozen` model is FSDP2's there."""
+    """Returns the strategy, not yet set up. DeepSpeed shards only models that have an optimizer, so FSDP2 shards a
+    `frozen` one."""
     train, kind, section = config.train, plugin(config, "strategy"), config.strategy
-    if frozen and (instead := getattr(kind, "instead_for_frozen", None)):
-        kind, section = instead()
-    casts_kept = getattr(kind, "casts_kept", True)
+    if frozen and (replacement := getattr(kind, "strategy_for_frozen", None)):
+        kind, section = replacement()
+    keeps_casts = getattr(kind, "keeps_casts", True)
     if topology.world_size == 1 and not getattr(kind, "runs_alone", True):
-        if config.strategy.name not in OPTIONS["strategy"]:  # what is a user's is not quietly another one
+        if config.strategy.name not in OPTIONS["strategy"]:  # a user's strategy is not replaced silently
             raise ConfigError(
                 f"strategy={config.strategy.name}: runs on 2 processes and more; nearest: strategy=single"
             )
@@ -56,5 +57,5 @@ def strategy_for(config: Config, topology: Topology, run_data: RunData, frozen: 
             unequal_micro_batches=run_data.stream.share.tolerant,
         ),
     )
-    strategy.casts_kept = casts_kept  # gradients are rounded on one process as they are on many
+    strategy.keeps_casts = keeps_casts  # gradients are rounded on one process as they are on many
     return strategy

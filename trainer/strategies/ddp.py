@@ -1,4 +1,4 @@
-"""Data parallel: every process holds the whole model, gradients are averaged in buckets during the backward pass."""
+"""Data parallel: every rank holds the whole model, gradients are averaged in buckets during the backward pass."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trainer.strategies.buffers import preserve_buffers
 
 
 class DDP(StepArithmetic):
-    """The whole model on every process, under torch's DistributedDataParallel."""
+    """Trains a whole model on every rank with torch's DistributedDataParallel."""
 
     config: schema.DDP
     has_settled_buckets = False
@@ -34,7 +34,7 @@ class DDP(StepArithmetic):
             broadcast_buffers=False,  # they are averaged after each update
         )
         if self.precision.reduce != self.precision.param:
-            # (A function of its own, because DDP refuses annotations that are text.)
+            # A lambda, because DDP refuses functions whose annotations are strings.
             wrapped.register_comm_hook(self.precision.reduce_dtype, lambda dtype, bucket: average_in(dtype, bucket))
         return wrapped
 
@@ -49,11 +49,11 @@ class DDP(StepArithmetic):
         return super().train_step(micro_batches, objective, abandoned)
 
     def _settle_buckets(self, batch: Batch, objective: Objective) -> None:
-        """Two throw-away backward passes, in every life of a run.
+        """Runs two throw-away backward passes, in every attempt of a run.
 
-        DDP rebuilds its buckets after the first backward. From 3 ranks on this changes the order of the sums, so a
-        resumed run would differ from the uninterrupted one in the last bits. With a whole micro-batch, as the compiler
-        takes a second size for a sign that all sizes vary. Nothing else is left behind: buffers, generators.
+        DDP rebuilds its buckets after the first backward pass. With 3 or more ranks this changes the order of the sums,
+        so a resumed run would differ from the uninterrupted one in the last bits. They take a whole micro-batch,
+        because the compiler reads a second size as a sign that all sizes vary. Buffers and generators do not change.
         """
         devices = [self.topology.device] if self.topology.device.type == "cuda" else []
         normalizers = dict.fromkeys(
@@ -68,12 +68,12 @@ class DDP(StepArithmetic):
 
 
 def average_in(dtype: torch.dtype, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """Averages a bucket of gradients over all ranks in another data type than theirs. Divided first, so that the sum
-    does not overflow. (torch's `bf16_compress_hook`, which refuses CPUs, does it likewise.)"""
+    """Averages a bucket of gradients over all ranks in another data type than their own. They are divided first, so
+    that the sum does not overflow, as in torch's `bf16_compress_hook`, which refuses CPUs."""
     gradients = bucket.buffer()
-    sent = (gradients.float() / dist.get_world_size()).to(dtype)
+    scaled = (gradients.float() / dist.get_world_size()).to(dtype)
 
-    def received(future: torch.futures.Future[list[Tensor]]) -> Tensor:
+    def copy_back(future: torch.futures.Future[list[Tensor]]) -> Tensor:
         return gradients.copy_(future.value()[0])
 
-    return dist.all_reduce(sent, async_op=True).get_future().then(received)
+    return dist.all_reduce(scaled, async_op=True).get_future().then(copy_back)

@@ -1,4 +1,4 @@
-"""Seconds of forward passes, by the device's own clock; nothing waits for them before they are read."""
+"""Measures seconds of forward passes by the device's own clock; nothing waits for it before they are read."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ class ForwardTimer:
     @contextmanager
     def running(self) -> Iterator[None]:
         if self._device.type != "cuda":
-            begun = time.perf_counter()
+            started_at = time.perf_counter()
             yield
-            self._seconds += time.perf_counter() - begun
+            self._seconds += time.perf_counter() - started_at
             return
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
         yield
         end.record()
-        self._events.append((begin, end))
+        self._events.append((start, end))
 
     def read(self) -> float:
-        """Seconds since the last reading. For when the device is done with the steps anyway."""
-        for begin, end in self._events:
+        """Returns the seconds since the last call. Waits for the device, so call it when its steps are done anyway."""
+        for start, end in self._events:
             end.synchronize()
-            self._seconds += begin.elapsed_time(end) / 1000
+            self._seconds += start.elapsed_time(end) / 1000
         seconds, self._seconds = self._seconds, 0.0
         self._events.clear()
         return seconds

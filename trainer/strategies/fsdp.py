@@ -1,7 +1,7 @@
-"""Fully sharded data parallel (FSDP2): every process holds a part of each parameter, gradient and optimizer state.
+"""Fully sharded data parallel (FSDP2): every rank holds a shard of each parameter, gradient and optimizer state.
 
-A layer's parameters are gathered when it is to be computed, and its gradients summed and dealt out again (Rajbhandari
-et al. 2020, "ZeRO"; Zhao et al. 2023, "PyTorch FSDP").
+A layer's parameters are all-gathered before it is computed, and its gradients reduce-scattered after its backward pass
+(Rajbhandari et al. 2020, "ZeRO"; Zhao et al. 2023, "PyTorch FSDP").
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from trainer.config import strategy as schema
 from trainer.errors import TrainingError
 from trainer.models import ModelFactory, materialize
 from trainer.optim.groups import names
-from trainer.patches import with_sums_left, without_values
+from trainer.patches import find_pending_reduction, without_values
 from trainer.precision import DTYPES, Precision
 from trainer.strategies.base import UpdateResult
 from trainer.strategies.layers import raise_if_scalars, wrap_layers
@@ -30,14 +30,14 @@ from trainer.strategies.used_parameters import UsedParameters
 
 
 class FSDP(TensorParallel):
-    """Parameters are sharded in dimension 0.
+    """Shards parameters in dimension 0.
 
-    No process ever holds the whole model: it is made without values, sharded, and filled parameter by parameter.
+    No rank ever holds the whole model: it is built without values, sharded, and filled parameter by parameter.
     """
 
     config: schema.Sharded
     used: UsedParameters | None = None
-    casts_kept = False  # a layer's weights are released after it: so are copies of them
+    keeps_casts = False  # a layer's weights are released after it, and so are autocast's copies of them
 
     def build(self, model_factory: ModelFactory) -> nn.Module:
         mesh = self.topology.mesh()
@@ -48,7 +48,7 @@ class FSDP(TensorParallel):
         shard(
             model,
             getattr(model, "blocks", []),
-            self.copies(mesh),
+            self.fsdp_mesh(mesh),
             self.precision,
             reshard_after_forward=self.config.reshard_after_forward,
             gather=self.config.gather,
@@ -68,13 +68,13 @@ class FSDP(TensorParallel):
         return super().wrap(model)
 
     def update(self, lr: float, limit: Tensor | float = math.inf) -> UpdateResult:
-        if self.used:  # what no process has used was filled up with zeros, too
+        if self.used:  # the gradient of a parameter that no rank used was filled with zeros
             for name in self.used.find_unused():
                 self.model.get_parameter(name).grad = None
         return super().update(lr, limit)
 
-    def copies(self, mesh: DeviceMesh) -> DeviceMesh:
-        """The processes that the model is sharded over: all in a row."""
+    def fsdp_mesh(self, mesh: DeviceMesh) -> DeviceMesh:
+        """Returns the mesh that the model is sharded over: one dimension of all data-parallel ranks."""
         return mesh["dp"]
 
     def sync(self, last: bool) -> AbstractContextManager[object]:
@@ -90,17 +90,17 @@ class FSDP(TensorParallel):
 
 
 class HSDP(FSDP):
-    """Hybrid: groups of `shard_size` neighboring processes share one sharded copy; gradients are summed over all."""
+    """Hybrid: groups of `shard_size` neighboring ranks share one sharded replica; gradients are summed over all."""
 
     config: schema.HSDP
 
-    def copies(self, mesh: DeviceMesh) -> DeviceMesh:
-        """Copies x shards of one."""
+    def fsdp_mesh(self, mesh: DeviceMesh) -> DeviceMesh:
+        """Returns a mesh of two dimensions: replicas of the model, and the shards of each."""
         size = self.config.shard_size or self.topology.local_size
         return self.topology.mesh_of(dp_replicate=self.topology.dp_size // size, dp_shard=size)
 
     def sync(self, last: bool) -> AbstractContextManager[object]:
-        """Groups of processes send to each other once a step: until then each adds up its own micro-batches."""
+        """Lets replicas communicate only once a step: until then each adds up the gradients of its micro-batches."""
         if self.config.reduce == "last" or rounds_sums(self.precision, self.config.gather):
             return super().sync(last)
         self.model.set_requires_all_reduce(last)  # type: ignore[operator]
@@ -118,17 +118,17 @@ def shard(
     cpu_offload: bool = False,
     find_unused: bool = False,
 ) -> None:
-    """Shards each layer, then what is outside of layers with the module itself.
+    """Shards each layer, then the module itself with the parameters that are in no layer.
 
-    It is the last of what is done to a model: recomputation is inside of what is compiled, so that the compiler sees it
-    (`wrap_layers`); splitting of matrices and gathering are outside of both.
+    This is the last wrapper of a model. Recomputation is inside of the compiled layers, so that the compiler sees it
+    (`wrap_layers`); tensor parallelism and gathering are outside of both.
     """
     raise_if_scalars(module, "FSDP2 cannot shard")
     options: dict[str, Any] = {"mesh": mesh}
-    rounded = precision.reduce != precision.param
+    rounds_gradients = precision.reduce != precision.param
     options["mp_policy"] = MixedPrecisionPolicy(
         param_dtype=precision.compute_dtype if gather == "compute" else None,
-        reduce_dtype=precision.reduce_dtype if rounded else None,  # None: that of the gradients
+        reduce_dtype=precision.reduce_dtype if rounds_gradients else None,  # None: that of the gradients
         cast_forward_inputs=False,  # autocast does it
     )
     if cpu_offload:
@@ -144,21 +144,21 @@ def shard(
 
 
 def rounds_sums(precision: Precision, gather: str) -> bool:
-    """Whether gradients are sent in a shorter type than they are held in. FSDP2 keeps sums over micro-batches that are
-    not all-reduced yet in the type that it sends, where a sum of many would lose its last terms."""
-    held = DTYPES[precision.param]
-    sent = precision.compute_dtype if gather == "compute" else held
+    """Returns whether gradients are sent in a shorter data type than they are held in. Until FSDP2 all-reduces the sums
+    of micro-batches, it keeps them in the type that it sends, where a sum of many would lose its last terms."""
+    held_dtype = DTYPES[precision.param]
+    sent_dtype = precision.compute_dtype if gather == "compute" else held_dtype
     if precision.reduce != precision.param:
-        sent = precision.reduce_dtype
-    return sent.itemsize < held.itemsize
+        sent_dtype = precision.reduce_dtype
+    return sent_dtype.itemsize < held_dtype.itemsize
 
 
 @contextmanager
 def require_released_gradients(model: nn.Module) -> Iterator[None]:
-    """Around the last backward pass of a step. FSDP2 (torch 2.13) all-reduces the sums of a layer that this pass
-    reaches; those of another layer would be lost, and be added to the next step's."""
+    """Raises TrainingError if the step's last backward pass, which runs within, leaves sums of gradients behind. FSDP2
+    (torch 2.13) all-reduces only the layers that this pass reaches, and would add other sums to the next step's."""
     yield
-    name = with_sums_left(model)
+    name = find_pending_reduction(model)
     if name is not None:
         raise TrainingError(
             f"{name or 'the model'}: has gradients from an earlier micro-batch of the step, but none from the last "

@@ -1,6 +1,6 @@
-"""What is done to a model's layers before a strategy wraps it: activation checkpointing, then compilation.
+"""Wraps a model's layers before a strategy wraps the model: activation checkpointing, then compilation.
 
-In this order, so that the compiler sees the recomputation. Both act in place: parameter names never change.
+The order lets the compiler see the recomputation. Both act in place, so parameter names never change.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _EXPENSIVE = {
 
 
 def wrap_layers(model: nn.Module, activation_checkpointing: str, compile: bool) -> None:
-    """Applies both to each of `model.blocks`, or to the whole model where it names no blocks."""
+    """Applies both to each of `model.blocks`, or to the whole model if it has no `blocks`."""
     if compile:
         compile_numbers_of_layers()
     for layer in getattr(model, "blocks", [model]):
@@ -42,38 +42,39 @@ def wrap_layers(model: nn.Module, activation_checkpointing: str, compile: bool) 
             layer.compile()
 
 
-def raise_if_scalars(model: nn.Module, what: str) -> None:
-    """Raises ConfigError for a parameter without a dimension. `what`: what cannot be done with it."""
+def raise_if_scalars(model: nn.Module, limitation: str) -> None:
+    """Raises ConfigError for a parameter without a dimension. `limitation` says, like "FSDP2 cannot shard", why."""
     if scalars := [name for name, parameter in model.named_parameters() if not parameter.dim()]:
         raise ConfigError(
-            f"strategy: the parameter {scalars[0]} of the model is a scalar, which {what}: make it a tensor of one "
-            "element, torch.ones(1); nearest: strategy=ddp"
+            f"strategy: the parameter {scalars[0]} of the model is a scalar, which {limitation}: make it a tensor of "
+            "one element, torch.ones(1); nearest: strategy=ddp"
         )
 
 
 def _recompute(layer: nn.Module, selective: bool) -> Callable[..., Any]:
-    """The layer's forward with its activations recomputed in the backward pass; selective keeps the expensive products.
+    """Returns the layer's forward with recomputation in the backward pass; `selective` keeps the expensive products.
 
-    If it has buffers, it is recomputed with the values that they had, and they are changed once.
+    A layer with buffers is recomputed with the values that they had in the forward pass, and changes them only once.
     """
     keywords: dict[str, Any] = {"use_reentrant": False}
     if selective:
         keywords["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_expensive)
     if any(True for _ in layer.buffers()):
-        keywords["context_fn"] = partial(_of_same_buffers, layer, keywords.get("context_fn", _no_contexts))
+        keywords["context_fn"] = partial(_preserving_contexts, layer, keywords.get("context_fn", _no_contexts))
     return partial(checkpoint, layer.forward, **keywords)
 
 
-def _of_same_buffers(layer: nn.Module, inner: Callable[[], Contexts]) -> Contexts:
-    """`inner`'s contexts of a forward pass that begins now, and of its recomputation."""
-    (first, again), then = inner(), clone_buffers(layer)
+def _preserving_contexts(layer: nn.Module, inner: Callable[[], Contexts]) -> Contexts:
+    """Returns `inner`'s contexts of a forward pass that begins now and of its recomputation with the same buffers."""
+    (forward, recomputation), buffers = inner(), clone_buffers(layer)
 
     @contextmanager
-    def recomputed() -> Iterator[None]:
-        with preserve_buffers(layer, then), again:  # in this order: what is kept of operators counts those within
+    def recompute_with_buffers() -> Iterator[None]:
+        # In this order: the inner context counts the operators that run within it.
+        with preserve_buffers(layer, buffers), recomputation:
             yield
 
-    return first, recomputed()
+    return forward, recompute_with_buffers()
 
 
 def _no_contexts() -> Contexts:

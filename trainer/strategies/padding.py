@@ -1,7 +1,7 @@
-"""Batches that are short of rows: where a validation split ends, or where samples were left out.
+"""Pads batches that are short of rows: where a validation split ends, or where samples were left out.
 
-A process without a row still takes part in what all do, but many models cannot compute with no rows (`view(0, -1)`),
-and in a pipeline no shape may change. So a batch is filled up, and what comes out of it is cut back.
+A rank without rows still takes part in collectives, but many models cannot compute with no rows (`view(0, -1)`), and in
+a pipeline no shape may change. So a batch is padded, and its outputs are trimmed.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ def num_rows(batch: Batch) -> int:
 
 
 def trim_rows(values: T, rows: int) -> T:
-    """Returns the first rows of a batch, or of what a model made of it: a tensor, or a tree of them."""
+    """Returns the first rows of a batch or of a model's outputs for it: a tensor, or a tree of tensors."""
     return tree_map(lambda value: value[:rows], values)
 
 
 def take_rows(batch: Batch, first: int, size: int, spare: Batch | None = None) -> Batch:
-    """`size` rows of a batch from `first` on. What is missing is filled up with the first row of `spare`, an ordinary
-    one, for the model has to be able to compute with it; with zeros where there is none."""
-    filled = {}
+    """Returns `size` rows of a batch from `first` on. Missing rows are copies of the first row of `spare`, an ordinary
+    row that the model can compute with; without one they are zeros."""
+    padded = {}
     for name, value in batch.items():
         part = value[first : first + size]
-        missing = size - len(part)
-        filled[name] = torch.cat([part, _filler(value, missing, (spare or {}).get(name))]) if missing else part
-    return filled
+        num_missing = size - len(part)
+        padded[name] = torch.cat([part, _filler(value, num_missing, (spare or {}).get(name))]) if num_missing else part
+    return padded
 
 
 def _filler(value: Tensor, rows: int, spare: Tensor | None) -> Tensor:

@@ -1,8 +1,8 @@
-"""Pipeline parallel: every process holds a part of the layers, micro-batches follow each other through them.
+"""Pipeline parallel: every rank holds one or more stages of layers, and micro-batches follow each other through them.
 
-The order of computing and sending is that of torch.distributed.pipelining. Losses are summed and divided by the count
-of the whole step before the backward pass, so no schedule scales gradients; copies of a part add theirs up by an
-all-reduce of our own or by FSDP2 with parameters that stay gathered, the two ways that are right with every schedule.
+torch.distributed.pipelining decides the order of computing and sending. Losses are summed and divided by the counts of
+the whole step before the backward pass, so no schedule scales gradients. Replicas of a stage sum theirs by our own
+all-reduce or by FSDP2 with parameters that stay gathered, the two ways that are right with every schedule.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from trainer.strategies.buffers import preserve_buffers
 from trainer.strategies.fsdp import shard
 from trainer.strategies.layers import wrap_layers
 from trainer.strategies.padding import num_rows, take_rows, trim_rows
-from trainer.strategies.stages import Stage, balance, cut_model, measure_costs, stage_of
+from trainer.strategies.stages import Stage, balance, cut_model, measure_costs, pp_rank_of_stage
 from trainer.strategies.tensor_parallel import TensorParallel, global_norm, local_tensor
 from trainer.strategies.used_parameters import UsedParameters, all_reduce_any
 
 
 class NumberedStage(PipelineStage):
-    """Tells the module which micro-batch it computes."""
+    """A stage of torch's that tells its module which micro-batch it computes."""
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         self.submod.number = fwd_chunk_id  # type: ignore[assignment, union-attr]
@@ -48,7 +48,7 @@ class NumberedStage(PipelineStage):
 
 
 class Pipeline(TensorParallel):
-    """Each process has some of the parts of a model."""
+    """Trains a model whose stages are spread over ranks."""
 
     config: schema.Pipeline
     used: UsedParameters | None = None
@@ -58,27 +58,35 @@ class Pipeline(TensorParallel):
         self.num_averaged_ranks = 1  # gradients are summed
         self.schedule, self.mesh = SCHEDULES[self.config.schedule], topology.mesh()
         self.group, self.replica_mesh = self.mesh["pp"].get_group(), self.mesh["dp"]
-        self.position = self.mesh.get_local_rank("pp")
-        self.measured = measure_costs(model_factory, self.precision.autocast(), device)
-        self.parts = balance(self.measured, layout.stages * self.config.stages_per_rank)
-        local_stages = [part for part in range(len(self.parts)) if self.stage_of(part) == self.position]
-        first, last = local_stages[0] == 0, local_stages[-1] == len(self.parts) - 1
+        self.pp_rank = self.mesh.get_local_rank("pp")
+        self.costs = measure_costs(model_factory, self.precision.autocast(), device)
+        self.stage_blocks = balance(self.costs, layout.stages * self.config.stages_per_rank)
+        local_stages = [index for index in range(len(self.stage_blocks)) if self.pp_rank_of(index) == self.pp_rank]
+        first, last = local_stages[0] == 0, local_stages[-1] == len(self.stage_blocks) - 1
         with without_values():
             model = model_factory.build()
             self.names = [(name, value.shape, value.dtype) for name, value in model.state_dict().items()]
             self.trained = names(model)
-            tied = cut_model(model, [block for part in local_stages for block in self.parts[part]], first, last)
-        split_over = self.stage_of(0) != self.stage_of(len(self.parts) - 1)
+            tied = cut_model(
+                model, [block for index in local_stages for block in self.stage_blocks[index]], first, last
+            )
+        has_split_ends = self.pp_rank_of(0) != self.pp_rank_of(len(self.stage_blocks) - 1)
         tied = [name for name in tied if name in self.trained]
-        self.tied = tied if split_over and (first or last) else []
+        self.tied = tied if has_split_ends and (first or last) else []
         self.reports_data = last and self.mesh.get_local_rank("tp") == 0
         wrap_layers(model, self.options.activation_checkpointing, self.options.compile)
         self.split(model, self.mesh["tp"])
         self.stages = {
-            part: Stage(model, self.parts[part], part == 0, part == len(self.parts) - 1, self.precision.autocast)
-            for part in local_stages
+            index: Stage(
+                model,
+                self.stage_blocks[index],
+                index == 0,
+                index == len(self.stage_blocks) - 1,
+                self.precision.autocast,
+            )
+            for index in local_stages
         }
-        if self.sharded:
+        if self.is_sharded:
             if tied and first and last:
                 raise ConfigError(
                     f"strategy.data_parallel=fsdp: with strategy.schedule={self.config.schedule} the two ends of the "
@@ -95,13 +103,13 @@ class Pipeline(TensorParallel):
                     find_unused=self.config.find_unused_parameters,
                 )
         materialize(model, device, device)
-        model_factory.fill(model, self._peers())
-        self.has_tied_ends = bool(tied and split_over)
+        model_factory.fill(model, self._replica_group())
+        self.has_tied_ends = bool(tied and has_split_ends)
         self.ends = self._group_of_ends() if self.has_tied_ends else None
         self.local_parameters = {
             name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
         }
-        if self.sharded and self.config.find_unused_parameters:
+        if self.is_sharded and self.config.find_unused_parameters:
             self.used = UsedParameters(self.trained, model, device)
             for stage in self.stages.values():
                 self.used.watch_groups(stage)
@@ -110,11 +118,11 @@ class Pipeline(TensorParallel):
         return model
 
     @property
-    def sharded(self) -> bool:
+    def is_sharded(self) -> bool:
         return self.config.data_parallel == "fsdp" and self.topology.dp_size > 1
 
-    def stage_of(self, part: int) -> int:
-        return stage_of(self.config, self.topology.layout.stages, part)
+    def pp_rank_of(self, stage: int) -> int:
+        return pp_rank_of_stage(self.config, self.topology.layout.stages, stage)
 
     def train_step(
         self, micro_batches: Sequence[Batch], objective: Objective | None = None, abandoned: bool = False
@@ -122,42 +130,40 @@ class Pipeline(TensorParallel):
         objective = objective or self.objective
         normalizers, sums = self.reduce_counts(micro_batches, objective, abandoned)
         self.buffers.snapshot()
-        for batch, most in zip(micro_batches, self._most_rows(micro_batches), strict=True):
-            self._pass(batch, most, objective, normalizers, sums)
-        self._name(sums, ("loss", objective))
+        for batch, max_rows in zip(micro_batches, self._max_rows(micro_batches), strict=True):
+            self._run_micro_batch(batch, max_rows, objective, normalizers, sums)
+        self._add_missing_sums(sums, ("loss", objective))
         self._agree_on_gradients()
         gradients = dict(self._gradients())
-        if self.topology.dp_size > 1 and not self.sharded:
+        if self.topology.dp_size > 1 and not self.is_sharded:
             self._all_reduce_gradients(list(gradients.values()), self.replica_mesh.get_group())
         if self.ends is not None and self.tied:
             self._all_reduce_gradients([gradients[name] for name in self.tied if name in gradients], self.ends)
         return sums
 
-    def _name(self, sums: Sums, of: tuple[str, Objective]) -> None:
-        """Adds zeros of the names that are missing: only the process with the head knows what the objective sums. It
-        tells the others once."""
-        if of not in self.sum_names:
+    def _add_missing_sums(self, sums: Sums, key: tuple[str, Objective]) -> None:
+        """Adds zeros under the names that are missing: only the rank with the head knows the names of the objective's
+        sums. It broadcasts them once."""
+        if key not in self.sum_names:
             names = [list(sums)]
-            dist.broadcast_object_list(names, group=self.group, group_src=self.stage_of(len(self.parts) - 1))
-            self.sum_names[of] = names[0]
-        for name in self.sum_names[of]:
+            dist.broadcast_object_list(names, group=self.group, group_src=self.pp_rank_of(len(self.stage_blocks) - 1))
+            self.sum_names[key] = names[0]
+        for name in self.sum_names[key]:
             sums.setdefault(name, torch.zeros((), dtype=torch.float64, device=self.topology.device))
 
     def _agree_on_gradients(self) -> None:
-        """What a replica, or the other end of the model, has a gradient of, this process has one of: maybe zero."""
+        """Gives a parameter a gradient of zeros if only a replica, or the other end of the model, has one for it."""
         if self.used:
             for name in self.used.find_unused() & self.local_parameters.keys():
                 self.local_parameters[name].grad = None
-        elif not self.sharded and (self.topology.dp_size > 1 or self.has_tied_ends):
-            here = [
+        elif not self.is_sharded and (self.topology.dp_size > 1 or self.has_tied_ends):
+            flags = [
                 name in self.local_parameters and self.local_parameters[name].grad is not None for name in self.trained
             ]
-            anywhere = all_reduce_any(here, self.topology.device)
-            if all(
-                present or name not in self.local_parameters for present, name in zip(here, self.trained, strict=True)
-            ):
-                return  # the common case, in which the host need not wait for the others' answer
-            for name, used in zip(self.trained, anywhere.tolist(), strict=True):
+            global_flags = all_reduce_any(flags, self.topology.device)
+            if all(flag or name not in self.local_parameters for flag, name in zip(flags, self.trained, strict=True)):
+                return  # the common case, in which the host need not wait for the collective
+            for name, used in zip(self.trained, global_flags.tolist(), strict=True):
                 if used and name in self.local_parameters and self.local_parameters[name].grad is None:
                     self.local_parameters[name].grad = torch.zeros_like(self.local_parameters[name])
 
@@ -171,8 +177,8 @@ class Pipeline(TensorParallel):
                 yield name, parameter.grad
 
     def _all_reduce_within_layers(self) -> None:
-        """Sums over the processes that share a layer, of parameters that all of them keep (norms, where they share the
-        sequence): together, where DTensor would send each gradient alone."""
+        """Sums the gradients of parameters that all ranks of a layer keep whole (norms, under sequence parallel), in
+        few buckets: DTensor would send each gradient alone."""
         mesh = self.mesh["tp"]
         partial = [parameter for parameter in self.model.parameters() if _is_partial(parameter, mesh)]
         gradients = [local_tensor(parameter.grad) for parameter in partial]  # type: ignore[arg-type]
@@ -181,67 +187,69 @@ class Pipeline(TensorParallel):
         for parameter, gradient in zip(partial, gradients, strict=True):
             parameter.grad = DTensor.from_local(gradient, mesh, parameter.placements, run_check=False)  # type: ignore[attr-defined]
 
-    def _most_rows(self, micro_batches: Sequence[Batch]) -> list[int]:
-        """How many sequences each has where it has most. What was left out of a batch makes it shorter on one copy, but
-        copies that gather parameters from each other must follow one order."""
+    def _max_rows(self, micro_batches: Sequence[Batch]) -> list[int]:
+        """Returns for each micro-batch the largest number of sequences on any replica. Samples that are left out make
+        it shorter on one replica, but replicas that gather parameters from each other must follow one order."""
         rows = torch.tensor([num_rows(batch) for batch in micro_batches])
-        if self.sharded and self.options.unequal_micro_batches:
+        if self.is_sharded and self.options.unequal_micro_batches:
             dist.all_reduce(rows, dist.ReduceOp.MAX, group=self.replica_mesh.get_group())
         return rows.tolist()
 
-    def _pass(self, batch: Batch, most: int, objective: Objective, normalizers: Normalizers, sums: Sums) -> None:
-        """Forward and backward of one of the loop's micro-batches, which is cut into the pipeline's."""
-        rows, most = num_rows(batch), most or self.options.micro_batch
-        count = micro_batches(self.config, self.topology.layout.stages, most)
-        size = max(1, -(-most // count))
-        present = [min(size, max(0, rows - number * size)) for number in range(count)]
+    def _run_micro_batch(
+        self, batch: Batch, max_rows: int, objective: Objective, normalizers: Normalizers, sums: Sums
+    ) -> None:
+        """Runs forward and backward of one of the loop's micro-batches, which is cut into the pipeline's own."""
+        rows, max_rows = num_rows(batch), max_rows or self.options.micro_batch
+        count = micro_batches(self.config, self.topology.layout.stages, max_rows)
+        size = max(1, -(-max_rows // count))
+        row_counts = [min(size, max(0, rows - number * size)) for number in range(count)]
         spare = self.padding_row() if rows < count * size else None
         chunks = [
             to_device(take_rows(batch, number * size, size, spare), self.topology.device) for number in range(count)
         ]
         for stage in self.stages.values():
-            stage.batches, stage.present = chunks, present
+            stage.batches, stage.row_counts = chunks, row_counts
 
         def loss(outputs: Any, number: Tensor) -> Tensor:
             """Returns the loss of the rows that are present: the last micro-batches may be padded."""
-            num_present = present[int(number)]
-            rows = trim_rows(self._outputs(outputs), num_present), trim_rows(chunks[int(number)], num_present)
-            loss, part = objective.loss(*rows, normalizers)
+            row_count = row_counts[int(number)]
+            rows = trim_rows(self._outputs(outputs), row_count), trim_rows(chunks[int(number)], row_count)
+            loss, micro_sums = objective.loss(*rows, normalizers)
             fault_points.point("step.loss", [loss])
-            self.add(sums, part)
+            self.add(sums, micro_sums)
             return loss * self.loss_scale
 
         self.loss = loss
         self._seed(batch)
         try:
             self._schedule(count, size).step(target=torch.arange(count), return_outputs=False)
-        except RuntimeError as error:  # torch wraps what happens in a part
+        except RuntimeError as error:  # torch wraps errors of a stage
             if isinstance(error.__cause__, (torch.OutOfMemoryError, MemoryError)):
                 raise error.__cause__ from error
             raise
 
     def _schedule(self, count: int, size: int) -> PipelineScheduleSingle | PipelineScheduleMulti:
-        """Returns the schedule for `count` micro-batches of `size` sequences; torch's stages keep the shapes they saw
-        first."""
+        """Returns the schedule for `count` micro-batches of `size` sequences; torch's stages keep the shapes of
+        their first micro-batch."""
         if (count, size) not in self.schedules:
             hidden = self._hidden(size)
-            outputs = tuple(_rows(leaf, size) for leaf in tree_leaves(self.measured.outputs))
+            outputs = tuple(_rows(leaf, size) for leaf in tree_leaves(self.costs.outputs))
             stages: Any = [
                 NumberedStage(
                     stage,
-                    part,
-                    len(self.parts),
+                    stage_index,
+                    len(self.stage_blocks),
                     self.topology.device,
                     input_args=() if stage.embeds else (hidden,),
                     output_args=outputs if stage.heads else (hidden,),
                     group=self.group,
                 )
-                for part, stage in self.stages.items()
+                for stage_index, stage in self.stages.items()
             ]
-            make: Any = get_schedule_class(self.schedule.torch_name)
-            several = issubclass(make, PipelineScheduleMulti)
-            self.schedules[count, size] = make(
-                stages if several else stages[0],
+            schedule_class: Any = get_schedule_class(self.schedule.torch_name)
+            takes_stages = issubclass(schedule_class, PipelineScheduleMulti)
+            self.schedules[count, size] = schedule_class(
+                stages if takes_stages else stages[0],
                 count,
                 loss_fn=lambda outputs, number: self.loss(outputs, number),
                 scale_grads=False,
@@ -249,32 +257,34 @@ class Pipeline(TensorParallel):
         return self.schedules[count, size]
 
     def _outputs(self, leaves: Tensor | tuple[Tensor, ...]) -> Outputs:
-        """What the objective is given of what the last part gives."""
+        """Returns the outputs that the objective gets for the outputs of the last stage."""
         return self.outputs(self._tree(leaves if isinstance(leaves, tuple) else [leaves]))
 
     def _tree(self, leaves: Iterable[Tensor]) -> Outputs:
-        return tree_unflatten(leaves, tree_structure(self.measured.outputs))
+        return tree_unflatten(leaves, tree_structure(self.costs.outputs))
 
     def _hidden(self, rows: int) -> Tensor:
-        """What passes between the parts for that many sequences, on the meta device."""
-        hidden = _rows(self.measured.hidden, rows)
+        """Returns the activations between two stages for that many sequences, on the meta device."""
+        hidden = _rows(self.costs.hidden, rows)
         if self.config.sequence_parallel and self.topology.layout.tensor > 1:
             hidden = hidden.chunk(self.topology.layout.tensor, dim=1)[0].contiguous()
         return hidden.requires_grad_()
 
     def _all_reduce_gradients(self, gradients: Sequence[Tensor], group: dist.ProcessGroup) -> None:
-        rounded = self.precision.reduce != self.precision.param
-        all_reduce_buckets(list(map(local_tensor, gradients)), group, self.precision.reduce_dtype if rounded else None)
+        rounds_gradients = self.precision.reduce != self.precision.param
+        all_reduce_buckets(
+            list(map(local_tensor, gradients)), group, self.precision.reduce_dtype if rounds_gradients else None
+        )
 
     def norm(self, gradients: Sequence[Tensor]) -> Tensor:
         """Returns the gradient norm over all stages; a tied weight is counted on the first one."""
-        twice = set(self.tied) if 0 not in self.stages else set()
-        counted = [gradient for name, gradient in self._gradients() if name not in twice]
-        return global_norm(counted, self.topology.device, 1 if self.sharded else self.topology.dp_size)
+        duplicates = set(self.tied) if 0 not in self.stages else set()
+        counted = [gradient for name, gradient in self._gradients() if name not in duplicates]
+        return global_norm(counted, self.topology.device, 1 if self.is_sharded else self.topology.dp_size)
 
     @torch.no_grad()
     def eval_step(self, batch: Batch) -> tuple[Sums, Rows]:
-        """The batches of an evaluation follow each other in the pipeline."""
+        """Runs a batch of an evaluation; the batches follow each other in the pipeline."""
         counts = self.objective.counts(batch)
         self.model.eval()
         outputs, on_device = self._forward_stages(batch)
@@ -282,7 +292,7 @@ class Pipeline(TensorParallel):
         sums = Sums()
         if outputs is not None:
             sums = self.evaluation_sums(outputs, on_device, counts)
-        self._name(sums, ("evaluate", self.objective))
+        self._add_missing_sums(sums, ("evaluate", self.objective))
         if not has_rows(self.objective):
             return sums, {}
         return sums, self.objective.rows(self._broadcast_outputs(outputs, num_rows(batch)), on_device)
@@ -301,77 +311,77 @@ class Pipeline(TensorParallel):
         )
 
     def _broadcast_outputs(self, outputs: Outputs | None, rows: int) -> Outputs:
-        """Sends the outputs for so many rows from the process that has them to the others of its pipeline."""
+        """Sends the outputs for that many rows from the rank that has them to the others of its pipeline."""
         if outputs is None:
-            empty = [_rows(leaf, rows) for leaf in tree_leaves(self.measured.outputs)]
+            empty = [_rows(leaf, rows) for leaf in tree_leaves(self.costs.outputs)]
             outputs = self._tree([torch.empty_like(leaf, device=self.topology.device) for leaf in empty])
         outputs = tree_map(lambda leaf: self.full_tensor(leaf).contiguous(), outputs)
         for leaf in tree_leaves(outputs):
-            dist.broadcast(leaf, group=self.group, group_src=self.stage_of(len(self.parts) - 1))
+            dist.broadcast(leaf, group=self.group, group_src=self.pp_rank_of(len(self.stage_blocks) - 1))
         return outputs
 
     def _forward_stages(self, batch: Batch) -> tuple[Outputs | None, Batch]:
-        """One pass of a batch through the parts in their order. Returns the outputs where the last part is, None
-        elsewhere, and the batch on the device."""
+        """Runs a batch forward through the stages in their order. Returns the outputs on the rank of the last stage,
+        None elsewhere, and the batch on the device."""
         rows, x = num_rows(batch), None
         spare = None if rows else self.padding_row()
-        filled = to_device(take_rows(batch, 0, rows or self.options.micro_batch, spare), self.topology.device)
-        for part in range(len(self.parts)):
-            before, here = self.stage_of(max(0, part - 1)), self.stage_of(part)
-            if self.position == before != here:
-                dist.send(x, group=self.group, group_dst=here)  # type: ignore[arg-type]
-            if self.position != here:
+        padded = to_device(take_rows(batch, 0, rows or self.options.micro_batch, spare), self.topology.device)
+        for stage_index in range(len(self.stage_blocks)):
+            previous_rank, pp_rank = self.pp_rank_of(max(0, stage_index - 1)), self.pp_rank_of(stage_index)
+            if self.pp_rank == previous_rank != pp_rank:
+                dist.send(x, group=self.group, group_dst=pp_rank)  # type: ignore[arg-type]
+            if self.pp_rank != pp_rank:
                 continue
-            if self.position != before:
-                x = torch.empty_like(self._hidden(len(filled["draws"])), device=self.topology.device)
-                dist.recv(x, group=self.group, group_src=before)
-            stage = self.stages[part]
-            stage.batches, stage.present, stage.number = [filled], [rows], 0
-            x = stage(x) if part else stage()
+            if self.pp_rank != previous_rank:
+                x = torch.empty_like(self._hidden(len(padded["draws"])), device=self.topology.device)
+                dist.recv(x, group=self.group, group_src=previous_rank)
+            stage = self.stages[stage_index]
+            stage.batches, stage.row_counts, stage.number = [padded], [rows], 0
+            x = stage(x) if stage_index else stage()
             for module in stage.modules():
                 if isinstance(module, FSDPModule):
                     module.reshard()
-        outputs = trim_rows(self._outputs(x), rows) if len(self.parts) - 1 in self.stages else None  # type: ignore[arg-type]
-        return outputs, trim_rows(filled, rows)
+        outputs = trim_rows(self._outputs(x), rows) if len(self.stage_blocks) - 1 in self.stages else None  # type: ignore[arg-type]
+        return outputs, trim_rows(padded, rows)
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Each weight goes from the first process that has it to the main one."""
-        own = self.model.state_dict()
-        has = torch.tensor([name in own for name, _, _ in self.names], device=self.topology.device)
-        everywhere = [torch.empty_like(has) for _ in range(self.topology.layout.stages)]
-        dist.all_gather(everywhere, has, group=self.group)
+        """Yields every weight on the main rank, which gets it from the first rank that has it."""
+        local_weights = self.model.state_dict()
+        is_local = torch.tensor([name in local_weights for name, _, _ in self.names], device=self.topology.device)
+        is_local_by_rank = [torch.empty_like(is_local) for _ in range(self.topology.layout.stages)]
+        dist.all_gather(is_local_by_rank, is_local, group=self.group)
         for index, (name, shape, dtype) in enumerate(self.names):
-            owner = next(place for place, num_present in enumerate(everywhere) if num_present[index])
-            value = self.full_tensor(own[name].detach()) if self.position == owner else None
+            owner = next(pp_rank for pp_rank, flags in enumerate(is_local_by_rank) if flags[index])
+            value = self.full_tensor(local_weights[name].detach()) if self.pp_rank == owner else None
             if owner and self.topology.dp_rank == 0 and self.mesh.get_local_rank("tp") == 0:
-                if self.position == owner:
+                if self.pp_rank == owner:
                     dist.send(value.contiguous(), group=self.group, group_dst=0)  # type: ignore[union-attr]
-                elif self.position == 0:
+                elif self.pp_rank == 0:
                     value = torch.empty(shape, dtype=dtype, device=self.topology.device)
                     dist.recv(value, group=self.group, group_src=owner)
             if self.topology.is_main:
                 yield name, value.cpu()  # type: ignore[union-attr]
 
-    def _peers(self) -> dist.ProcessGroup | None:
-        """The processes with the same parts of the model, or with shards of them."""
+    def _replica_group(self) -> dist.ProcessGroup | None:
+        """Returns the group of ranks with the same stages, or with shards of them."""
         dp, tp = self.mesh["dp"], self.mesh["tp"]
         if dp.size() > 1 and tp.size() > 1:
             return self.topology.mesh_of(pp=self.mesh.size(0), dp_tp=dp.size() * tp.size())["dp_tp"].get_group()
         return next((mesh.get_group() for mesh in (dp, tp) if mesh.size() > 1), None)
 
     def _group_of_ends(self) -> dist.ProcessGroup | None:
-        """The processes that have the two ends of one copy; every process takes part in making all of these groups."""
+        """Returns the group of ranks with the two ends of one replica; every rank creates all of these groups."""
         ranks = self.mesh.mesh  # pp x dp x tp
         first, last = (
-            ranks[self.stage_of(0)].flatten().tolist(),
-            ranks[self.stage_of(len(self.parts) - 1)].flatten().tolist(),
+            ranks[self.pp_rank_of(0)].flatten().tolist(),
+            ranks[self.pp_rank_of(len(self.stage_blocks) - 1)].flatten().tolist(),
         )
         groups = {pair: dist.new_group(list(pair)) for pair in zip(first, last, strict=True)}
         return next((group for pair, group in groups.items() if self.topology.rank in pair), None)
 
 
 def _is_partial(parameter: nn.Parameter, mesh: DeviceMesh) -> bool:
-    """Whether its gradient is a part of a sum over the mesh, and it is whole on each of these processes."""
+    """Returns whether the gradient is a partial sum over the mesh while the parameter is whole on each of its ranks."""
     gradient = parameter.grad
     if not (isinstance(parameter, DTensor) and isinstance(gradient, DTensor) and gradient.device_mesh == mesh):
         return False

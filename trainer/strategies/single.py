@@ -1,4 +1,4 @@
-"""One process."""
+"""Training on one process."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from trainer.strategies.arithmetic import StepArithmetic
 
 
 class Single(StepArithmetic):
-    """A step on one process: what it has is all there is."""
+    """Trains on one process, whose sums are already complete."""
 
     runs_alone = True
 

@@ -1,5 +1,5 @@
-"""DeepSpeed's ZeRO behind the seam (Rajbhandari et al. 2020, "ZeRO: Memory optimizations toward training trillion
-parameter models"): stage 1 shards optimizer state over the processes, 2 gradients too, 3 parameters too; 0 nothing.
+"""DeepSpeed's ZeRO as a strategy (Rajbhandari et al. 2020, "ZeRO: Memory optimizations toward training trillion
+parameter models"): stage 1 shards optimizer state over the ranks, 2 also gradients, 3 also parameters; 0 nothing.
 
 Its engine reduces, clips and steps. Everything else is ours: the loss's scale, autocast, initial weights, checkpoints.
 """
@@ -21,7 +21,7 @@ from trainer.config import strategy as schema
 from trainer.models import ModelFactory, is_saved
 from trainer.objectives import Batch, Outputs
 from trainer.optim.groups import names
-from trainer.patches import forget_groups, judge_norm, released_saved, without_values
+from trainer.patches import forget_groups, judge_norm, release_saved_parameters, without_values
 from trainer.strategies.arithmetic import StepArithmetic
 from trainer.strategies.base import OptimizerFactory, UpdateResult
 from trainer.strategies.fsdp import FSDP
@@ -31,27 +31,27 @@ from trainer.strategies.zero_engine import (
     INSTALL,
     cpu_optimizer,
     deepspeed_config,
+    find_shard,
     flat_tensors,
     import_deepspeed,
-    piece,
 )
 from trainer.strategies.zero_unused import UnusedParameter, put_back_after_steps
 
 
 class Zero(StepArithmetic):
-    """The update is DeepSpeed's. Weights are fp32; matrix products are in what autocast says."""
+    """Trains with DeepSpeed's update. Weights are fp32; autocast chooses the data type of matrix products."""
 
-    runs_alone = True  # it offloads there, too
+    runs_alone = True  # offloading is useful there, too
 
     config: schema.Zero
     process_group = False
     unused: Sequence[UnusedParameter] = ()  # in this step
-    measured: Tensor  # the gradient norm of the step
+    grad_norm: Tensor  # of the step
     limit: Tensor | float
 
     @staticmethod
-    def instead_for_frozen() -> tuple[type[StepArithmetic], schema.FSDP]:
-        """DeepSpeed shards what has an optimizer. Returns who shards a frozen model beside it: FSDP2."""
+    def strategy_for_frozen() -> tuple[type[StepArithmetic], schema.FSDP]:
+        """Returns the strategy of frozen models, FSDP2: DeepSpeed shards only models that have an optimizer."""
         return FSDP, schema.FSDP(
             name="fsdp", reshard_after_forward=True, gather="param", reduce="each", cpu_offload=False,
             find_unused_parameters=False, tensor_parallel=1, sequence_parallel=False, loss_parallel=False,
@@ -59,7 +59,7 @@ class Zero(StepArithmetic):
 
     def setup(self, model_factory: ModelFactory, optimizer_factory: OptimizerFactory | None) -> None:
         self.deepspeed = import_deepspeed(self.topology.device)
-        if not dist.is_initialized():  # alone: DeepSpeed cannot do without a process group
+        if not dist.is_initialized():  # one process: DeepSpeed needs a process group nevertheless
             backend = "cpu:gloo,cuda:nccl" if self.topology.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
             self.process_group = True
@@ -82,13 +82,13 @@ class Zero(StepArithmetic):
 
     def _shard_parameters(self, model: nn.Module, model_factory: ModelFactory) -> None:
         """Fills and shards a model without values. Only one parameter is whole at a time."""
-        place: dict[str, Any] = {"remote_device": "cpu"} if self.config.offload_parameters else {}
+        options: dict[str, Any] = {"remote_device": "cpu"} if self.config.offload_parameters else {}
         sharded: dict[nn.Parameter, nn.Parameter] = {}
         for parameter, value in model_factory.values(model, self.topology.control, self.topology.device):
-            made = nn.Parameter(value.to(parameter.dtype), parameter.requires_grad)
-            alone = nn.ParameterList([made])
-            self.deepspeed.zero.Init(alone, mem_efficient_linear=False, dtype=parameter.dtype, **place)
-            sharded[parameter] = made
+            filled = nn.Parameter(value.to(parameter.dtype), parameter.requires_grad)
+            container = nn.ParameterList([filled])
+            self.deepspeed.zero.Init(container, mem_efficient_linear=False, dtype=parameter.dtype, **options)
+            sharded[parameter] = filled
         for module in model.modules():
             for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
                 setattr(module, name, sharded[parameter])
@@ -96,13 +96,13 @@ class Zero(StepArithmetic):
     def wrap(self, model: nn.Module) -> nn.Module:
         forward = model.forward
 
-        def autocast(*arguments: Any) -> Any:  # inside of the engine, which switches off what it is called in
+        def autocast(*arguments: Any) -> Any:  # inside of the engine, which disables a context around it
             with self.precision.autocast(cache=self.config.stage < 3):
                 return forward(*arguments)
 
         model.forward = autocast
         optimizer = cpu_optimizer(self.optimizer) if self.config.offload_optimizer else self.optimizer
-        largest = max(map(_elements, getattr(model, "blocks", [model])))
+        largest = max(map(_count_elements, getattr(model, "blocks", [model])))
         config = deepspeed_config(self.config, self.precision, self.options.clip_norm, largest)
         self.files = {"deepspeed.json": config}
         self.engine, *_ = self.deepspeed.initialize(
@@ -119,7 +119,7 @@ class Zero(StepArithmetic):
         return self.engine
 
     def run_forward(self, model: nn.Module, batch: Batch) -> tuple[Outputs, Batch]:
-        with released_saved() if self.config.stage == 3 else nullcontext():
+        with release_saved_parameters() if self.config.stage == 3 else nullcontext():
             return super().run_forward(model, batch)
 
     def autocast_forward(self) -> AbstractContextManager[object]:
@@ -142,47 +142,48 @@ class Zero(StepArithmetic):
             self.engine.step()
         else:
             self.engine.zero_grad()
-        bad, empty = self.check_norm(self.measured, limit)
+        bad, empty = self.check_norm(self.grad_norm, limit)
         self.buffers.end_update(bad | empty)
-        return UpdateResult(self.measured, bad | empty, bad)
+        return UpdateResult(self.grad_norm, bad | empty, bad)
 
     def accepts(self, norm: Tensor) -> bool:
-        """Whether the step with this gradient norm is to be done. Here the host waits for the device, once a step."""
-        nowhere = [self.model.get_parameter(name) for name in self.used.find_unused()]
+        """Returns whether the step with this gradient norm is to be done. The host waits for the device in it."""
+        unused_parameters = [self.model.get_parameter(name) for name in self.used.find_unused()]
         self.unused = [
-            UnusedParameter.of(self.engine, self.optimizer, self.flat[parameter], parameter) for parameter in nowhere
+            UnusedParameter.of(self.engine, self.optimizer, self.flat[parameter], parameter)
+            for parameter in unused_parameters
         ]
         if self.config.stage == 0:
-            for parameter in nowhere:
+            for parameter in unused_parameters:
                 parameter.grad = None
-        self.measured = norm.detach().float()
-        bad, empty = self.check_norm(self.measured, self.limit)
+        self.grad_norm = norm.detach().float()
+        bad, empty = self.check_norm(self.grad_norm, self.limit)
         return not bool(bad | empty)
 
     def state(self, everything: bool = False) -> dict[str, Tensor | FlatShard]:
-        """What lies here, as it lies here: nothing is sent, nothing copied but counts of steps."""
+        """Returns what this rank holds, as it holds it: nothing is sent, and only counts of steps are copied."""
         self._end_update()
         tensors, saved = self.model.state_dict(keep_vars=True), is_saved(self.model)
         state: dict[str, Tensor | FlatShard] = {
-            f"model/{name}": self._weight(tensor) for name, tensor in tensors.items() if everything or saved(name)
+            f"model/{name}": self._weight_shard(tensor) for name, tensor in tensors.items() if everything or saved(name)
         }
         for name, parameter in self.model.named_parameters():
             for kind, value in self._optimizer_state(parameter).items():
-                state[f"optimizer/{kind}/{name}"] = self._piece(parameter, value)
+                state[f"optimizer/{kind}/{name}"] = self._optimizer_shard(parameter, value)
         return state
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor | FlatShard]) -> None:
         current, counts = self.state(), dict[tuple[int, str], float]()
-        for path, given in state.items():
-            local_values(current[path]).copy_(local_values(given))
-            what, _, name = path.partition("/")
+        for path, value in state.items():
+            local_values(current[path]).copy_(local_values(value))
+            section, _, name = path.partition("/")
             kind, _, name = name.partition("/")
-            if what == "optimizer":
+            if section == "optimizer":
                 shard = self._optimizer_state(self.model.get_parameter(name))
-                if not _of_elements(shard[kind]):  # a count of steps, of which `current` is a copy
-                    counts[id(shard), kind] = max(counts.get((id(shard), kind), -math.inf), local_values(given).item())
-                    shard[kind] = _count(counts[id(shard), kind], shard[kind])
+                if not _is_elementwise(shard[kind]):  # a count of steps, which `current` has a copy of
+                    counts[id(shard), kind] = max(counts.get((id(shard), kind), -math.inf), local_values(value).item())
+                    shard[kind] = _count_like(counts[id(shard), kind], shard[kind])
         if self.config.stage:
             self.engine.optimizer.refresh_fp32_params()  # on which the optimizer steps
 
@@ -202,62 +203,62 @@ class Zero(StepArithmetic):
             dist.destroy_process_group()
         forget_groups()  # a sweep's next run has groups of its own
 
-    def _weight(self, tensor: Any) -> Tensor | FlatShard:
-        """What this process has of a parameter or buffer."""
+    def _weight_shard(self, tensor: Any) -> Tensor | FlatShard:
+        """Returns this rank's shard of a parameter, or a whole buffer."""
         if not hasattr(tensor, "ds_tensor"):
             return tensor.detach()
-        part = tensor.ds_tensor.detach()
-        start = dist.get_rank() * part.numel()
-        return FlatShard(part[: max(0, tensor.ds_numel - start)], tensor.ds_shape, start)  # the last ones are padded
+        shard = tensor.ds_tensor.detach()
+        start = dist.get_rank() * shard.numel()
+        return FlatShard(shard[: max(0, tensor.ds_numel - start)], tensor.ds_shape, start)  # the last ones are padded
 
-    def _piece(self, parameter: Any, value: Any) -> Tensor | FlatShard:
-        """The same of the optimizer's state."""
-        if not _of_elements(value):  # of a flat tensor: parameters that were used less often have its largest one
+    def _optimizer_shard(self, parameter: Any, value: Any) -> Tensor | FlatShard:
+        """Returns this rank's shard of one kind of a parameter's optimizer state."""
+        if not _is_elementwise(value):  # one per flat tensor: the largest of its parameters' counts
             return torch.tensor(float(value), dtype=value.dtype if isinstance(value, Tensor) else None)
         if not self.config.stage:
             return value
-        start, size, offset = piece(self.engine, parameter)
+        start, size, offset = find_shard(self.engine, parameter)
         return FlatShard(value.view(-1)[start : start + size], getattr(parameter, "ds_shape", parameter.shape), offset)
 
     def _optimizer_state(self, parameter: Any) -> dict[str, Any]:
         return self.optimizer.state.get(self.flat[parameter], {}) if parameter in self.flat else {}
 
     def _end_update(self) -> None:
-        """There is optimizer state, and no parameter is on its way here as it was prefetched."""
+        """Makes sure that there is optimizer state and that no prefetched parameter is still being gathered."""
         self._materialize()
         self.engine.empty_partition_cache()
 
     def _materialize(self) -> None:
-        """The same for flat parameters: DeepSpeed shows them to the optimizer only while it steps, and has buffers
-        of its own for their gradients."""
+        """Creates the optimizer state of flat parameters, too: DeepSpeed passes them to the optimizer only while it
+        steps, and has its own buffers for their gradients."""
         if self.config.stage == 0:
             super()._materialize()
         if self.optimizer.state:
             return
-        groups, flats = self.optimizer.param_groups, list(dict.fromkeys(self.flat.values()))
-        shown = [(group["params"], group["lr"]) for group in groups]
-        gradients = [flat.grad for flat in flats]
+        groups, flat_parameters = self.optimizer.param_groups, list(dict.fromkeys(self.flat.values()))
+        group_values = [(group["params"], group["lr"]) for group in groups]
+        gradients = [flat.grad for flat in flat_parameters]
         for group in groups:
             group.update(params=[], lr=0.0)
-        groups[0]["params"] = flats
-        for flat in flats:
+        groups[0]["params"] = flat_parameters
+        for flat in flat_parameters:
             flat.grad = torch.zeros_like(flat)
         self.optimizer.step()
-        for flat, gradient in zip(flats, gradients, strict=True):
+        for flat, gradient in zip(flat_parameters, gradients, strict=True):
             flat.grad = gradient
-        for group, (parameters, rate) in zip(groups, shown, strict=True):
+        for group, (parameters, rate) in zip(groups, group_values, strict=True):
             group.update(params=parameters, lr=rate)
         for shard in self.optimizer.state.values():
             for kind, value in shard.items():
                 shard[kind] = value.zero_() if isinstance(value, Tensor) else type(value)()
 
 
-def _of_elements(value: Any) -> bool:
-    """Whether this state of an optimizer is a number for each element; else it is one of all of them: a count."""
+def _is_elementwise(value: Any) -> bool:
+    """Returns whether a state of an optimizer has a number for each element; otherwise it is one count for all."""
     return isinstance(value, Tensor) and value.dim() > 0
 
 
-def _count(number: float, like: Any) -> Any:
+def _count_like(number: float, like: Any) -> Any:
     return torch.full_like(like, number) if isinstance(like, Tensor) else type(like)(number)
 
 
@@ -268,5 +269,5 @@ def missing(config: schema.Zero) -> str:
     return f"strategy=zero: DeepSpeed is not installed: {INSTALL}; nearest: strategy=fsdp"
 
 
-def _elements(layer: nn.Module) -> int:
+def _count_elements(layer: nn.Module) -> int:
     return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in layer.parameters())

@@ -1,5 +1,5 @@
-"""What has to be known of DeepSpeed's inside (0.19): its noise, its JSON, its optimizer for offloaded state, and where
-its engine keeps the pieces of a parameter. What is changed in it is in trainer/patches.py."""
+"""Knowledge of DeepSpeed's internals (0.19): its log, its JSON, its optimizer for offloaded state, and where its engine
+keeps the shards of a parameter. Changes of its code are in trainer/patches.py."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from trainer import locks
 from trainer.config import strategy as schema
 from trainer.errors import ConfigError
-from trainer.patches import share_step_hooks, silence_shm, with_exact_powers
+from trainer.patches import compute_exact_powers, share_step_hooks, silence_shm
 from trainer.precision import Precision
 
 log = logging.getLogger("onecurve")
@@ -24,20 +24,21 @@ INSTALL = "pip install torch setuptools, then DS_BUILD_OPS=0 pip install --no-bu
 
 
 def deepspeed_config(config: schema.Zero, precision: Precision, clip_norm: float, layer: int) -> dict[str, Any]:
-    """DeepSpeed's JSON, all of it made from our config. It counts buckets in elements of 4 bytes; `layer`: elements of
-    the model's largest layer."""
+    """Returns DeepSpeed's JSON for our config. It counts buckets in elements of 4 bytes; `layer` is the number of
+    elements of the model's largest layer."""
     bucket = config.bucket_mb * 2**20 // 4
     zero: dict[str, Any] = {"stage": config.stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
     if config.stage == 3:
-        # The layer at work and the next one are gathered, no more: as little as overlap asks for.
+        # Only the current layer and the next one are gathered: the least that overlaps with computing.
         zero |= {"stage3_prefetch_bucket_size": layer, "stage3_max_live_parameters": 2 * layer}
         zero |= {"stage3_max_reuse_distance": 0}
-        zero |= {"memory_efficient_linear": False}  # `released_saved` is for every layer, and leaves casts to autocast
+        # `release_saved_parameters` is for every layer, and leaves casts to autocast.
+        zero |= {"memory_efficient_linear": False}
     host = {"device": "cpu", "pin_memory": precision.device.type == "cuda"}
     zero |= {"offload_optimizer": host} if config.offload_optimizer else {}
     zero |= {"offload_param": host} if config.offload_parameters else {}
     return {
-        "train_micro_batch_size_per_gpu": 1,  # the loop's affair: DeepSpeed is told which micro-batch is the last
+        "train_micro_batch_size_per_gpu": 1,  # the loop does that: it tells DeepSpeed which micro-batch is the last
         "gradient_accumulation_steps": 1,
         "gradient_clipping": clip_norm,
         "communication_data_type": precision.reduce,
@@ -47,9 +48,9 @@ def deepspeed_config(config: schema.Zero, precision: Precision, clip_norm: float
     }
 
 
-class Piece(NamedTuple):
-    """What this process keeps of a parameter: elements `offset` to `offset + size` of it lie at `start` in the flat
-    tensors of its group, those of weights and of optimizer state."""
+class EngineShard(NamedTuple):
+    """This rank's shard of a parameter: its elements `offset` to `offset + size` lie at `start` in the flat tensors of
+    its group, both of weights and of optimizer state."""
 
     start: int
     size: int
@@ -57,8 +58,8 @@ class Piece(NamedTuple):
 
 
 def flat_tensors(engine: Any, parameters: list[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
-    """On which tensor the optimizer steps for a parameter: a flat one of this process's pieces of a whole group, or in
-    stage 0 the parameter itself."""
+    """Returns the tensor on which the optimizer steps for each parameter: a flat one of this rank's shards of a whole
+    group, or in stage 0 the parameter itself."""
     if engine.zero_optimization_stage() == 0:
         return {parameter: parameter for parameter in parameters}
     zero = engine.optimizer
@@ -69,39 +70,39 @@ def flat_tensors(engine: Any, parameters: list[nn.Parameter]) -> dict[nn.Paramet
     return {parameter: flat for group, flat in zip(groups, flats, strict=True) for parameter in group}
 
 
-def piece(engine: Any, parameter: Any) -> Piece:
-    """Returns where the engine keeps its piece of a trained parameter."""
+def find_shard(engine: Any, parameter: Any) -> EngineShard:
+    """Returns where the engine keeps its shard of a trained parameter."""
     if engine.zero_optimization_stage() == 0:
-        return Piece(0, parameter.numel(), 0)
+        return EngineShard(0, parameter.numel(), 0)
     if engine.zero_optimization_stage() == 3:
         _, start, size = engine.optimizer.grad_position[engine.optimizer.get_param_id(parameter)]
         offset = dist.get_rank() * size
-        return Piece(start, max(0, min(size, parameter.ds_numel - offset)), offset)  # the last ones are padded
+        return EngineShard(start, max(0, min(size, parameter.ds_numel - offset)), offset)  # the last ones are padded
     if (mapping := parameter._hp_mapping) is None:
-        return Piece(0, 0, 0)
-    here = mapping.hp_fragment_address
-    return Piece(here.start, here.numel, mapping.lp_fragment_address.start)
+        return EngineShard(0, 0, 0)
+    address = mapping.hp_fragment_address
+    return EngineShard(address.start, address.numel, mapping.lp_fragment_address.start)
 
 
 def import_deepspeed(device: torch.device) -> Any:
-    """DeepSpeed, silent: what it has to say goes to the rank's log. Raises ConfigError where it is not installed."""
+    """Returns DeepSpeed, whose messages go to the rank's log. Raises ConfigError if it is not installed."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     os.environ.setdefault("LOCAL_RANK", "0")
     try:
         import deepspeed
     except ImportError as error:
         raise ConfigError(f"strategy=zero: DeepSpeed cannot be imported ({error}): {INSTALL}") from error
-    theirs = logging.getLogger("DeepSpeed")
-    theirs.handlers.clear()
-    theirs.parent, theirs.propagate = log, True
-    names = "all_gather_into_tensor|reduce_scatter_tensor"  # of which torch says in each step that they have new names
+    logger = logging.getLogger("DeepSpeed")
+    logger.handlers.clear()
+    logger.parent, logger.propagate = log, True
+    names = "all_gather_into_tensor|reduce_scatter_tensor"  # torch warns in each step that they have new names
     warnings.filterwarnings("ignore", f"`torch.distributed.({names})` is deprecated", FutureWarning)
     silence_shm(deepspeed)
     return deepspeed
 
 
 def cpu_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Instead of torch's AdamW that of DeepSpeed for CPUs, several times as fast, where it can be built."""
+    """Replaces torch's AdamW by DeepSpeed's for CPUs, which is several times as fast, if that can be built here."""
     if type(optimizer) is not torch.optim.AdamW:
         return optimizer
     try:
@@ -110,8 +111,8 @@ def cpu_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         from torch.utils.cpp_extension import _get_build_directory
 
         folder = Path(_get_build_directory(CPUAdamBuilder.NAME, verbose=False))
-        # Our lock ends with the process that holds it; torch's own outlives one that is killed, and is then waited for.
-        with locks.waited_for(folder.with_name(f"{folder.name}.onecurve")):
+        # Our lock ends with the process that holds it; torch's own outlives a killed process, and others wait for it.
+        with locks.hold_when_free(folder.with_name(f"{folder.name}.onecurve")):
             (folder / "lock").unlink(missing_ok=True)
             CPUAdamBuilder().load(verbose=False)
         keys = ("params", "lr", "betas", "eps", "weight_decay")
@@ -122,6 +123,6 @@ def cpu_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
             "strategy.offload_optimizer: DeepSpeed's CPUAdam cannot be built here, torch's steps instead: %s", reason
         )
         return optimizer
-    with_exact_powers(adam)
+    compute_exact_powers(adam)
     share_step_hooks(adam, optimizer)
     return adam

@@ -1,4 +1,4 @@
-"""Where the run's numbers go: its own record first, then whoever else wants to know."""
+"""Passes the run's metrics and events on: first to its own record, then to the other trackers."""
 
 from __future__ import annotations
 
@@ -20,64 +20,63 @@ PrintLine = Callable[[str], None]
 
 
 class Trackers:
-    """Tells every tracker.
+    """Passes metrics and events to every tracker.
 
-    Errors of `record`, the truth about the run, are raised; that the disk does not take it is told once, through `say`
-    and in the run's events. Any other tracker that fails is reported likewise, and left out from then on.
+    Errors of `record`, the source of truth, are raised. If the disk cannot be written, that is reported once, by `say`
+    and in the run's events. Any other tracker that fails is reported the same way, and dropped.
     """
 
-    def __init__(self, record: JsonlTracker, others: Sequence[Tracker] = (), say: PrintLine | None = None):
+    def __init__(self, record: JsonlTracker, extra_trackers: Sequence[Tracker] = (), say: PrintLine | None = None):
         self.record, self.run_files = record, record.run_files
-        self.others = list(others)
+        self.extra_trackers = list(extra_trackers)
         self.say = say or _stderr
 
     def start(self, info: RunInfo) -> None:
         self.record.start(info)
-        self._tell(lambda tracker: tracker.start(info))
+        self._notify(lambda tracker: tracker.start(info))
 
     def last(self) -> Row | None:
         """Returns the newest row that is recorded."""
         return self.record.metrics.last()
 
     def rewind(self, step: int) -> None:
-        """The steps after this one are about to come again, or its row with an evaluation. Only the record is cut:
-        others take a step twice."""
+        """Cuts the record back to `step`: the later steps will be repeated. Other trackers accept a step twice."""
         self.record.rewind(step)
 
     def rows(self, rows: list[Row]) -> None:
         self.record.rows(rows)
-        self._tell(lambda tracker: tracker.rows(rows))
-        self._news(rows[-1]["step"] if rows else None)
+        self._notify(lambda tracker: tracker.rows(rows))
+        self._report_disk(rows[-1]["step"] if rows else None)
 
     def event(self, event: Row) -> None:
-        """Hands the event on, with `time` filled in where it is missing."""
+        """Passes the event on, with `time` filled in if it is missing."""
         self._event(event)
-        self._news(event.get("step"))
+        self._report_disk(event.get("step"))
 
     def close(self, status: Row) -> None:
-        """Raises TrainingError if the disk does not take all that was recorded; the trackers then hear of a failure."""
+        """Closes all trackers. Raises TrainingError if not everything can be written; the status is then `failed`."""
         try:
             self.run_files.flush_all()
-            self._news(status.get("step"))
+            self._report_disk(status.get("step"))
         except TrainingError as error:
             status = {**status, "state": "failed", "reason": str(error)}
             raise
         finally:
-            self._tell(lambda tracker: tracker.close(status))
+            self._notify(lambda tracker: tracker.close(status))
             self.record.close(status)
 
     def _event(self, event: Row) -> None:
         event = masked({"time": now(), **event}, prose)
         self.record.event(event)
-        self._tell(lambda tracker: tracker.event(event))
+        self._notify(lambda tracker: tracker.event(event))
 
-    def _news(self, step: int | None) -> None:
-        """Tells of the disk, once when it fails and once when it takes everything again."""
-        for news in self.run_files.news():
-            self._event({"kind": news["kind"], "step": step, **news})
-            if news["kind"] == "disk_failed":
+    def _report_disk(self, step: int | None) -> None:
+        """Reports the disk, once when it fails and once when everything can be written again."""
+        for event in self.run_files.news():
+            self._event({"kind": event["kind"], "step": step, **event})
+            if event["kind"] == "disk_failed":
                 self._say(
-                    f"{self.run_files.folder / news['file']} cannot be written: {news['reason']}. Training goes on; "
+                    f"{self.run_files.folder / event['file']} cannot be written: {event['reason']}. Training goes on; "
                     "what is recorded waits in memory until it can be: make room, or make it writable"
                 )
             else:
@@ -87,12 +86,12 @@ class Trackers:
         with suppress(OSError, ValueError):  # a closed terminal
             self.say(prose(text))
 
-    def _tell(self, tell: Callable[[Tracker], None]) -> None:
-        for tracker in list(self.others):
+    def _notify(self, call: Callable[[Tracker], None]) -> None:
+        for tracker in list(self.extra_trackers):
             try:
-                tell(tracker)
+                call(tracker)
             except Exception as error:
-                self.others.remove(tracker)
+                self.extra_trackers.remove(tracker)
                 name = getattr(tracker, "name", type(tracker).__name__)
                 reason = f"{type(error).__name__}: {error}"
                 self.record.event({"time": now(), "kind": "tracker_off", "tracker": name, "reason": reason})
@@ -100,7 +99,7 @@ class Trackers:
 
 
 def now() -> str:
-    """The time of an event: ISO 8601, UTC, to the millisecond."""
+    """Returns the time of an event: ISO 8601, UTC, to the millisecond."""
     return datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 

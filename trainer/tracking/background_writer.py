@@ -1,4 +1,4 @@
-"""A tracker behind a queue, in a thread of its own: whatever it waits for, the run does not."""
+"""Runs a tracker behind a queue in its own thread: the run does not wait for it."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from trainer.tracking.base import Row, RunInfo, Tracker
 
 
 class BlockingTracker(Tracker, Protocol):
-    """A tracker that may wait for somebody else."""
+    """A tracker whose calls may block."""
 
     def load(self) -> None:
-        """Imports what it needs. In the caller's thread: of two that import, one can find a module half made."""
+        """Imports its packages, in the caller's thread: imports in two threads can meet half-loaded modules."""
 
     @property
     def patience_s(self) -> float:
-        """How long the end of the run is to wait for it, from now on."""
+        """Returns how many seconds the end of the run waits for it from now on."""
 
     @property
     def advice(self) -> str:
-        """What to do about what it did not take until then."""
+        """Returns what the user can do about data that it did not accept in time."""
 
 
 class BackgroundWriter:
-    """Hands everything on in order. An error of the tracker is raised by the next call, or at the end."""
+    """Passes everything on in order. The next call, or the end, raises an error of the tracker."""
 
     def __init__(self, tracker: BlockingTracker):
         self.tracker = tracker
@@ -47,7 +47,7 @@ class BackgroundWriter:
         self._put(lambda: self.tracker.event(event))
 
     def close(self, status: Row) -> None:
-        """Waits until everything is handed on. Raises TimeoutError if the tracker's patience ends before."""
+        """Waits until everything is passed on. Raises TimeoutError after the tracker's `patience_s`."""
         if not self._thread.is_alive():
             return self._raise()
         self._queue.put(lambda: self.tracker.close(status))
@@ -59,18 +59,18 @@ class BackgroundWriter:
             raise TimeoutError(f"not done {patience:.0f} s after the end; {self.tracker.advice}")
         return None
 
-    def _put(self, tell: Callable[[], None]) -> None:
+    def _put(self, call: Callable[[], None]) -> None:
         self._raise()
-        self._queue.put(tell)
+        self._queue.put(call)
 
     def _raise(self) -> None:
         if self._error is not None:
             raise self._error
 
     def _work(self) -> None:
-        while (tell := self._queue.get()) is not None:
+        while (call := self._queue.get()) is not None:
             try:
-                tell()
+                call()
             except Exception as error:
                 self._error = error
                 return

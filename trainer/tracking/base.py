@@ -1,4 +1,4 @@
-"""What a tracker is: it is told numbers and events, and may never stop a run."""
+"""The interface of a tracker: it receives metrics and events, and must never stop a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What a tracker may know of the run when it starts (or goes on)."""
+    """The facts about the run that a tracker gets when it starts or resumes."""
 
     name: str
     folder: Path
@@ -22,28 +22,28 @@ class RunInfo:
 
 
 class Tracker(Protocol):
-    """A sink of the run's numbers. Only the main rank has any."""
+    """A sink for the run's metrics and events. Only the main rank has trackers."""
 
     def start(self, info: RunInfo) -> None: ...
 
     def rows(self, rows: list[Row]) -> None:
-        """The optimizer steps since the last call, one row each, in rising order.
+        """Records the optimizer steps since the last call, one row each, in rising order.
 
-        step, tokens, samples: counts since the birth of the run. loss: the objective's, of text nats a target.
-        grad_norm: unclipped. lr. step_s: wall seconds of the step, waiting for data included, evaluation and
-        checkpoints not. data_wait_s: the part of it spent waiting for data. tokens_per_s. skipped: whether the update
-        was.
+        step, tokens, samples: counts since the start of the run. loss: the objective's; for text in nats per target.
+        grad_norm: unclipped. lr. step_s: wall seconds of the step with its wait for data, without evaluation and
+        checkpoints. data_wait_s: the part of it spent waiting for data. tokens_per_s. skipped: whether the update
+        was skipped.
         Optional: mfu (model FLOPs over the devices' dense bf16 arithmetic, 0 to 1), mem_gib (the most that any device
-        held since the last reading), eval: {"loss", ...}. Besides these, here and in eval, the numbers of the
-        objective's `summary`; those of another model that is trained have its name before them, `critic/loss`.
+        held since the last reading), eval: {"loss", ...}. Also, here and in eval, the metrics of the objective's
+        `summary`; those of a second trained model are prefixed with its name, `critic/loss`.
         """
 
     def event(self, event: Row) -> None:
-        """Something that happened: {"time": ISO 8601 in UTC, "kind", "step", ...free fields}.
+        """Records an event: {"time": ISO 8601 in UTC, "kind", "step", ...free fields}.
 
         Kinds: start, resume, config_changed, checkpoint, checkpoint_failed, checkpoint_damaged, tracker_off,
         disk_failed, disk_recovered, interrupted, finished, failed, optimizer_state_reset.
         """
 
     def close(self, status: Row) -> None:
-        """The end: what `status.json` says."""
+        """Ends the tracker with the final status, as in `status.json`."""

@@ -1,4 +1,4 @@
-"""From the config to the run's record: where the main rank's numbers go, and what is told of the run at its start."""
+"""Builds the run's logger from the config: the main rank's trackers, and the facts they get at the start."""
 
 from __future__ import annotations
 
@@ -30,14 +30,16 @@ def build_logger(config: Config, topology: Topology, disk: RunFiles) -> RunLogge
     )
     if not topology.is_main:
         return RunLogger(topology, info, None, config.data.ledger)
-    told = info.config["track"]["wandb"]
-    wandb = BackgroundWriter(WandB(told["mode"], told["project"], group=told["group"], name=told["name"]))
-    others: list[Tracker] = [Console(), wandb] if config.track.console else [wandb]
-    return RunLogger(topology, info, Trackers(JsonlTracker(disk.folder, disk), others), config.data.ledger)
+    wandb_config = info.config["track"]["wandb"]
+    wandb = BackgroundWriter(
+        WandB(wandb_config["mode"], wandb_config["project"], group=wandb_config["group"], name=wandb_config["name"])
+    )
+    trackers: list[Tracker] = [Console(), wandb] if config.track.console else [wandb]
+    return RunLogger(topology, info, Trackers(JsonlTracker(disk.folder, disk), trackers), config.data.ledger)
 
 
 def environment(topology: Topology) -> dict[str, Any]:
-    """Versions and hardware, for the record."""
+    """Returns versions and hardware, for the record."""
     facts = {
         "onecurve": __version__,
         "torch": torch.__version__,

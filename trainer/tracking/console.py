@@ -1,4 +1,4 @@
-"""The run on the terminal: one live line with a bar, or a plain line at every flush when it is piped."""
+"""Shows the run on the terminal: one live line with a bar, or a plain line at every flush if output is piped."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ COLORS = {
     "finished": "green",
 }
 WIDTH = 200  # characters of a value
-RECENT = 50  # steps that the remaining time is judged by
+RECENT = 50  # steps that the remaining time is estimated from
 
 
 class _Output(RichConsole):
-    """rich's console, without its end of the process when the reader of a pipe has gone."""
+    """rich's console, but it does not end the process when the reader of a pipe is gone."""
 
     def on_broken_pipe(self) -> None:
-        """Raises the BrokenPipeError; what is still unwritten is let go, or Python would exit with code 120."""
+        """Raises the BrokenPipeError; drops unwritten output, otherwise Python would exit with code 120."""
         with open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), self.file.fileno())
         raise
 
 
 class Console:
-    """Follows the steps; events and evaluations stay on screen above the live line."""
+    """Shows the steps; events and evaluations stay on screen above the live line."""
 
     def __init__(self, file: TextIO | None = None):
         self.console = _Output(file=file or sys.stdout, markup=False, highlight=False, emoji=False)
@@ -52,7 +52,7 @@ class Console:
                 BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=6)),
                 TextColumn("{task.fields[line]}", markup=False, table_column=Column(no_wrap=True)),
                 console=self.console,
-                auto_refresh=False,  # no thread beside the training
+                auto_refresh=False,  # no extra thread during training
                 expand=True,
             )
             self.task = self.bar.add_task("", total=info.steps, completed=info.step, line="")
@@ -66,21 +66,21 @@ class Console:
             if row.get("eval"):
                 self._evaluation(row["step"], row["eval"])
         last = rows[-1]
-        left = (self.steps - last["step"]) * sum(self.seconds) / len(self.seconds)
+        remaining = (self.steps - last["step"]) * sum(self.seconds) / len(self.seconds)
         if self.bar:  # what matters most comes first: a narrow terminal cuts the end off
-            parts = [f"{last['step']}/{self.steps}", f"eta {duration(left)}", *_parts(rows)]
+            parts = [f"{last['step']}/{self.steps}", f"eta {duration(remaining)}", *_parts(rows)]
             line = "  ".join(" ".join(part.split()) for part in parts)
             self.bar.update(self.task, completed=last["step"], line=line, refresh=True)
         else:
             step = f"step {last['step']:{len(str(self.steps))}}/{self.steps}"
-            self._print(Text("  ".join([step, *_parts(rows), f"eta {duration(left)}"])))
+            self._print(Text("  ".join([step, *_parts(rows), f"eta {duration(remaining)}"])))
 
     def event(self, event: Row) -> None:
-        # The reason of an end is told by who ends the process, in a block of its own.
+        # The code that ends the process prints the reason in a block of its own.
         hidden = {"time", "kind", "step", *(["reason"] if event["kind"] in ("failed", "interrupted") else [])}
         fields = {name: value for name, value in event.items() if name not in hidden}
         parts = [f"{name} {_short(value)}" for name, value in fields.items()]
-        self._happened(event["kind"], event.get("step"), parts)
+        self._print_event(event["kind"], event.get("step"), parts)
 
     def close(self, status: Row) -> None:
         if self.bar:
@@ -94,9 +94,9 @@ class Console:
             "sequences": "{} sequences",
         }
         parts = [text.format(values[name]) for name, text in texts.items() if values.get(name) is not None]
-        self._happened("evaluation", step, parts)
+        self._print_event("evaluation", step, parts)
 
-    def _happened(self, kind: str, step: int | None, parts: list[str]) -> None:
+    def _print_event(self, kind: str, step: int | None, parts: list[str]) -> None:
         text = Text(f"{kind:<11}", style=COLORS.get(kind, "magenta"))
         text.append("  ".join(["" if step is None else f" step {step}", *parts]), style="default")
         self._print(text)
@@ -106,14 +106,14 @@ class Console:
 
 
 def duration(seconds: float) -> str:
-    """`1:02:03` or `02:03`."""
+    """Formats seconds as `1:02:03` or `02:03`."""
     minutes, second = divmod(round(seconds), 60)
     hour, minute = divmod(minutes, 60)
     return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute:02}:{second:02}"
 
 
 def _parts(rows: list[Row]) -> Iterator[str]:
-    """Loss, norm and rate of the newest row, speed and waiting over all of them; each in a fixed width."""
+    """Yields loss, norm and rate of the newest row, speed and waiting over all rows; each in a fixed width."""
     last, seconds = rows[-1], sum(row["step_s"] for row in rows)
     tokens = sum(row["tokens_per_s"] * row["step_s"] for row in rows)
     yield f"loss {last['loss']:7.4f}"

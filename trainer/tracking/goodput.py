@@ -1,8 +1,8 @@
-"""`goodput.jsonl` summed up: where the time of a run went, over all its lives, and what took the most of it.
+"""Sums up `goodput.jsonl`: where the time of a run went over all its attempts, and which class took the most.
 
-Between two lives the run was down, also for what a killed life had not written down; not where it was finished before,
-and was made longer: that time is none of the run's. Work is lost when the run goes on
-from a step before it: the lines behind that step then count as lost, and a line that straddles it in proportion.
+Between two attempts the run was down, which includes time that a killed attempt had not recorded. Time after a run was
+finished, until it was made longer, does not count. Work is lost when the run resumes from an earlier step: the lines
+after that step then count as lost, and a line that straddles it in proportion.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from trainer.tracking.console import duration
 from trainer.tracking.jsonl import read
 
 FILE, EVENTS = "goodput.jsonl", "events.jsonl"
-LIFE = ("start", "resume", "finished", "interrupted", "failed")  # events of how an attempt began and ended
+ATTEMPT_EVENTS = ("start", "resume", "finished", "interrupted", "failed")  # at the start and the end of an attempt
 NAMES = {
     "productive": "Productive",
     "data_wait": "Waiting for data",
@@ -31,11 +31,11 @@ NAMES = {
     "down": "Down",
     "finishing": "Finishing",
 }
-AGAINST = {
+REMEDIES = {
     "data_wait": "raise data.workers, or set data.processes=true where decoding keeps a core busy",
     "checkpoint": "save less often (checkpoint.every), and with checkpoint.asynchronous=true",
     "evaluation": "evaluate less often (eval.every), or on fewer batches (eval.steps)",
-    "startup": "fewer and longer lives, and data.cache kept where each of them finds it",
+    "startup": "fewer and longer attempts, and data.cache kept where each of them finds it",
     "lost": "save more often (checkpoint.every)",
     "down": "have the run started again at once: `onecurve train` does so by itself, Slurm with --requeue",
     "finishing": "draw fewer samples (sample.count), or leave out the report (track.report=false)",
@@ -45,8 +45,8 @@ _OF_NO_STEP = {"startup", "finishing"}  # never lost
 
 @dataclass(frozen=True)
 class Goodput:
-    """Seconds by class. They sum to the time from the first birth to the last line, that in which it was finished left
-    out."""
+    """Seconds by class. They add up to the time from the first start to the last line, without time after it was
+    finished."""
 
     seconds: dict[str, float]
 
@@ -56,30 +56,32 @@ class Goodput:
 
     @property
     def share(self) -> float:
-        """Goodput: what of the time was productive."""
+        """Returns the goodput: the productive share of the time."""
         return self.seconds.get("productive", 0.0) / self.wall if self.wall else 0.0
 
     @property
     def table(self) -> list[tuple[str, str, str, float]]:
-        """Kind, name, time and share of each class that took any, the productive one first, then the largest."""
-        rest = sorted(self.seconds.items(), key=lambda item: (item[0] != "productive", -item[1]))
+        """Returns kind, name, time and share of each class that took time: the productive one, then by size."""
+        classes = sorted(self.seconds.items(), key=lambda item: (item[0] != "productive", -item[1]))
         return [
-            (kind, NAMES.get(kind, kind), duration(spent), spent / self.wall)
-            for kind, spent in rest
-            if spent > 0 or kind == "productive"
+            (kind, NAMES.get(kind, kind), duration(seconds), seconds / self.wall)
+            for kind, seconds in classes
+            if seconds > 0 or kind == "productive"
         ]
 
     @property
     def sentence(self) -> str:
-        """How much was productive, the largest thief of the rest, and what helps against it."""
-        told = f"{self.share:.1%} of {duration(self.wall)} was productive."
-        stolen = {kind: spent for kind, spent in self.seconds.items() if kind != "productive" and spent > 0}
-        if not stolen:
-            return told
-        thief = max(stolen, key=lambda kind: stolen[kind])
-        name = NAMES.get(thief, thief)
-        advice = f": {AGAINST[thief]}" if thief in AGAINST else ""
-        return f"{told} The largest thief: {name[0].lower()}{name[1:]}, {stolen[thief] / self.wall:.1%}{advice}."
+        """Returns a sentence: the productive share, the largest overhead, and how to reduce it."""
+        text = f"{self.share:.1%} of {duration(self.wall)} was productive."
+        overheads = {kind: seconds for kind, seconds in self.seconds.items() if kind != "productive" and seconds > 0}
+        if not overheads:
+            return text
+        largest = max(overheads, key=lambda kind: overheads[kind])
+        name = NAMES.get(largest, largest)
+        advice = f": {REMEDIES[largest]}" if largest in REMEDIES else ""
+        return (
+            f"{text} The largest overhead: {name[0].lower()}{name[1:]}, {overheads[largest] / self.wall:.1%}{advice}."
+        )
 
 
 def goodput(folder: Path) -> Goodput | None:
@@ -92,11 +94,11 @@ def goodput(folder: Path) -> Goodput | None:
 
 
 def _ends(events: Sequence[Row]) -> list[tuple[datetime, bool]]:
-    """When the run began, went on or ended, and whether it was finished from then on; in order."""
+    """Returns when the run started, resumed or ended, and whether it was finished from then on; in order."""
     ends = []
     for event in events:
-        with suppress(KeyError, TypeError, ValueError, AttributeError):  # one that was written by hand
-            if event["kind"] in LIFE:
+        with suppress(KeyError, TypeError, ValueError, AttributeError):  # an event that was written by hand
+            if event["kind"] in ATTEMPT_EVENTS:
                 ends.append((_time(event), event["kind"] == "finished"))
     return ends
 
@@ -106,38 +108,40 @@ def _time(row: Row) -> datetime:
 
 
 def sum_up(rows: Sequence[Row], ends: Sequence[tuple[datetime, bool]] = ()) -> dict[str, float]:
-    """Seconds by class, of all lines together. `ends`: when the run began and ended, and whether it was finished."""
+    """Returns the seconds by class over all lines. `ends`: when the run started and ended, and if it was finished."""
     totals: dict[str, float] = defaultdict(float)
-    done: list[_Stretch] = []  # what counts so far
-    life, ended, at = None, None, 0
+    done: list[_Stretch] = []  # the stretches that count so far
+    attempt, last_recorded_at, at = None, None, 0
     for number, row in enumerate(rows):
-        seconds, told = dict(row["seconds"]), _time(row)
-        born = number == 0 or row.get("life") != life or ("life" not in row and "startup" in seconds)
-        if born and ended is not None:
-            birth = told - timedelta(seconds=sum(seconds.values()))
-            was_finished = next((finished for at, finished in reversed(ends) if at <= max(birth, ended)), False)
-            totals["down"] += 0.0 if was_finished else max(0.0, (birth - ended).total_seconds())
+        seconds, recorded_at = dict(row["seconds"]), _time(row)
+        is_new_attempt = number == 0 or row.get("life") != attempt or ("life" not in row and "startup" in seconds)
+        if is_new_attempt and last_recorded_at is not None:
+            start = recorded_at - timedelta(seconds=sum(seconds.values()))
+            was_finished = next(
+                (finished for at, finished in reversed(ends) if at <= max(start, last_recorded_at)), False
+            )
+            totals["down"] += 0.0 if was_finished else max(0.0, (start - last_recorded_at).total_seconds())
         for kind in _OF_NO_STEP & seconds.keys():
             totals[kind] += seconds.pop(kind)
-        life, ended, step = row.get("life"), told, int(row["step"])
+        attempt, last_recorded_at, step = row.get("life"), recorded_at, int(row["step"])
         restored = bool(row.get("restored"))
-        if restored or born:
+        if restored or is_new_attempt:
             at = step if restored else step - 1  # lines without `restored` began after the first step
             totals["lost"] += _lose(done, at)
         if restored:
-            totals["lost"] += sum(seconds.values())  # steps that no line tells of
+            totals["lost"] += sum(seconds.values())  # steps that no line records
         else:
             done.append(_Stretch(min(at, step), step, seconds))
         at = step
     for stretch in done:
-        for kind, spent in stretch.seconds.items():
-            totals[kind] += spent
+        for kind, amount in stretch.seconds.items():
+            totals[kind] += amount
     return dict(totals)
 
 
 @dataclass
 class _Stretch:
-    """The steps after `first` up to `last`, and what they took."""
+    """The steps after `first` up to `last`, and their time."""
 
     first: int
     last: int
@@ -145,17 +149,17 @@ class _Stretch:
 
 
 def _lose(done: list[_Stretch], step: int) -> float:
-    """Takes off what lies behind `step`, and gives its seconds."""
-    lost = 0.0
+    """Removes the stretches after `step`, and returns their seconds."""
+    lost_seconds = 0.0
     while done and (top := done[-1]).last > step and top.first >= step:
-        lost += sum(done.pop().seconds.values())
+        lost_seconds += sum(done.pop().seconds.values())
     if not done:
-        return lost
+        return lost_seconds
     if top.last > step:
         part = (top.last - step) / (top.last - top.first)
-        lost += part * sum(top.seconds.values())
-        top.seconds = {kind: (1 - part) * spent for kind, spent in top.seconds.items()}
+        lost_seconds += part * sum(top.seconds.values())
+        top.seconds = {kind: (1 - part) * amount for kind, amount in top.seconds.items()}
         top.last = step
-    elif top.first == top.last:  # what came to no step's end
-        lost += sum(top.seconds.pop(kind, 0.0) for kind in ("productive", "data_wait"))
-    return lost
+    elif top.first == top.last:  # time that completed no step
+        lost_seconds += sum(top.seconds.pop(kind, 0.0) for kind in ("productive", "data_wait"))
+    return lost_seconds

@@ -1,7 +1,7 @@
-"""JSON lines, an object a line, and the small files beside them.
+"""Reads and writes JSON lines, one object a line, and the small files that go with them.
 
 A number that is not finite is written as `null`: valid JSON, which pandas reads as NaN and jq as null.
-A line counts once its newline is there; what a killed process left behind it is dropped.
+A line counts once its newline is written; a torn line of a killed process is dropped.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ STATUS = "status.json"
 
 
 def dumps(value: Any) -> str:
-    """`value` as one line of strict JSON, with `null` for NaN and the infinities."""
+    """Returns `value` as one line of strict JSON, with `null` for NaN and the infinities."""
     try:
         return json.dumps(value, allow_nan=False)
     except ValueError:
@@ -32,16 +32,16 @@ def dumps(value: Any) -> str:
 
 
 def display_text(value: Any) -> str:
-    """`value` for a person: text as it is, anything else as JSON."""
+    """Returns `value` for a person to read: text as it is, anything else as JSON."""
     return value if isinstance(value, str) else dumps(value)
 
 
 def read(path: Path) -> list[Row]:
-    """All whole lines of a JSON-lines file; none when there is no such file. A torn last line is left out.
+    """Returns all whole lines of a JSON-lines file; none if the file does not exist. A torn last line is left out.
 
     Raises:
         ConfigError: a line before the last is not a JSON object.
-        Outage: its storage does not answer.
+        Outage: the storage does not answer.
     """
     try:
         content = read_file(path)
@@ -59,16 +59,16 @@ def read(path: Path) -> list[Row]:
 def cut(path: Path, step: int) -> int:
     """Drops the rows after `step`, and a torn last line, from a file whose steps rise.
 
-    Gives the last step kept, 0 if none. Only dropped rows are parsed: a long file costs a copy, and nothing
-    when there is nothing to drop. The new file replaces the old one: a kill at any instant leaves one of them
-    whole, and a left-over process that still writes to the old one cannot spoil the new one.
+    Returns the last step kept, 0 if none. Only dropped rows are parsed: a long file costs a copy, and nothing
+    if there is nothing to drop. The new file replaces the old one: a kill at any instant leaves one of them
+    whole, and a leftover process that still writes to the old one cannot damage the new one.
     """
     row = _cut(path, lambda row: row["step"] <= step)
     return row["step"] if row else 0
 
 
 def last(path: Path) -> Row | None:
-    """Returns the last whole row; None where there is none. Nothing is changed."""
+    """Returns the last whole row, None if there is none. The file is not changed."""
     if not path.exists() or not path.stat().st_size:
         return None
     with _view(path) as view:
@@ -87,7 +87,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def encode(value: Any) -> bytes:
-    """`value` as a JSON file for a person to read."""
+    """Returns `value` as the content of a JSON file for a person to read."""
     return (json.dumps(json.loads(dumps(value)), indent=2) + "\n").encode()
 
 
@@ -97,7 +97,7 @@ def write_status(folder: Path, status: Row) -> None:
 
 
 def read_status(folder: Path) -> Row:
-    """What `status.json` says; nothing where there is none."""
+    """Returns the content of `status.json`; {} if the file is missing."""
     try:
         status = json.loads((folder / STATUS).read_bytes())
     except (OSError, ValueError):
@@ -107,7 +107,7 @@ def read_status(folder: Path) -> Row:
 
 @contextmanager
 def _view(path: Path) -> Iterator[bytes | mmap.mmap]:
-    """What a file holds, in memory only as far as it is looked at; all of it where its file system maps no files."""
+    """Yields the content of a file, memory-mapped; read as a whole if its file system cannot map files."""
     with path.open("rb") as file:
         try:
             view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -120,7 +120,7 @@ def _view(path: Path) -> Iterator[bytes | mmap.mmap]:
 
 
 def _cut(path: Path, keep: Callable[[Row], bool]) -> Row | None:
-    """Drops from the end until a whole row that `keep` wants; gives that row, None when there is none."""
+    """Drops rows from the end up to a whole row for which `keep` is true; returns that row, None if there is none."""
     if not path.exists() or not (size := path.stat().st_size):
         return None
     with _view(path) as view:
@@ -134,8 +134,8 @@ def _cut(path: Path, keep: Callable[[Row], bool]) -> Row | None:
             row, end = None, begin
         if end < size:
             try:
-                with memoryview(view) as whole, whole[:end] as kept:  # never in memory: a ledger is large
-                    replace_file(path, kept)
+                with memoryview(view) as whole, whole[:end] as whole_lines:  # never in memory: a ledger is large
+                    replace_file(path, whole_lines)
             except OSError:  # no room for a copy
                 os.truncate(path, end)
     return row

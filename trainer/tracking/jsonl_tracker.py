@@ -1,4 +1,4 @@
-"""The run's own record: metrics.jsonl and events.jsonl."""
+"""Keeps the run's own record: metrics.jsonl and events.jsonl."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from trainer.tracking.run_files import RunFiles
 
 
 class JsonlTracker:
-    """The tracker that is the truth. What the disk does not take, `run_files` keeps until it does."""
+    """The tracker that is the source of truth. `run_files` keeps lines that cannot be written until they can."""
 
     def __init__(self, folder: Path, run_files: RunFiles | None = None):
         self.folder, self.run_files = folder, run_files or RunFiles(folder)
@@ -19,7 +19,7 @@ class JsonlTracker:
     def start(self, info: RunInfo) -> None:
         """Cuts the metrics back to the restored step; a row waits for its step's line of the ledger, if one is kept.
 
-        Raises OSError: a life does not begin on a disk that cannot be written.
+        Raises OSError if the disk cannot be written: an attempt does not start then.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / "environment.json", info.environment)
@@ -47,7 +47,7 @@ class JsonlTracker:
         self.last = last
 
     def event(self, event: Row) -> None:
-        """Appends the event. With a checkpoint the rows up to it are synced: no power cut loses them."""
+        """Appends the event. A checkpoint syncs the rows up to it, so that no power cut loses them."""
         self.events.append([event])
         if event["kind"] == "checkpoint":
             self._sync()

@@ -1,4 +1,4 @@
-"""Line plots as SVG paths. A plot spans 0..1000 both ways, is stretched by the page and labeled in %."""
+"""Draws line plots as SVG paths. A plot spans 0..1000 both ways, is stretched by the page and labeled in %."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Series:
 
 @dataclass
 class Plot:
-    """A plot over steps 0..`last`. What the page draws is made once, from at most 1000 points a series."""
+    """A plot over steps 0..`last`. Its paths are made once, from at most 1000 points a series."""
 
     title: str
     unit: str
@@ -54,12 +54,12 @@ class Plot:
             line.path = _path(places)
             if len(places) <= (DOTTED if line.look == "second" else 1):
                 line.dots = "".join(_path([place]) for place in places)
-        placed = {(round(x / self.last, 3), look, text) for x, look, text in self.marks if x <= self.last}
-        self.marks = sorted(placed)
+        marks = {(round(x / self.last, 3), look, text) for x, look, text in self.marks if x <= self.last}
+        self.marks = sorted(marks)
 
     @property
     def data(self) -> dict[str, object]:
-        """What is drawn, as numbers, for the tooltips."""
+        """Returns the drawn numbers, for the tooltips."""
         return {
             "last": self.last,
             "series": [
@@ -74,22 +74,22 @@ class Plot:
 
 
 def decimate(points: Points, buckets: int = BUCKETS) -> Points:
-    """At most 2 * `buckets` points: the lowest and the highest of each stretch, so that no spike is lost."""
+    """Returns at most 2 * `buckets` points: the lowest and the highest of each stretch, so that no spike is lost."""
     if len(points) <= 2 * buckets:
         return points
-    kept: list[tuple[float, float | None]] = []
+    extremes: list[tuple[float, float | None]] = []
     for bucket in range(buckets):
         part = points[bucket * len(points) // buckets : (bucket + 1) * len(points) // buckets]
         finite = [(y, x) for x, y in part if y is not None]
-        kept += sorted({(x, y) for y, x in (min(finite), max(finite))}) if finite else part[:1]
-    return kept
+        extremes += sorted({(x, y) for y, x in (min(finite), max(finite))}) if finite else part[:1]
+    return extremes
 
 
 def smooth(points: Points, share: float = 0.02) -> Points:
-    """The mean of a window around each point, `share` of all wide, narrower at the first points: no lag."""
+    """Returns the mean of a centered window at each point: `share` of all points wide, narrower at the first ones."""
     values = np.array([math.nan if y is None else y for _, y in points])
-    known = ~np.isnan(values)
-    sums, counts = (np.append(0, np.cumsum(part)) for part in (np.where(known, values, 0), known))
+    is_finite = ~np.isnan(values)
+    sums, counts = (np.append(0, np.cumsum(part)) for part in (np.where(is_finite, values, 0), is_finite))
     at = np.arange(len(points))
     reach = np.minimum(int(share * len(points) / 2), at)
     low, high = at - reach, np.minimum(at + reach + 1, len(points))
@@ -98,7 +98,7 @@ def smooth(points: Points, share: float = 0.02) -> Points:
 
 
 def ticks(low: float, high: float, count: int) -> list[float]:
-    """Round numbers (1, 2 or 5 times a power of ten apart) within low..high, about `count` of them."""
+    """Returns about `count` round numbers within low..high, 1, 2 or 5 times a power of ten apart."""
     raw = (high - low) / count
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(size * power for size in (1, 2, 5, 10) if size * power >= raw * 0.999)
@@ -107,7 +107,7 @@ def ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def label(value: float) -> str:
-    """A short number: 0.25, 3e-4, 1200, 12k, 1.5M, 2B."""
+    """Formats a number in short: 0.25, 3e-4, 1200, 12k, 1.5M, 2B."""
     for size, unit, suffix in ((1e9, 1e9, "B"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
         if abs(value) >= size:
             return f"{value / unit:.4g}{suffix}"
@@ -118,7 +118,7 @@ def label(value: float) -> str:
 
 
 def _extent(values: list[float], zero: bool) -> tuple[float, float]:
-    """The y range: the values and a margin, never empty."""
+    """Returns the y range: the values and a margin, never empty."""
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
     low = min(low, 0.0) if zero else low
     if high - low <= 1e-9 * max(abs(low), abs(high)):
@@ -129,7 +129,7 @@ def _extent(values: list[float], zero: bool) -> tuple[float, float]:
 
 
 def _path(places: Points) -> str:
-    """A line through places in 0..1. It breaks where there is no number; a lone place is a dot."""
+    """Returns a line through places in 0..1. It breaks where there is no number; a single place is a dot."""
     pieces, pen = [], "M"
     for x, y in places:
         if y is None:

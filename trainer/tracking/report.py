@@ -1,4 +1,4 @@
-"""report.html: a run's folder as one self-contained page: no network, JavaScript for tooltips only."""
+"""Writes report.html: a run directory as one self-contained page; no network, JavaScript for tooltips only."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ SMOOTHED_FROM = 100  # steps
 
 
 def write_report(folder: Path, run: Run | None = None) -> Path:
-    """Writes `report.html` into a run's folder from the files there and gives its path.
+    """Writes `report.html` into a run directory from its files, and returns the path.
 
-    `run` is what `load` gave, if the caller has it.
+    `run` is the result of `load`, if the caller has it.
 
     Raises:
         ConfigError: it is not a run's folder, or one of its files is damaged.
@@ -45,7 +45,7 @@ def write_report(folder: Path, run: Run | None = None) -> Path:
 
 
 def plots(run: Run) -> Iterator[Plot]:
-    """The plots of the page; none before the first step."""
+    """Yields the plots of the page; none before the first step."""
     rows = run.rows
     if not rows:
         return
@@ -62,10 +62,10 @@ def plots(run: Run) -> Iterator[Plot]:
         return [Series("validation", points, "second")] if points else []
 
     validation, by_character = evaluated("loss"), evaluated("nats_per_char")
-    told_apart = by_character != validation  # they are the same when a token is a character
+    differs = by_character != validation  # they are the same when a token is a character
     loss = trained("training", lambda row: row["loss"]) + validation
     yield Plot("Loss", "nats a target", loss, last, zero=False, marks=_marks(run.events))
-    if by_character and told_apart:
+    if by_character and differs:
         yield Plot("Validation", "nats a character", by_character, last, zero=False)
     rate: Points = [(row["step"], row["lr"]) for row in rows]
     yield Plot("Learning rate", "", [Series("learning rate", rate)], last)
@@ -75,7 +75,7 @@ def plots(run: Run) -> Iterator[Plot]:
 
 
 def _marks(events: list[Row]) -> list[Mark]:
-    """Where the run was resumed and where it was saved."""
+    """Returns the marks of where the run was resumed and saved."""
     looks = {"checkpoint": "checkpoint", "resume": "restart"}
     return [(e["step"], looks[e["kind"]], f"{e['kind']}, step {e['step']}") for e in events if e["kind"] in looks]
 

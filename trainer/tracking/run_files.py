@@ -1,5 +1,5 @@
-"""The files that a run goes on writing in its folder. What the disk does not take waits in memory, in order, and is
-tried again: a full disk, a folder that became read-only, a lost mount are no end of a run and lose none of its lines.
+"""The files that a run keeps writing in its directory. Lines that cannot be written wait in memory, in order, and are
+tried again: a full disk, a read-only folder or a lost mount does not end the run and loses none of its lines.
 """
 
 from __future__ import annotations
@@ -23,110 +23,110 @@ PATIENCE_S = 30.0  # how long the end of a run waits for the disk
 
 
 class RunFiles:
-    """A run's folder. The trouble of any of its files is told as one, from the first that has any until none has."""
+    """The files of a run directory. Failures are reported as one, from the first failing file until none fails."""
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.delayed = 0  # lines that could not be written at once, of the trouble there is
-        self._appended: dict[str, Appender] = {}
-        self._replaced: dict[str, _Replaced] = {}
-        self._since: float | None = None  # of the trouble that was told
+        self.delayed = 0  # lines that could not be written at once, in the current trouble
+        self._appenders: dict[str, Appender] = {}
+        self._replaced_files: dict[str, _ReplacedFile] = {}
+        self._trouble_since: float | None = None  # time of the trouble that was reported
         self._gave_up = False
 
     def open_appender(self, name: str, after: str | None = None) -> Appender:
-        """The file of this name, to append to. `after`: another one, without whose lines none of these is written."""
-        if name not in self._appended:
-            self._appended[name] = Appender(self, self.folder / name, self._appended.get(after or ""))
-        return self._appended[name]
+        """Returns the file `name` to append to. `after`: a file whose lines are written before those of this one."""
+        if name not in self._appenders:
+            self._appenders[name] = Appender(self, self.folder / name, self._appenders.get(after or ""))
+        return self._appenders[name]
 
     def replace(self, name: str, content: bytes) -> None:
-        """Puts a small file of this content there, whole; now, or as soon as that works."""
-        file = self._replaced.setdefault(name, _Replaced(self.folder / name))
+        """Replaces a small file as a whole; now, or as soon as that works."""
+        file = self._replaced_files.setdefault(name, _ReplacedFile(self.folder / name))
         file.content = content
         file.flush()
 
     def news(self) -> list[Row]:
-        """Events to be told of: that something cannot be written, or that all can be written again; which is tried."""
-        left = [(file.path.name, file.problem) for file in self._files if not file.flush() or file.problem]
-        stuck = next(((name, problem) for name, problem in left if problem is not None), None)
-        now, since = time.monotonic(), self._since
-        if stuck is not None and since is None:
-            self._since = now
-            return [{"kind": "disk_failed", "file": stuck[0], "reason": stuck[1].strerror or str(stuck[1])}]
-        if stuck is None and since is not None:
-            event = {"kind": "disk_recovered", "lines": self.delayed, "seconds": round(now - since, 1)}
-            self._since, self.delayed = None, 0
+        """Tries to write everything. Returns an event when that begins to fail, and one when it works again."""
+        unwritten = [(file.path.name, file.problem) for file in self._files if not file.flush() or file.problem]
+        failure = next(((name, problem) for name, problem in unwritten if problem is not None), None)
+        now, trouble_since = time.monotonic(), self._trouble_since
+        if failure is not None and trouble_since is None:
+            self._trouble_since = now
+            return [{"kind": "disk_failed", "file": failure[0], "reason": failure[1].strerror or str(failure[1])}]
+        if failure is None and trouble_since is not None:
+            event = {"kind": "disk_recovered", "lines": self.delayed, "seconds": round(now - trouble_since, 1)}
+            self._trouble_since, self.delayed = None, 0
             return [event]
         return []
 
     def flush_all(self) -> None:
-        """Waits until all is written. Raises TrainingError where that takes longer, and at once if it did so before."""
+        """Waits until all is written. Raises TrainingError after PATIENCE_S, and at once if that happened before."""
         deadline = time.monotonic() + (0 if self._gave_up else PATIENCE_S)
-        while left := [file for file in self._files if not file.flush(now=True)]:
+        while unwritten := [file for file in self._files if not file.flush(now=True)]:
             if time.monotonic() >= deadline:
                 self._gave_up = True
-                lost = ", ".join(f"{file.path.name}: {file.missing}" for file in left)
-                reason = next((file.problem.strerror for file in left if file.problem is not None), None) or "?"
+                missing = ", ".join(f"{file.path.name}: {file.missing}" for file in unwritten)
+                reason = next((file.problem.strerror for file in unwritten if file.problem is not None), None) or "?"
                 raise TrainingError(
-                    f"{self.folder}: could not be written to the end ({lost}): {reason}. Make room, or make it "
+                    f"{self.folder}: could not be written to the end ({missing}): {reason}. Make room, or make it "
                     "writable, and run the same command again"
                 )
             time.sleep(RETRY_S / 4)
 
     @property
-    def _files(self) -> list[Appender | _Replaced]:
-        return [*self._appended.values(), *self._replaced.values()]
+    def _files(self) -> list[Appender | _ReplacedFile]:
+        return [*self._appenders.values(), *self._replaced_files.values()]
 
 
 class Appender:
     """A file of JSON lines. Writing never raises OSError; `cut` and `last` may."""
 
     def __init__(self, run_files: RunFiles, path: Path, after: Appender | None):
-        self.path, self._disk, self._after = path, run_files, after
+        self.path, self._run_files, self._prerequisite = path, run_files, after
         self.problem: OSError | None = None
-        self._waiting: deque[bytes] = deque()
+        self._pending: deque[bytes] = deque()
         self._file: FileIO | None = None
-        self._whole = -1  # bytes of the lines that are there, as soon as it is open; what lies behind is a torn one
-        self._tried = 0.0
+        self._whole_bytes = -1  # bytes of whole lines, -1 until the file is opened; bytes after them are a torn line
+        self._last_try_s = 0.0
 
     @property
     def missing(self) -> str:
-        return f"{len(self._waiting)} lines missing"
+        return f"{len(self._pending)} lines missing"
 
     def cut(self, step: int) -> int:
-        """Drops the rows after `step`, and makes the file if there is none; gives the last step kept, 0 if none."""
+        """Drops the rows after `step`, and creates the file if necessary; returns the last step kept, 0 if none."""
         self.close()
-        self._whole = -1
-        self._waiting = deque(line for line in self._waiting if _step(line) <= step)
+        self._whole_bytes = -1
+        self._pending = deque(line for line in self._pending if _step(line) <= step)
         last = jsonl.cut(self.path, step)
         FileIO(self.path, "a").close()
-        return _step(self._waiting[-1]) if self._waiting else last
+        return _step(self._pending[-1]) if self._pending else last
 
     def last(self) -> Row | None:
-        """Returns the newest row, written or waiting; None where there is none."""
-        return json.loads(self._waiting[-1]) if self._waiting else jsonl.last(self.path)
+        """Returns the newest row, written or waiting; None if there is none."""
+        return json.loads(self._pending[-1]) if self._pending else jsonl.last(self.path)
 
     def mend(self) -> None:
-        """Drops a torn last line of an earlier life."""
+        """Drops a torn last line of an earlier attempt."""
         with suppress(OSError):
             jsonl.repair(self.path)
 
     def append(self, rows: Iterable[Row]) -> None:
-        """Hands the rows to the operating system, in one write; or keeps them, if it does not take them."""
-        new = [(jsonl.dumps(row) + "\n").encode() for row in rows]
-        self._waiting.extend(new)
+        """Hands the rows to the operating system in one write, or keeps them if that fails."""
+        lines = [(jsonl.dumps(row) + "\n").encode() for row in rows]
+        self._pending.extend(lines)
         if not self.flush():
-            self._disk.delayed += min(len(new), len(self._waiting))
+            self._run_files.delayed += min(len(lines), len(self._pending))
 
     def flush(self, now: bool = False) -> bool:
-        """Writes what waits; `now`: also if that failed a moment ago. Gives whether nothing waits any more."""
-        if self._after is not None and not self._after.flush(now):
-            return not self._waiting
-        if not self._waiting:
+        """Writes waiting lines; `now`: even if that failed a moment ago. Returns whether no line waits any more."""
+        if self._prerequisite is not None and not self._prerequisite.flush(now):
+            return not self._pending
+        if not self._pending:
             return True
-        if self.problem is not None and not now and time.monotonic() < self._tried + RETRY_S:
+        if self.problem is not None and not now and time.monotonic() < self._last_try_s + RETRY_S:
             return False
-        self._tried = time.monotonic()
+        self._last_try_s = time.monotonic()
         try:
             self._write()
         except OSError as error:
@@ -136,7 +136,7 @@ class Appender:
         return True
 
     def sync(self) -> None:
-        """Makes what is written survive a power cut."""
+        """Syncs the file, so that its lines survive a power cut."""
         self.flush(now=True)
         try:
             if self._file is not None:
@@ -146,51 +146,51 @@ class Appender:
             self._fail(error)
 
     def close(self) -> None:
-        """Lets go of the file; the next line opens it again."""
+        """Closes the file; the next line opens it again."""
         if self._file is not None:
             with suppress(OSError):
                 self._file.close()
             self._file = None
 
     def _fail(self, error: OSError) -> None:
-        self.close()  # a mount that comes back is another one
+        self.close()  # a mount that comes back needs a new file descriptor
         self.problem = error
 
     def _write(self) -> None:
         if self._file is None:
             self._file = FileIO(self.path, "a")
             size = os.fstat(self._file.fileno()).st_size
-            if 0 <= self._whole < size:
-                self._file.truncate(self._whole)
+            if 0 <= self._whole_bytes < size:
+                self._file.truncate(self._whole_bytes)
             else:
-                self._whole = size
-        data, done = memoryview(b"".join(self._waiting)), 0
+                self._whole_bytes = size
+        data, done = memoryview(b"".join(self._pending)), 0
         try:
             while done < len(data):  # one write, unless the disk is nearly full: the next one then says so
                 done += self._file.write(data[done:]) or 0
         finally:
-            while self._waiting and len(self._waiting[0]) <= done:
-                done -= len(self._waiting[0])
-                self._whole += len(self._waiting.popleft())
+            while self._pending and len(self._pending[0]) <= done:
+                done -= len(self._pending[0])
+                self._whole_bytes += len(self._pending.popleft())
 
 
-class _Replaced:
+class _ReplacedFile:
     """A small file that is replaced as a whole; only its newest content counts."""
 
     missing = "not written"
 
     def __init__(self, path: Path):
         self.path = path
-        self.content: bytes | None = None  # what is not there yet
+        self.content: bytes | None = None  # content that is not written yet
         self.problem: OSError | None = None
-        self._tried = 0.0
+        self._last_try_s = 0.0
 
     def flush(self, now: bool = False) -> bool:
         if self.content is None:
             return True
-        if self.problem is not None and not now and time.monotonic() < self._tried + RETRY_S:
+        if self.problem is not None and not now and time.monotonic() < self._last_try_s + RETRY_S:
             return False
-        self._tried = time.monotonic()
+        self._last_try_s = time.monotonic()
         try:
             replace_file(self.path, self.content)
         except OSError as error:

@@ -1,6 +1,6 @@
-"""What the loop tells of a run: numbers and samples of each step, events, and how it ended.
+"""Records what the training loop reports: metrics and samples of each step, events, and how the run ended.
 
-Every rank has one. Only the main rank's reaches trackers and files; the others bring their part of the sample ledger.
+Every rank has a logger. Only the main rank's reaches trackers and files; the others add their part of the ledger.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ STATUS_SECONDS = 2.0  # how old the step in status.json may be, beyond the readi
 
 
 class RunLogger:
-    """`trackers` is None on all ranks but the main one. `info.step` is set by `start`."""
+    """Logs a run. `trackers` is None on all ranks but the main one; `start` sets `info.step`."""
 
     def __init__(self, topology: Topology, info: RunInfo, trackers: Trackers | None, keep_ledger: bool):
         self.topology, self.info, self.trackers = topology, info, trackers
@@ -36,7 +36,7 @@ class RunLogger:
                 self.trackers.run_files.open_appender(LEDGER).append(rows_of_steps)
 
     def rows(self, rows: list[Row]) -> None:
-        """Records one row a step."""
+        """Records one row for each step."""
         if not rows:
             return
         self.step = rows[-1]["step"]
@@ -46,17 +46,17 @@ class RunLogger:
                 self._status("running")
 
     def recorded(self, step: int) -> Row | None:
-        """Returns the newest row, on all ranks, if it is the one of this step."""
+        """Returns the newest row, on all ranks, if it belongs to this step."""
         row = self.topology.broadcast(self.trackers.last() if self.trackers else None)
         return row if row and row["step"] == step else None
 
     def remove_row(self, step: int) -> None:
-        """Takes the row of this step, if it is recorded, out of the record again."""
+        """Removes the row of this step from the record, if there is one."""
         if self.trackers:
             self.trackers.rewind(step - 1)
 
     def start(self, step: int, resumed: bool) -> None:
-        """Cuts what was recorded after `step`: those steps are about to happen again, the same."""
+        """Starts the trackers; drops what was recorded after `step`: those steps will be repeated."""
         self.step = step
         if not self.trackers:
             return
@@ -67,7 +67,7 @@ class RunLogger:
         self.event("resume" if resumed else "start", processes=self.topology.world_size)
 
     def rewind(self, step: int) -> None:
-        """In the middle of a life: goes on from `step`, as `start` does."""
+        """Drops what was recorded after `step`, as `start` does, in the middle of an attempt."""
         self.step = step
         if self.trackers:
             if self.keep_ledger:
@@ -86,7 +86,7 @@ class RunLogger:
             self._status("running")
 
     def close(self, state: str, reason: str | None = None, exit_code: int = 0) -> None:
-        """The end of this life of the run: `finished`, `interrupted` or `failed`."""
+        """Ends this attempt of the run as `finished`, `interrupted` or `failed`."""
         if not self.trackers:
             return
         status = self._status(state, reason=reason, exit_code=exit_code)

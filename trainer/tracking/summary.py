@@ -1,4 +1,4 @@
-"""What a run's folder says of the run: its files as they are, and the run in a few numbers."""
+"""Summarizes a run directory: its files as they are, and the run in a few numbers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trainer.errors import ConfigError
 from trainer.secrets import masked, prose
 from trainer.tracking.base import Row
 from trainer.tracking.console import duration
-from trainer.tracking.goodput import LIFE, Goodput, goodput
+from trainer.tracking.goodput import ATTEMPT_EVENTS, Goodput, goodput
 from trainer.tracking.jsonl import read
 from trainer.tracking.plot import label
 
@@ -32,7 +32,7 @@ class Figure(NamedTuple):
 
 @dataclass(frozen=True)
 class Run:
-    """The files of a run's folder. Each of them may be missing."""
+    """The files of a run directory. Each of them may be missing."""
 
     name: str
     status: Row
@@ -50,8 +50,8 @@ class Run:
 
     @property
     def restarts(self) -> int:
-        """How often it went on after it was killed or stopped; not how often it was made longer once finished."""
-        kinds = [event["kind"] for event in self.events if event["kind"] in LIFE]
+        """Returns how often it resumed after it was killed or stopped; not how often a finished run was made longer."""
+        kinds = [event["kind"] for event in self.events if event["kind"] in ATTEMPT_EVENTS]
         return sum(kind == "resume" and before != "finished" for before, kind in pairwise(["start", *kinds]))
 
     def count(self, kind: str) -> int:
@@ -59,10 +59,10 @@ class Run:
 
 
 def load(folder: Path) -> Run:
-    """Reads a run's folder.
+    """Reads a run directory.
 
     Raises:
-        ConfigError: it is not a run's folder, or one of its files is damaged.
+        ConfigError: it is not a run directory, or one of its files is damaged.
     """
     if not any((folder / name).is_file() for name in ("status.json", "metrics.jsonl")):
         raise ConfigError(f"{folder}: not a run's folder (neither status.json nor metrics.jsonl is in it)")
@@ -80,7 +80,7 @@ def load(folder: Path) -> Run:
 
 
 def headline(run: Run) -> list[Figure]:
-    """The run in a few numbers. Times and rates are of the steps that count, lost work left out."""
+    """Returns the run in a few numbers. Times and rates cover the steps that count, without lost work."""
     steps = run.status.get("steps")
     restarts, checkpoints = run.restarts, run.count("checkpoint")
     return [
@@ -93,7 +93,7 @@ def headline(run: Run) -> list[Figure]:
 def _trained(run: Run) -> list[Figure]:
     first, last = run.rows[0], run.rows[-1]
     seconds = max(sum(row["step_s"] for row in run.rows), 1e-9)
-    waited = sum(row["data_wait_s"] for row in run.rows)
+    data_wait_s = sum(row["data_wait_s"] for row in run.rows)
     return [
         Figure("Training loss", _number(last["loss"]), f"from {_number(first['loss'])}"),
         *_best(run.evaluations),
@@ -104,16 +104,16 @@ def _trained(run: Run) -> list[Figure]:
             f"{_seconds(median(row['step_s'] for row in run.rows))} a step",
         ),
         Figure("Throughput", label(last["tokens"] / seconds), "tokens/s"),
-        Figure("Waiting for data", f"{waited / seconds:.1%}", "of the training time"),
+        Figure("Waiting for data", f"{data_wait_s / seconds:.1%}", "of the training time"),
     ]
 
 
 def _best(evaluations: dict[int, Row]) -> list[Figure]:
-    """The best validation, in nats a character where that was measured."""
+    """Returns the best validation loss, in nats a character if that was measured."""
     for key, unit in (("nats_per_char", "nats/char"), ("loss", "nats a target")):
-        found = [values for values in evaluations.values() if values.get(key) is not None]
-        if found:
-            best = min(found, key=lambda values: values[key])
+        candidates = [values for values in evaluations.values() if values.get(key) is not None]
+        if candidates:
+            best = min(candidates, key=lambda values: values[key])
             bits = best.get("bits_per_byte")
             note = unit if bits is None else f"{unit}, {_number(bits)} bits/byte"
             return [Figure("Best validation", _number(best[key]), note)]
@@ -129,7 +129,7 @@ def _seconds(value: float) -> str:
 
 
 def _name(path: Path, config: str) -> str | None:
-    """The run's name in its config, as it stands there: interpolations of a foreign file are text."""
+    """Returns the run's name in its config, unresolved: interpolations of a foreign file are text."""
     try:
         tree = yaml.safe_load(config)
     except (yaml.YAMLError, ValueError, RecursionError) as error:

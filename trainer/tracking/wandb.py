@@ -1,4 +1,4 @@
-"""Weights & Biases: one W&B run for the whole life of a run, offline unless a key is there.
+"""Logs to Weights & Biases: one W&B run for all attempts of a run, offline unless an API key is found.
 
 `wandb` is imported when the run starts, never before. Its errors are raised; `Trackers` makes them a warning.
 Our own counters are the x-axes: W&B's own step cannot go back to where a run was resumed.
@@ -33,7 +33,7 @@ ALERTS = {
     "bad_step": "a step was bad",
     "corrupted": "a process has wrong weights",
 }
-UNNAMED = {"eval", "fingerprint"}  # an evaluation has names of its own; a fingerprint is not a number to draw
+UNNAMED = {"eval", "fingerprint"}  # an evaluation has its own names; a fingerprint is not a number to plot
 NAMES = {
     "step": "progress/step",
     "tokens": "progress/tokens",
@@ -44,10 +44,10 @@ NAMES = {
     "mfu": "perf/mfu",
     "mem_gib": "mem/peak_gib",
 }  # every other number of a row is under train/, of an evaluation under val/
-KEPT = "wandb.json"  # in the run directory
+STATE_FILE = "wandb.json"  # in the run directory
 EXIT_CODES = {"finished": 0, "interrupted": 75}
 INIT_S = 30.0  # how long the server may take to answer at the start, before it goes on offline
-FINISH_S = 25.0  # and to take what is left at the end; the rest can be synced later
+FINISH_S = 25.0  # and to accept the rest at the end; what remains can be synced later
 SLACK_S = 5.0  # for W&B's own process to start or end
 
 
@@ -56,7 +56,7 @@ class WandB:
 
     mode: `auto` is W&B's own WANDB_MODE, else online when W&B finds a key (WANDB_API_KEY, netrc, its
     settings), else offline. It never asks for a key: `online` without one goes offline and says so.
-    What is None is as W&B's own variables say. Rows that a killed attempt did not get to W&B are logged by the next.
+    Arguments that are None follow W&B's own variables. The next attempt logs rows that a killed one did not send.
     """
 
     def __init__(
@@ -73,22 +73,22 @@ class WandB:
         self.id, self.last = "*", 0
         self.say = say or (lambda text: print(text, file=sys.stderr, flush=True))
         self.run: Any = None
-        self.ended = False
+        self.is_closed = False
 
     @property
-    def wanted(self) -> str:
+    def requested_mode(self) -> str:
         return os.environ.get("WANDB_MODE", "auto") if self.mode == "auto" else self.mode
 
     def load(self) -> None:
-        if self.wanted != "disabled":
+        if self.requested_mode != "disabled":
             import wandb  # noqa: F401
 
     def start(self, info: RunInfo) -> None:
-        self.folder, wanted = info.folder, self.wanted
-        if wanted == "disabled":
-            self.ended = True
+        self.folder, requested_mode = info.folder, self.requested_mode
+        if requested_mode == "disabled":
+            self.is_closed = True
             return
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # it waits for its server when the process ends
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # it waits for its server at the end of the process
         import wandb
 
         quiet: dict[str, Any] = {
@@ -99,8 +99,8 @@ class WandB:
             "show_warnings": False,
         }
         wandb.setup(settings=wandb.Settings(**quiet))
-        online = wanted != "offline" and has_credentials(wandb)
-        if wanted == "online" and not online:
+        online = requested_mode != "offline" and has_credentials(wandb)
+        if requested_mode == "online" and not online:
             self.say("W&B: no API key is configured (`wandb login`): logging offline")
         settings = wandb.Settings(
             **quiet,
@@ -112,8 +112,8 @@ class WandB:
             finish_timeout_raises=True,
         )
         self.folder.mkdir(parents=True, exist_ok=True)
-        kept = identity(info.folder)
-        self.id, self.last = kept["id"], info.step
+        state = identity(info.folder)
+        self.id, self.last = state["id"], info.step
         local = self._files("*run-*")
         arguments: dict[str, Any] = {
             "project": self.project,
@@ -123,14 +123,14 @@ class WandB:
             "dir": str(info.folder),
             "config": {**info.config, **{f"env/{name}": value for name, value in info.environment.items()}},
             "resume": "allow",
-            "allow_val_change": True,  # what may change between two lives of a run
+            "allow_val_change": True,  # keys that may change between two attempts of a run
             "settings": settings,
         }
         self.run = _open(wandb, arguments, self.say) if online else wandb.init(mode="offline", **arguments)
         self.run.define_metric("progress/step")
         self.run.define_metric("*", step_metric="progress/step")
         self.run.define_metric("val/loss", step_metric="progress/step", summary="min")
-        if kept.get("logged", 0) < info.step:
+        if state.get("logged", 0) < info.step:
             self._fill(_last_step(self.run, local), info.step)
 
     def _fill(self, since: int, step: int) -> None:
@@ -144,15 +144,15 @@ class WandB:
             self.last = row["step"]
 
     def event(self, event: Row) -> None:
-        """Alerts of what somebody should look at; the others are in events.jsonl, evaluations in their rows."""
+        """Alerts about events that need attention; the others are in events.jsonl, evaluations in their rows."""
         if self.run and (title := ALERTS.get(event["kind"])):
             self.run.alert(f"{title} at step {event.get('step')}", str(event.get("reason", "")), level="WARN")
 
     def close(self, status: Row) -> None:
-        """Ends the W&B run and says how to upload what is on this disk alone."""
-        if self.ended or not self.run:
+        """Ends the W&B run and says how to upload data that is only on this disk."""
+        if self.is_closed or not self.run:
             return
-        self.ended = True
+        self.is_closed = True
         if status["state"] == "interrupted":
             self.run.mark_preempting()
         try:
@@ -160,36 +160,38 @@ class WandB:
         except TimeoutError:
             self.say(f"W&B did not take everything within {FINISH_S:.0f} s; {self.advice}")
         else:
-            write_json(self.folder / KEPT, {**identity(self.folder), "logged": self.last})
+            write_json(self.folder / STATE_FILE, {**identity(self.folder), "logged": self.last})
             if self._offline():
                 self.say(f"W&B was offline; {self.advice}")
 
     @property
     def patience_s(self) -> float:
-        return SLACK_S + FINISH_S + (0 if self.run or self.ended else _init_s())
+        return SLACK_S + FINISH_S + (0 if self.run or self.is_closed else _init_s())
 
     @property
     def advice(self) -> str:
         return f"to upload this run:\n  {shlex.join(['wandb', 'sync', *map(str, self._on_disk())])}"
 
     def _offline(self) -> list[Path]:
-        """What was logged offline, in this life or before."""
+        """Returns the folders that were logged offline, in this attempt or before."""
         return [path.parent for path in self._files("offline-run-*")]
 
     def _files(self, folders: str) -> list[Path]:
-        """W&B's own files of this run: a copied run directory has another's, too."""
+        """Returns W&B's own files of this run: a copied run directory also has those of the original."""
         return sorted(self.folder.glob(f"wandb/{folders}/run-{self.id}.wandb"))
 
     def _on_disk(self) -> list[Path]:
-        """What may not be on the server: also of this life, whatever it is."""
-        own = [Path(self.run.settings.sync_dir)] if self.run else [path.parent for path in self._files("run-*")]
-        return list(dict.fromkeys([*self._offline(), *own]))
+        """Returns the folders that may not be on the server, that of this attempt included in any mode."""
+        live_folders = (
+            [Path(self.run.settings.sync_dir)] if self.run else [path.parent for path in self._files("run-*")]
+        )
+        return list(dict.fromkeys([*self._offline(), *live_folders]))
 
 
 def wandb_names(row: Row) -> dict[str, Any]:
-    """A row under its W&B names: slashes, units, numbers only.
+    """Returns a row under its W&B names: slashes, units, numbers only.
 
-    >>> named({"step": 3, "loss": 1.5, "eval": {"loss": 2.0}})
+    >>> wandb_names({"step": 3, "loss": 1.5, "eval": {"loss": 2.0}})
     {'progress/step': 3, 'train/loss': 1.5, 'val/loss': 2.0}
     """
     values = {NAMES.get(name, f"train/{name}"): value for name, value in row.items() if name not in UNNAMED}
@@ -200,34 +202,34 @@ def wandb_names(row: Row) -> dict[str, Any]:
 
 
 def identity(folder: Path) -> Row:
-    """What RUN_DIR/wandb.json says: the W&B `id` of the run, made at its birth, the same in all its attempts; the
-    `path` of its directory; and the last step that was `logged`, if the attempt before ended in order.
+    """Returns RUN_DIR/wandb.json: the W&B `id` of the run, made at its start, the same in all attempts; the `path` of
+    its directory; and the last step `logged`, if the previous attempt ended cleanly.
 
-    A copy of a run directory gets an id of its own: the one that it was copied from is still where the file says.
+    A copy of a run directory gets its own id: the original still exists at `path`.
     """
-    kept = _kept(folder)
-    origin = Path(kept.get("path", folder))
-    is_copy = _kept(origin).get("id") == kept.get("id") and not origin.samefile(folder)
-    if not kept or is_copy:
-        kept = {"id": secrets.token_hex(6)}
-    if kept.get("path") != str(folder.absolute()):
-        kept["path"] = str(folder.absolute())
-        write_json(folder / KEPT, kept)
-    return kept
+    state = _read_state(folder)
+    origin = Path(state.get("path", folder))
+    is_copy = _read_state(origin).get("id") == state.get("id") and not origin.samefile(folder)
+    if not state or is_copy:
+        state = {"id": secrets.token_hex(6)}
+    if state.get("path") != str(folder.absolute()):
+        state["path"] = str(folder.absolute())
+        write_json(folder / STATE_FILE, state)
+    return state
 
 
-def _kept(folder: Path) -> Row:
+def _read_state(folder: Path) -> Row:
     try:
-        kept = json.loads((folder / KEPT).read_bytes())
+        state = json.loads((folder / STATE_FILE).read_bytes())
     except (OSError, ValueError):
         return {}
-    return kept if isinstance(kept, dict) and isinstance(kept.get("id"), str) else {}
+    return state if isinstance(state, dict) and isinstance(state.get("id"), str) else {}
 
 
 def _last_step(run: Any, local: Iterable[Path]) -> int:
-    """The last step that W&B has of the attempts before, or may be given by `wandb sync` of these files; 0: none."""
+    """Returns the last step that W&B has of earlier attempts, or may get by `wandb sync` of these files; 0: none."""
     steps = [0]
-    with suppress(TypeError, ValueError):  # a server that knows nothing of it
+    with suppress(TypeError, ValueError):  # a server that does not know the run
         steps.append(int(run.summary.get("progress/step") or 0))
     for path in local:
         if run.offline or path.parent.name.startswith("offline-"):
@@ -236,27 +238,27 @@ def _last_step(run: Any, local: Iterable[Path]) -> int:
 
 
 def _steps_in(path: Path) -> Iterator[int]:
-    """The steps that one of W&B's own files has rows of; a killed attempt's lacks its last ones."""
+    """Yields the steps in one of W&B's own files; that of a killed attempt lacks the last ones."""
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
     quiet: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, errors="replace", **quiet) as process:
         for line in process.stdout or ():
-            with suppress(ValueError, KeyError, TypeError):  # no row, or a line that is cut short
+            with suppress(ValueError, KeyError, TypeError):  # not a row, or a torn line
                 yield int(json.loads(line)["history"]["item"]["progress/step"])
 
 
 def _open(wandb: Any, arguments: dict[str, Any], say: PrintLine) -> Any:
-    """Online if the server answers, else offline."""
+    """Starts the W&B run: online if the server answers, else offline."""
     try:
         return wandb.init(mode="online", **arguments)
     except wandb.Error as error:
         say(f"W&B: cannot go online, logging offline: {error}")
-        wandb.teardown()  # its service holds on to the run id
+        wandb.teardown()  # its service keeps the run id in use
         return wandb.init(mode="offline", **arguments)
 
 
 def has_credentials(wandb: Any) -> bool:
-    """Whether W&B finds a key, wherever it looks. Asks nobody."""
+    """Returns whether W&B finds an API key anywhere. Never prompts for one."""
     try:
         return wandb.login(prompt=False, verify=False)
     except wandb.Error:  # malformed: the same as none

@@ -1,5 +1,5 @@
-"""Transforms: changes of a model before it is sharded, in place. The names of its parameters stay as they are; what a
-transform adds has names of its own. It owns the values of what it adds, and says what a plain model has instead."""
+"""Transforms: changes of a model before it is sharded, in place. Parameters keep their names, and those that a
+transform adds have new ones. It initializes what it adds, and computes the weights that a plain model has instead."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from trainer.config.validate import nearest_hint
 from trainer.errors import ConfigError
 
 NEAREST = 5  # names in a message
-Read = Callable[[str], Tensor]  # the value of the parameter of that name, whole
+Read = Callable[[str], Tensor]  # returns the whole value of the parameter of that name
 
 
 class Transform:
-    """One change of a model. It is made of its section of `model.transforms`, and belongs to one run."""
+    """One change of a model. It is built from its section of `model.transforms`, and belongs to one run."""
 
-    key = "model.transforms"  # of its section, for messages
+    key = "model.transforms"  # config key of its section, for messages
 
     def __init__(self, config: Any):
         self.config = config
 
     def apply(self, model: nn.Module) -> None:
-        """Changes the model, whose parameters may have no values yet. It is called for each model that is built of the
-        run's config, and has to do the same to each."""
+        """Changes the model, whose parameters may have no values yet. It is called for each model that is built from
+        the run's config, and must change all of them in the same way."""
         raise NotImplementedError
 
     def initialise(self, name: str, value: Tensor, generator: torch.Generator) -> bool:
@@ -36,51 +36,53 @@ class Transform:
         return False
 
     def merged(self, name: str, value: Tensor, read: Read) -> Tensor | None:
-        """Returns what a model without this transform has as `name`, of which `value` is the value in the one with it.
-        None: nothing, the parameter is the transform's own. `read`: the others'. Called after `apply`."""
+        """Returns the value of the parameter `name` in a model without this transform; `value` is the one with it.
+        Returns None for a parameter that the transform has added. `read` reads others. It is called after `apply`."""
         return value
 
 
 def apply(transforms: Sequence[Transform], model: nn.Module) -> frozenset[str]:
-    """Applies them one after the other. Returns the names of the model's own parameters that they have frozen."""
-    before = _trained(model)
+    """Applies transforms in their order. Returns the names of the model's original parameters that they have frozen."""
+    before = _trained_names(model)
     for transform in transforms:
         transform.apply(model)
-        model.frozen_by_transforms = before - _trained(model)  # type: ignore[assignment]
-    return before - _trained(model)
+        model.frozen_by_transforms = before - _trained_names(model)  # type: ignore[assignment]
+    return before - _trained_names(model)
 
 
-def undone(transforms: Sequence[Transform], name: str, read: Callable[[str], Tensor], first: int = 0) -> Tensor | None:
-    """Returns the value of the parameter `name` in a model that has only the `first` of these transforms, which have
-    been applied to one with all of them; None if it has no such parameter. `read`: values of that one."""
+def undo_transforms(
+    transforms: Sequence[Transform], name: str, read: Callable[[str], Tensor], first: int = 0
+) -> Tensor | None:
+    """Returns the value of the parameter `name` in a model with only the first `first` of these transforms, or None if
+    that model has no such parameter. `read` reads values of the model with all of them, which were applied to it."""
     if first == len(transforms):
         return read(name)
 
-    def others(other: str) -> Tensor:
-        value = undone(transforms, other, read, first + 1)
-        assert value is not None, other
+    def read_later(parameter_name: str) -> Tensor:
+        value = undo_transforms(transforms, parameter_name, read, first + 1)
+        assert value is not None, parameter_name
         return value
 
-    value = undone(transforms, name, read, first + 1)
-    return None if value is None else transforms[first].merged(name, value, others)
+    value = undo_transforms(transforms, name, read, first + 1)
+    return None if value is None else transforms[first].merged(name, value, read_later)
 
 
-def _trained(model: nn.Module) -> frozenset[str]:
-    named = model.named_parameters(remove_duplicate=False)
-    return frozenset(name for name, parameter in named if parameter.requires_grad)
+def _trained_names(model: nn.Module) -> frozenset[str]:
+    parameters = model.named_parameters(remove_duplicate=False)
+    return frozenset(name for name, parameter in parameters if parameter.requires_grad)
 
 
-def matching(key: str, patterns: Iterable[str], names: Iterable[str]) -> set[str]:
-    """Returns those of the dotted names that a pattern (`*`, `?`, `[01]`) matches, as a whole or from one of their dots
-    on. Raises ConfigError for patterns that match none. `key`: of the config."""
-    names, found, problems = list(names), set[str](), []
-    known = {name for full in names for name in (full, full.rpartition(".")[2])}
+def match_names(key: str, patterns: Iterable[str], names: Iterable[str]) -> set[str]:
+    """Returns the dotted names that a pattern (`*`, `?`, `[01]`) matches, as a whole or from one of their dots on.
+    Raises ConfigError, with the config's `key`, for patterns that match none."""
+    names, matches, problems = list(names), set[str](), []
+    known_names = {name for full in names for name in (full, full.rpartition(".")[2])}
     for pattern in patterns:
-        matched = {name for name in names if fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")}
-        if not matched:
-            near = get_close_matches(pattern, known, n=NEAREST, cutoff=0.0)
-            problems.append(f"{key}: '{pattern}' is not a part of the model{nearest_hint(pattern, near)}")
-        found |= matched
+        pattern_matches = {name for name in names if fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")}
+        if not pattern_matches:
+            nearest = get_close_matches(pattern, known_names, n=NEAREST, cutoff=0.0)
+            problems.append(f"{key}: '{pattern}' is not a part of the model{nearest_hint(pattern, nearest)}")
+        matches |= pattern_matches
     if problems:
         raise ConfigError(problems)
-    return found
+    return matches

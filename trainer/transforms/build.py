@@ -1,4 +1,4 @@
-"""From the config to the transforms of the run's model."""
+"""Builds the transforms of the run's model from the config."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from trainer.transforms import Transform
 
 
 def build_transforms(config: Config) -> list[Transform]:
-    """Returns the transforms of the run's model, in their order."""
-    made = list[Transform]()
+    """Returns the transforms of the run's model, in their order in the config."""
+    transforms = list[Transform]()
     for label, section in config.model.transforms.items():
         if section.name in TRANSFORMS:
             kind = load(TRANSFORMS[section.name].target)
@@ -20,6 +20,6 @@ def build_transforms(config: Config) -> list[Transform]:
                 raise ConfigError(f"{key}={section.name}: should be a subclass of onecurve.Transform")
             if kind.apply is Transform.apply:
                 raise ConfigError(f"{key}={section.name}: has no method `apply(model)` of its own")
-        made.append(kind(section))
-        made[-1].key = f"model.transforms.{label}"
-    return made
+        transforms.append(kind(section))
+        transforms[-1].key = f"model.transforms.{label}"
+    return transforms

@@ -11,18 +11,18 @@ from trainer.transforms import Transform
 
 
 class FP8(Transform):
-    """Converts the linear layers in `model.blocks` (or anywhere, where it names no blocks) with sizes that are
-    multiples of 16. Emulated, the products are those of the rounded numbers in fp32.
+    """Converts the linear layers in `model.blocks` (or in the whole model, if it has no `blocks`) whose sizes are
+    multiples of 16. Emulated layers multiply the rounded numbers in fp32.
 
-    Each token is scaled by its own largest number, and weights' gradients are products in bf16 ("rowwise_with_gw_hp"):
-    then no number depends on who its neighbors in a micro-batch are. It is also torchao's most exact recipe.
+    Each token is scaled by its own largest number, and gradients of weights are products in bf16
+    ("rowwise_with_gw_hp"): so no number depends on its neighbors in the micro-batch. It is torchao's most exact recipe.
     """
 
     Config = schema.FP8
     config: schema.FP8
 
     def apply(self, model: nn.Module) -> None:
-        from torchao.float8 import Float8LinearConfig, convert_to_float8_training  # late: most runs have no use for it
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training  # late: most runs do not need it
 
         recipe = Float8LinearConfig.from_recipe_name("rowwise_with_gw_hp")
         config = replace(recipe, emulate=self.config.emulate)

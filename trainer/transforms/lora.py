@@ -1,7 +1,7 @@
-"""LoRA (Hu et al. 2021, "LoRA: Low-rank adaptation of large language models"): the model is frozen, and to its matrices
-W products of two small ones are added, W + alpha / rank * B A, which are trained. B is zero at first.
+"""LoRA (Hu et al. 2021, "LoRA: Low-rank adaptation of large language models"): the model is frozen, and to each
+matrix W a trained product of two small ones is added, W + alpha / rank * B A. B is zero at first.
 
-Both are parameters of the linear layer itself, so `weight` keeps its name for sharding, `model.weights` and export.
+A and B are parameters of the linear layer itself, so `weight` keeps its name for sharding, `model.weights` and export.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from trainer.config import transforms as schema
 from trainer.errors import ConfigError
-from trainer.transforms import NEAREST, Read, Transform, matching
+from trainer.transforms import NEAREST, Read, Transform, match_names
 
 A, B = "lora_a", "lora_b"
 NEVER_CALLED = {nn.MultiheadAttention: ("out_proj",), nn.TransformerEncoderLayer: ("linear1", "linear2")}
@@ -31,12 +31,12 @@ class LoRA(Transform):
     def __init__(self, config: schema.LoRA):
         super().__init__(config)
         self.scale = (config.alpha or config.rank) / config.rank
-        self.transposed: dict[str, bool] = {}  # by the name of each layer that is adapted
-        self.tied: dict[str, str] = {}  # such a layer: another one that has the same weight, and no adapters
+        self.transposed: dict[str, bool] = {}  # whether the weight is transposed, by the name of each adapted layer
+        self.tied: dict[str, str] = {}  # adapted layer -> a layer with the same weight and no adapters
 
     def apply(self, model: nn.Module) -> None:
-        """What an earlier transform has frozen is frozen, and the rest trained; the whole model is frozen if none has
-        frozen anything."""
+        """Adds adapters to the matched layers. If an earlier transform has frozen parameters, the others stay trained;
+        otherwise the whole model is frozen."""
         parts = list(model.named_modules(remove_duplicate=False))
         linear = {name: module for name, module in parts if _is_linear(module)}
         if not linear:
@@ -45,34 +45,35 @@ class LoRA(Transform):
             raise ConfigError(
                 f"{self.key}: {adapted.lora_key} is a lora already, and a model has one; name all layers there"
             )
-        names = sorted(matching(f"{self.key}.modules", self.config.modules, linear))
+        names = sorted(match_names(f"{self.key}.modules", self.config.modules, linear))
         if not getattr(model, "frozen_by_transforms", None):
             model.requires_grad_(False)
-        self._refuse(names, linear, _never_called(parts))
+        self._raise_if_unusable(names, linear, _find_never_called(parts))
         layers = {linear[name]: name for name in reversed(names)}
         for name, module in linear.items():
-            if module in layers:  # by all of its names
+            if module in layers:  # under all of its names
                 self.transposed[name] = type(module).__name__ == TRANSPOSED
         weights = {layer.weight: layer for layer in layers}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             layer = weights.get(parameter)  # type: ignore[call-overload]
             if layer is not None and linear.get(name.removesuffix(".weight")) is not layer:
-                self.tied |= {own: name for own in self.transposed if linear[own] is layer}
+                self.tied |= {adapted_name: name for adapted_name in self.transposed if linear[adapted_name] is layer}
         for layer, name in layers.items():
             self._adapt(layer, self.transposed[name])
 
-    def _refuse(self, names: Iterable[str], linear: dict[str, nn.Module], never_called: set[str]) -> None:
-        """Raises ConfigError for layers whose adapters would not be used, or not be all that is trained of them."""
+    def _raise_if_unusable(self, names: Iterable[str], linear: dict[str, nn.Module], never_called: set[str]) -> None:
+        """Raises ConfigError for layers whose adapters would not be used, or whose weights would be trained as well."""
         problems = []
         if unused := [name for name in names if name in never_called]:
             problems.append(
-                f"{self.key}.modules: {_some(unused)} cannot be adapted: torch computes with their weights without "
-                "calling them (nn.MultiheadAttention, nn.TransformerEncoderLayer); name other layers"
+                f"{self.key}.modules: {_list_some(unused)} cannot be adapted: torch computes with their weights "
+                "without calling them (nn.MultiheadAttention, nn.TransformerEncoderLayer); name other layers"
             )
         if trained := [name for name in names if linear[name].weight.requires_grad]:  # type: ignore[union-attr]
             problems.append(
-                f"{self.key}.modules: {_some(trained)} would be adapted, but an earlier transform leaves them trained "
-                "themselves; freeze them, too (freeze.modules=['*'], and in freeze.but what is trained), or name others"
+                f"{self.key}.modules: {_list_some(trained)} would be adapted, but an earlier transform leaves them "
+                "trained themselves; freeze them, too (freeze.modules=['*'], and in freeze.but what is trained), or "
+                "name others"
             )
         if problems:
             raise ConfigError(problems)
@@ -82,11 +83,11 @@ class LoRA(Transform):
         outputs, inputs = reversed(weight.shape) if transposed else weight.shape
         for leaf, shape in ((A, (self.config.rank, inputs)), (B, (outputs, self.config.rank))):
             layer.register_parameter(leaf, nn.Parameter(torch.empty(shape, dtype=weight.dtype, device=weight.device)))
-        layer.__class__ = _adapted(type(layer))  # type: ignore[arg-type]
+        layer.__class__ = _adapted_class(type(layer))  # type: ignore[arg-type]
         layer.lora_scale, layer.lora_key = self.scale, self.key  # type: ignore[assignment]
 
     def initialise(self, name: str, value: Tensor, generator: torch.Generator) -> bool:
-        """A as `nn.Linear` draws a matrix."""
+        """Fills A like a matrix of `nn.Linear`, and B with zeros."""
         leaf = name.rpartition(".")[2]
         if leaf == A:
             bound = 1 / math.sqrt(value.shape[1])
@@ -115,15 +116,15 @@ class _Adapted(nn.Module):
     lora_a: Tensor
     lora_b: Tensor
     lora_scale: float
-    lora_key: str  # of the section that has adapted it
+    lora_key: str  # config key of the section that has adapted it
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) + self.lora_scale * F.linear(F.linear(x, self.lora_a), self.lora_b)  # type: ignore[misc]
 
 
 @cache
-def _adapted(kind: type[nn.Module]) -> type[nn.Module]:
-    """The class of an adapted layer that was of this class: the same one for every model."""
+def _adapted_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """Returns the class of an adapted layer of this class; it is the same one for every model."""
     return type(f"LoRA{kind.__name__}", (_Adapted, kind), {})
 
 
@@ -131,9 +132,9 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == TRANSPOSED
 
 
-def _never_called(parts: Iterable[tuple[str, nn.Module]]) -> set[str]:
-    """The names of layers whose forward pass torch leaves out: of attention always, of encoder layers when they are
-    evaluated."""
+def _find_never_called(parts: Iterable[tuple[str, nn.Module]]) -> set[str]:
+    """Returns the names of layers whose forward pass torch does not call: in attention always, in encoder layers during
+    evaluation."""
     return {
         f"{name}.{layer}".removeprefix(".")
         for name, module in parts
@@ -143,6 +144,6 @@ def _never_called(parts: Iterable[tuple[str, nn.Module]]) -> set[str]:
     }
 
 
-def _some(names: Sequence[str]) -> str:
+def _list_some(names: Sequence[str]) -> str:
     more = len(names) - NEAREST
     return ", ".join(names[:NEAREST]) + (f" and {more} more" if more > 0 else "")

@@ -1,4 +1,4 @@
-"""Where the bytes of a shard are: a local file, behind a URL, or inside a compressed file or a command's output."""
+"""Storage of shards: in a local file, behind a URL, inside a compressed file, or in a command's output."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Blob", "Storage", "default_cache", "is_remote", "is_url", "shown"]
 
 
 def default_cache() -> Path:
-    """The cache folder of those who name none."""
+    """Returns the default cache folder."""
     try:
         return Path(os.environ.get("ONECURVE_CACHE") or "~/.cache/onecurve").expanduser()
     except RuntimeError:
@@ -23,11 +23,11 @@ def default_cache() -> Path:
 
 @dataclass(frozen=True)
 class Storage(Settings):
-    """Opens shards. Can be pickled; open connections and caches belong to the process."""
+    """Opens shards. It can be pickled; open connections and caches belong to the process."""
 
     def open(self, url: str) -> Blob:
-        """The blob behind a path or URL. Raises ConfigError (a scheme that cannot be read, a `pipe:` not allowed, a
-        package that is missing), DataError (it is not there, is damaged) and Outage (it cannot be reached)."""
+        """Opens the blob of a path or URL. Raises ConfigError (a scheme that cannot be read, a `pipe:` that is not
+        allowed, a missing package), DataError (it does not exist or is damaged) and Outage (it cannot be reached)."""
         from trainer.data.storage import unpack
 
         check(url, self.allow_pipe)
@@ -38,7 +38,7 @@ class Storage(Settings):
         return self.plain(url)
 
     def stamp(self, url: str) -> str:
-        """The blob's stamp as of now, without reading it; but the output of a `pipe:` has one only once it was read."""
+        """Returns the blob's present stamp, without reading it; but the output of a `pipe:` must be read first."""
         from trainer.data.storage import local, remote
 
         check(url, self.allow_pipe)
@@ -47,7 +47,7 @@ class Storage(Settings):
         return remote.stamp(self, url) if is_remote(url) else local.stamp(local_path(url), url, self)
 
     def plain(self, url: str, keep: bool = True) -> Blob:
-        """The blob as it is stored. `keep=False`: its bytes go into no cache, for what is read once."""
+        """Opens the blob as it is stored. `keep=False`: its bytes are not cached, for what is read once."""
         from trainer.data.storage import unpack
         from trainer.data.storage.local import LocalBlob
         from trainer.data.storage.remote import RemoteBlob

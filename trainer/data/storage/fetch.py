@@ -1,4 +1,4 @@
-"""The threads of a process that fetch from remote places: as many as connections, each piece of work done once."""
+"""The threads of a process that fetch remote bytes: one a connection. Work of one name is done once."""
 
 from __future__ import annotations
 
@@ -9,58 +9,60 @@ from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from functools import cache
 
-WAITING = 64  # hints that may wait at most; more are dropped
+WAITING = 64  # the most hints that may wait; more are dropped
 
 
 class _Job:
     def __init__(self, name: Hashable, work: Callable[[], bytes]):
         self.name, self.work = name, work
         self.future: Future[bytes] = Future()
-        self.taken = False
+        self.is_started = False
 
 
 class Pool:
-    """Runs work in at most `connections` daemon threads (which end with the process, whatever they wait for): first
-    what a reader waits for, then what was only foreseen. Work of one name that is under way is shared."""
+    """Runs work in at most `connections` daemon threads (which end with the process, whatever they wait for): first the
+    work that a reader waits for, then the rest. Work of one name is shared while it is pending."""
 
     def __init__(self, connections: int):
         self._connections = connections
         self._lock = threading.Lock()
         self._ready = threading.Condition(self._lock)
         self._jobs: dict[Hashable, _Job] = {}
-        self._now: deque[_Job] = deque()
-        self._later: deque[_Job] = deque()
+        self._urgent: deque[_Job] = deque()
+        self._hints: deque[_Job] = deque()
         self._threads = self._idle = 0
 
     def result(self, name: Hashable, work: Callable[[], bytes]) -> Future[bytes]:
-        """The result of `work`, or of the work of this name that was handed in before."""
+        """Submits `work` and returns its future, or that of pending work of this name."""
         with self._lock:
             if (job := self._jobs.get(name)) is None:
                 job = self._jobs[name] = _Job(name, work)
-            elif job.taken:
+            elif job.is_started:
                 return job.future
-            self._now.append(job)  # may wait in both queues: whoever takes it first does it
+            self._urgent.append(job)  # may wait in both queues: the thread that takes it first does it
             self._wake()
             return job.future
 
-    def foresee(self, name: Hashable, work: Callable[[], bytes], waiting: int = WAITING) -> None:
-        """Hands in work that nobody waits for yet, unless as much as `waiting` is waiting already."""
+    def foresee(self, name: Hashable, work: Callable[[], bytes], max_waiting: int = WAITING) -> None:
+        """Submits work that nobody waits for yet, unless `max_waiting` such items are waiting already."""
         with self._lock:
-            if name not in self._jobs and len(self._later) < waiting:
+            if name not in self._jobs and len(self._hints) < max_waiting:
                 job = self._jobs[name] = _Job(name, work)
-                self._later.append(job)
+                self._hints.append(job)
                 self._wake()
 
     def forget(self, belongs: Callable[[Hashable], bool]) -> None:
-        """Drops foreseen work that was not begun and that nobody waits for."""
+        """Drops work that has not started and that nobody waits for."""
         with self._lock:
-            awaited = {id(job) for job in self._now}
-            for job in [job for job in self._later if belongs(job.name) and id(job) not in awaited and not job.taken]:
-                self._later.remove(job)
+            awaited = {id(job) for job in self._urgent}
+            for job in [
+                job for job in self._hints if belongs(job.name) and id(job) not in awaited and not job.is_started
+            ]:
+                self._hints.remove(job)
                 del self._jobs[job.name]
 
     def _wake(self) -> None:
-        if len(self._now) + len(self._later) > self._idle and self._threads < self._connections:
+        if len(self._urgent) + len(self._hints) > self._idle and self._threads < self._connections:
             threading.Thread(target=self._run, name="onecurve-fetch", daemon=True).start()
             self._threads += 1
         self._ready.notify()
@@ -81,9 +83,9 @@ class Pool:
     def _take(self) -> _Job:
         with self._ready:
             while True:
-                while queue := self._now or self._later:
-                    if not (job := queue.popleft()).taken:
-                        job.taken = True
+                while queue := self._urgent or self._hints:
+                    if not (job := queue.popleft()).is_started:
+                        job.is_started = True
                         return job
                 self._idle += 1
                 self._ready.wait()
@@ -96,7 +98,7 @@ class Pool:
 
 @cache
 def shared(connections: int) -> Pool:
-    """The process's pool."""
+    """Returns the process's pool."""
     return Pool(connections)
 
 

@@ -1,4 +1,4 @@
-"""Objects behind any scheme that the package fsspec knows here."""
+"""Objects of any scheme that the installed fsspec knows."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from trainer.data.storage.backends import Facts, Failed, NoRanges, failure_of, f
 from trainer.data.storage.urls import scheme, shown
 from trainer.errors import ConfigError
 
-PIECE = 1 << 20  # bytes of a request: nothing can be had of one that failed
-# What file systems call that which is another one when the content is, best first. `created` is memory://'s.
+PIECE = 1 << 20  # bytes of a request: a failed one yields nothing
+# Names of what changes with the content, in different file systems, best first. `created` is memory://'s.
 _VERSIONS = (
     "ETag", "etag", "checksum", "Content-MD5", "Digest", "generation", "md5Hash", "md5Checksum", "content_hash",
     "blob_id", "oid", "LastModified", "last_modified", "Last-Modified", "mtime", "modified", "modificationTime",
@@ -73,17 +73,17 @@ class Fsspec:
 
     def _pieces(self, start: int, end: int) -> Iterator[bytes]:
         for at in range(start, end, PIECE):
-            upto = min(at + PIECE, end)
-            if len(piece := self._cat(at, upto)) > upto - at:
+            stop = min(at + PIECE, end)
+            if len(piece := self._cat(at, stop)) > stop - at:
                 raise NoRanges
             yield piece
-            if len(piece) < upto - at:  # what follows would not be its continuation
+            if len(piece) < stop - at:  # the next piece would not continue this one
                 raise Failed("the connection broke")
 
     def _failed(self, error: Exception) -> Failed:
         cause = error.__cause__
         if isinstance(cause, Exception) and type(cause).__module__.startswith("aiohttp"):
-            return self._failed(cause)  # whatever it is, fsspec says that the file is not there
+            return self._failed(cause)  # fsspec reports any such error as a missing file
         if isinstance(error, FileNotFoundError) or (status := getattr(error, "status", None)) in (404, 410):
             return Failed("does not exist", final=True)
         if isinstance(error, PermissionError):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from trainer.data.storage.urls import shown
 from trainer.errors import DataError
-from trainer.outage import CANNOT_MAP, LIMITS, Patience, is_outage, patiently
+from trainer.outage import CANNOT_MAP, LIMITS, Patience, is_outage, retry_during_outage
 
 if TYPE_CHECKING:
     from trainer.data.storage.settings import Settings
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class _File:
-    """An open file, closed when its last reader releases it: no thread reads from a recycled number."""
+    """Holds an open file until its last reader releases it, so that no thread reads from a recycled descriptor."""
 
     def __init__(self, path: str):
         self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -29,11 +29,11 @@ class _File:
 
 
 class LocalBlob:
-    """A `Blob` of a file. `mapped` reads are memoryviews without a copy; a file cut short while mapped kills us, and so
-    does storage that fails then: the kernel has no other way to say so.
+    """Reads a file as a `Blob`. With `mmap` reads are memoryviews without a copy; a file that is cut short while mapped
+    kills the process, and so does failing storage: the kernel has no other way to report it.
 
-    `url` and `stamp`: what it is known by, if not by its path and its own size and time. `storage`: how long it is
-    waited for; None: not at all. Raises DataError if it cannot be opened.
+    `url` and `stamp`: in place of the file's path and of its size and time. `storage`: says how long to wait for it;
+    None: not at all. Raises DataError if it cannot be opened.
     """
 
     def __init__(
@@ -46,20 +46,20 @@ class LocalBlob:
         storage: Settings | None = None,
     ):
         self.url = path if url is None else url
-        self._path, self._mapped, self._storage = path, mmap, storage
+        self._path, self._is_mapped, self._storage = path, mmap, storage
         self._file: _File | None = None
         self._view: memoryview | None = None
-        self._own = ""
-        _patiently(self._open, storage, self.url)
-        self.stamp = stamp or self._own
+        self._file_stamp = ""
+        _read_patiently(self._open, storage, self.url)
+        self.stamp = stamp or self._file_stamp
 
     def _open(self) -> _File:
         file = _File(self._path)
-        now = os.fstat(file.number)
-        view = _mapped(file) if self._mapped and now.st_size else None
-        if self._own not in ("", _stamp(now)):
+        status = os.fstat(file.number)
+        view = _map_file(file) if self._is_mapped and status.st_size else None
+        if self._file_stamp not in ("", _stamp(status)):
             raise DataError(f"{shown(self.url)}: was changed after it had been opened", shard=shown(self.url))
-        self.size, self._own = now.st_size, _stamp(now)
+        self.size, self._file_stamp = status.st_size, _stamp(status)
         self._file, self._view = file, view
         return file
 
@@ -70,12 +70,12 @@ class LocalBlob:
             try:
                 piece = self._pread(at, size)
             except (OSError, ValueError):
-                piece = _patiently(lambda: self._pread(at, size), self._storage, self.url, at)
+                piece = _read_patiently(lambda: self._pread(at, size), self._storage, self.url, at)
         return piece if len(piece) == size else self._short(at + len(piece), size - len(piece))
 
     def _pread(self, at: int, size: int) -> bytes | memoryview:
         file = self._file or self._open()
-        if (view := self._view) is not None:  # it was closed
+        if (view := self._view) is not None:  # another thread closed the file
             return view[at : at + size]
         try:
             content = os.pread(file.number, size, at)
@@ -97,23 +97,23 @@ class LocalBlob:
         return self.read(at, size)
 
     def prefetch(self, at: int, size: int) -> None:
-        """Nothing: the system reads ahead itself."""
+        """Does nothing: the system reads ahead itself."""
 
     def close(self) -> None:
         self._file = self._view = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the open file: the number means another one in another process."""
+        """Leaves out the open file: its number means another file in another process."""
         return {**vars(self), "_file": None, "_view": None}
 
 
 def stamp(path: str, url: str, storage: Settings | None = None) -> str:
-    """The stamp of a file as of now."""
-    return _stamp(_patiently(lambda: os.stat(path), storage, url))
+    """Returns the present stamp of a file."""
+    return _stamp(_read_patiently(lambda: os.stat(path), storage, url))
 
 
-def _mapped(file: _File) -> memoryview | None:
-    """The file as memory; None where its file system maps none, as some in user space: then it is read."""
+def _map_file(file: _File) -> memoryview | None:
+    """Maps the file into memory; returns None if its file system cannot, as some in user space: then it is read."""
     try:
         return memoryview(mmap.mmap(file.number, 0, prot=mmap.PROT_READ))
     except OSError as error:
@@ -122,16 +122,16 @@ def _mapped(file: _File) -> memoryview | None:
         return None
 
 
-def _stamp(now: os.stat_result) -> str:
-    return f"{now.st_size}-{now.st_mtime_ns}"
+def _stamp(status: os.stat_result) -> str:
+    return f"{status.st_size}-{status.st_mtime_ns}"
 
 
-def _patiently(make: Callable[[], T], storage: Settings | None, url: str, byte: int | None = None) -> T:
+def _read_patiently(make: Callable[[], T], storage: Settings | None, url: str, byte: int | None = None) -> T:
     """Returns what `make` gives, once the storage answers. Raises DataError for what is wrong with the file, Outage
     where its storage does not answer, OSError where this process may have no more files or memory."""
     try:
         patience = Patience(shown(url), shown(url), 0) if storage is None else storage.patience(url)
-        return patiently(make, patience, byte)
+        return retry_during_outage(make, patience, byte)
     except (OSError, ValueError) as error:
         if getattr(error, "errno", None) in LIMITS:
             raise

@@ -17,13 +17,13 @@ from trainer.data.storage.backends import GONE, Facts, Failed, NoRanges, failure
 from trainer.data.storage.urls import shown
 from trainer.errors import ConfigError
 
-_PLAIN = re.compile(r"(?:[\w=+~-][\w.=+~-]*/)*[\w=+~-][\w.=+~-]*", re.ASCII)  # paths that nobody writes differently
+_PLAIN = re.compile(r"(?:[\w=+~-][\w.=+~-]*/)*[\w=+~-][\w.=+~-]*", re.ASCII)  # paths that need no quoting
 _FOR_EVER_S = 30 * 86400
 _CLOUDS = ("AWS_", "GOOGLE_", "AZURE_")
 
 
 class Obstore:
-    """Reads through the package obstore. Credentials, region and endpoint come from AWS_*, GOOGLE_*, AZURE_*."""
+    """Reads through the package obstore. Credentials, region and endpoint come from AWS_*, GOOGLE_* and AZURE_*."""
 
     def __init__(self, url: str, timeout_s: float):
         import obstore
@@ -42,7 +42,7 @@ class Obstore:
                 raise
             return self._empty()
         for _ in body:
-            pass  # so that the connection can be used again
+            pass  # read to the end, so that the connection can be reused
         return facts
 
     def _empty(self) -> Facts:
@@ -54,15 +54,15 @@ class Obstore:
         return _facts(meta, self._url)
 
     def stream(self, start: int, end: int | None) -> tuple[Facts, Iterator[bytes]]:
-        if _Runtime.lost:
+        if _Runtime.is_unusable:
             raise Failed(
                 "a fork of a process that read remote shards cannot: start it by spawn or forkserver, as by "
                 "DataLoader(..., multiprocessing_context='forkserver')",
                 final=True,
             )
-        _Runtime.used = True
+        _Runtime.is_used = True
         try:
-            if end is None:  # as long as it takes: an attempt that was ended would begin anew
+            if end is None:  # without time limit: a retry would begin again at the start
                 result = self._get(self._whole(), self._path)
             else:
                 result = self._get(self._store, self._path, options={"range": (start, end)})
@@ -72,7 +72,9 @@ class Obstore:
 
     def _pieces(self, result: Any) -> Iterator[bytes]:
         try:
-            yield from result.stream(min_chunk_size=1)  # as they come: what was held back is lost with a connection
+            yield from result.stream(
+                min_chunk_size=1
+            )  # as they arrive: held-back bytes would be lost with the connection
         except Exception as error:
             raise self._failed(error) from None
 
@@ -98,71 +100,71 @@ class Obstore:
 
 
 class _Runtime:
-    """obstore's threads, which a fork of the process has not: `lost` where it would wait for them for ever."""
+    """Tracks obstore's threads, which forks do not inherit: in a fork of a process with them it is `is_unusable`."""
 
-    used = lost = False
+    is_used = is_unusable = False
 
     @classmethod
-    def forked(cls) -> None:
-        cls.lost = cls.used
+    def mark_forked(cls) -> None:
+        cls.is_unusable = cls.is_used
 
 
-os.register_at_fork(after_in_child=_Runtime.forked)
+os.register_at_fork(after_in_child=_Runtime.mark_forked)
 
 
 def has_clients() -> bool:
-    """Whether this process has read remote objects, or is the fork of one that had: forks of it cannot."""
-    return _Runtime.used
+    """Returns whether this process, or the one it was forked from, read remote objects: forks of it cannot."""
+    return _Runtime.is_used
 
 
 def _split(url: str) -> tuple[str, str]:
-    """What a store is made for, and the path in it: a bucket or server, so that its objects share connections."""
-    kind, _, rest = url.partition("://")
-    root, _, path = rest.partition("/")
+    """Splits a URL into its bucket or server, whose objects share a store's connections, and the path in it."""
+    kind, _, address = url.partition("://")
+    root, _, path = address.partition("/")
     if kind.lower() not in ("http", "https") or _PLAIN.fullmatch(path):
         return f"{kind}://{root}", path
-    return url.partition("#")[0], ""  # with a query, or written in a way that a path could not be
+    return url.partition("#")[0], ""  # with a query, or with characters that a path would quote differently
 
 
 @lru_cache(maxsize=256)
 def _store(url: str, timeout_s: float, total_s: float, environment: frozenset[tuple[str, str]]) -> Any:
-    """obstore's store, as the `environment` says. `timeout_s`: how long no byte may come; `total_s`: a request."""
+    """Makes obstore's store for an `environment`. `timeout_s`: longest wait for a byte; `total_s`: for a request."""
     from obstore import store
 
     options: dict[str, Any] = {
         "allow_http": True, "read_timeout": f"{timeout_s}s", "connect_timeout": f"{timeout_s}s",
         "timeout": f"{total_s}s", "pool_max_idle_per_host": "32",
     }  # fmt: skip
-    stores: Any = store  # typed by dicts of its own, which exist for type checkers only
-    once = {"max_retries": 0}
+    stores: Any = store  # its own types exist for type checkers only
+    no_retries = {"max_retries": 0}
     parts = urlsplit(url)
     try:
         if parts.scheme not in ("http", "https"):
-            more = _aws_profile() if parts.scheme in ("s3", "s3a") else {}
-            return stores.from_url(url, client_options=options, retry_config=once, **more)
-        if parts.username is not None:  # sent as a header, so that the URL in any message is without it
+            provider = _aws_profile() if parts.scheme in ("s3", "s3a") else {}
+            return stores.from_url(url, client_options=options, retry_config=no_retries, **provider)
+        if parts.username is not None:  # sent as a header, so that no message with the URL shows it
             user = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
             options["default_headers"] = {"Authorization": f"Basic {base64.b64encode(user.encode()).decode()}"}
             url = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
-        return stores.HTTPStore(url, client_options=options, retry_config=once)
+        return stores.HTTPStore(url, client_options=options, retry_config=no_retries)
     except Exception as error:
         raise ConfigError(f"{shown(url)}: {first_line(error)}") from None
 
 
 def _facts(meta: Any, url: str) -> Facts:
-    changed: datetime = meta["last_modified"]  # 1970 where the server does not tell
+    changed: datetime = meta["last_modified"]  # 1970 if the server does not say
     if version := (meta["e_tag"] or "").strip('"') or f"{changed.timestamp():.0f}".lstrip("0"):
         return Facts(meta["size"], version)
     raise without_version(url)
 
 
 def _aws_profile() -> dict[str, Any]:
-    """The credentials of `~/.aws`, which obstore does not read itself, where the environment holds none."""
-    given = ("AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_SKIP_SIGNATURE")
-    stored = Path(os.path.expanduser(os.environ.get("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials")))
-    if any(map(os.environ.get, given)) or not ("AWS_PROFILE" in os.environ or stored.exists()):
+    """Returns the credentials of `~/.aws`, which obstore does not read, unless the environment has some."""
+    variables = ("AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_SKIP_SIGNATURE")
+    credentials_file = Path(os.path.expanduser(os.environ.get("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials")))
+    if any(map(os.environ.get, variables)) or not ("AWS_PROFILE" in os.environ or credentials_file.exists()):
         return {}
-    with suppress(Exception):  # no boto3, or nothing in the profile: obstore's own ways
+    with suppress(Exception):  # no boto3, or an empty profile: leave it to obstore
         from obstore.auth.boto3 import Boto3CredentialProvider
 
         return {"credential_provider": Boto3CredentialProvider()}

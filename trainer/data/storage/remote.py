@@ -1,4 +1,4 @@
-"""Objects behind URLs: fetched in chunks that are kept, retried from the byte that failed, never of two versions."""
+"""Objects behind URLs: fetched in cached chunks, retried from the byte that failed, and never mixed of two versions."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ T = TypeVar("T")
 
 
 class _Patience(outage.Patience):
-    """The storage's patience with a server. A final answer is not waited for."""
+    """Waits for a server as the storage's settings say, but not after a final answer."""
 
     def __init__(self, storage: Settings, url: str):
         super().__init__(shown(url), _server(url), storage.patience_s, **storage.waits)
         self._shown = shown(url)
 
     def wait_after(self, error: Failed, at: int | None, brought: int = 0) -> None:
-        """Waits before the next attempt. Raises Outage if there shall be none, DataError for a final answer."""
+        """Waits before the next attempt. Raises Outage when patience is used up, DataError for a final answer."""
         if error.final:
             place = self._shown if at is None else f"{self._shown}: byte {at}"
             raise DataError(f"{place}: {error}", shard=self._shown, byte=at)
@@ -41,7 +41,7 @@ def _server(url: str) -> str:
 
 
 def backend(url: str, timeout_s: float) -> Backend:
-    """What reads a URL that `urls.check` let through."""
+    """Returns the backend for a URL that `urls.check` accepted."""
     from trainer.data.storage.fsspec_backend import Fsspec
     from trainer.data.storage.obstore_backend import Obstore
 
@@ -61,12 +61,12 @@ def _retry(storage: Settings, url: str, attempt: Callable[[], T]) -> T:
         except Failed as error:
             patience.wait_after(error, None)
         else:
-            patience.answered()
+            patience.note_answer()
             return result
 
 
 def _facts(storage: Settings, url: str, source: Backend) -> tuple[Facts, bool]:
-    """What the object is now, and whether its server sends parts of it."""
+    """Returns size and version of the object now, and whether its server sends parts of it."""
     try:
         return _retry(storage, url, source.facts), True
     except NoRanges:
@@ -74,14 +74,14 @@ def _facts(storage: Settings, url: str, source: Backend) -> tuple[Facts, bool]:
 
 
 def stamp(storage: Settings, url: str) -> str:
-    """The stamp of an object as of now."""
+    """Returns the present stamp of an object."""
     return _facts(storage, url, backend(url, storage.timeout_s))[0].stamp
 
 
 class RemoteBlob:
-    """A `Blob` of an object. `ranges`: whether the server sends parts; else only `whole` works.
+    """Reads an object as a `Blob`. `ranges`: whether the server sends parts; else only `whole` works.
 
-    Holds nothing that belongs to a process but the way to its server: it can be pickled, and outlives a fork.
+    Its only process-bound state is the connection to the server: it can be pickled, and used after a fork.
     """
 
     def __init__(self, storage: Settings, url: str, keep: bool = True):
@@ -91,11 +91,11 @@ class RemoteBlob:
         self.size, self.stamp = facts.size, facts.stamp
         self._chunk = storage.chunk_bytes
         self._key = cache.key(url, self.stamp, self._chunk)
-        self._kept = str(storage.cache / "chunks"), storage.cache_bytes if keep else 0
+        self._cache_settings = str(storage.cache / "chunks"), storage.cache_bytes if keep else 0
 
     @property
     def _cache(self) -> cache.Cache:
-        return cache.shared(*self._kept)
+        return cache.shared(*self._cache_settings)
 
     @property
     def _pool(self) -> fetch.Pool:
@@ -119,12 +119,12 @@ class RemoteBlob:
         for number in self._chunks(at, size):
             first = number * self._chunk
             start, stop = max(at - first, 0), min(end - first, self._chunk)
-            found = store.get(self._key, number, start, stop - start)
-            parts.append(found or b"")
-            if found is None:  # all that is missing is asked for before the first is waited for
+            cached = store.get(self._key, number, start, stop - start)
+            parts.append(cached or b"")
+            if cached is None:  # request all missing chunks before waiting for the first
                 pending.append((len(parts) - 1, start, stop, self._fetch(number)))
-        for place, start, stop, future in pending:
-            parts[place] = future.result()[start:stop]
+        for index, start, stop, future in pending:
+            parts[index] = future.result()[start:stop]
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def peek(self, at: int, size: int) -> bytes:
@@ -137,26 +137,27 @@ class RemoteBlob:
         return range(at // self._chunk, -(-(at + size) // self._chunk)) if size > 0 else range(0)
 
     def _fetch(self, number: int) -> Future[bytes]:
-        return self._pool.result((*self._kept, self._key, number), partial(self._work, number))
+        return self._pool.result((*self._cache_settings, self._key, number), partial(self._load_chunk, number))
 
     def prefetch(self, at: int, size: int) -> None:
         store, pool = self._cache, self._pool
-        ahead = fetch.WAITING if store.on_disk else max(1, cache.MEMORY_BYTES // self._chunk // 2)
-        for number in self._chunks(at, max(0, min(size, self.size - at)))[:ahead]:
+        max_chunks = fetch.WAITING if store.on_disk else max(1, cache.MEMORY_BYTES // self._chunk // 2)
+        for number in self._chunks(at, max(0, min(size, self.size - at)))[:max_chunks]:
             if not store.has(self._key, number):
-                pool.foresee((*self._kept, self._key, number), partial(self._work, number), ahead)
+                pool.foresee((*self._cache_settings, self._key, number), partial(self._load_chunk, number), max_chunks)
 
-    def _work(self, number: int) -> bytes:
+    def _load_chunk(self, number: int) -> bytes:
         start, store = number * self._chunk, self._cache
         end = min(start + self._chunk, self.size)
-        if (found := store.get(self._key, number, 0, end - start)) is not None:
-            return found  # came while this waited for its turn
+        if (cached := store.get(self._key, number, 0, end - start)) is not None:
+            return cached  # fetched meanwhile
         chunk = self._download(start, end)
         store.put(self._key, number, chunk)
         return chunk
 
     def _download(self, start: int, end: int) -> bytes:
-        """The bytes from `start` to `end`, in as many attempts as it takes; each goes on where the last one failed."""
+        """Downloads the bytes from `start` to `end`, in as many attempts as needed; each resumes where the last
+        failed."""
         content, patience = bytearray(), _Patience(self._storage, self.url)
         while len(content) < end - start:
             before = len(content)
@@ -164,7 +165,7 @@ class RemoteBlob:
                 facts, body = self._source.stream(start + before, end)
                 self._check_unchanged(facts, start + before)
                 for piece in body:
-                    patience.answered()
+                    patience.note_answer()
                     content += piece
                     if len(content) > end - start:
                         raise self._damaged(end, "the server sent more than was asked for")
@@ -179,15 +180,15 @@ class RemoteBlob:
         return bytes(content)
 
     def whole(self) -> Generator[bytes, None, None]:
-        """All bytes in order, of a server that sends no parts: an attempt that fails begins anew, past what is had."""
+        """Yields all bytes in order, from a server that sends no parts: each retry skips the bytes yielded before."""
         done, patience = 0, _Patience(self._storage, self.url)
         while True:
-            had, at = done, 0
+            done_before, at = done, 0
             try:
                 facts, body = self._source.stream(0, None)
-                self._check_unchanged(facts, had)
+                self._check_unchanged(facts, done_before)
                 for piece in body:
-                    patience.answered()
+                    patience.note_answer()
                     at += len(piece)
                     if at > self.size:
                         raise self._damaged(self.size, "the server sends more than it said there is")
@@ -198,7 +199,7 @@ class RemoteBlob:
                     return
                 raise Failed("the connection broke")
             except Failed as error:
-                patience.wait_after(error, done, done - had)
+                patience.wait_after(error, done, done - done_before)
 
     def _check_unchanged(self, facts: Facts, at: int) -> None:
         if facts.stamp != self.stamp:
@@ -211,5 +212,5 @@ class RemoteBlob:
         return DataError(f"{self._name}: byte {byte}: {problem}", shard=self._name, byte=byte)
 
     def close(self) -> None:
-        own = (*self._kept, self._key)
-        self._pool.forget(lambda name: isinstance(name, tuple) and name[: len(own)] == own)
+        prefix = (*self._cache_settings, self._key)
+        self._pool.forget(lambda name: isinstance(name, tuple) and name[: len(prefix)] == prefix)

@@ -1,4 +1,4 @@
-"""What a shard's bytes are to those who read them, and how its storage is dealt with."""
+"""The interface to the bytes of a shard, and the settings of its storage."""
 
 from __future__ import annotations
 
@@ -12,39 +12,39 @@ from trainer.outage import Patience
 
 
 class Blob(Protocol):
-    """The bytes of one shard, readable at any place by many threads at once."""
+    """Gives random access to the bytes of one shard, to many threads at once."""
 
     url: str
     """The URL as the user wrote it. Messages use `shown(url)`, as it may hold a password."""
     size: int
-    """Bytes; of `.tar.gz` and `pipe:` those of the unpacked tar."""
+    """Size in bytes; for `.tar.gz` and `pipe:` that of the unpacked tar."""
     stamp: str
-    """Another one when the content is another: made of size and time, or of the server's etag."""
+    """Changes with the content: made of size and time, or of the server's etag."""
 
     def read(self, at: int, size: int) -> bytes | memoryview:
-        """Exactly `size` bytes from byte `at`. DataError (url, byte) where that cannot be had, Outage where its storage
-        does not answer."""
+        """Reads exactly `size` bytes from byte `at`. Raises DataError (url, byte), or Outage if its storage does not
+        answer."""
 
     def peek(self, at: int, size: int) -> bytes | memoryview:
-        """Reads like `read`, but fetches no more than these bytes: for what lies far from everything else."""
+        """Reads like `read`, but fetches no more than these bytes: for bytes far from all others."""
 
     def prefetch(self, at: int, size: int) -> None:
-        """A hint that these bytes will be read soon; returns at once. Nothing for local files."""
+        """Hints that these bytes will be read soon; returns at once. Does nothing for local files."""
 
     def close(self) -> None:
-        """Lets go of files and of what was only prefetched; reading opens them again."""
+        """Closes files and drops pending prefetches; reading opens the files again."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How shards are opened and read.
+    """Says how shards are opened and read.
 
-    `cache` is a folder; `cache_bytes` is what copies of remote bytes may take of it (0: only a few chunks, in memory).
-    What `.tar.gz`, `pipe:` and servers without ranges need is kept there whole, beside that budget.
+    `cache` is a folder; `cache_bytes` limits the copies of remote bytes in it (0: only a few chunks, in memory). Whole
+    copies for `.tar.gz`, `pipe:` and servers without ranges do not count toward that budget.
     A read that failed `retries` times in a row, with growing waits from `wait_s` seconds on, and for at least
-    `patience_s`, because server or file system did not answer, is an Outage; `timeout_s` is how long no byte may come.
-    `connections` holds for all of a process's storages alike.
-    `pipes` names what outputs of `pipe:` commands are shared by: under another name the commands run anew.
+    `patience_s`, because server or file system did not answer, is an Outage. `timeout_s`: longest wait for a byte.
+    `connections`: limit for all storages of a process together.
+    `pipes`: storages with the same name share outputs of `pipe:` commands; under another name the commands run again.
     """
 
     cache: Path
@@ -61,7 +61,7 @@ class Settings:
 
     @property
     def waits(self) -> dict[str, Any]:
-        """How reads are tried again, but for what is told of them."""
+        """Returns the options of `Patience` that are the same for all reads."""
         key, code = "data.patience_s", DataError.exit_code
         return {"retries": self.retries, "first_s": self.wait_s, "key": key, "exit_code": code}
 

@@ -1,5 +1,5 @@
-"""What can only be read from front to back - compressed tars, outputs of commands, servers without ranges - is read so
-once, into a file of the cache folder that all processes of the machine share; then it is a local file."""
+"""Shards that can only be read from front to back - compressed tars, outputs of commands, servers without ranges - are
+read once, into a file in the cache folder that all processes of the machine share."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
     from trainer.data.storage.settings import Blob, Settings
 
 PIECE = 256 << 10
-UNUSED_S = 24 * 3600  # a former version of a file that nothing opened for so long is removed
+UNUSED_S = 24 * 3600  # former versions of a file that were not opened for so long are removed
 _SUFFIX = re.compile(r"\.(?:tar\.(gz|xz|bz2|zst)|(tgz|txz|tbz2|tzst))$", re.IGNORECASE)
 _SHORT = {"tgz": "gz", "txz": "xz", "tbz2": "bz2", "tzst": "zst"}
 
 
 def compression(url: str) -> str | None:
-    """`gz`, `xz`, `bz2` or `zst` by the name's end; None for a plain tar."""
+    """Returns `gz`, `xz`, `bz2` or `zst` by the end of the name; None for a plain tar."""
     match = _SUFFIX.search(urlsplit(url).path if is_remote(url) else url)
     if not match:
         return None
@@ -43,50 +43,60 @@ def compression(url: str) -> str | None:
 
 
 def unpacked(storage: Settings, url: str, open_packed: Callable[[], Blob]) -> Blob:
-    """The tar within a compressed file. Its stamp is the compressed file's."""
-    new = _decompressor(url)
-    packed = open_packed()
+    """Opens the tar within a compressed file. Its stamp is the compressed file's."""
+    make_decompressor = _decompressor(url)
+    packed_blob = open_packed()
     try:
-        # Not the name under which it is kept packed, if its server sends no parts.
-        version = f"unpacked {packed.stamp}"
-        return _kept(storage, url, version, packed.stamp, lambda: _decompress(packed, new, storage.chunk_bytes))
+        # Another name than that of the packed copy, which there is if its server sends no parts.
+        version = f"unpacked {packed_blob.stamp}"
+        return _open_kept(
+            storage,
+            url,
+            version,
+            packed_blob.stamp,
+            lambda: _decompress(packed_blob, make_decompressor, storage.chunk_bytes),
+        )
     finally:
-        packed.close()
+        packed_blob.close()
 
 
 def copied(storage: Settings, blob: RemoteBlob) -> Blob:
-    """The whole object of a server that sends no parts."""
-    return _kept(storage, blob.url, blob.stamp, blob.stamp, blob.whole)
+    """Opens a copy of a whole object whose server sends no parts."""
+    return _open_kept(storage, blob.url, blob.stamp, blob.stamp, blob.whole)
 
 
 def piped(storage: Settings, url: str) -> Blob:
-    """The output of a shell command. Its stamp is a checksum: a command that gives something else is noticed."""
-    return _kept(storage, url, storage.pipes, None, lambda: command.output(url, url[len(PIPE) :]))
+    """Opens the output of a shell command. Its stamp is a checksum, so that a changed output is noticed."""
+    return _open_kept(storage, url, storage.pipes, None, lambda: command.output(url, url[len(PIPE) :]))
 
 
 def forget(storage: Settings, url: str) -> None:
-    """Deletes what is kept of a command under `storage.pipes`."""
+    """Deletes the kept output of a command under `storage.pipes`."""
     path = _path(storage, url, storage.pipes)
     for kind in (".json", ".tar", ".lock"):
         with suppress(OSError):
             path.with_suffix(kind).unlink()
 
 
-def _kept(
-    storage: Settings, url: str, version: str, stamp: str | None, pieces: Callable[[], Generator[bytes, None, None]]
+def _open_kept(
+    storage: Settings,
+    url: str,
+    version: str,
+    stamp: str | None,
+    make_pieces: Callable[[], Generator[bytes, None, None]],
 ) -> Blob:
-    """The blob of the file that holds `pieces`; made if it is not there yet, by one process. `stamp`: the blob's; None:
-    one of its content."""
+    """Opens the file of the pieces that `make_pieces` yields; one process writes it if it is missing. `stamp`: the
+    blob's; None: made of its content."""
     path = _path(storage, url, version)
-    with suppress(DataError):  # removed at this moment
-        if (facts := _facts(path)) is not None:  # whole: others need not be waited for, nor the folder be written
+    with suppress(DataError):  # it may be removed at this moment
+        if (facts := _facts(path)) is not None:  # whole: no need to wait for others, nor to write to the folder
             return _open(storage, path, url, stamp, facts)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with locks.waited_for(path.with_suffix(".lock")):
+        with locks.hold_when_free(path.with_suffix(".lock")):
             if (facts := _facts(path)) is None:
-                facts = _write(path, url, pieces())
-                _remove_former(path)
+                facts = _write(path, url, make_pieces())
+                _remove_former_versions(path)
             return _open(storage, path, url, stamp, facts)
     except OSError as error:
         problem = f"data.cache={storage.cache}: {shown(url)} cannot be unpacked there: {error.strerror or error}"
@@ -98,7 +108,7 @@ def _path(storage: Settings, url: str, version: str) -> Path:
 
 
 def _open(storage: Settings, path: Path, url: str, stamp: str | None, facts: dict[str, Any]) -> Blob:
-    with suppress(OSError):  # in use; the file's own time is part of what others know it by
+    with suppress(OSError):  # marks it as used; the time of the tar itself must not change
         os.utime(path.with_suffix(".json"))
     stamp = stamp or f"{facts['size']}-{facts['crc32']:08x}"
     return LocalBlob(str(path), url, mmap=storage.mmap, stamp=stamp, storage=storage)
@@ -109,7 +119,7 @@ def _hash(text: str) -> str:
 
 
 def _facts(path: Path) -> dict[str, Any] | None:
-    """What was noted of the file when it was written, if it still is of that size."""
+    """Reads what was recorded when the file was written; returns None if its size has changed."""
     try:
         facts = json.loads(read_file(path.with_suffix(".json")))
         return facts if facts["size"] == stat_file(path).st_size and isinstance(facts["crc32"], int) else None
@@ -118,37 +128,37 @@ def _facts(path: Path) -> dict[str, Any] | None:
 
 
 def _write(path: Path, url: str, pieces: Generator[bytes, None, None]) -> dict[str, Any]:
-    beside = path.with_name(f".{path.stem}.tmp")  # under the file's lock, so a former one is a killed process's
+    temporary = path.with_name(f".{path.stem}.tmp")  # under the file's lock: one that exists is from a killed process
     size = checksum = 0
     try:
-        with closing(pieces), open(beside, "wb") as file:
+        with closing(pieces), open(temporary, "wb") as file:
             for piece in pieces:
                 file.write(piece)
                 size, checksum = size + len(piece), zlib.crc32(piece, checksum)
             file.flush()
-            sync(file.fileno())  # of what a power cut leaves, only the size is looked at
+            sync(file.fileno())  # after a power cut only the size is compared
         facts = {"url": shown(url), "size": size, "crc32": checksum}
-        path.with_suffix(".json").unlink(missing_ok=True)  # it is of another content, which may have the same size
-        move(beside, path)
+        path.with_suffix(".json").unlink(missing_ok=True)  # it describes other content, maybe of the same size
+        move(temporary, path)
         replace_file(path.with_suffix(".json"), json.dumps(facts).encode())
     except BaseException:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     return facts
 
 
-def _remove_former(path: Path) -> None:
-    """Removes other versions that nothing uses, and what killed processes left of them."""
-    folder, family = path.parent, path.name.partition("-")[0]
-    for other in (*folder.glob(f"{family}-*.json"), *folder.glob(f".{family}-*.tmp")):
+def _remove_former_versions(path: Path) -> None:
+    """Removes other versions that are unused, and temporary files of killed processes."""
+    folder, prefix = path.parent, path.name.partition("-")[0]
+    for other_path in (*folder.glob(f"{prefix}-*.json"), *folder.glob(f".{prefix}-*.tmp")):
         with suppress(OSError):
-            if other.stem != path.stem and time.time() - other.stat().st_mtime > UNUSED_S:
-                other.unlink()
-                other.with_suffix(".tar").unlink(missing_ok=True)
+            if other_path.stem != path.stem and time.time() - other_path.stat().st_mtime > UNUSED_S:
+                other_path.unlink()
+                other_path.with_suffix(".tar").unlink(missing_ok=True)
 
 
 def _decompressor(url: str) -> Callable[[], Any]:
-    """Makes what unpacks one stream of the file's kind."""
+    """Returns a function that makes a decompressor of one stream, by the file's name."""
     kind = compression(url)
     if kind == "zst":
         try:
@@ -164,39 +174,39 @@ def _decompressor(url: str) -> Callable[[], Any]:
     return kinds[kind]
 
 
-def _decompress(blob: Blob, new: Callable[[], Any], chunk: int) -> Generator[bytes, None, None]:
-    """The unpacked bytes of all streams of the file, one after the other. DataError: url, byte of the packed file."""
-    at, stream, rest = 0, new(), b""
-    fresh = True  # at the start of a stream: the file may end here
-    while rest or at < blob.size:
-        if not rest:
+def _decompress(blob: Blob, make_decompressor: Callable[[], Any], chunk: int) -> Generator[bytes, None, None]:
+    """Yields the unpacked bytes of all streams of the file. Raises DataError with url and byte of the packed file."""
+    at, stream, pending = 0, make_decompressor(), b""
+    is_at_start = True  # at the start of a stream: the file may end here
+    while pending or at < blob.size:
+        if not pending:
             size = min(PIECE, blob.size - at)
             blob.prefetch(at + size, 4 * chunk)
-            rest = bytes(blob.read(at, size))
+            pending = bytes(blob.read(at, size))
             at += size
-        if fresh and at > len(rest) and not (rest := rest.lstrip(b"\0")):
+        if is_at_start and at > len(pending) and not (pending := pending.lstrip(b"\0")):
             continue  # zeros that fill up a tape's block
-        before = stream.copy() if hasattr(stream, "copy") else None
+        stream_copy = stream.copy() if hasattr(stream, "copy") else None
         try:
-            piece = stream.decompress(rest)
+            piece = stream.decompress(pending)
         except (zlib.error, lzma.LZMAError, OSError, ValueError, EOFError) as error:
-            byte = at - len(rest) + _good(before, rest)
-            raise _damaged(blob.url, byte, f"damaged compressed data: {error}") from None
+            byte = at - len(pending) + _count_sound_bytes(stream_copy, pending)
+            raise _damage_error(blob.url, byte, f"damaged compressed data: {error}") from None
         except Exception as error:
             if type(error).__name__ != "ZstdError":
                 raise
-            raise _damaged(blob.url, at - len(rest), f"damaged compressed data: {error}") from None
-        fresh, rest = stream.eof, stream.unused_data if stream.eof else b""
-        if fresh:
-            stream = new()
+            raise _damage_error(blob.url, at - len(pending), f"damaged compressed data: {error}") from None
+        is_at_start, pending = stream.eof, stream.unused_data if stream.eof else b""
+        if is_at_start:
+            stream = make_decompressor()
         if piece:
             yield piece
-    if not fresh or not blob.size:
-        raise _damaged(blob.url, blob.size, "the compressed file ends here, in the middle of its data")
+    if not is_at_start or not blob.size:
+        raise _damage_error(blob.url, blob.size, "the compressed file ends here, in the middle of its data")
 
 
-def _good(stream: Any, piece: bytes) -> int:
-    """How many bytes of a piece are sound, where that can be found out."""
+def _count_sound_bytes(stream: Any, piece: bytes) -> int:
+    """Returns how many bytes of a piece are sound; 0 if the stream could not be copied."""
     if stream is None:
         return 0
     for n in range(len(piece)):
@@ -207,5 +217,5 @@ def _good(stream: Any, piece: bytes) -> int:
     return 0
 
 
-def _damaged(url: str, byte: int, problem: str) -> DataError:
+def _damage_error(url: str, byte: int, problem: str) -> DataError:
     return DataError(f"{shown(url)}: byte {byte}: {problem}", shard=shown(url), byte=byte)

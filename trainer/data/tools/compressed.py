@@ -1,4 +1,4 @@
-"""Compressed text files, opened as what is in them."""
+"""Opens compressed text files."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _DAMAGE = (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error)
 
 @contextmanager
 def opened(path: Path, packing: str) -> Iterator[IO[bytes]]:
-    """The file, unpacked: `packing` is `xz`, `gz`, `zst` or empty. What goes wrong within is a `ConfigError`."""
+    """Opens a file unpacked: `packing` is `xz`, `gz`, `zst` or empty. Errors within the block become `ConfigError`."""
     try:
         with _OPENERS[packing](path, "rb") as file:
             yield file
     except _DAMAGE as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
     except Exception as error:
-        if type(error).__name__ != "ZstdError":  # of a package that may not be there
+        if type(error).__name__ != "ZstdError":  # of a package that may not be installed
             raise
         raise ConfigError(f"{path}: cannot be read: {error}") from error
 

@@ -1,7 +1,7 @@
-"""Text as documents: .txt and .md (whole, by paragraphs or by lines) and .jsonl, also as .gz, .xz or .zst; .parquet.
+"""Reads text as documents: .txt and .md (whole, by paragraphs or by lines) and .jsonl, also .gz, .xz or .zst; .parquet.
 
-A file is read in pieces that know nothing of each other: a document belongs to the piece in which it begins, and its
-key is made of the place where it begins. So what comes out does not depend on how the work was parted.
+A file is read in independent pieces: a document belongs to the piece in which it begins, and its key names the place
+where it begins. So the documents do not depend on how the work was divided.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ CUTS = ("file", "paragraphs", "lines")
 NAME = re.compile(
     r"(?P<stem>.+)\.(?:(?P<kind>txt|md|jsonl)(?:\.(?P<packing>xz|gz|zst))?|json\.(?P<lines>xz|gz|zst)|(?P<table>parquet))",
     re.IGNORECASE,
-)  # C4 and its like call JSON lines .json.gz; plain .json is not text
+)  # C4 and others call JSON lines .json.gz; plain .json is not text
 _BOM = b"\xef\xbb\xbf"
-_BACK = 64 << 10  # bytes that are searched at once for where a line begins
+_BACK = 64 << 10  # bytes that are searched at once for the start of a line
 
 
 class Document(NamedTuple):
@@ -37,7 +37,7 @@ class Document(NamedTuple):
 
 class Source(NamedTuple):
     """A text file: key of its documents, kind (`txt`, `md`, `jsonl`, `parquet`), packing (`xz`, `gz`, `zst` or empty),
-    and the size and time that it had when it was found."""
+    and its size and modification time when it was listed."""
 
     key: str
     path: Path
@@ -49,44 +49,44 @@ class Source(NamedTuple):
 
 @dataclass(frozen=True)
 class SplitOptions:
-    """What a document is: `split` of .txt and .md (see `CUTS`), `text_field` of JSON objects and rows; `keep_json`:
-    with the other fields."""
+    """The rules of what makes a document: `split` of .txt and .md (see `CUTS`), `text_field` of JSON objects and rows;
+    `keep_json` keeps the other fields, too."""
 
     split: str = "file"
     text_field: str = "text"
     keep_json: bool = False
 
 
-Found = tuple[Document, bytes | None]  # and the other fields, as JSON
-Skip = Callable[[str], object]  # is told of a document that is left out, and why; None: that is an error
+DocumentAndFields = tuple[Document, bytes | None]  # the other fields as JSON
+Skip = Callable[[str], object]  # gets the cause for each document that is left out; None: it is an error
 
 
-def sources(files: Sequence[tuple[Path, Path]], taken: set[str]) -> list[Source]:
-    """Sources of text files, each with the folder that its key begins at; keys are unique, also against `taken`."""
-    found = []
+def sources(files: Sequence[tuple[Path, Path]], used_keys: set[str]) -> list[Source]:
+    """Returns the sources of text files, each with the folder that its key is relative to; adds keys to `used_keys`."""
+    text_sources = []
     for path, base in files:
         match = NAME.fullmatch(path.name)
         if match is None:
             raise ValueError(path)
-        key = unique_key(path.relative_to(base).with_name(match["stem"]).as_posix(), "text", taken)
-        kind, about = (match["kind"] or match["table"] or "jsonl").lower(), path.stat()
+        key = unique_key(path.relative_to(base).with_name(match["stem"]).as_posix(), "text", used_keys)
+        kind, stat = (match["kind"] or match["table"] or "jsonl").lower(), path.stat()
         packing = (match["packing"] or match["lines"] or "").lower()
-        found.append(Source(key, path, kind, packing, about.st_size, about.st_mtime_ns))
-    return found
+        text_sources.append(Source(key, path, kind, packing, stat.st_size, stat.st_mtime_ns))
+    return text_sources
 
 
-def unique_key(name: str, otherwise: str, taken: set[str]) -> str:
-    """A key made of a path without its suffix, added to those that are taken."""
-    key = unique = re.sub(r"[^\w/-]+", "-", name).strip("-_/") or otherwise
-    while unique in taken:  # a.txt and a.md, or the same name in two folders
-        unique = f"{key}~{len(taken)}"
-    taken.add(unique)
+def unique_key(name: str, default: str, used_keys: set[str]) -> str:
+    """Returns a key made of a path without its suffix, and adds it to `used_keys`."""
+    key = unique = re.sub(r"[^\w/-]+", "-", name).strip("-_/") or default
+    while unique in used_keys:  # a.txt and a.md, or the same name in two folders
+        unique = f"{key}~{len(used_keys)}"
+    used_keys.add(unique)
     return unique
 
 
 @dataclass(frozen=True)
 class Whole:
-    """Files that are a document each."""
+    """A piece of files that are one document each."""
 
     sources: tuple[Source, ...]
 
@@ -94,7 +94,7 @@ class Whole:
     def size(self) -> int:
         return sum(source.size for source in self.sources)
 
-    def documents(self, cut: SplitOptions, skip: Skip | None = None) -> Iterator[Found]:
+    def documents(self, options: SplitOptions, skip: Skip | None = None) -> Iterator[DocumentAndFields]:
         for source in self.sources:
             with _reading(source) as file:
                 text = _text(source, 0, file.read().removeprefix(_BOM), skip)
@@ -114,14 +114,14 @@ class FileRange:
     def size(self) -> int:
         return int(min(self.end, self.source.size)) - self.begin
 
-    def documents(self, cut: SplitOptions, skip: Skip | None = None) -> Iterator[Found]:
-        """Raises `ConfigError` (file, place) if the file cannot be read."""
+    def documents(self, options: SplitOptions, skip: Skip | None = None) -> Iterator[DocumentAndFields]:
+        """Yields the documents. Raises `ConfigError` (file, place) if the file cannot be read."""
         source = self.source
         with _reading(source) as file:
             if source.kind == "jsonl":
-                yield from _objects(source, _lines(file, self.begin, self.end), cut, skip)
+                yield from _objects(source, _lines(file, self.begin, self.end), options, skip)
                 return
-            parts = _paragraphs(file, self.begin, self.end) if cut.split == "paragraphs" else None
+            parts = _paragraphs(file, self.begin, self.end) if options.split == "paragraphs" else None
             for at, line in parts or _lines(file, self.begin, self.end):
                 text = _text(source, at, line, skip).rstrip("\r\n")
                 if text.strip():
@@ -130,62 +130,64 @@ class FileRange:
 
 @dataclass(frozen=True)
 class RowRange:
-    """Some row groups of a parquet file; `first`: number of their first row."""
+    """Some row groups of a parquet file; `first` is the number of their first row."""
 
     source: Source
     groups: tuple[int, ...]
     first: int
     size: int
 
-    def documents(self, cut: SplitOptions, skip: Skip | None = None) -> Iterator[Found]:
+    def documents(self, options: SplitOptions, skip: Skip | None = None) -> Iterator[DocumentAndFields]:
         import pyarrow
         from pyarrow import parquet
 
         source, row = self.source, self.first
-        columns = None if cut.keep_json else [cut.text_field]
+        columns = None if options.keep_json else [options.text_field]
         try:
             with parquet.ParquetFile(source.path) as file:
                 for batch in file.iter_batches(1024, row_groups=list(self.groups), columns=columns):
                     for values in batch.to_pylist():
                         try:
-                            text, others = _of_row(values, cut, row)
+                            text, other_fields = _read_row(values, options, row)
                         except ValueError as error:
                             if skip is None:
                                 raise
                             skip(f"{source.path}: {error}")
                         else:
                             if text.strip():
-                                yield Document(_key(source, row), text), others
+                                yield Document(_key(source, row), text), other_fields
                         row += 1
         except (OSError, ValueError, pyarrow.ArrowException) as error:
             raise ConfigError(f"{source.path}: cannot be read: {_first_line(error)}") from error
         check_unchanged(source.path, source.size, source.mtime_ns)
 
 
-def pieces(found: Sequence[Source], cut: SplitOptions, piece_bytes: int) -> Iterator[Whole | FileRange | RowRange]:
-    """The documents of some files, parted into pieces of about `piece_bytes`. Raises `ConfigError`."""
-    together: list[Source] = []
-    for source in found:
-        whole = source.kind in ("txt", "md") and cut.split == "file"
-        if together and (not whole or sum(other.size for other in together) >= piece_bytes):
-            yield Whole(tuple(together))
-            together = []
-        if whole:
-            together.append(source)
+def pieces(
+    text_sources: Sequence[Source], options: SplitOptions, piece_bytes: int
+) -> Iterator[Whole | FileRange | RowRange]:
+    """Yields the documents of some files, split into pieces of about `piece_bytes`. Raises `ConfigError`."""
+    batch: list[Source] = []
+    for source in text_sources:
+        is_whole = source.kind in ("txt", "md") and options.split == "file"
+        if batch and (not is_whole or sum(member.size for member in batch) >= piece_bytes):
+            yield Whole(tuple(batch))
+            batch = []
+        if is_whole:
+            batch.append(source)
         elif source.kind == "parquet":
-            yield from _rows(source, cut, piece_bytes)
+            yield from _rows(source, options, piece_bytes)
         elif source.packing:
             yield FileRange(source)
         else:
             for begin in range(0, source.size, piece_bytes):
                 end = begin + piece_bytes
                 yield FileRange(source, begin, end if end < source.size else float("inf"))
-    if together:
-        yield Whole(tuple(together))
+    if batch:
+        yield Whole(tuple(batch))
 
 
 def check_unchanged(path: Path, size: int, mtime_ns: int) -> None:
-    """Raises `ConfigError` if a file is not the one that was found."""
+    """Raises `ConfigError` if a file was changed since it was listed."""
     with suppress(OSError):
         now = os.stat(path)
         if (now.st_size, now.st_mtime_ns) == (size, mtime_ns):
@@ -195,7 +197,7 @@ def check_unchanged(path: Path, size: int, mtime_ns: int) -> None:
 
 @contextmanager
 def _reading(source: Source) -> Iterator[IO[bytes]]:
-    """The file, unpacked. What goes wrong within is a `ConfigError`."""
+    """Opens the file unpacked. Errors within the block become `ConfigError`."""
     with opened(source.path, source.packing) as file:
         yield file
         check_unchanged(source.path, source.size, source.mtime_ns)
@@ -217,21 +219,21 @@ def _text(source: Source, at: int, content: bytes, skip: Skip | None) -> str:
 
 
 def _lines(file: IO[bytes], begin: int, end: float) -> Iterator[tuple[int, bytes]]:
-    """The lines that begin in [begin, end), each with its place."""
+    """Yields the lines that begin in [begin, end), each with its place."""
     at = begin
     if begin:
         file.seek(begin - 1)
-        at += len(file.readline()) - 1  # the end of a line that began before
+        at += len(file.readline()) - 1  # the rest of a line that began before
     while at < end and (line := file.readline()):
         yield at, line if at else line.removeprefix(_BOM)
         at += len(line)
 
 
 def _paragraphs(file: IO[bytes], begin: int, end: float) -> Iterator[tuple[int, bytes]]:
-    """The paragraphs that begin in [begin, end): lines between blank ones."""
+    """Yields the paragraphs that begin in [begin, end): lines between blank ones."""
     place = 0
     lines: list[bytes] = []
-    inside = begin > 0 and not _blank(_line_before(file, begin))  # of one that began before
+    inside = begin > 0 and not _blank(_line_before(file, begin))  # a paragraph that began before
     for at, line in _lines(file, begin, float("inf")):
         if _blank(line):
             if lines:
@@ -250,14 +252,14 @@ def _paragraphs(file: IO[bytes], begin: int, end: float) -> Iterator[tuple[int, 
 
 
 def _line_before(file: IO[bytes], begin: int) -> bytes:
-    """The line before the first one that begins at `begin` or later."""
+    """Returns the line before the first one that begins at `begin` or later."""
     start = begin
-    while start:  # to where the line that byte begin - 1 is part of begins
+    while start:  # back to the start of the line that holds byte begin - 1
         back = min(_BACK, start)
         file.seek(start - back)
-        found = file.read(back - (start == begin)).rfind(b"\n")
-        if found >= 0:
-            start += found + 1 - back
+        newline = file.read(back - (start == begin)).rfind(b"\n")
+        if newline >= 0:
+            start += newline + 1 - back
             break
         start -= back
     file.seek(start)
@@ -270,38 +272,38 @@ def _blank(line: bytes) -> bool:
 
 
 def _objects(
-    source: Source, lines: Iterator[tuple[int, bytes]], cut: SplitOptions, skip: Skip | None
-) -> Iterator[Found]:
-    """The documents of JSON lines."""
+    source: Source, lines: Iterator[tuple[int, bytes]], options: SplitOptions, skip: Skip | None
+) -> Iterator[DocumentAndFields]:
+    """Yields the documents of JSON lines."""
     for at, line in lines:
-        if not (spelt := _text(source, at, line, skip)).strip():
+        if not (json_text := _text(source, at, line, skip)).strip():
             continue
         try:
-            values = _object(spelt, cut.text_field)
-            text = values.pop(cut.text_field)
-            others = _others(values, cut, "") if text.strip() else None
+            values = _parse_object(json_text, options.text_field)
+            text = values.pop(options.text_field)
+            other_fields = _encode_fields(values, options, "") if text.strip() else None
         except (ValueError, RecursionError) as error:
             problem = "is nested too deeply" if isinstance(error, RecursionError) else f"{error}".lstrip(" :")
             if skip is None:
                 raise ValueError(f"line {_line_number(source, at)}: {problem}") from error
-            skip(f"{source.path}: line at byte {at}: {problem}")  # whose number would take a pass for each
+            skip(f"{source.path}: line at byte {at}: {problem}")  # its number would take a pass over the file
             continue
         if text.strip():
-            yield Document(_key(source, at), text), others
+            yield Document(_key(source, at), text), other_fields
 
 
-def _object(spelt: str, field: str) -> dict[str, Any]:
-    """The JSON object, which has the text. Raises ValueError."""
+def _parse_object(json_text: str, field: str) -> dict[str, Any]:
+    """Returns the JSON object. Raises ValueError if it lacks the text."""
     try:
-        values = json.loads(spelt)
+        values = json.loads(json_text)
     except json.JSONDecodeError as error:
         raise ValueError(f"is not JSON: {error.msg} (character {error.pos + 1})") from None
     if not isinstance(values, dict):
-        raise ValueError(f"is not a JSON object but {_named(values)}")
+        raise ValueError(f"is not a JSON object but {_type_name(values)}")
     if field not in values:
         raise ValueError(f"has no {field!r} (--text-field); it has: {', '.join(values) or 'nothing'}")
     if not isinstance(text := values[field], str):
-        raise ValueError(f"{field!r} (--text-field) is {_named(text)}, not a string")
+        raise ValueError(f"{field!r} (--text-field) is {_type_name(text)}, not a string")
     try:
         text.encode()
     except UnicodeEncodeError:  # JSON can spell it
@@ -309,21 +311,22 @@ def _object(spelt: str, field: str) -> dict[str, Any]:
     return values
 
 
-def _of_row(values: dict[str, Any], cut: SplitOptions, row: int) -> tuple[str, bytes | None]:
-    """The text of a row, and its other columns as JSON. Raises ValueError."""
-    if (text := values.pop(cut.text_field)) is None:
-        raise ValueError(f"row {row}: {cut.text_field!r} (--text-field) is null; leave such rows out (--on-error skip)")
-    return text, _others(values, cut, f"row {row}") if text.strip() else None
+def _read_row(values: dict[str, Any], options: SplitOptions, row: int) -> tuple[str, bytes | None]:
+    """Returns the text of a row, and its other columns as JSON. Raises ValueError."""
+    if (text := values.pop(options.text_field)) is None:
+        name = options.text_field
+        raise ValueError(f"row {row}: {name!r} (--text-field) is null; leave such rows out (--on-error skip)")
+    return text, _encode_fields(values, options, f"row {row}") if text.strip() else None
 
 
-def _named(value: Any) -> str:
+def _type_name(value: Any) -> str:
     names = {list: "a list", dict: "an object", str: "a string", type(None): "null", bool: "true or false"}
     return names.get(type(value), "a number")
 
 
-def _others(values: dict[str, Any], cut: SplitOptions, where: str) -> bytes | None:
-    """The other fields as JSON, if they are to be kept. Raises ValueError."""
-    if not cut.keep_json:
+def _encode_fields(values: dict[str, Any], options: SplitOptions, place: str) -> bytes | None:
+    """Returns the other fields as JSON, None unless they are to be kept. Raises ValueError."""
+    if not options.keep_json:
         return None
     try:
         return json.dumps(values, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_plain).encode()
@@ -331,7 +334,7 @@ def _others(values: dict[str, Any], cut: SplitOptions, where: str) -> bytes | No
         problem = "a field that is not Unicode text cannot be kept as JSON"
     except (ValueError, TypeError) as error:
         problem = "NaN and Infinity cannot be kept as JSON" if "float" in str(error) else str(error)
-    raise ValueError(f"{where}: --keep-json: {problem}")
+    raise ValueError(f"{place}: --keep-json: {problem}")
 
 
 def _plain(value: Any) -> str:
@@ -341,7 +344,7 @@ def _plain(value: Any) -> str:
 
 
 def _line_number(source: Source, at: int) -> int:
-    """Number of the line that begins at byte `at`, from 1 on."""
+    """Returns the number of the line that begins at byte `at`, counted from 1."""
     number = 1
     with opened(source.path, source.packing) as file:
         while at > 0 and (part := file.read(min(at, 1 << 20))):
@@ -350,8 +353,8 @@ def _line_number(source: Source, at: int) -> int:
     return number
 
 
-def _rows(source: Source, cut: SplitOptions, piece_bytes: int) -> Iterator[RowRange]:
-    """The pieces of a parquet file: neighboring row groups."""
+def _rows(source: Source, options: SplitOptions, piece_bytes: int) -> Iterator[RowRange]:
+    """Yields the pieces of a parquet file: neighboring row groups."""
     try:
         import pyarrow
         from pyarrow import parquet, types
@@ -359,26 +362,26 @@ def _rows(source: Source, cut: SplitOptions, piece_bytes: int) -> Iterator[RowRa
         raise ConfigError(f"{source.path}: needs the package pyarrow: pip install 'onecurve[parquet]'") from None
     try:
         with parquet.ParquetFile(source.path) as file:
-            about, schema = file.metadata, file.schema_arrow
+            metadata, schema = file.metadata, file.schema_arrow
     except (OSError, pyarrow.ArrowException) as error:
         raise ConfigError(f"{source.path}: cannot be read: {_first_line(error)}") from error
-    if cut.text_field not in schema.names:
-        have = ", ".join(schema.names)
-        raise ConfigError(f"{source.path}: has no column {cut.text_field!r} (--text-field); it has: {have}")
-    if twice := [
-        n for n, times in Counter(schema.names).items() if times > 1 and (cut.keep_json or n == cut.text_field)
+    if options.text_field not in schema.names:
+        columns = ", ".join(schema.names)
+        raise ConfigError(f"{source.path}: has no column {options.text_field!r} (--text-field); it has: {columns}")
+    if duplicates := [
+        n for n, times in Counter(schema.names).items() if times > 1 and (options.keep_json or n == options.text_field)
     ]:
-        raise ConfigError(f"{source.path}: has two columns {twice[0]!r}: rename one")
-    kind = schema.field(cut.text_field).type
+        raise ConfigError(f"{source.path}: has two columns {duplicates[0]!r}: rename one")
+    kind = schema.field(options.text_field).type
     plain = kind.value_type if types.is_dictionary(kind) else kind
     if not (types.is_string(plain) or types.is_large_string(plain)):
-        raise ConfigError(f"{source.path}: column {cut.text_field!r} holds {kind}, not strings")
+        raise ConfigError(f"{source.path}: column {options.text_field!r} holds {kind}, not strings")
     groups: list[int] = []
     first = rows = size = 0
-    for number in range(about.num_row_groups):
-        group = about.row_group(number)
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
         groups, rows, size = [*groups, number], rows + group.num_rows, size + group.total_byte_size
-        if size >= piece_bytes or number == about.num_row_groups - 1:
+        if size >= piece_bytes or number == metadata.num_row_groups - 1:
             yield RowRange(source, tuple(groups), first, size)
             groups, first, rows, size = [], first + rows, 0, 0
 

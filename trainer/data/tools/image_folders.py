@@ -1,4 +1,4 @@
-"""Folders of images as samples: each image with the text, JSON or label beside it, and the class that its folder names.
+"""Reads folders of images as samples: each image with its text, JSON or label file, and the class its folder names.
 
 `INPUT/cat/0001.jpg` and `INPUT/cat/0001.json` are the sample `INPUT/cat/0001` with the members jpg, json and cls.
 """
@@ -14,7 +14,7 @@ from trainer.data.tools.documents import check_unchanged, unique_key
 from trainer.errors import ConfigError
 
 IMAGES = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "pbm", "avif", "jp2", "heic"}
-BESIDE = {"txt", "json", "cls"}
+SIDE_FILES = {"txt", "json", "cls"}
 
 
 class File(NamedTuple):
@@ -34,7 +34,7 @@ class Picture(NamedTuple):
 
 @dataclass(frozen=True)
 class Pictures:
-    """A piece of a folder of images. `classes`: number of each class, {} for none."""
+    """A piece of a folder of images. `classes` has the number of each class; {} for none."""
 
     pictures: tuple[Picture, ...]
     classes: dict[str, int]
@@ -44,7 +44,7 @@ class Pictures:
         return sum(file.size for picture in self.pictures for file in picture.files)
 
     def samples(self) -> Iterator[tuple[str, dict[str, bytes]]]:
-        """Key and payloads of each. Raises `ConfigError` for a file that cannot be read."""
+        """Yields the key and the payloads of each sample. Raises `ConfigError` for a file that cannot be read."""
         for picture in self.pictures:
             members = {}
             for file in picture.files:
@@ -62,16 +62,19 @@ def extension(path: Path) -> str:
     return path.suffix[1:].lower()
 
 
-def pictures(files: Sequence[tuple[Path, Path]], folder: Path, taken: set[str], problems: list[str]) -> list[Picture]:
-    """The samples of a folder: (file, where its key begins) of all in it; adds to `problems`, keys to `taken`.
+def pictures(
+    files: Sequence[tuple[Path, Path]], folder: Path, used_keys: set[str], problems: list[str]
+) -> list[Picture]:
+    """Returns the samples of a folder. `files`: each file in it, and the folder that its key is relative to.
 
-    Files without an image of the same name are left out. A class is the folder within `folder` that an image lies in.
+    Adds to `problems` and `used_keys`. Files without an image of the same name are left out. The class of an image is
+    the folder within `folder` that it lies in.
     """
     groups: dict[Path, list[tuple[Path, Path]]] = {}
     for path, base in files:
-        if extension(path) in IMAGES | BESIDE:
+        if extension(path) in IMAGES | SIDE_FILES:
             groups.setdefault(path.with_suffix(""), []).append((path, base))
-    found = []
+    samples = []
     for stem, group in groups.items():
         names = [extension(path) for path, _ in group]
         if not IMAGES & set(names):
@@ -80,23 +83,23 @@ def pictures(files: Sequence[tuple[Path, Path]], folder: Path, taken: set[str], 
             problems.append(f"{group[0][0]}: another file has the same name but for upper and lower case")
         stats = [(path, path.stat()) for path, _ in group]
         parts = group[0][0].relative_to(folder).parts
-        key = unique_key(stem.relative_to(group[0][1]).as_posix(), "image", taken)
-        members = tuple(File(extension(path), path, at.st_size, at.st_mtime_ns) for path, at in stats)
-        found.append(Picture(key, members, parts[0] if len(parts) > 1 else None))
-    return found
+        key = unique_key(stem.relative_to(group[0][1]).as_posix(), "image", used_keys)
+        members = tuple(File(extension(path), path, stat.st_size, stat.st_mtime_ns) for path, stat in stats)
+        samples.append(Picture(key, members, parts[0] if len(parts) > 1 else None))
+    return samples
 
 
-def pieces(found: Sequence[Picture], labels: bool, piece_bytes: int) -> tuple[list[Pictures], dict[str, int]]:
-    """The samples parted into pieces of about `piece_bytes`, and the classes numbered in the order of their names."""
-    names = sorted({picture.label for picture in found if picture.label is not None}) if labels else []
+def pieces(samples: Sequence[Picture], labels: bool, piece_bytes: int) -> tuple[list[Pictures], dict[str, int]]:
+    """Splits the samples into pieces of about `piece_bytes`; returns them and the classes, numbered by name."""
+    names = sorted({picture.label for picture in samples if picture.label is not None}) if labels else []
     classes = {name: number for number, name in enumerate(names)}
-    made, together, size = [], [], 0
-    for picture in found:
-        together.append(picture)
+    parts, batch, size = [], [], 0
+    for picture in samples:
+        batch.append(picture)
         size += sum(file.size for file in picture.files)
         if size >= piece_bytes:
-            made.append(Pictures(tuple(together), classes))
-            together, size = [], 0
-    if together:
-        made.append(Pictures(tuple(together), classes))
-    return made, classes
+            parts.append(Pictures(tuple(batch), classes))
+            batch, size = [], 0
+    if batch:
+        parts.append(Pictures(tuple(batch), classes))
+    return parts, classes

@@ -1,4 +1,4 @@
-"""What is in shards, in numbers: samples, bytes, fields, sizes, tokens."""
+"""Measures shards: samples, bytes, fields, sizes, tokens."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from trainer.data.shards import Shards
 from trainer.data.storage import Storage, shown
 from trainer.errors import ConfigError, DataError
 
-_SAMPLE = 1 << 20  # bytes of text that an estimate is made from
-STORED = {"u16": 2, "u32": 4}  # bytes of a token id
+_SAMPLE_BYTES = 1 << 20  # bytes of text that an estimate is made from
+TOKEN_ID_BYTES = {"u16": 2, "u32": 4}  # by extension
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one shard. `fields`: extension -> (samples that have it, bytes); `sizes`: bytes of each sample, int64 [n];
-    `tokens`: None where they are not known."""
+    """The measurements of one shard. `fields`: extension -> (samples that have it, bytes); `sizes`: bytes of each
+    sample, int64 [n]; `tokens`: None if unknown."""
 
     size: int
     samples: int
@@ -33,21 +33,21 @@ class Measured:
 
 
 def measure(url: str, storage: Storage, field: str | None = None, tokenizer: str | None = None) -> Measured:
-    """Measures a shard by its index, which is made if need be. Tokens are those of a member u16 or u32, or, with a
-    `tokenizer`, those that the text `field` would give, separators included. Raises `DataError`,
-    and `ConfigError` where no sample has that field."""
+    """Measures a shard by its index, which is built if necessary. Counts the tokens of a member u16 or u32 or, with a
+    `tokenizer`, those of the text `field`, separators included. Raises `DataError`, and `ConfigError` if no sample has
+    that field."""
     index = ShardIndex.open(url, storage)
     fields = index.summary.fields
     tokens = None
     if tokenizer is not None:
         if (field := field or "txt") not in fields:
-            there = ", ".join(sorted(fields)) or "nothing"
-            raise ConfigError(f"--field {field}: no sample of {shown(url)} has it; there is: {there}")
+            choices = ", ".join(sorted(fields)) or "nothing"
+            raise ConfigError(f"--field {field}: no sample of {shown(url)} has it; there is: {choices}")
         tokens = _count(index, storage, field, _tokenizer(tokenizer))
     else:
-        for stored, width in STORED.items():
-            if stored in fields:
-                tokens = (tokens or 0) + fields[stored][1] // width
+        for extension, width in TOKEN_ID_BYTES.items():
+            if extension in fields:
+                tokens = (tokens or 0) + fields[extension][1] // width
     return Measured(index.size, len(index.keys), fields, index.sizes(), tokens)
 
 
@@ -74,16 +74,16 @@ def _count(index: ShardIndex, storage: Storage, field: str, tokenizer: tokenizat
 
 
 def about_tokens(shards: Shards, tokenizer: tokenization.Tokenizer) -> int:
-    """Returns how many tokens the texts of the shards are, separators included, by some of them, evenly spread."""
-    step = -(-shards.bytes // _SAMPLE) or 1
-    found = [bytes(shards.read(v)) for v in range(0, shards.n, step)]
-    tokens = sum(len(tokenizer.encode(str(content, "utf-8"))) for content in found)
-    return round(tokens * shards.bytes / max(1, sum(map(len, found)))) + shards.n
+    """Estimates the number of tokens of the texts of the shards, separators included, from an even sample of them."""
+    step = -(-shards.bytes // _SAMPLE_BYTES) or 1
+    texts = [bytes(shards.read(v)) for v in range(0, shards.n, step)]
+    tokens = sum(len(tokenizer.encode(str(content, "utf-8"))) for content in texts)
+    return round(tokens * shards.bytes / max(1, sum(map(len, texts)))) + shards.n
 
 
 def sum_measured(parts: Sequence[Measured]) -> dict[str, Any]:
-    """The numbers of all shards, JSON-able. `histogram`: [least size, size above the largest, samples] of each bin,
-    which are powers of two."""
+    """Returns the sums over all shards, JSON-able. `histogram`: [least size, size above the largest, samples] of each
+    bin; bins are powers of two."""
     sizes = np.concatenate([part.sizes for part in parts])
     fields: dict[str, dict[str, int]] = {}
     for part in parts:
@@ -91,23 +91,23 @@ def sum_measured(parts: Sequence[Measured]) -> dict[str, Any]:
             sums = fields.setdefault(name, {"samples": 0, "bytes": 0})
             sums["samples"] += count
             sums["bytes"] += size
-    made: dict[str, Any] = {
+    totals: dict[str, Any] = {
         "shards": len(parts),
         "samples": len(sizes),
         "bytes": sum(part.size for part in parts),
         "fields": dict(sorted(fields.items())),
     }
     if len(sizes):
-        made["sample_bytes"] = {
+        totals["sample_bytes"] = {
             "min": int(sizes.min()),
             "median": float(np.median(sizes)),
             "mean": float(sizes.mean()),
             "max": int(sizes.max()),
         }
-        made["histogram"] = _histogram(sizes)
+        totals["histogram"] = _histogram(sizes)
     if any(part.tokens is not None for part in parts):
-        made["tokens"] = sum(part.tokens or 0 for part in parts)
-    return made
+        totals["tokens"] = sum(part.tokens or 0 for part in parts)
+    return totals
 
 
 def _histogram(sizes: Numbers) -> list[list[int]]:

@@ -1,7 +1,7 @@
-"""Packing files into a data set: in parallel, resumable, and the same bytes whatever the number of processes.
+"""Packs files into a data set: in parallel, resumable, and the same bytes for any number of processes.
 
-Inputs are parted into pieces by their bytes alone (`pack_request`); `assemble` makes the shards of them.
-All is written to a folder `.NAME.partial` beside the data set NAME, from which a killed command goes on.
+Inputs are split into pieces by their bytes alone (`pack_request`); `assemble` makes the shards from them. Everything is
+written to a folder `.NAME.partial` next to the data set NAME, from which a killed command resumes.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from trainer.errors import ConfigError
 from trainer.files import replace_file
 
 PIECE_BYTES = 16 << 20
-_TOLD = 5  # documents that were left out, of which is told why
-_VERSION = 2  # of what is in a work folder
+_CAUSES_SHOWN = 5  # causes in dataset.json, of the documents that were left out
+_VERSION = 2  # of the layout of a work folder
 
 ReportProgress = Callable[[str, int, int], None]
 
@@ -46,54 +46,58 @@ def pack_inputs(
     *,
     workers: int = 1,
     restart: bool = False,
-    report: ReportProgress = lambda what, done, total: None,
+    report: ReportProgress = lambda activity, done, total: None,
     piece_bytes: int = PIECE_BYTES,
 ) -> list[Path]:
-    """Makes the data set folder `out`: train and validation shards with their indexes, `dataset.json`, and
+    """Creates the data set folder `out`: train and validation shards with their indexes, `dataset.json`, and
     `tokenizer.json` (text) or `classes.json` (images). Returns the files in the given folders that were left out.
 
-    Goes on from what a killed call with the same inputs and options left; with `restart`, anew. `report`: is told what
-    is being done, how much of it is done, and how much there is. Raises `ConfigError`: bad options and inputs, of which
-    nothing is left; `out` exists, is being packed by another process, or was begun with other inputs or options.
+    Resumes what a killed call with the same inputs and options left, unless `restart`. `report` is called with the
+    activity, the amount done and the total. Raises `ConfigError` if options or inputs are bad (nothing is left then),
+    if `out` exists, is being packed by another process, or was begun with other inputs or options.
     """
     out = Path(os.path.abspath(out.expanduser()))
     write.check_free(out)
     if problems := options.problems():
         raise ConfigError(problems)
-    found = find_files(inputs, options, piece_bytes)
-    make = write.tokenizer_recipe(options.tokenizer, options.separator) if found.texts else None
-    described = (
+    files = find_files(inputs, options, piece_bytes)
+    make = write.tokenizer_recipe(options.tokenizer, options.separator) if files.texts else None
+    tokenizer_identity = (
         options.tokenizer if make is None or write.TRAINED.fullmatch(options.tokenizer) else make([]).fingerprint
     )
-    identity = identity_of([_VERSION, piece_bytes, found.identity, asdict(options), described])
+    identity = identity_of([_VERSION, piece_bytes, files.identity, asdict(options), tokenizer_identity])
     with _work_folder(out, identity, restart) as work:
         assemble.prepare(work)
-        encode, tokenizer = None, None
+        encode, tokenizer_info = None, None
         if make is not None:
-            kept = work / "tokenizer.json"
-            made = tokenization.load(str(kept)) if kept.exists() else make(_some_texts(found.texts, options, report))
-            tokenizer = write.save_tokenizer(work, options.tokenizer, made)
-            encode = Encode(options, str(kept) if kept.exists() else "bytes")
+            tokenizer_path = work / "tokenizer.json"
+            text_tokenizer = (
+                tokenization.load(str(tokenizer_path))
+                if tokenizer_path.exists()
+                else make(_some_texts(files.texts, options, report))
+            )
+            tokenizer_info = write.save_tokenizer(work, options.tokenizer, text_tokenizer)
+            encode = Encode(options, str(tokenizer_path) if tokenizer_path.exists() else "bytes")
         with Workers(workers) as pool:
-            splits, counts, digests = _shards(work, found, options, encode, pool, report)
+            splits, counts, digests = _shards(work, files, options, encode, pool, report)
         write.check_splits({split: sums["samples"] for split, sums in splits.items()}, options.validation > 0)
-        skipped = [assemble.skipped(work, number) for number in range(len(found.texts))]
-        _finish(work, found, encode, tokenizer, splits, counts, digests, skipped)
+        skipped = [assemble.skipped(work, number) for number in range(len(files.texts))]
+        _finish(work, files, encode, tokenizer_info, splits, counts, digests, skipped)
         write.publish(work / assemble.SHARDS, out)
-    return found.left_out
+    return files.left_out
 
 
 def _some_texts(pieces: Sequence[Text], options: Options, report: ReportProgress) -> Iterator[str]:
-    """Train texts for a tokenizer: all, or of each piece its share of what a tokenizer needs."""
+    """Yields train texts for a tokenizer: all, or from each piece its share of what a tokenizer needs."""
     total, done = sum(piece.size for piece in pieces), 0
     for piece in pieces:
         report("reading for the tokenizer", done, total)
-        left = write.TOKENIZER_SAMPLE * piece.size // max(total, 1)
-        for document, _ in piece.documents(options.cut, options.skips([])):
+        remaining = write.TOKENIZER_SAMPLE * piece.size // max(total, 1)
+        for document, _ in piece.documents(options.split_options, options.skips([])):
             if options.split_of(document.key) == "train":
                 yield document.text
-                left -= len(document.text)
-            if left < 0:
+                remaining -= len(document.text)
+            if remaining < 0:
                 break
         done += piece.size
         report("reading for the tokenizer", done, total)
@@ -101,19 +105,19 @@ def _some_texts(pieces: Sequence[Text], options: Options, report: ReportProgress
 
 @dataclass(frozen=True)
 class Encode:
-    """Documents to samples. `tokenizer`: what `tokenizer.load` takes."""
+    """Encodes documents as samples. `tokenizer` is a spec for `tokenizer.load`."""
 
     options: Options
     tokenizer: str
 
     @property
     def field(self) -> str:
-        """Name of the member."""
+        """Returns the name of the member that holds the text."""
         if not self.options.tokenize:
             return self.options.field
         return "u16" if _tokenizer(self.tokenizer).vocab_size <= 1 << 16 else "u32"
 
-    def sample(self, document: Document, others: bytes | None) -> assemble.Sample:
+    def sample(self, document: Document, other_fields: bytes | None) -> assemble.Sample:
         content, field = document.text.encode(), self.field
         counts, members = {"bytes": len(content), "chars": len(document.text)}, {field: content}
         if self.options.tokenize:
@@ -121,8 +125,8 @@ class Encode:
             ids = np.append(tokenizer.encode(document.text), tokenizer.separator)
             members[field] = ids.astype("<u2" if field == "u16" else "<u4").tobytes()
             counts["tokens"] = len(ids)
-        if others is not None:
-            members["json"] = others
+        if other_fields is not None:
+            members["json"] = other_fields
         return self.options.split_of(document.key), document.key, members, counts
 
 
@@ -133,8 +137,10 @@ def _tokenizer(spec: str) -> tokenization.Tokenizer:
 
 def _write_text(work: Path, number: int, piece: Text, encode: Encode) -> None:
     skipped: list[str] = []
-    found = piece.documents(encode.options.cut, encode.options.skips(skipped))
-    assemble.write_piece(work, number, (encode.sample(document, others) for document, others in found), skipped)
+    documents = piece.documents(encode.options.split_options, encode.options.skips(skipped))
+    assemble.write_piece(
+        work, number, (encode.sample(document, other_fields) for document, other_fields in documents), skipped
+    )
 
 
 def _write_pictures(work: Path, number: int, piece: Pictures, options: Options) -> None:
@@ -146,14 +152,14 @@ def _write_pictures(work: Path, number: int, piece: Pictures, options: Options) 
 
 
 def _shards(
-    work: Path, found: FoundFiles, options: Options, encode: Encode | None, pool: Workers, report: ReportProgress
+    work: Path, files: FoundFiles, options: Options, encode: Encode | None, pool: Workers, report: ReportProgress
 ) -> tuple[dict[str, dict[str, int]], dict[str, int], dict[str, str]]:
-    """Makes all shards. What is counted of each split, how many shards it has, and the sha256 of each."""
-    pieces: Sequence[Text | Pictures] = found.texts or found.pictures
+    """Makes all shards. Returns the counts of each split, the number of its shards, and the sha256 of each shard."""
+    pieces: Sequence[Text | Pictures] = files.texts or files.pictures
     if encode is not None:
-        made = pool.in_order(_write_text, ((work, n, piece, encode) for n, piece in enumerate(found.texts)))
+        writes = pool.in_order(_write_text, ((work, n, piece, encode) for n, piece in enumerate(files.texts)))
     else:
-        made = pool.in_order(_write_pictures, ((work, n, piece, options) for n, piece in enumerate(found.pictures)))
+        writes = pool.in_order(_write_pictures, ((work, n, piece, options) for n, piece in enumerate(files.pictures)))
     cutters = {split: assemble.Cutter(split, options.shard_bytes) for split in SPLITS}
     names = ("samples", "bytes", "chars", "tokens")[: 2 if encode is None else 4 if options.tokenize else 3]
     splits = {split: dict.fromkeys(names, 0) for split in SPLITS}
@@ -166,7 +172,7 @@ def _shards(
             running.append((shard, pool.submit(assemble.write_shard, work, shard)))
 
     def settle(wait: bool) -> None:
-        """Takes in the shards that are done, and drops the bodies that no other shard needs."""
+        """Collects the shards that are done, and drops the bodies that no other shard needs."""
         while running and (wait or running[0][1].done()):
             shard, future = running.pop(0)
             digests.update([result(future)])
@@ -176,69 +182,69 @@ def _shards(
                     assemble.drop_body(work, span.piece, shard.split)
 
     done = 0
-    for number, _ in enumerate(made):
-        about, ends = assemble.counted(work, number)
+    for number, _ in enumerate(writes):
+        summaries, ends = assemble.counted(work, number)
         for split, cutter in cutters.items():
-            if split not in about:
+            if split not in summaries:
                 continue
-            for what, amount in about[split]["counts"].items():
-                splits[split][what] += amount
+            for name, amount in summaries[split]["counts"].items():
+                splits[split][name] += amount
             cuts = list(cutter.add(number, ends[split]))
             uses[number, split] += len(cuts)
             for _, shard in cuts:
                 begin(shard)
         settle(wait=False)
         done += pieces[number].size
-        report("packing", done, found.size)
+        report("packing", done, files.size)
     for cutter in cutters.values():
-        begin(cutter.rest())
+        begin(cutter.close_shard())
     settle(wait=True)
     return splits, {split: cutter.number for split, cutter in cutters.items()}, digests
 
 
 def _finish(
     work: Path,
-    found: FoundFiles,
+    files: FoundFiles,
     encode: Encode | None,
-    tokenizer: dict[str, Any] | None,
+    tokenizer_info: dict[str, Any] | None,
     splits: dict[str, dict[str, int]],
     counts: dict[str, int],
     digests: dict[str, str],
     skipped: Sequence[tuple[int, list[str]]],
 ) -> None:
-    """Puts what goes beside the shards into their folder."""
+    """Writes the files that accompany the shards into their folder."""
     folder = work / assemble.SHARDS
     assemble.prepare(work)
-    first = {} if encode is None else {"field": encode.field}
-    more: dict[str, Any] = {"sources": found.names}
+    head = {} if encode is None else {"field": encode.field}
+    tail: dict[str, Any] = {"sources": files.names}
     if left_out := sum(count for count, _ in skipped):
         causes = [cause for _, some in skipped for cause in some]
-        more |= {"skipped": {"documents": left_out, "such_as": causes[:_TOLD]}}
-    if tokenizer is not None:
-        more = {"tokenizer": tokenizer, **more}
+        tail |= {"skipped": {"documents": left_out, "such_as": causes[:_CAUSES_SHOWN]}}
+    if tokenizer_info is not None:
+        tail = {"tokenizer": tokenizer_info, **tail}
         for path in sorted(work.glob("tokenizer*.json")):
             replace_file(folder / path.name, path.read_bytes())
-    if found.classes:
-        more = {"classes": len(found.classes), **more}
-        replace_file(folder / "classes.json", (json.dumps(found.classes, indent=1) + "\n").encode())
-    write.describe(folder, first, splits, counts, more, digests)
+    if files.classes:
+        tail = {"classes": len(files.classes), **tail}
+        replace_file(folder / "classes.json", (json.dumps(files.classes, indent=1) + "\n").encode())
+    write.describe(folder, head, splits, counts, tail, digests)
 
 
 @contextmanager
 def _work_folder(out: Path, identity: str, restart: bool) -> Iterator[Path]:
-    """The folder that work of this identity is done in, for one process at a time. It is gone at the end, unless the
-    work can go on from what is in it."""
+    """Yields the work folder of this identity, locked for one process. It is deleted at the end unless the work can
+    resume from it."""
     place = out.with_name(f".{out.name}.partial")
     try:
         place.mkdir(parents=True, exist_ok=True)
         with _locked(place, out):
             write.check_free(out)
-            for other in place.iterdir() if restart else ():
-                if other.is_dir():
-                    assemble.discard(other)
-            if others := [path for path in place.iterdir() if path.is_dir() and path.name != identity]:
+            for old_work in place.iterdir() if restart else ():
+                if old_work.is_dir():
+                    assemble.discard(old_work)
+            if leftovers := [path for path in place.iterdir() if path.is_dir() and path.name != identity]:
                 raise ConfigError(
-                    f"{others[0].parent}: was left by a command with other arguments or inputs; repeat that one, or "
+                    f"{leftovers[0].parent}: was left by a command with other arguments or inputs; repeat that one, or "
                     "drop what it left with --restart"
                 )
             try:
@@ -248,12 +254,12 @@ def _work_folder(out: Path, identity: str, restart: bool) -> Iterator[Path]:
                 raise
             _remove(place, identity)
     except OSError as error:
-        kept = f"; what is finished is kept, run the same command again to go on ({place})" if place.is_dir() else ""
-        raise ConfigError(f"{out}: {locks.refused(error)}{kept}") from error
+        hint = f"; what is finished is kept, run the same command again to go on ({place})" if place.is_dir() else ""
+        raise ConfigError(f"{out}: {locks.describe_refusal(error)}{hint}") from error
 
 
 def _remove(place: Path, identity: str) -> None:
-    """Deletes the work as far as that goes: the data set is there, or why there is none is being told."""
+    """Deletes the work folder as far as possible: the data set exists, or an error is being raised."""
     with suppress(OSError):
         assemble.discard(place / identity)
     shutil.rmtree(place, ignore_errors=True)

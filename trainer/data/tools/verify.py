@@ -1,4 +1,4 @@
-"""What is wrong with a shard: every byte is read, and held against all that is known of it."""
+"""Verifies a shard: reads every byte and compares it with everything that is known of the shard."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _LONGEST_LINE = 64 << 20
 
 @dataclass
 class Verdict:
-    """The verdict on one shard: its problems, a line each; its contents; fields that cannot be decoded here."""
+    """The verdict on one shard: its problems, one line each; its contents; fields that cannot be decoded here."""
 
     problems: list[str] = field(default_factory=list)
     samples: int = 0
@@ -40,8 +40,8 @@ class Verdict:
 
 
 def verify(url: str, storage: Storage, decode: bool = False) -> Verdict:
-    """Reads a shard from end to end: its structure, its index, the checksum that its data set has for it, other
-    people's indexes; with `decode` also whether its members are what their extensions say."""
+    """Reads a whole shard and checks its structure, its index, its checksum in the data set, and other tools' indexes;
+    with `decode` also whether its members are what their extensions say."""
     verdict, name = Verdict(), shown(url)
     try:
         with closing(storage.open(url)) as blob:
@@ -50,37 +50,37 @@ def verify(url: str, storage: Storage, decode: bool = False) -> Verdict:
                 verdict.problems.append(index.fault.cause)
             verdict.samples, verdict.size = len(index.keys), blob.size
             verdict.fields = {name: count for name, (count, _) in index.summary.fields.items()}
-            described = _description(url, storage, verdict.problems)
-            verdict.problems += _bytes(url, blob, storage, described)
-            verdict.problems += _indexes(index, storage)
-            if index.fault is None:  # what was cut off is not a fault of theirs
-                verdict.problems += _foreign(blob, index, storage)
+            description = _read_description(url, storage, verdict.problems)
+            verdict.problems += _check_bytes(url, blob, storage, description)
+            verdict.problems += _check_indexes(index, storage)
+            if index.fault is None:  # otherwise these are not to blame
+                verdict.problems += _check_external_indexes(blob, index, storage)
             if decode:
-                verdict.problems += _payloads(blob, index, described, verdict.not_decoded)
+                verdict.problems += _check_payloads(blob, index, description, verdict.not_decoded)
     except DataError as error:
         verdict.problems.append(str(error))
     verdict.problems = [text if text.startswith(name) else f"{name}: {text}" for text in verdict.problems]
     return verdict
 
 
-def _description(url: str, storage: Storage, problems: list[str]) -> dict[str, Any]:
-    """The `dataset.json` that packing put beside a shard; {} if there is none."""
+def _read_description(url: str, storage: Storage, problems: list[str]) -> dict[str, Any]:
+    """Returns the `dataset.json` that packing wrote next to a shard; {} if there is none."""
     place = posixpath.join(split(url)[0], "dataset.json")
     if url.startswith(PIPE) or not (is_remote(url) or Path(local_path(place)).exists()):
         return {}
     try:
-        described = _json_file(place, storage, _times(split(url)[0]))
-        ours = isinstance(described, dict) and described.get("format") == DATASET
-        return described if ours else {}
+        description = _json_file(place, storage, _times(split(url)[0]))
+        is_onecurve = isinstance(description, dict) and description.get("format") == DATASET
+        return description if is_onecurve else {}
     except (OnecurveError, ValueError) as error:
-        if not is_remote(url):  # where it may just not be there
+        if not is_remote(url):  # there it may just not exist
             problems.append(f"{shown(place)} beside it cannot be read: {error}")
         return {}
 
 
 def _times(folder: str) -> tuple[int, ...]:
-    """When the files that speak of all shards of a folder were changed; () of remote ones. What was read of them
-    before is used again as long as that is the same."""
+    """Returns the modification times of the files that describe the shards of a folder; () for a remote one. They are
+    part of the key under which those files are cached."""
     if is_remote(folder):
         return ()
     paths = (Path(local_path(posixpath.join(folder, name))) for name in ("dataset.json", ENERGON_INFO, WIDS, SIZES))
@@ -93,50 +93,52 @@ def _json_file(place: str, storage: Storage, times: tuple[int, ...]) -> Any:
         return json.loads(bytes(blob.read(0, blob.size)))
 
 
-def _bytes(url: str, blob: Blob, storage: Storage, described: dict[str, Any]) -> Iterator[str]:
-    """Reads all of the file, as it is stored."""
-    digest, stored = hashlib.sha256(), blob if url.startswith(PIPE) else storage.plain(url, keep=False)
+def _check_bytes(url: str, blob: Blob, storage: Storage, description: dict[str, Any]) -> Iterator[str]:
+    """Reads the whole file as it is stored; yields a problem if its checksum is wrong."""
+    digest, stored_file = hashlib.sha256(), blob if url.startswith(PIPE) else storage.plain(url, keep=False)
     try:
-        for at in range(0, stored.size, _CHUNK):
-            size = min(_CHUNK, stored.size - at)
-            stored.prefetch(at + size, min(_CHUNK, stored.size - at - size))
-            digest.update(stored.read(at, size))
+        for at in range(0, stored_file.size, _CHUNK):
+            size = min(_CHUNK, stored_file.size - at)
+            stored_file.prefetch(at + size, min(_CHUNK, stored_file.size - at - size))
+            digest.update(stored_file.read(at, size))
     finally:
-        if stored is not blob:
-            stored.close()
-    listed = described.get("sha256", {}).get(split(url)[1])
-    if listed not in (None, digest.hexdigest()):
+        if stored_file is not blob:
+            stored_file.close()
+    listed_digest = description.get("sha256", {}).get(split(url)[1])
+    if listed_digest not in (None, digest.hexdigest()):
         yield "its checksum is not the one in dataset.json; payloads have changed"
 
 
-def _indexes(found: ShardIndex, storage: Storage) -> Iterator[str]:
-    """Indexes that are kept of the shard as it is now, and say something else."""
-    for place in places(found.url, storage):
+def _check_indexes(index: ShardIndex, storage: Storage) -> Iterator[str]:
+    """Yields a problem for each index of the current shard that does not match it."""
+    for place in places(index.url, storage):
         with suppress(FileNotFoundError):
             try:
                 with open(place, "rb") as file:
-                    told = json.loads(file.readline(_LONGEST_LINE))
-                of_others = (told["format"], told["stamp"]) != (FORMAT, found.stamp)  # made anew when it is needed
+                    header = json.loads(file.readline(_LONGEST_LINE))
+                is_outdated = (header["format"], header["stamp"]) != (FORMAT, index.stamp)  # rebuilt when it is needed
             except OSError as error:
                 if isinstance(error, FileNotFoundError):
                     raise
                 yield f"its index {place} cannot be read: {error.strerror}"
                 continue
             except (ValueError, KeyError, TypeError):
-                of_others = False
-            if not of_others and ShardIndex.load(place, found.url, found.stamp) != found:
+                is_outdated = False
+            if not is_outdated and ShardIndex.load(place, index.url, index.stamp) != index:
                 yield f"is not what its index says; delete {place} if the shard is right"
 
 
 class _ExternalIndexes(ExternalCounts):
-    """All that other people's indexes tell, not only the first that is believed."""
+    """The counts in all indexes of other tools, not only in the first one that is trusted."""
 
     def all(self, blob: Blob) -> Iterator[tuple[str, int | None, int]]:
-        """Who says so, the size of the shard, its samples."""
+        """Yields the place of each index, and the size and the samples of the shard that it lists."""
         folder, name = split(blob.url)
-        written = None if is_remote(blob.url) else Path(local_path(blob.url)).stat().st_mtime_ns
+        shard_mtime_ns = None if is_remote(blob.url) else Path(local_path(blob.url)).stat().st_mtime_ns
         for listing in self.listings(folder):
-            if name in listing.shards and not (written and listing.mtime_ns and listing.mtime_ns < written):
+            if name in listing.shards and not (
+                shard_mtime_ns and listing.mtime_ns and listing.mtime_ns < shard_mtime_ns
+            ):
                 samples, size = listing.shards[name]
                 yield listing.place, size, samples
 
@@ -146,8 +148,8 @@ def _external_indexes(storage: Storage, folder: str, times: tuple[int, ...]) -> 
     return _ExternalIndexes(storage)
 
 
-def _foreign(blob: Blob, index: ShardIndex, storage: Storage) -> Iterator[str]:
-    """What other people's indexes say of the shard, where that is not so. Older ones are of a former shard."""
+def _check_external_indexes(blob: Blob, index: ShardIndex, storage: Storage) -> Iterator[str]:
+    """Yields what indexes of other tools get wrong. Ignores those older than the shard: they describe another one."""
     if blob.url.startswith(PIPE):
         return
     folder, _ = split(blob.url)
@@ -172,18 +174,18 @@ def _foreign(blob: Blob, index: ShardIndex, storage: Storage) -> Iterator[str]:
 
 
 def _fits(offsets: np.ndarray[Any, np.dtype[np.int64]], index: ShardIndex) -> bool:
-    """Whether each sample begins between the end of the one before and its own first payload."""
+    """Returns whether each sample begins between the end of the one before and its own first payload."""
     if len(offsets) != len(index.keys) + 1:
         return False
     ends = index.table["offset"] + -(-index.table["size"] // BLOCK) * BLOCK
     first, last = index.table["offset"][index.starts[:-1]], ends[index.starts[1:] - 1]
-    after = bool(np.all(offsets[1:] >= last)) and (not len(offsets) or bool(offsets[0] >= 0))
-    return after and bool(np.all(offsets[:-1] <= first - BLOCK))
+    ends_fit = bool(np.all(offsets[1:] >= last)) and (not len(offsets) or bool(offsets[0] >= 0))
+    return ends_fit and bool(np.all(offsets[:-1] <= first - BLOCK))
 
 
-def _payloads(blob: Blob, index: ShardIndex, described: dict[str, Any], not_decoded: set[str]) -> Iterator[str]:
-    """Members that are not what their extensions say."""
-    vocabulary = described.get("tokenizer", {}).get("vocab_size") or (1 << 32)
+def _check_payloads(blob: Blob, index: ShardIndex, description: dict[str, Any], not_decoded: set[str]) -> Iterator[str]:
+    """Yields a problem for each member that is not what its extension says."""
+    vocabulary = description.get("tokenizer", {}).get("vocab_size") or (1 << 32)
     name = shown(blob.url)
     for i, key in enumerate(index.keys):
         for extension, (at, size) in index.members(i).items():
@@ -226,15 +228,15 @@ def _array(content: bytes, vocabulary: int) -> None:
 
 def _ids(dtype: str) -> Callable[[bytes, int], None]:
     def check(content: bytes, vocabulary: int) -> None:
-        ids = np.frombuffer(content, dtype)  # ValueError: no whole number of them
+        ids = np.frombuffer(content, dtype)  # ValueError: not a whole number of ids
         if len(ids) and int(ids.max()) >= vocabulary:
             raise ValueError(f"token {int(ids.max())}, but the vocabulary has {vocabulary}")
 
     return check
 
 
-# By the last part of an extension: what is known better here, or held against more, than by those who decode. Each
-# raises whatever it likes for what is not decodable.
+# By the last part of an extension: checks that are stricter than decoding. Each raises any exception for content that
+# is not decodable.
 CHECKS: dict[str, Callable[[bytes, int], None]] = {
     "jsonl": _json_lines,
     "npy": _array,

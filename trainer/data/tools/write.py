@@ -1,4 +1,4 @@
-"""Writing shards: samples as a tar stores them, where they lie, and whole data sets that appear at once or not at all.
+"""Writes shards: samples as a tar stores them, their indexes, and whole data sets that appear at once or not at all.
 
 The same samples give the same shards, byte for byte.
 """
@@ -34,7 +34,7 @@ FORMAT = "onecurve-dataset-1"
 _DESCRIPTION = "dataset.json"
 SHARD_BYTES = 64 << 20
 TOKENIZER_SAMPLE = 256 << 20  # bytes of text that a tokenizer is trained on at most, spread over the documents
-TRAINED = re.compile(r"chars|bpe:(\d+)")  # tokenizers that are made from the texts; all others are given
+TRAINED = re.compile(r"chars|bpe:(\d+)")  # tokenizers that are trained on the texts; all others are loaded
 SPLITS = ("train", "validation")
 _MODE = 0o444
 _EMPTY = tarfile.TarInfo("").tobuf(tarfile.PAX_FORMAT)[:BLOCK]
@@ -43,7 +43,7 @@ _LARGEST_OCTAL = 8**11
 
 @contextmanager
 def published(out: Path) -> Iterator[Path]:
-    """A new folder to write to: it becomes `out` when the block ends well and vanishes when it does not.
+    """Yields a new folder to write to: it becomes `out` when the block succeeds and is deleted when it fails.
 
     Raises `ConfigError` if `out` exists (an empty folder may) or cannot be written.
     """
@@ -62,7 +62,7 @@ def published(out: Path) -> Iterator[Path]:
 
 
 def check_free(out: Path) -> None:
-    """Raises `ConfigError` if `out` is there already; an empty folder may be, if it can be replaced."""
+    """Raises `ConfigError` if `out` exists; an empty folder is allowed if it can be replaced."""
     if out.is_symlink():
         raise ConfigError(f"{out}: is a link; give what it leads to, or another folder")
     if os.path.ismount(out):
@@ -72,7 +72,7 @@ def check_free(out: Path) -> None:
 
 
 def publish(folder: Path, out: Path) -> None:
-    """Gives a finished folder its name. Raises `ConfigError` if that was taken meanwhile, `OSError`."""
+    """Gives a finished folder its name. Raises `ConfigError` if that exists by now, or `OSError`."""
     sync_folder(folder)
     try:
         move(folder, out)
@@ -82,18 +82,18 @@ def publish(folder: Path, out: Path) -> None:
     sync_folder(out.parent)
 
 
-class Writes(Protocol):
+class Writable(Protocol):
     def write(self, content: bytes, /) -> int: ...
 
 
 class Body:
-    """Samples one after the other as a tar stores them, and where they lie: all of a shard but its end.
+    """Samples one after the other as a tar stores them, and where they lie: a shard without its end.
 
-    `keys`, `starts` and `table` are those of a `ShardIndex`, `extensions` are numbered as they come; `ends`: the byte
-    at which each sample ends, so also at which the next one begins.
+    `keys`, `starts` and `table` are those of a `ShardIndex`; `extensions` are numbered in order of appearance; `ends`:
+    the byte at which each sample ends and the next one begins.
     """
 
-    def __init__(self, file: Writes):
+    def __init__(self, file: Writable):
         self._file = file
         self.size = 0
         self.keys: list[str] = []
@@ -101,13 +101,13 @@ class Body:
         self.ends: list[int] = []
         self.table: list[tuple[int, int, int]] = []
         self.extensions: dict[str, int] = {}
-        self._taken: set[str] = set()
+        self._key_set: set[str] = set()
 
     def add(self, key: str, members: Mapping[str, bytes]) -> None:
         """Appends a sample: payloads by extension. Raises `ConfigError` for names that do not read back, `DataError`
-        for a key that was there before."""
+        for a key that was used before."""
         check_names(key, members)
-        if key in self._taken:
+        if key in self._key_set:
             raise DataError(f"key {key!r} comes back: two samples cannot have the same key", key=key)
         pieces, at = [], self.size
         for extension, payload in sorted(members.items()):
@@ -120,31 +120,31 @@ class Body:
         for piece in pieces:
             self._file.write(piece)
         self.size = at
-        self._taken.add(key)
+        self._key_set.add(key)
         self.keys.append(key)
         self.ends.append(at)
         self.starts.append(len(self.table))
 
     def index(self, path: str) -> ShardIndex:
-        """The index of the finished shard at `path` that holds these samples."""
+        """Returns the index of the finished shard at `path` that holds these samples."""
         starts, table = np.array(self.starts, np.int64), np.array(self.table, MEMBER)
         return ShardIndex(path, os.path.getsize(path), stamp(path, path), self.keys, starts, table, [*self.extensions])
 
 
 def check_names(key: str, members: Iterable[str]) -> None:
-    """Raises `ConfigError` for a sample that would not read back as it is."""
-    wrong = [ext for ext in members if key_and_extension(f"{key}.{ext}") != (key, ext)]
-    if wrong or not members:
+    """Raises `ConfigError` for a sample whose names would not read back."""
+    bad_extensions = [ext for ext in members if key_and_extension(f"{key}.{ext}") != (key, ext)]
+    if bad_extensions or not members:
         raise ConfigError(f"sample {key!r}: cannot be stored with the members {list(members)}")
 
 
 def header(name: str, size: int) -> bytes:
-    """What stands before a payload of `size` bytes; without time and owner, so the same every time."""
+    """Returns the tar header of a payload of `size` bytes; without time and owner, so it is always the same."""
     if len(name) > 100 or not name.isascii() or size >= _LARGEST_OCTAL:
         info = tarfile.TarInfo(name)
         info.size, info.mode = size, _MODE
         return info.tobuf(tarfile.PAX_FORMAT)
-    head = bytearray(_EMPTY)  # what tarfile makes, in a third of the time
+    head = bytearray(_EMPTY)  # the same as tarfile makes, in a third of the time
     head[: len(name)] = name.encode()
     head[100:107] = b"%07o" % _MODE
     head[124:135] = b"%011o" % size
@@ -153,7 +153,7 @@ def header(name: str, size: int) -> bytes:
 
 
 def ending(size: int) -> bytes:
-    """What ends an archive whose members take `size` bytes."""
+    """Returns the end of an archive whose members take `size` bytes."""
     return bytes(2 * BLOCK) + bytes(-(size + 2 * BLOCK) % tarfile.RECORDSIZE)
 
 
@@ -169,7 +169,7 @@ class ShardWriter:
     def add(self, key: str, members: Mapping[str, bytes]) -> None:
         """Appends a sample: payloads by extension. Raises as `Body.add` does."""
         if self._open is None:
-            check_names(key, members)  # before there is a file
+            check_names(key, members)  # before a file exists
             self.paths.append(str(self.folder / shard_name(self.prefix, len(self.paths))))
             file = open(self.paths[-1], "xb")  # noqa: SIM115  # closed by close()
             self._open = file, Body(file)
@@ -192,7 +192,7 @@ class ShardWriter:
         body.index(self.paths[-1]).save(Path(self.paths[-1] + SIDECAR))
 
     def abandon(self) -> None:
-        """Lets go of the open shard, which stays unfinished."""
+        """Closes the file of the open shard, which stays unfinished."""
         if self._open is not None:
             self._open[0].close()
 
@@ -202,7 +202,7 @@ def shard_name(prefix: str, number: int) -> str:
 
 
 def shards_spec(prefix: str, count: int) -> str | None:
-    """The shards of a split as one spec, relative to the data set's folder."""
+    """Returns the shards of a split as one spec, relative to the data set's folder."""
     numbers = "000000" if count == 1 else f"{{000000..{min(count, 10**6) - 1:06d}}}"
     if count > 10**6:  # a range has numbers of one width
         numbers = f"{{{numbers},{{{10**6}..{count - 1}}}}}"
@@ -215,7 +215,7 @@ def pack(
     prefix: str = "train",
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Makes the folder `out` of shards of any samples: (key, payload by extension), in their order."""
+    """Creates the folder `out` with shards of any samples: (key, payload by extension), in their order."""
     with published(out) as folder, _writers(folder, [prefix], shard_bytes) as writers:
         for key, members in samples:
             writers[prefix].add(key, members)
@@ -225,7 +225,7 @@ def pack(
 
 @contextmanager
 def _writers(folder: Path, prefixes: Sequence[str], shard_bytes: int) -> Iterator[dict[str, ShardWriter]]:
-    """A writer for each prefix, closed at the end."""
+    """Yields a writer for each prefix, closed at the end."""
     writers = {prefix: ShardWriter(folder, prefix, shard_bytes) for prefix in prefixes}
     try:
         yield writers
@@ -246,7 +246,7 @@ def pack_documents(
     shard_bytes: int = SHARD_BYTES,
     source_names: Sequence[str] = (),
 ) -> None:
-    """Makes the dataset folder `out`: train and validation shards, `tokenizer.json`, `dataset.json`.
+    """Creates the dataset folder `out`: train and validation shards, `tokenizer.json`, `dataset.json`.
 
     A document is a sample, its text the member `field`. `held_out`: whether the document of a key is for
     validation (None: there is none). `tokenizer`: as for `tokenizer_recipe`, trained on the train split.
@@ -260,16 +260,16 @@ def pack_documents(
                 split = "validation" if held_out is not None and held_out(key) else "train"
                 payload = text.encode()
                 writers[split].add(key, {field: payload})
-                for what, amount in (("samples", 1), ("bytes", len(payload)), ("chars", len(text))):
-                    splits[split][what] += amount
+                for name, amount in (("samples", 1), ("bytes", len(payload)), ("chars", len(text))):
+                    splits[split][name] += amount
         check_splits({split: writer.samples for split, writer in writers.items()}, held_out is not None)
-        about = save_tokenizer(folder, tokenizer, make(_texts(writers["train"].paths, field)))
+        tokenizer_info = save_tokenizer(folder, tokenizer, make(_texts(writers["train"].paths, field)))
         counts = {split: len(writer.paths) for split, writer in writers.items()}
-        describe(folder, {"field": field}, splits, counts, {"tokenizer": about, "sources": list(source_names)})
+        describe(folder, {"field": field}, splits, counts, {"tokenizer": tokenizer_info, "sources": list(source_names)})
 
 
 def check_splits(samples: Mapping[str, int], divided: bool) -> None:
-    """Raises `ConfigError` if a split that there should be is empty. `divided`: whether one is held out."""
+    """Raises `ConfigError` if a required split is empty. `divided`: whether validation samples are held out."""
     if not samples["train"] or (divided and not samples["validation"]):
         raise ConfigError(
             f"{sum(samples.values())} samples are too few to part into train and validation: give more, cut "
@@ -277,11 +277,11 @@ def check_splits(samples: Mapping[str, int], divided: bool) -> None:
         )
 
 
-def save_tokenizer(folder: Path, made: str, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Puts tokenizer.json into the folder, unless text is bytes; what is written down of it. `made`: from what."""
+def save_tokenizer(folder: Path, spec: str, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Writes tokenizer.json into the folder unless text is bytes, and returns its record for `dataset.json`."""
     tokenizer.save(folder)
     return {
-        "made": Path(made).name,
+        "made": Path(spec).name,
         "load": "bytes" if tokenizer.content is None else "tokenizer.json",
         "vocab_size": tokenizer.vocab_size,
         "fingerprint": tokenizer.fingerprint,
@@ -290,29 +290,29 @@ def save_tokenizer(folder: Path, made: str, tokenizer: Tokenizer) -> dict[str, A
 
 def describe(
     folder: Path,
-    first: Mapping[str, Any],
+    head: Mapping[str, Any],
     splits: Mapping[str, Mapping[str, int]],
     shards: Mapping[str, int],
-    more: Mapping[str, Any],
+    tail: Mapping[str, Any],
     digests: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes `dataset.json`. `shards`: how many each split has; `digests`: sha256 of files where they are known."""
-    known = digests or {}
+    """Writes `dataset.json`: `head`, the splits, `tail`. `shards`: number per split; `digests`: sha256 of files."""
+    known_digests = digests or {}
     files = sorted(path for path in folder.iterdir() if path.name != _DESCRIPTION and path.suffix != SIDECAR)
-    if gone := known.keys() - {path.name for path in files}:
-        raise FileNotFoundError(errno.ENOENT, f"{min(gone)} is gone")
+    if missing := known_digests.keys() - {path.name for path in files}:
+        raise FileNotFoundError(errno.ENOENT, f"{min(missing)} is gone")
     description = {
         "format": FORMAT,
-        **first,
+        **head,
         "splits": {split: {**sums, "shards": shards_spec(split, shards[split])} for split, sums in splits.items()},
-        **more,
-        "sha256": {path.name: known.get(path.name) or sha256(path) for path in files},
+        **tail,
+        "sha256": {path.name: known_digests.get(path.name) or sha256(path) for path in files},
     }
     replace_file(folder / _DESCRIPTION, (json.dumps(description, indent=1) + "\n").encode())
 
 
 def _texts(paths: Sequence[str], field: str) -> Iterator[str]:
-    """The packed texts, or evenly spread ones if they are more than a tokenizer needs."""
+    """Yields the packed texts, or evenly spread ones if there are more than a tokenizer needs."""
     shards = Shards.open(paths, field, Storage(Path(paths[0]).parent))
     for v in range(0, shards.n, -(-shards.bytes // TOKENIZER_SAMPLE) or 1):
         yield bytes(shards.read(v)).decode()
@@ -320,15 +320,15 @@ def _texts(paths: Sequence[str], field: str) -> Iterator[str]:
 
 
 def tokenizer_recipe(spec: str, separator: str | None = None) -> Callable[[Iterable[str]], Tokenizer]:
-    """What makes the tokenizer from the train texts. Raises `ConfigError`.
+    """Returns the function that makes the tokenizer from the train texts. Raises `ConfigError`.
 
-    `bpe:SIZE` and `chars` are trained; else it is `bytes`, or the path of a tokenizer.json, taken as it is, but for the
-    `separator`.
+    `bpe:SIZE` and `chars` are trained; otherwise `spec` is `bytes` or the path of a tokenizer.json, which is used as it
+    is, except for the `separator`.
     """
     match = TRAINED.fullmatch(spec)
     if match is None:
-        given = tokenization.load(spec, separator)
-        return lambda texts: given
+        tokenizer = tokenization.load(spec, separator)
+        return lambda texts: tokenizer
     if separator is not None:
         raise ConfigError(f"--separator: {spec} has one of its own, {tokenization.SEPARATOR}")
     if spec == "chars":
