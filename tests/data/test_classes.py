@@ -15,7 +15,6 @@ from trainer.facts import Facts
 TEXT = ("data=webdataset", "data.shards=x.tar")
 
 
-
 def test_names_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     packed = tmp_path / "classes.json"
     packed.write_text(json.dumps({"wren": 1, "auk": 0, "owl": 2}))

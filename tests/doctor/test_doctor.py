@@ -96,9 +96,7 @@ def test_a_node_that_does_not_answer_and_one_that_is_dead_are_named(tmp_path: Pa
         ("n4", ["bash", "-c", "echo 'srun: error: Communication connection failure' >&2; exit 1"]),
     ]
     environment = {**os.environ, "PYTHONPATH": ROOT}
-    report = workers._examine(
-        options, commands, environment, {"store": str(tmp_path / "store"), "local_world_size": 2}
-    )
+    report = workers._examine(options, commands, environment, {"store": str(tmp_path / "store"), "local_world_size": 2})
     assert report.bad_nodes == ["n2", "n4"]
     told = {finding.nodes: finding.found for finding in report.findings if finding.verdict == "bad"}
     assert "did not answer within 25 s" in told[("n2",)]
