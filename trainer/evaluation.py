@@ -14,22 +14,17 @@ class Evaluation:
 
     def __init__(self, strategy: Strategy):
         self.strategy = strategy
-        self._sums, self._rows = Sums(), dict[str, list[Tensor]]()
+        self._sums, self._rows = list[Sums](), dict[str, list[Tensor]]()
 
     def add(self, batch: Batch) -> None:
         sums, rows = self.strategy.eval_step(batch)
-        for name, value in sums.items():
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._sums.append(sums)
         for name, value in rows.items():
             self._rows.setdefault(name, []).append(value)
 
     def end(self, gave_up: bool = False) -> dict[str, float] | None:
         """Returns what was measured, the same on every process; None where one of them `gave_up`."""
-        sums = {**self._sums, "gave_up": torch.tensor(float(gave_up))}
-        totals = {
-            name: values[0]
-            for name, values in self.strategy.reduce({name: value.reshape(1) for name, value in sums.items()}).items()
-        }
+        totals = self.strategy.total([*self._sums, {"gave_up": torch.tensor(float(gave_up))}])
         if totals.pop("gave_up") > 0:
             return None
         rows = {name: self.strategy.gather_rows(torch.cat(parts)).cpu() for name, parts in self._rows.items()}

@@ -14,6 +14,7 @@ from trainer.config import Config
 from trainer.data import shakespeare
 from trainer.data import tokenizer as tokenizers
 from trainer.data.batch_sizes import Batches
+from trainer.data.deal import Deal
 from trainer.data.index import Summary
 from trainer.data.mixture import Mixture
 from trainer.data.order import ORDER
@@ -84,7 +85,7 @@ class FoundData:
                 "tokenizer": self.tokenizer.fingerprint,
                 **masked(config.data.model_dump(mode="json", exclude=HOW_DATA_IS_READ)),
             },
-            "train": {"global_batch": config.train.global_batch, "batch_ramp": started_ramp},
+            "train": {"global_batch": config.train.global_batch, "batch_ramp": started_ramp, **_leaves(config)},
             "run": {"seed": config.run.seed},
             **_other_models(config, frozen),
         }
@@ -101,6 +102,20 @@ class RunData:
     objective: Objective
     catalog: dict[str, Any]
     """What a later attempt must find unchanged, JSON-able: each source's fingerprint and its shards' summaries."""
+
+
+def deal_of(config: Config) -> Deal:
+    """Returns how the rows of a step are dealt to replicas."""
+    if config.train.deterministic == "run":
+        return Deal()
+    return Deal(config.train.micro_batch, config.strategy.leaves_in_turn)
+
+
+def _leaves(config: Config) -> dict[str, Any]:
+    """Returns what identifies a run whose bits do not depend on its topology."""
+    if config.train.deterministic == "run":
+        return {}
+    return {"deterministic": config.train.deterministic, "micro_batch": config.train.micro_batch}
 
 
 def _example(streams: Sequence[RankStream]) -> Batch:
@@ -190,6 +205,7 @@ def open_run_data(config: Config, topology: Topology, inputs: FoundData) -> RunD
         seed=config.run.seed,
         dp_rank=topology.dp_rank,
         dp_size=topology.dp_size,
+        deal=deal_of(config),
         ledger=data.ledger and topology.is_data_rank,
         tolerant=data.on_error == "quarantine",
         source_field=SOURCE if config.track.by_source else "",
@@ -200,6 +216,7 @@ def open_run_data(config: Config, topology: Topology, inputs: FoundData) -> RunD
         micro_batch=config.train.micro_batch or config.train.global_batch // topology.dp_size,
         dp_rank=topology.dp_rank,
         dp_size=topology.dp_size,
+        deal=deal_of(config),
         num_examples=config.eval.steps and config.eval.steps * config.train.global_batch,
         workers=data.workers,
     )

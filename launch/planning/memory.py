@@ -16,6 +16,8 @@ from launch.planning.trace import Trace
 from trainer.config import Config
 from trainer.precision import DTYPES
 from trainer.registry import load
+from trainer.run_data import deal_of
+from trainer.strategies.leafwise.sum_tree import SumTree
 
 Way = Sequence[str]  # overrides of a strategy
 
@@ -101,7 +103,23 @@ class Accountant:
 
     def peak(self, position: int = 0) -> MemoryParts:
         """Returns the fullest moment of the process at this position."""
-        return max(self.moments(position), key=lambda parts: parts.total)
+        fullest = max(self.moments(position), key=lambda parts: parts.total)
+        return fullest._replace(buffers=fullest.buffers + self.leaf_sums_bytes(position))
+
+    def leaf_sums_bytes(self, position: int) -> int:
+        """Returns the bytes of sums of gradients that are kept besides the gradients, under
+        `train.deterministic=topology`."""
+        if not self.leafwise:
+            return 0
+        return max(0, most_leaf_sums(self.config, self.replicas) - 1) * self.gradient_share(position).trained_bytes
+
+    def gradient_share(self, position: int) -> ParameterShare:
+        """Returns the parameters whose summed gradients the process at this position holds."""
+        return ParameterShare(self.model.parameters)
+
+    @property
+    def leafwise(self) -> bool:
+        return self.config.train.deterministic == "topology"
 
     def peaks(self) -> list[MemoryParts]:
         """Returns the peak of each position in the pipeline."""
@@ -152,3 +170,17 @@ def single_process_moments(trace: Trace, share: ParameterShare, passes: int) -> 
         gradients += segment.gradients
     for segment in trace.segments if passes > 1 else ():
         yield MemoryParts(share.parameter_bytes, share.trained_bytes, share.state_bytes, segment.peak, 0)
+
+
+def most_leaf_sums(config: Config, replicas: int) -> int:
+    """Returns how many sums over leaves a process keeps at most in a step, of which one is the gradient."""
+    deal, most = deal_of(config), 1
+    count = deal.count(config.train.global_batch)
+    tree = SumTree(count)
+    together = replicas if deal.in_turn else 1  # leaves that come at the same time
+    local = range(count) if deal.in_turn else deal.leaves_of(count, 0, replicas)
+    for number, leaf in enumerate(local, 1):
+        tree.add((leaf, leaf + 1), ())
+        if number % together == 0:
+            most = max(most, len(tree.sums) + (number < len(local)))  # and the next gradient
+    return most

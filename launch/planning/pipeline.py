@@ -12,6 +12,7 @@ from launch.planning.memory_parts import MemoryParts, ParameterShare, Transfer, 
 from launch.planning.planned_model import EMBEDS, HEADS, PlannedModel
 from launch.planning.schedules import order
 from launch.planning.trace import Trace
+from trainer.config import Config
 from trainer.config.pipeline_schedules import SCHEDULES, micro_batches
 from trainer.strategies.stages import ModelCosts, balance, pp_rank_of_stage
 
@@ -39,7 +40,16 @@ class Pipeline(Accountant):
         numbers = range(len(self.stage_blocks))
         return [stage for stage in numbers if pp_rank_of_stage(self.strategy, stages, stage) == position]
 
+    def __init__(self, subject: PlannedModel, config: Config, procs: int):
+        super().__init__(subject, config, procs)
+        if self.leafwise:  # what the pipeline cuts are the leaves of a step
+            self.leaf, leaves = self.rows, self.passes
+            self.leaves_together = micro_batches(self.strategy, self.layout.stages, leaves)
+            self.rows, self.passes = self.leaf * self.leaves_together, -(-leaves // self.leaves_together)
+
     def micro_batches(self) -> tuple[int, int]:
+        if self.leafwise:
+            return self.leaves_together, self.leaf
         count = micro_batches(self.strategy, self.layout.stages, self.rows)
         return count, max(1, -(-self.rows // count))
 
@@ -49,6 +59,9 @@ class Pipeline(Accountant):
         blocks = {block for stage in stages for block in self.stage_blocks[stage]}
         ends = ({EMBEDS} if 0 in stages else set()) | ({HEADS} if last in stages else set())
         return ParameterShare([p for p in self.model.parameters if p.block in blocks or p.ends & ends], self.shards())
+
+    def gradient_share(self, position: int) -> ParameterShare:
+        return ParameterShare(self.share_of(position).parameters)  # whole until the end of the step
 
     def stage_trace(self, stage: int) -> Trace:
         """Returns the trace of one of the pipeline's micro-batches on a stage."""
@@ -83,7 +96,8 @@ class Pipeline(Accountant):
         if replicas > 1 and share.shards > 1:
             gathered_bytes = round(ring_fraction(replicas) * share.padded_bytes * self.passes)
             yield Transfer("gathering of parameters", gathered_bytes, group_span, True)
-            scattered_bytes = round(ring_fraction(replicas) * share.padded_bytes * self.reduce_ratio * self.passes)
+            reductions = 1 if self.leafwise else self.passes
+            scattered_bytes = round(ring_fraction(replicas) * share.padded_bytes * self.reduce_ratio * reductions)
             yield Transfer("scattering of gradients", scattered_bytes, group_span, True)
         elif replicas > 1:
             nbytes = round(2 * ring_fraction(replicas) * share.trained_bytes * self.reduce_ratio)

@@ -53,10 +53,13 @@ class Sharded(Accountant):
         scattered = round(ring_fraction(n) * share.padded_bytes * self.reduce_ratio * self.reductions)
         yield Transfer("scattering of gradients", scattered, processes, False)
 
+    def gradient_share(self, position: int) -> ParameterShare:
+        return ParameterShare(self.model.parameters, self.shards())
+
     @property
     def reductions(self) -> int:
         """Returns how often gradients are reduced in a step."""
-        return self.passes if self.strategy.reduce == "each" else 1
+        return self.passes if self.strategy.reduce == "each" or self.leafwise else 1
 
     def moments(self, position: int) -> Iterator[MemoryParts]:
         """Yields the moments of a step. In the forward pass a layer's buffer is freed when the next layer is gathered;
@@ -72,7 +75,7 @@ class Sharded(Accountant):
             gradients = 0
         if strategy.cpu_offload:
             weights = gradients = state = 0
-        if strategy.reduce == "last" and self.passes > 1:  # whole, until the last micro-batch
+        if strategy.reduce == "last" and self.passes > 1 and not self.leafwise:  # whole, until the last micro-batch
             gradients = ParameterShare(self.model.parameters).trained_bytes
         unsharded = 0 if strategy.reshard_after_forward else sum(gathered)
         outside_gradients = 0  # of parameters outside of blocks: whole until the pass is over

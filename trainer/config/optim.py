@@ -25,12 +25,18 @@ class Optimizer(Plugin):
         "and exported by `onecurve export --ema`. null: none. It may be switched on or off between attempts."
     )
 
+    def not_elementwise(self) -> str:
+        """Returns why its step on an element depends on how parameters are sharded, and the way out; empty if it does
+        not: what `train.deterministic=topology` needs."""
+        return ""
+
 
 class AdamW(Optimizer):
     implementation: Literal["auto", "fused", "foreach", "apex", "8bit"] = Field(
-        description="Who computes the step: fused (torch; auto is this), foreach (torch, in more and simpler kernels), "
-        "apex (FusedAdam of NVIDIA Apex, built from source; strategies single and ddp), 8bit (torchao: state of a "
-        "quarter; on GPUs the first step compiles it, which may take a minute). A run continues with any other."
+        description="Who computes the step: fused (torch), foreach (torch, in more and simpler kernels), auto (fused; "
+        "foreach under `train.deterministic=topology`), apex (FusedAdam of NVIDIA Apex, built from source; strategies "
+        "single and ddp), 8bit (torchao: state of a quarter; on GPUs the first step compiles it, which may take a "
+        "minute). A run continues with any other."
     )
     betas: tuple[Share, Share] = Field(description="Decay rates of the two moments.")
     eps: Float = Field(gt=0, description="Added to the denominator.")
@@ -42,6 +48,12 @@ class AdamW(Optimizer):
                 f"optimizer.implementation={self.implementation}: works with strategy={supported}, not with "
                 f"{strategy.name}; nearest: optimizer.implementation=fused"
             )
+
+    def not_elementwise(self) -> str:
+        if self.implementation in ("auto", "foreach"):
+            return ""
+        what = f"optimizer.implementation={self.implementation} computes the ends of shards otherwise"
+        return f"{what}; nearest: optimizer.implementation=foreach"
 
 
 class Lion(Optimizer):
@@ -63,6 +75,9 @@ class Muon(Optimizer):
     )
     betas: tuple[Share, Share] = Field(description="AdamW's decay rates of the two moments.")
     eps: Float = Field(gt=0, description="Added to AdamW's denominator.")
+
+    def not_elementwise(self) -> str:
+        return "optimizer=muon steps on whole matrices, with products of its own; nearest: optimizer=adamw"
 
     def problems(self, sections: Mapping[str, Any], world_size: int) -> Iterator[str]:
         if flat := strategy_of(sections).flat_update():

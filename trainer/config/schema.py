@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from trainer.config import leafwise
 from trainer.config.data import Data, Samples, Text
 from trainer.config.huggingface import GPT2, HuggingFace, Llama
 from trainer.config.launch import Local, Slurm
@@ -79,8 +80,17 @@ class Train(Section):
         "selective (everything but matrix products and attention)."
     )
     compile: bool = Field(description="Compile the model's layers with torch.compile.")
+    deterministic: Literal["run", "topology"] = Field(
+        default="run",  # sections of earlier runs do not have it
+        description="What does not change a single bit: run (interruptions do not) or topology (nor does the number "
+        "of processes, or which of single, ddp, fsdp, hsdp and pipeline is used, also in the middle of the run). "
+        "topology needs `train.micro_batch`, which then is part of what the run is, and computes with one thread a "
+        "process on CPUs.",
+    )
 
     def problems(self, sections: Mapping[str, Any], world_size: int) -> Iterator[str]:
+        if self.deterministic == "topology":
+            yield from leafwise.problems(self, sections, world_size)
         layout = strategy_of(sections).layout(world_size)
         if world_size % layout.processes:  # the strategy reports that
             layout = ONE_STAGE

@@ -42,9 +42,21 @@ class Strategy(Plugin):
     """The class that counts its memory and traffic for `onecurve plan`, which alone imports it: a subclass of this one,
     or this one itself if each process holds the whole model and all-reduces gradients."""
 
+    leafwise: ClassVar[str] = ""
+    """The class that takes its place under `train.deterministic=topology`; empty if there is none."""
+    leaves_in_turn: ClassVar[bool] = False
+    """Whether replicas then compute neighboring leaves at the same time, as where gradients are summed after each."""
+
     def layout(self, world_size: int) -> Layout:
         """Returns how `world_size` processes are used."""
         return ONE_STAGE
+
+    def not_leafwise(self) -> str:
+        """Returns why its sums depend on the number of processes under `train.deterministic=topology`, and the way
+        out; empty if they do not."""
+        if self.leafwise:
+            return ""
+        return f"strategy={self.name} adds up gradients in an order of its own; nearest: strategy=fsdp"
 
     def splits_sequences(self) -> bool:
         """Returns whether a process may hold only a part of a sequence between two matrices."""
@@ -63,6 +75,7 @@ class Strategy(Plugin):
 class Single(Strategy):
     implementations = ("apex", "8bit")
     accountant = "launch.planning.memory:Single"
+    leafwise = "trainer.strategies.leafwise.replicas:LeafwiseReplicas"
 
     def problems(self, sections: Mapping[str, Any], world_size: int) -> Iterator[str]:
         if world_size > 1:
@@ -87,6 +100,7 @@ class UnusedParameters(Strategy):
 class DDP(UnusedParameters):
     implementations = ("apex", "8bit")
     accountant = "launch.planning.copies:Copies"
+    leafwise = "trainer.strategies.leafwise.replicas:LeafwiseReplicas"
 
     bucket_mb: Count = Field(description="Size of a gradient bucket in MiB; one all-reduce each.")
     bucket_view: bool = Field(
@@ -115,6 +129,12 @@ class TensorParallel(Strategy):
 
     def layout(self, world_size: int) -> Layout:
         return Layout(tensor=self.tensor_parallel)
+
+    def not_leafwise(self) -> str:
+        if self.tensor_parallel > 1:
+            key = f"strategy.tensor_parallel={self.tensor_parallel}"
+            return f"{key} cuts sums within matrix products; nearest: strategy.tensor_parallel=1"
+        return super().not_leafwise()
 
     def splits_sequences(self) -> bool:
         return self.sequence_parallel and self.tensor_parallel > 1
@@ -156,6 +176,11 @@ class Sharded(UnusedParameters):
         "by layer; the optimizer steps on the CPU."
     )
 
+    def not_leafwise(self) -> str:
+        if self.gather == "compute":
+            return "strategy.gather=compute rounds norms and embeddings, too; nearest: strategy.gather=param"
+        return super().not_leafwise()
+
     def problems(self, sections: Mapping[str, Any], world_size: int) -> Iterator[str]:
         yield from super().problems(sections, world_size)
         if (precision := sections.get("precision")) is None:
@@ -174,6 +199,8 @@ class Sharded(UnusedParameters):
 
 
 class FSDP(Sharded, TensorParallel):
+    leafwise, leaves_in_turn = "trainer.strategies.leafwise.sharded:LeafwiseFSDP", True
+
     def problems(self, sections: Mapping[str, Any], world_size: int) -> Iterator[str]:
         yield from super().problems(sections, world_size)
         if self.cpu_offload and self.tensor_parallel > 1:
@@ -183,10 +210,16 @@ class FSDP(Sharded, TensorParallel):
 
 class HSDP(Sharded):
     accountant = "launch.planning.sharded:Hybrid"
+    leafwise, leaves_in_turn = "trainer.strategies.leafwise.sharded:LeafwiseHSDP", True
 
     shard_size: Count | None = Field(
         description="Processes that share one sharded copy of the model. null: those of a node."
     )
+
+    def not_leafwise(self) -> str:
+        if self.shard_size == 1:
+            return "strategy.shard_size=1 shards nothing; nearest: strategy=ddp"
+        return super().not_leafwise()
 
     def problems(self, sections: Mapping[str, Any], world_size: int) -> Iterator[str]:
         if self.shard_size and world_size % self.shard_size:
@@ -232,6 +265,7 @@ class Zero(Strategy):
 
 class Pipeline(UnusedParameters, TensorParallel):
     accountant = "launch.planning.pipeline:Pipeline"
+    leafwise = "trainer.strategies.leafwise.pipeline:LeafwisePipeline"
 
     stages: Count | None = Field(
         description="Processes that a copy of the model is spread over, each with a part of its layers; the more "

@@ -46,6 +46,7 @@ COSTS = {
     ),
 }  # fmt: skip
 
+TOPOLOGY = "train.deterministic=topology train.micro_batch=1"
 # One case for each rule: (processes, command line).
 REFUSED = [
     (2, "strategy=single"),
@@ -66,6 +67,16 @@ REFUSED = [
     (4, "strategy=pipeline strategy.stages=2 train.global_batch=5"),
     (1, "precision=fp16 precision.param=bf16"),
     (2, "strategy=fsdp strategy.gather=compute precision=fp16"),
+    (2, "train.deterministic=topology"),
+    (2, f"{TOPOLOGY} train.compile=true"),
+    (2, f"{TOPOLOGY} strategy=zero"),
+    (2, f"{TOPOLOGY} strategy=fsdp strategy.tensor_parallel=2"),
+    (2, f"{TOPOLOGY} strategy=fsdp strategy.gather=compute"),
+    (2, f"{TOPOLOGY} strategy=hsdp strategy.shard_size=1"),
+    (2, f"{TOPOLOGY} precision.reduce=bf16"),
+    (1, f"{TOPOLOGY} precision.compute=fp8"),
+    (2, f"{TOPOLOGY} optimizer=muon"),
+    (2, f"{TOPOLOGY} optimizer.implementation=fused"),
 ]
 
 

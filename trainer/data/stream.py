@@ -15,6 +15,7 @@ import torch
 
 from trainer.data.bad_data import BadData
 from trainer.data.batch_sizes import Batches
+from trainer.data.deal import ROW_BY_ROW, Deal
 from trainer.data.loader import read_ahead
 from trainer.data.mixture import Mixture
 from trainer.data.order import Order, Walk, default_block
@@ -109,6 +110,7 @@ class RankStream:
     seed: int
     dp_rank: int = 0
     dp_size: int = 1
+    deal: Deal = ROW_BY_ROW
     ledger: bool = False
     tolerant: bool = False
     quarantined: frozenset[ExampleId] = frozenset()
@@ -118,7 +120,7 @@ class RankStream:
     def example_ids(self, done: int) -> list[ExampleId]:
         """Returns this rank's examples of the step after `done` finished ones; `source` is an index in `parts`."""
         position = self.batches.position(done)
-        numbers = np.arange(position + self.dp_rank, position + self.batches.size(done), self.dp_size)
+        numbers = position + self.deal.rows(self.batches.size(done), self.dp_rank, self.dp_size)
         sources, source_positions = self.mixture.at(numbers)
         indexes = np.empty_like(numbers)
         for i in np.unique(sources):
@@ -164,7 +166,7 @@ class RankStream:
     def without_samples(self, done: int, template: StepData) -> StepData:
         """Returns the step after `done` finished ones, abandoned: zeros in place of samples. `template`: an earlier
         step, for the names, shapes and types of its tensors."""
-        count = len(range(self.dp_rank, self.batches.size(done), self.dp_size))
+        count = len(self.deal.rows(self.batches.size(done), self.dp_rank, self.dp_size))
         size, example = self.micro_batch or count, template.micro_batches[0]
         batches = [
             {name: tensor.new_zeros((min(size, count - i), *tensor.shape[1:])) for name, tensor in example.items()}

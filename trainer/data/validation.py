@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
 
+from trainer.data.deal import ROW_BY_ROW, Deal
 from trainer.data.loader import read_ahead
 from trainer.data.stream import Batch, Row, Source, batch
 from trainer.errors import DataError
@@ -30,14 +31,13 @@ class Validation:
         micro_batch: int,
         dp_rank: int = 0,
         dp_size: int = 1,
+        deal: Deal = ROW_BY_ROW,
         num_examples: int | None = None,
         workers: int = 0,
     ):
-        self._source, self._micro_batch, self._workers = source, micro_batch, workers
-        self._dp_rank, self._dp_size = dp_rank, dp_size
+        self._source, self._workers = source, workers
         self._num_examples = min(source.n, num_examples) if num_examples else source.n
-        self._global_batch = micro_batch * dp_size
-        self._batches = -(-self._num_examples // self._global_batch)
+        self._shares = deal.batches(self._num_examples, micro_batch, dp_rank, dp_size)
 
     def __iter__(self) -> Iterator[Batch]:
         return self.batches()
@@ -45,15 +45,16 @@ class Validation:
     def batches(self, give_up: Callable[[], bool] = lambda: False) -> Generator[Batch]:
         """Yields the batches. While one is late, but not the first, `give_up` is called now and then: once that is
         true, zeros come in place of this batch and all after it."""
+        count = len(self._shares)
         if not self._workers:
-            yield from map(self._batch, range(self._batches))
+            yield from map(self._batch, range(count))
             return
         depth = max(_BATCHES_AHEAD, 2 * self._workers)
-        reader = read_ahead(self._batch, 0, depth=min(depth, self._batches), workers=self._workers)
+        reader = read_ahead(self._batch, 0, depth=min(depth, count), workers=self._workers)
         try:
             current: Batch | None = next(reader)
             yield (template := current or {})
-            for number in range(1, self._batches):
+            for number in range(1, count):
                 current = current and reader.take(give_up)
                 yield current or self._zeros(number, template)
         finally:
@@ -61,22 +62,17 @@ class Validation:
 
     def _batch(self, number: int) -> Batch:
         """Reads this rank's share of a batch; returns {} after the last one, as a reader may read that far ahead."""
-        first = number * self._global_batch
-        if first >= self._num_examples:
+        if number >= len(self._shares):
             return {}
-        example_indices = self._local_examples(number)
+        example_indices = self._shares[number]
         self._source.foresee(example_indices or [0])
         if example_indices:
             return batch([(0, self._read(example_index)) for example_index in example_indices])
         example = batch([(0, self._read(0))])
         return {name: tensor[:0] for name, tensor in example.items()}
 
-    def _local_examples(self, number: int) -> range:
-        first = number * self._global_batch
-        return range(first + self._dp_rank, min(first + self._global_batch, self._num_examples), self._dp_size)
-
     def _zeros(self, number: int, template: Batch) -> Batch:
-        rows = len(self._local_examples(number))
+        rows = len(self._shares[number])
         return {name: tensor.new_zeros((rows, *tensor.shape[1:])) for name, tensor in template.items()}
 
     def _read(self, example_index: int) -> Row:

@@ -12,7 +12,10 @@ from trainer.registry import plugin
 
 
 def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
-    optimizer = plugin(config, "optimizer")(config.optimizer, model)
+    section = config.optimizer
+    if config.train.deterministic == "topology" and getattr(section, "implementation", "") == "auto":
+        section = section.model_copy(update={"implementation": "foreach"})  # fused rounds the ends of shards otherwise
+    optimizer = plugin(config, "optimizer")(section, model)
     decay = getattr(config.optimizer, "ema", None)  # the Config of a user's optimizer may lack it
     return track_average(optimizer, decay) if decay else optimizer
 

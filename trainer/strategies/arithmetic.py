@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map
 from trainer import fault_points
 from trainer.checkpoint.state import FlatShard
 from trainer.config import strategy as schema
+from trainer.data.deal import ROW_BY_ROW, Deal
 from trainer.models import ModelFactory, is_saved
 from trainer.objectives import NUM_TARGETS, Batch, Normalizers, Objective, Outputs, Rows, Sums
 from trainer.optim.conditional import step_unless
@@ -42,6 +43,8 @@ class StepOptions:
     activation_checkpointing: str
     compile: bool
     micro_batch: int = 1  # sequences of a forward pass, if none are missing
+    deal: Deal = ROW_BY_ROW
+    """Which rows of a step each replica computes."""
     unequal_micro_batches: bool = False
     """Whether ranks may have micro-batches of different sizes: examples that cannot be read are left out of them."""
 
@@ -177,14 +180,18 @@ class StepArithmetic:
         A batch without rows is padded to a whole micro-batch (batch norm refuses a single row), and its outputs are
         trimmed to no rows; the model's buffers do not change.
         """
-        device = self.topology.device
-        if num_rows(batch):
+        device, rows = self.topology.device, num_rows(batch)
+        if rows == (size := self.num_padded(rows)):
             batch = to_device(batch, device)
             with self.autocast_forward():
                 return self.outputs(model(batch)), batch
-        padded = to_device(take_rows(batch, 0, self.options.micro_batch, self.padding_row()), device)
-        with self.autocast_forward(), preserve_buffers(self.model):
-            return trim_rows(self.outputs(model(padded)), 0), trim_rows(padded, 0)
+        padded = to_device(take_rows(batch, 0, size, self.padding_row()), device)
+        with self.autocast_forward(), nullcontext() if rows else preserve_buffers(self.model):
+            return trim_rows(self.outputs(model(padded)), rows), trim_rows(padded, rows)
+
+    def num_padded(self, rows: int) -> int:
+        """Returns the number of rows that a batch of `rows` is padded to."""
+        return rows or self.options.micro_batch
 
     def padding_row(self) -> Batch | None:
         """Returns a row that a batch can be padded with."""
@@ -250,14 +257,21 @@ class StepArithmetic:
         padded[: len(rows)] = rows
         gathered = [torch.empty_like(padded) for _ in row_counts]
         dist.all_gather(gathered, padded, group=self.replicas)
-        return torch.stack(gathered, dim=1)[_row_mask(row_counts).to(rows.device)]
+        present = [part[:count] for part, count in zip(gathered, row_counts, strict=True)]
+        return torch.cat(present)[self.row_order(row_counts).to(rows.device)]
 
     def local_rows(self, rows: Tensor, count: int) -> Tensor:
         if self.topology.dp_size == 1:
             return rows
-        is_row = _row_mask(self._rows_per_replica(count))
-        replicas = torch.arange(is_row.shape[1]).expand_as(is_row)[is_row]
-        return rows[(replicas == self.topology.dp_rank).to(rows.device)]
+        row_counts, replica = self._rows_per_replica(count), self.topology.dp_rank
+        positions = self.row_order(row_counts).argsort().split(row_counts)[replica]
+        return rows[positions.to(rows.device)]
+
+    def row_order(self, row_counts: Sequence[int]) -> Tensor:
+        """Returns the order of the run for rows that lie replica by replica, int64 [sum of `row_counts`]: row k of a
+        step belongs to replica k mod n."""
+        keys = [(row, replica) for replica, count in enumerate(row_counts) for row in range(count)]
+        return torch.tensor(sorted(range(len(keys)), key=keys.__getitem__), dtype=torch.int64)
 
     def _rows_per_replica(self, count: int) -> list[int]:
         """Returns how many rows each replica has: they differ where samples are left out or held-out data end."""
@@ -285,6 +299,13 @@ class StepArithmetic:
         )
         self.add(sums, self.objective.evaluate(outputs, batch))
         return sums
+
+    def total(self, batch_sums: Sequence[Sums]) -> dict[str, float]:
+        sums = Sums()
+        for of_batch in batch_sums:
+            for name, value in of_batch.items():
+                sums[name] = sums[name] + value if name in sums else value
+        return {name: values[0] for name, values in self.reduce({k: v.reshape(1) for k, v in sums.items()}).items()}
 
     def reduce(self, sums: Mapping[str, Tensor]) -> dict[str, list[float]]:
         names = sorted(sums)
@@ -344,11 +365,6 @@ class StepArithmetic:
         for parameter in stateless:
             for value in self.optimizer.state[parameter].values():
                 value.copy_(torch.zeros_like(plain_tensor(value)))
-
-
-def _row_mask(row_counts: Sequence[int]) -> Tensor:
-    """Returns which rows exist, bool [rows, replicas]; in the run's order, row k of a step is on replica k mod n."""
-    return torch.arange(max(row_counts))[:, None] < torch.tensor(list(row_counts))
 
 
 def plain_tensor(tensor: Tensor) -> Tensor:

@@ -55,6 +55,10 @@ class Strategy(Model, Protocol):
         """Runs only the forward pass. Returns this rank's sums and rows of the strategy's own objective."""
         ...
 
+    def total(self, batch_sums: Sequence[Sums]) -> dict[str, float]:
+        """Adds up this rank's sums of the batches of an evaluation, and those of all data-parallel ranks."""
+        ...
+
     def reduce(self, sums: Mapping[str, Tensor]) -> dict[str, list[float]]:
         """Adds up vectors of one length over all data-parallel ranks: the one collective of metrics and votes."""
         ...

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+T = TypeVar("T", bound=Tensor)
 BUCKET_BYTES = 25 * 2**20  # as in torch's DDP: this keeps links busy, and two buckets fit next to any model
 IN_FLIGHT = 2  # buckets; more would only cost memory
 
@@ -21,7 +23,7 @@ def all_reduce_buckets(gradients: Sequence[Tensor], group: dist.ProcessGroup, dt
     the order of the sums, so a resumed run adds up exactly as an uninterrupted one.
     """
     in_flight: deque[tuple[list[Tensor], Tensor, dist.Work]] = deque()
-    for bucket in _buckets(gradients):
+    for bucket in split_into_buckets(gradients):
         flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
         flat = flat if dtype is None else flat.to(dtype)
         work = dist.all_reduce(flat, group=group, async_op=True)
@@ -39,9 +41,9 @@ def _wait_and_copy(bucket: list[Tensor], flat: Tensor, work: dist.Work) -> None:
     torch._foreach_copy_(bucket, [part.view(gradient.shape) for part, gradient in zip(parts, bucket, strict=True)])
 
 
-def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+def split_into_buckets(gradients: Sequence[T]) -> Iterator[list[T]]:
     """Yields runs of gradients of one data type, each of about `BUCKET_BYTES`."""
-    bucket: list[Tensor] = []
+    bucket: list[T] = []
     size = 0
     for gradient in gradients:
         if bucket and (size + gradient.nbytes > BUCKET_BYTES or gradient.dtype != bucket[0].dtype):

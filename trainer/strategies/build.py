@@ -6,14 +6,16 @@ from functools import partial
 
 from trainer.config import Config
 from trainer.config import transforms as schema
+from trainer.config.strategy import Single as SingleSection
 from trainer.errors import ConfigError
 from trainer.models import Fill
 from trainer.models.factory import model_factory
 from trainer.optim.build import build_optimizer
 from trainer.precision import Precision
-from trainer.registry import OPTIONS, plugin
+from trainer.registry import OPTIONS, load, plugin
 from trainer.run_data import RunData
 from trainer.strategies.arithmetic import StepArithmetic, StepOptions
+from trainer.strategies.leafwise import compute_deterministically
 from trainer.strategies.single import Single
 from trainer.topology import Topology
 from trainer.transforms.fp8 import FP8
@@ -38,7 +40,11 @@ def strategy_for(config: Config, topology: Topology, run_data: RunData, frozen: 
     if frozen and (replacement := getattr(kind, "strategy_for_frozen", None)):
         kind, section = replacement()
     keeps_casts = getattr(kind, "keeps_casts", True)
-    if topology.world_size == 1 and not getattr(kind, "runs_alone", True):
+    if train.deterministic == "topology":
+        kind = load((SingleSection if topology.world_size == 1 else type(section)).leafwise)
+        keeps_casts = False
+        compute_deterministically(topology.device)
+    elif topology.world_size == 1 and not getattr(kind, "runs_alone", True):
         if config.strategy.name not in OPTIONS["strategy"]:  # a user's strategy is not replaced silently
             raise ConfigError(
                 f"strategy={config.strategy.name}: runs on 2 processes and more; nearest: strategy=single"
@@ -54,6 +60,7 @@ def strategy_for(config: Config, topology: Topology, run_data: RunData, frozen: 
             "none" if frozen else train.activation_checkpointing,
             train.compile,
             train.micro_batch or train.global_batch // topology.dp_size,
+            deal=run_data.stream.share.deal,
             unequal_micro_batches=run_data.stream.share.tolerant,
         ),
     )

@@ -13,11 +13,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle, get_schedule_class
-from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves, tree_map, tree_structure, tree_unflatten
 
 from trainer import fault_points
@@ -35,7 +34,12 @@ from trainer.strategies.fsdp import shard
 from trainer.strategies.layers import wrap_layers
 from trainer.strategies.padding import num_rows, take_rows, trim_rows
 from trainer.strategies.stages import Stage, balance, cut_model, measure_costs, pp_rank_of_stage
-from trainer.strategies.tensor_parallel import TensorParallel, global_norm, local_tensor
+from trainer.strategies.tensor_parallel import (
+    TensorParallel,
+    all_reduce_partial_gradients,
+    global_norm,
+    local_tensor,
+)
 from trainer.strategies.used_parameters import UsedParameters, all_reduce_any
 
 
@@ -52,6 +56,7 @@ class Pipeline(TensorParallel):
 
     config: schema.Pipeline
     used: UsedParameters | None = None
+    stage_class = NumberedStage
 
     def build(self, model_factory: ModelFactory) -> nn.Module:
         topology, layout, device = self.topology, self.topology.layout, self.topology.device
@@ -72,7 +77,7 @@ class Pipeline(TensorParallel):
             )
         has_split_ends = self.pp_rank_of(0) != self.pp_rank_of(len(self.stage_blocks) - 1)
         tied = [name for name in tied if name in self.trained]
-        self.tied = tied if has_split_ends and (first or last) else []
+        self.all_tied, self.tied = tied, tied if has_split_ends and (first or last) else []
         self.reports_data = last and self.mesh.get_local_rank("tp") == 0
         wrap_layers(model, self.options.activation_checkpointing, self.options.compile)
         self.split(model, self.mesh["tp"])
@@ -82,7 +87,7 @@ class Pipeline(TensorParallel):
                 self.stage_blocks[index],
                 index == 0,
                 index == len(self.stage_blocks) - 1,
-                self.precision.autocast,
+                self.autocast_forward,
             )
             for index in local_stages
         }
@@ -169,23 +174,12 @@ class Pipeline(TensorParallel):
 
     def _gradients(self) -> Iterator[tuple[str, Tensor]]:
         """Yields the gradients of this rank's stages, placed as the parameters are: some arrive as partial sums."""
-        self._all_reduce_within_layers()
+        all_reduce_partial_gradients(self.model, self.mesh["tp"])
         for name, parameter in self.model.named_parameters():
             if isinstance(parameter, DTensor) and isinstance(parameter.grad, DTensor):
                 parameter.grad = parameter.grad.redistribute(placements=parameter.placements)
             if parameter.grad is not None:
                 yield name, parameter.grad
-
-    def _all_reduce_within_layers(self) -> None:
-        """Sums the gradients of parameters that all ranks of a layer keep whole (norms, under sequence parallel), in
-        few buckets: DTensor would send each gradient alone."""
-        mesh = self.mesh["tp"]
-        partial = [parameter for parameter in self.model.parameters() if _is_partial(parameter, mesh)]
-        gradients = [local_tensor(parameter.grad) for parameter in partial]  # type: ignore[arg-type]
-        if gradients:
-            all_reduce_buckets(gradients, mesh.get_group())
-        for parameter, gradient in zip(partial, gradients, strict=True):
-            parameter.grad = DTensor.from_local(gradient, mesh, parameter.placements, run_check=False)  # type: ignore[attr-defined]
 
     def _max_rows(self, micro_batches: Sequence[Batch]) -> list[int]:
         """Returns for each micro-batch the largest number of sequences on any replica. Samples that are left out make
@@ -207,6 +201,19 @@ class Pipeline(TensorParallel):
         chunks = [
             to_device(take_rows(batch, number * size, size, spare), self.topology.device) for number in range(count)
         ]
+        self._seed(batch)
+        self.run_chunks(chunks, row_counts, objective, normalizers, lambda _, micro_sums: self.add(sums, micro_sums))
+
+    def run_chunks(
+        self,
+        chunks: Sequence[Batch],
+        row_counts: Sequence[int],
+        objective: Objective,
+        normalizers: Normalizers,
+        add: Callable[[int, Sums], None],
+    ) -> None:
+        """Runs the pipeline's micro-batches, tensors [B, ...] on the device, of which the first `row_counts` rows are
+        not padding. `add` gets the number of each and what it sums."""
         for stage in self.stages.values():
             stage.batches, stage.row_counts = chunks, row_counts
 
@@ -216,13 +223,12 @@ class Pipeline(TensorParallel):
             rows = trim_rows(self._outputs(outputs), row_count), trim_rows(chunks[int(number)], row_count)
             loss, micro_sums = objective.loss(*rows, normalizers)
             fault_points.point("step.loss", [loss])
-            self.add(sums, micro_sums)
+            add(int(number), micro_sums)
             return loss * self.loss_scale
 
-        self.loss = loss
-        self._seed(batch)
+        self.loss, count = loss, len(chunks)
         try:
-            self._schedule(count, size).step(target=torch.arange(count), return_outputs=False)
+            self._schedule(count, num_rows(chunks[0])).step(target=torch.arange(count), return_outputs=False)
         except RuntimeError as error:  # torch wraps errors of a stage
             if isinstance(error.__cause__, (torch.OutOfMemoryError, MemoryError)):
                 raise error.__cause__ from error
@@ -235,7 +241,7 @@ class Pipeline(TensorParallel):
             hidden = self._hidden(size)
             outputs = tuple(_rows(leaf, size) for leaf in tree_leaves(self.costs.outputs))
             stages: Any = [
-                NumberedStage(
+                self.stage_class(
                     stage,
                     stage_index,
                     len(self.stage_blocks),
@@ -324,8 +330,9 @@ class Pipeline(TensorParallel):
         """Runs a batch forward through the stages in their order. Returns the outputs on the rank of the last stage,
         None elsewhere, and the batch on the device."""
         rows, x = num_rows(batch), None
-        spare = None if rows else self.padding_row()
-        padded = to_device(take_rows(batch, 0, rows or self.options.micro_batch, spare), self.topology.device)
+        size = self.num_padded(rows)
+        spare = self.padding_row() if rows < size else None
+        padded = to_device(take_rows(batch, 0, size, spare), self.topology.device)
         for stage_index in range(len(self.stage_blocks)):
             previous_rank, pp_rank = self.pp_rank_of(max(0, stage_index - 1)), self.pp_rank_of(stage_index)
             if self.pp_rank == previous_rank != pp_rank:
@@ -378,14 +385,6 @@ class Pipeline(TensorParallel):
         )
         groups = {pair: dist.new_group(list(pair)) for pair in zip(first, last, strict=True)}
         return next((group for pair, group in groups.items() if self.topology.rank in pair), None)
-
-
-def _is_partial(parameter: nn.Parameter, mesh: DeviceMesh) -> bool:
-    """Returns whether the gradient is a partial sum over the mesh while the parameter is whole on each of its ranks."""
-    gradient = parameter.grad
-    if not (isinstance(parameter, DTensor) and isinstance(gradient, DTensor) and gradient.device_mesh == mesh):
-        return False
-    return tuple(gradient.placements) == (Partial("sum"),) and tuple(parameter.placements) == (Replicate(),)
 
 
 def _rows(example: Tensor, rows: int) -> Tensor:

@@ -17,13 +17,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.distributed.tensor.parallel import loss_parallel, parallelize_module
 
 from trainer.errors import ConfigError
 from trainer.models.tensor_parallel import Replicated
 from trainer.objectives import Outputs
 from trainer.strategies.arithmetic import StepArithmetic
+from trainer.strategies.buckets import all_reduce_buckets
 from trainer.strategies.stages import OnOtherRank
 
 
@@ -77,6 +78,25 @@ def split(model: nn.Module, mesh: DeviceMesh, sequence_parallel: bool) -> None:
     for module in model.modules():
         if any(not isinstance(parameter, DTensor) for parameter in module.parameters(recurse=False)):
             parallelize_module(module, mesh, Replicated())
+
+
+def all_reduce_partial_gradients(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Sums the gradients of parameters that all ranks of a layer keep whole (norms, under sequence parallel), in few
+    buckets: DTensor would send each gradient alone."""
+    partial = [parameter for parameter in model.parameters() if _is_partial(parameter, mesh)]
+    gradients = [local_tensor(parameter.grad) for parameter in partial]  # type: ignore[arg-type]
+    if gradients:
+        all_reduce_buckets(gradients, mesh.get_group())
+    for parameter, gradient in zip(partial, gradients, strict=True):
+        parameter.grad = DTensor.from_local(gradient, mesh, parameter.placements, run_check=False)  # type: ignore[attr-defined]
+
+
+def _is_partial(parameter: nn.Parameter, mesh: DeviceMesh) -> bool:
+    """Returns whether the gradient is a partial sum over the mesh while the parameter is whole on each of its ranks."""
+    gradient = parameter.grad
+    if not (isinstance(parameter, DTensor) and isinstance(gradient, DTensor) and gradient.device_mesh == mesh):
+        return False
+    return tuple(gradient.placements) == (Partial("sum"),) and tuple(parameter.placements) == (Replicate(),)
 
 
 def local_tensor(tensor: Tensor) -> Tensor:

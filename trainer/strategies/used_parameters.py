@@ -47,11 +47,11 @@ class UsedParameters:
         self.used_names.add(name)
 
 
-def all_reduce_any(flags: Sequence[bool], device: torch.device) -> Tensor:
-    """Returns for each flag whether any rank has set it, as int32 on the device."""
+def all_reduce_any(flags: Sequence[bool], device: torch.device, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Returns for each flag whether any rank of the group (None: of all) has set it, as int32 on the device."""
     flags_anywhere = _on_device(tuple(flags), device).clone()
     if dist.is_initialized():
-        dist.all_reduce(flags_anywhere, dist.ReduceOp.MAX)
+        dist.all_reduce(flags_anywhere, dist.ReduceOp.MAX, group=group)
     return flags_anywhere
 
 

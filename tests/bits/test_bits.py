@@ -1,0 +1,63 @@
+"""`train.deterministic=topology`: loss, norm, weights and moments have the bits of one process, on any topology."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.bits import cells
+
+ROOT = Path(__file__).parents[2]
+Found = dict[str, Any]
+
+
+def run(processes: int, which: str, folder: Path) -> Found:
+    """The bits of all cells of that many processes, by cell, variant and layers."""
+    out = folder / f"{processes}.json"
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [*launcher, "-m", "tests.bits.rank", str(out), which]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-8000:]
+    return json.loads(out.read_text())
+
+
+def differences(found: Found, single: Found) -> list[str]:
+    """What is not the same, one sentence each."""
+    problems = []
+    for name, bits in found.items():
+        expected = single[f"single,{name.partition(',')[2]}"]
+        steps = [number for number, pair in enumerate(zip(bits["steps"], expected["steps"], strict=True), 1)
+                 if pair[0] != pair[1]]  # fmt: skip
+        if steps:
+            problems.append(f"{name}: loss or norm differ from step {steps[0]} on")
+        if bits["state"].keys() != expected["state"].keys():
+            problems.append(f"{name}: other names")
+        elif others := [key for key, digest in bits["state"].items() if digest != expected["state"][key]]:
+            problems.append(f"{name}: {len(others)} tensors differ, such as {others[0]}")
+    return problems
+
+
+def test_quick_cut(tmp_path: Path) -> None:
+    single, two = run(1, "quick", tmp_path), run(2, "quick", tmp_path)
+    assert len(two) == sum(len(cell.quick) for cell in cells.cells() if cell.processes == 2)
+    assert differences(two, single) == []
+    planted = run(2, "planted", tmp_path)
+    assert len(differences(planted, single)) >= len(planted)
+
+
+@pytest.mark.slow
+def test_all_of_it(tmp_path: Path) -> None:
+    single, found = run(1, "all", tmp_path), Found()
+    for processes in (2, 3, 4):
+        found |= {f"{name} on {processes}": bits for name, bits in run(processes, "all", tmp_path).items()}
+    assert len(found) == len(list(cells.cells())) * len(cells.VARIANTS)
+    assert differences({name.rpartition(" on ")[0]: bits for name, bits in found.items()}, single) == []
