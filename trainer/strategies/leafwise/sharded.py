@@ -95,7 +95,7 @@ class LeafwiseFSDP(LeafwiseArithmetic, FSDP):
         for name, module in model.named_modules():
             if isinstance(module, FSDPModule):
                 self.reductions[name] = TreeReduceScatter(self.leaves, dist.get_world_size(self.shard_group), replicas)
-                module.set_custom_reduce_scatter(self.reductions[name])
+                module.set_custom_reduce_scatter(self.reductions[name])  # type: ignore[arg-type]
         return model
 
     def sync(self, last: bool) -> AbstractContextManager[object]:
