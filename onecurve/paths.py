@@ -21,7 +21,8 @@ _is_done = False
 
 
 def put_working_folder_last() -> None:
-    """Puts the working folder last in `sys.path`: once in a process, removes it from where `-m` or -c put it."""
+    """Moves the working folder to the end of `sys.path` if `-m` or `-c` put it first, and appends it if it is missing.
+    Once in a process: later, a first entry is PYTHONPATH's."""
     global _is_done
     try:
         working_folder = os.getcwd()

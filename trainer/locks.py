@@ -77,7 +77,7 @@ def acquire_run(run_dir: Path) -> Lock:
 
 
 def describe_run_lock(run_dir: Path) -> str:
-    """Returns that a run directory is locked, and by whom where a lease says so, for messages."""
+    """Returns the sentence that a run directory is locked, and by whom where a lease says so."""
     return f"another process trains in this folder{holder(run_dir / RUN)}"
 
 

@@ -50,7 +50,7 @@ SEE = "docs/EXTEND.md has one of each"
 
 
 def check_plugins(config: Config) -> None:
-    """Raises ConfigError with all that users' classes lack, or else the models that the objective lacks."""
+    """Raises ConfigError with all that users' classes lack, or else where the objective and the models do not match."""
     problems = list(_all_missing_parts(config))
     for name, trained in config.models.trained.items():
         missing_parts = _all_missing_parts(config.model_copy(update=dict(trained)))

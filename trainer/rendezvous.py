@@ -33,9 +33,8 @@ def find_rendezvous(key: str, timeout: datetime.timedelta) -> dist.Store | None:
         return None
     master, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     address = _address_towards(master, port)
-    if interface := _interface_of(
-        address
-    ):  # gloo would use the machine's name, which may mean another interface, or none
+    # gloo would use the machine's name, which may mean another interface, or none.
+    if interface := _interface_of(address):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     agent_store = dist.TCPStore(master, port, is_master=False, timeout=timeout)
     if os.environ["RANK"] == "0":

@@ -198,7 +198,7 @@ def read_failure(folder: Path) -> dict[str, Any] | None:
 
 
 def write_final_status(folder: Path, reason: str, exit_code: int) -> None:
-    """Ends a status that still says `running`; the process that started the ranks calls it once all have ended."""
+    """Ends a status that still says `running`, so that it does not say so after the end of the run."""
     status = read_status(folder)
     if status.get("state") == "running":
         state = "interrupted" if exit_code == Interrupted.exit_code else "failed"

@@ -142,8 +142,8 @@ def sample(
 ) -> list[str]:
     """Returns the samples that the config's `sample` section asks for; the same each time for the same weights.
 
-    Returns none once `should_stop`, which is called before each token. Raises ConfigError if the run does not learn
-    text."""
+    The list is empty once `should_stop()`, which is called before each token, is true. Raises ConfigError if the run
+    does not learn text."""
     if not continues_text(config):
         raise ConfigError(f"{config.run.name}: is not a run that learns text: there is nothing to sample")
     options = config.sample
@@ -179,8 +179,8 @@ def generate(
     generator: torch.Generator,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> list[str]:
-    """Returns `count` continuations of `prompt`, prompt included, each of up to `tokens` tokens; none once
-    `should_stop`.
+    """Returns `count` continuations of `prompt`, prompt included, each of up to `tokens` tokens; an empty list once
+    `should_stop()` is true.
 
     A continuation ends at the end-of-document token. The model sees the last `context` tokens. It computes on its own
     device; tokens are drawn on the CPU, the same on any machine.

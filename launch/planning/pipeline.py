@@ -107,7 +107,7 @@ class Pipeline(Accountant):
         stages, (count, rows), costs = self.layout.stages, self.micro_batches(), self.costs
         if stages == 1:
             return
-        summary = f"{self.strategy.schedule}: {stages} processes, {self.strategy.stages_per_rank} stage(s) on each"
+        summary = f"{self.strategy.schedule}: {stages} processes, {self.strategy.stages_per_rank} part(s) on each"
         yield "pipeline", f"{summary}; {count} micro-batches of {rows}"
         for position in range(stages):
             stage_costs, names = [], []

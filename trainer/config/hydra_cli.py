@@ -101,7 +101,7 @@ def _mask_secrets(is_quiet: bool) -> Iterator[None]:
 
 
 def _mask_text(text: str) -> str:
-    """Masks a line of output: an override, or any other text."""
+    """Masks an override, a value of a config, or any other line of output."""
     return shown_override(text) if re.match(r"[+~]*[\w./@-]+=", text) else masked(text)
 
 

@@ -1,4 +1,4 @@
-"""Turns raw values into a checked `Config`, or reports all problems. Imports plugins, reads and creates nothing."""
+"""Turns raw values into a checked `Config`, or reports all problems. Imports nothing but plugins, creates nothing."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 def run_in_fork(work: Callable[[], T]) -> T:
     """Calls `work` in a fork and returns its result, which must be picklable. Raises ConfigError with the problems of
-    an OnecurveError. Where forks are not available, or to a daemon, calls it in this process."""
+    an OnecurveError. Where there are no forks, or in a daemon, which may not fork, `work` is called in this process."""
     if "fork" not in multiprocessing.get_all_start_methods() or multiprocessing.current_process().daemon:
         return work()
     context = multiprocessing.get_context("fork")

@@ -167,9 +167,8 @@ def _shut_down(shelf: _Shelf[Any], threads: list[threading.Thread], processes: l
         return
     shelf.close()
     end = time.monotonic() + _PATIENCE_S
-    other_threads = [
-        thread for thread in threads if thread is not threading.current_thread()
-    ]  # garbage collection may run in one of them
+    # Garbage collection may run in one of them.
+    other_threads = [thread for thread in threads if thread is not threading.current_thread()]
     for thread in other_threads:
         thread.join(max(0.0, end - time.monotonic()))
     for process in processes:

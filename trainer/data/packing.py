@@ -38,8 +38,8 @@ class Span(NamedTuple):
 
 
 class Concatenated:
-    """Cuts the line every `length` tokens: example i is tokens [i * length, (i + 1) * length); only the last is
-    short."""
+    """Cuts the line every `length` tokens: example i is tokens [i * length, (i + 1) * length); only the last
+    may be short."""
 
     def __init__(self, line: TokenLine, length: int):
         self.n = -(-line.total // length)

@@ -14,7 +14,7 @@ _BATCHES_AHEAD = 4
 
 class Validation:
     """Yields this rank's micro-batches of the first `num_examples` examples (None: all) of `source`, at each `iter`
-    anew.
+    the same.
 
     All ranks yield the same number of batches, tensors [B, ...] by name and "draws" int64 [B], all 0. Where a rank has
     too few examples for its last batch, B is smaller, maybe 0. Nothing is random and nothing is left out: an example

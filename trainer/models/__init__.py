@@ -50,7 +50,7 @@ class UpdatesBuffers(Model, Protocol):
     stage."""
 
     def after_update(self, sums: dict[str, Tensor]) -> None:
-        """Changes persistent buffers. `sums`: those of the `statistics` that this process has, fp64, over all replicas.
+        """Changes persistent buffers. `sums`: of this process's `statistics`, over all replicas, fp64.
         The changes are undone if the step is refused."""
         ...
 

@@ -20,7 +20,7 @@ class AdamW8bit(torchao.optim.AdamW8bit):
         """Returns a state of zeros whose numbers stay the same when they are quantized again: a resumed run goes on
         exactly.
 
-        That holds if the largest number of a block, which divides all others, is represented exactly. torchao's
+        That holds if the largest number of a block, by which all are divided, is represented exactly. torchao's
         numbers go from -0.993 to 1.
         """
         state = OptimState8bit.zeros(parameter.shape, signed, block_size, parameter.device)

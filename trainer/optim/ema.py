@@ -12,8 +12,8 @@ import torch
 
 def track_average(optimizer: torch.optim.Optimizer, decay: float) -> torch.optim.Optimizer:
     """Makes the optimizer track an average of each parameter, and returns it. After each step: `ema` (fp32, shaped like
-    the parameter) = decay * `ema` + (1 - decay) * weight. It begins at zero; `ema_weight` is the sum of the weights so
-    far, so `ema / ema_weight` is the average (as in Adam, Kingma & Ba 2015, section 3)."""
+    the parameter) = decay * `ema` + (1 - decay) * weight. It begins at zero; `ema_weight` is the sum of these factors
+    so far, so `ema / ema_weight` is the average (as in Adam, Kingma & Ba 2015, section 3)."""
 
     @torch.no_grad()
     def average(optimizer: torch.optim.Optimizer, *_: Any) -> None:

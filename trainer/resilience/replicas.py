@@ -19,7 +19,7 @@ class Replicas:
 
     def find_differing(self, state: State) -> list[int] | None:
         """Returns the ranks whose weights differ from their replicas, or None if there are none. In a group without a
-        majority these are all ranks. All ranks call it and get the same result."""
+        majority these are all of the group. All ranks call it and get the same result."""
         shards_and_tensors = local_shards(state)
         if self._shards is None:
             shared = Plan.from_state(state, self.topology).replicated_shards(self.topology.rank)

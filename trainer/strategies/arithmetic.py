@@ -72,7 +72,7 @@ class StepArithmetic:
         self.scaler = precision.scaler()
         self.num_averaged_ranks = topology.dp_size  # how many ranks' gradients are averaged; 1 if they are summed
         self.timer = ForwardTimer(topology.device)
-        self.reports_data = topology.is_data_rank  # one of the ranks that train on the same sequences
+        self.reports_data = topology.is_data_rank  # true on one of those that train on the same sequences
 
     def setup(self, model_factory: ModelFactory, optimizer_factory: OptimizerFactory | None) -> None:
         self.example = cache(model_factory.example) if model_factory.example else None  # it is read from the data

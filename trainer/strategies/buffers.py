@@ -1,7 +1,7 @@
 """Buffers: state of a model besides its parameters that a forward pass may change (running statistics, counters).
 
-Persistent buffers are state like weights: they are the same on all replicas after every update, and only the forward
-passes of training change them.
+Persistent buffers are state like weights: they are the same on all replicas after every update, and no pass that does
+not count (of an evaluation, a recomputation, `infer`) changes them.
 """
 
 from __future__ import annotations

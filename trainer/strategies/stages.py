@@ -118,7 +118,7 @@ def _empty(tensor: Tensor) -> Tensor:
 
 
 def balance(model_costs: ModelCosts, stages: int) -> list[range]:
-    """Returns each stage's blocks, in a row and at least one, such that the slowest stage has the fewest FLOPs."""
+    """Returns each stage's blocks, in a row and at least one: the slowest stage has as few FLOPs as possible."""
     count = len(model_costs.blocks)
     if count < stages:
         raise ConfigError(

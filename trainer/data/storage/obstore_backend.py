@@ -72,9 +72,8 @@ class Obstore:
 
     def _pieces(self, result: Any) -> Iterator[bytes]:
         try:
-            yield from result.stream(
-                min_chunk_size=1
-            )  # as they arrive: held-back bytes would be lost with the connection
+            # As they arrive: held-back bytes would be lost with the connection.
+            yield from result.stream(min_chunk_size=1)
         except Exception as error:
             raise self._failed(error) from None
 
