@@ -23,7 +23,8 @@ import torch
 
 from trainer import topology
 from trainer.config.compose import load
-from trainer.data.deal import ROW_BY_ROW, Deal
+from trainer.data.deal import Deal
+from trainer.data.tokenizer import load as load_tokenizer
 from trainer.facts import Facts
 from trainer.models import ModelFactory
 from trainer.models.gpt import GPT
@@ -57,9 +58,7 @@ def build(overrides: str, sequences: int, way: str, ranks: topology.Topology) ->
     config = load(["model=gpt", "precision=fp32", *shape, *mode, *overrides.split()], PROCESSES)
     ranks = ranks.with_layout(config.layout(PROCESSES))
     kind: Any = plugin(config, "strategy") if way == "run" else load_class(config.strategy.leafwise)
-    deal = ROW_BY_ROW if way == "run" else Deal(LEAF, config.strategy.leaves_in_turn)
-    from trainer.data.tokenizer import load as load_tokenizer
-
+    deal = Deal.of(config, ranks.dp_size, ranks.local_size)
     facts = Facts(VOCABULARY, LENGTH, 1, load_tokenizer("bytes"))
     objective = CausalLM(config.objective, facts)
     options = StepOptions(1.0, "none", False, micro_batch=size, deal=deal)

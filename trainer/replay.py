@@ -143,7 +143,7 @@ def _iterate_samples(share: RankStream, data: StepData, names: Sequence[str]) ->
     """Yields the step's samples in global order. `names`: the names of the sources."""
     sources = {slot.number: names[slot.source] for slot in share.example_ids(data.step - 1)}
     batch = {name: torch.cat([part[name] for part in data.micro_batches]) for name in data.micro_batches[0]}
-    for i, (number, entry) in enumerate(data.entries):
+    for i, (number, entry) in sorted(enumerate(data.entries), key=lambda item: item[1][0]):
         yield Sample(number, sources[number], entry, {name: tensor[i : i + 1] for name, tensor in batch.items()})
 
 

@@ -104,13 +104,6 @@ class RunData:
     """What a later attempt must find unchanged, JSON-able: each source's fingerprint and its shards' summaries."""
 
 
-def deal_of(config: Config) -> Deal:
-    """Returns how the rows of a step are dealt to replicas."""
-    if config.train.deterministic == "run":
-        return Deal()
-    return Deal(config.train.micro_batch, config.strategy.leaves_in_turn)
-
-
 def _leaves(config: Config) -> dict[str, Any]:
     """Returns what identifies a run whose bits do not depend on its topology."""
     if config.train.deterministic == "run":
@@ -197,6 +190,7 @@ def open_run_data(config: Config, topology: Topology, inputs: FoundData) -> RunD
         validation_source = validation_source and PreparedSource(validation_source, objective.example)
     parts = [OrderedSource(source, data.lanes, data.window, config.run.seed) for source in sources]
     batches = Batches(config.train.global_batch, config.train.batch_ramp)
+    deal = Deal.of(config, topology.dp_size, topology.local_size)
     share = RankStream(
         parts=parts,
         mixture=Mixture([(batches.position(step), values) for step, values in weights(config).items()]),
@@ -205,7 +199,7 @@ def open_run_data(config: Config, topology: Topology, inputs: FoundData) -> RunD
         seed=config.run.seed,
         dp_rank=topology.dp_rank,
         dp_size=topology.dp_size,
-        deal=deal_of(config),
+        deal=deal,
         ledger=data.ledger and topology.is_data_rank,
         tolerant=data.on_error == "quarantine",
         source_field=SOURCE if config.track.by_source else "",
@@ -216,7 +210,7 @@ def open_run_data(config: Config, topology: Topology, inputs: FoundData) -> RunD
         micro_batch=config.train.micro_batch or config.train.global_batch // topology.dp_size,
         dp_rank=topology.dp_rank,
         dp_size=topology.dp_size,
-        deal=deal_of(config),
+        deal=deal,
         num_examples=config.eval.steps and config.eval.steps * config.train.global_batch,
         workers=data.workers,
     )

@@ -10,13 +10,14 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
+from launch.planning.gpus import NODE
 from launch.planning.memory_parts import MemoryParts, ParameterShare, Transfer, ring_fraction
 from launch.planning.planned_model import BuiltModel, PlannedModel
 from launch.planning.trace import Trace
 from trainer.config import Config
+from trainer.data.deal import Deal
 from trainer.precision import DTYPES
 from trainer.registry import load
-from trainer.run_data import deal_of
 from trainer.strategies.leafwise.sum_tree import SumTree
 
 Way = Sequence[str]  # overrides of a strategy
@@ -111,7 +112,8 @@ class Accountant:
         `train.deterministic=topology`."""
         if not self.leafwise:
             return 0
-        return max(0, most_leaf_sums(self.config, self.replicas) - 1) * self.gradient_share(position).trained_bytes
+        most = most_leaf_sums(self.config, self.replicas, min(NODE, self.procs))
+        return (most - 1) * self.gradient_share(position).trained_bytes
 
     def gradient_share(self, position: int) -> ParameterShare:
         """Returns the parameters whose summed gradients the process at this position holds."""
@@ -172,15 +174,15 @@ def single_process_moments(trace: Trace, share: ParameterShare, passes: int) -> 
         yield MemoryParts(share.parameter_bytes, share.trained_bytes, share.state_bytes, segment.peak, 0)
 
 
-def most_leaf_sums(config: Config, replicas: int) -> int:
+def most_leaf_sums(config: Config, replicas: int, local_size: int) -> int:
     """Returns how many sums over leaves a process keeps at most in a step, of which one is the gradient."""
-    deal, most = deal_of(config), 1
+    deal, most = Deal.of(config, replicas, local_size), 1
     count = deal.count(config.train.global_batch)
-    tree = SumTree(count)
-    together = replicas if deal.in_turn else 1  # leaves that come at the same time
-    local = range(count) if deal.in_turn else deal.leaves_of(count, 0, replicas)
-    for number, leaf in enumerate(local, 1):
-        tree.add((leaf, leaf + 1), ())
-        if number % together == 0:
-            most = max(most, len(tree.sums) + (number < len(local)))  # and the next gradient
+    for first in range(0, replicas, deal.neighbors):  # each group sums up its leaves together
+        tree = SumTree(count)
+        together = [deal.leaves_of(count, first + i, replicas) for i in range(deal.neighbors)]
+        for number, leaves in enumerate(zip(*together, strict=False), 1):
+            for leaf in leaves:
+                tree.add((leaf, leaf + 1), ())
+            most = max(most, len(tree.sums) + (number < len(together[0])))  # and the next gradient
     return most

@@ -18,6 +18,13 @@ from trainer.strategies.stages import ModelCosts, balance, pp_rank_of_stage
 
 
 class Pipeline(Accountant):
+    def __init__(self, subject: PlannedModel, config: Config, procs: int):
+        super().__init__(subject, config, procs)
+        if self.leafwise:  # what the pipeline cuts are the leaves of a step
+            self.leaf, leaves = self.rows, self.passes
+            self.leaves_together = micro_batches(self.strategy, self.layout.stages, leaves)
+            self.rows, self.passes = self.leaf * self.leaves_together, -(-leaves // self.leaves_together)
+
     @classmethod
     def ways(cls, subject: PlannedModel, procs: int) -> Iterator[Way]:
         if procs == 1 or not subject.whole.cuttable:
@@ -40,13 +47,6 @@ class Pipeline(Accountant):
         numbers = range(len(self.stage_blocks))
         return [stage for stage in numbers if pp_rank_of_stage(self.strategy, stages, stage) == position]
 
-    def __init__(self, subject: PlannedModel, config: Config, procs: int):
-        super().__init__(subject, config, procs)
-        if self.leafwise:  # what the pipeline cuts are the leaves of a step
-            self.leaf, leaves = self.rows, self.passes
-            self.leaves_together = micro_batches(self.strategy, self.layout.stages, leaves)
-            self.rows, self.passes = self.leaf * self.leaves_together, -(-leaves // self.leaves_together)
-
     def micro_batches(self) -> tuple[int, int]:
         if self.leafwise:
             return self.leaves_together, self.leaf
@@ -62,6 +62,14 @@ class Pipeline(Accountant):
 
     def gradient_share(self, position: int) -> ParameterShare:
         return ParameterShare(self.share_of(position).parameters)  # whole until the end of the step
+
+    def leaf_sums_bytes(self, position: int) -> int:
+        """Returns, besides, the bytes of a tied embedding's gradients that wait for those of the other end."""
+        nbytes = super().leaf_sums_bytes(position)
+        if not self.leafwise or self.layout.stages == 1:
+            return nbytes
+        tied = [p for p in self.gradient_share(position).parameters if p.ends == {EMBEDS, HEADS}]
+        return nbytes + self.leaves_together * ParameterShare(tied).trained_bytes
 
     def stage_trace(self, stage: int) -> Trace:
         """Returns the trace of one of the pipeline's micro-batches on a stage."""

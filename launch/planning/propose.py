@@ -94,14 +94,17 @@ def candidates(config: Config, procs: int, subject: PlannedModel) -> Iterator[tu
         section = dict(defaults[way[0].removeprefix("strategy=")])
         for key, _, value in (override.removeprefix("strategy.").partition("=") for override in way[1:]):
             section[key] = {"true": True, "compute": value}.get(value) or int(value)
+        size = config.train.micro_batch if config.train.deterministic == "topology" else None
         try:
-            yield tuple(way), validate(_override(config, {"train": {"micro_batch": None}}, strategy=section), procs)
+            yield tuple(way), validate(_override(config, {"train": {"micro_batch": size}}, strategy=section), procs)
         except ConfigError:
             continue
 
 
 def sizes(config: Config, procs: int) -> list[int]:
     """Returns the micro-batch sizes that divide a process's share of the global batch, the largest first."""
+    if config.train.deterministic == "topology":  # it is part of what the run is
+        return [config.train.micro_batch or 1]
     layout = config.layout(procs)
     share = max(1, config.train.global_batch // (procs // layout.processes))
     choices = {share, ROWS, 4, 2, 1, config.train.micro_batch or share}

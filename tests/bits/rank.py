@@ -39,7 +39,7 @@ def main(out: Path, which: str) -> None:
 def _swap_one_addition() -> None:
     """Halves of the tree are cut at another leaf where a half has three."""
 
-    def relatives(node: sum_tree.Node, leaves: int) -> tuple[sum_tree.Node, sum_tree.Node]:
+    def find_other(node: sum_tree.Node, leaves: int) -> tuple[sum_tree.Node, sum_tree.Node]:
         first, end = 0, leaves
         while True:
             middle = (first + end) // 2 + ((first, end) == (0, 3))
@@ -48,7 +48,7 @@ def _swap_one_addition() -> None:
                 return halves[node == halves[0]], (first, end)
             first, end = halves[node[0] >= middle]
 
-    sum_tree.relatives = relatives  # type: ignore[assignment]
+    sum_tree.find_sibling = find_other  # type: ignore[assignment]
 
 
 if __name__ == "__main__":

@@ -105,6 +105,30 @@ def train(zoo: Zoo, name: str, procs: int, *overrides: str, expect: int = 0) -> 
     return run
 
 
+def overrides_of(recipe: str, zoo: Zoo) -> tuple[str, ...]:
+    overrides: tuple[str, ...] = (f"model={recipe}", f"objective={recipe}")
+    if name := RECIPES[recipe].frozen:
+        overrides += (f"models.frozen.{name}={zoo.folder}/frozen",)
+    if recipe == "gan":
+        overrides += (
+            f"models.trained.discriminator.model.name={gan.__name__}:Discriminator",
+            "models.trained.discriminator.optimizer.lr=0.005",
+        )
+    return overrides
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_same_bits_on_any_topology(recipe: str, zoo: Zoo) -> None:
+    overrides = (*overrides_of(recipe, zoo), "train.deterministic=topology", "train.micro_batch=2")
+    alone = train(zoo, f"{recipe}-bits-alone", 1, *overrides, "strategy=single")
+    for strategy in ("ddp 2", "fsdp 2", "pipeline 2"):
+        if (recipe, strategy) not in REFUSED:
+            procs, where = STRATEGIES[strategy]
+            name = f"{recipe}-bits-{strategy.replace(' ', '-')}"
+            assert_same_bits(train(zoo, name, procs, *overrides, *where), alone)
+
+
 @pytest.mark.parametrize(
     ("recipe", "strategy"),
     [
@@ -114,14 +138,7 @@ def train(zoo: Zoo, name: str, procs: int, *overrides: str, expect: int = 0) -> 
     ],
 )
 def test_one_curve_killed_and_resumed(recipe: str, strategy: str, zoo: Zoo) -> None:
-    overrides, (procs, where) = (f"model={recipe}", f"objective={recipe}"), STRATEGIES[strategy]
-    if name := RECIPES[recipe].frozen:
-        overrides += (f"models.frozen.{name}={zoo.folder}/frozen",)
-    if recipe == "gan":
-        overrides += (
-            f"models.trained.discriminator.model.name={gan.__name__}:Discriminator",
-            "models.trained.discriminator.optimizer.lr=0.005",
-        )
+    overrides, (procs, where) = overrides_of(recipe, zoo), STRATEGIES[strategy]
     if reason := REFUSED.get((recipe, strategy)):
         codes, output = zoo.train(zoo.run("refused", procs, (*overrides, *where)))
         assert (codes, reason in output) == ([2] * procs, True), output

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trainer.data.deal import Deal
 from trainer.strategies.leafwise.exact_sums import sums_of_squares
-from trainer.strategies.leafwise.sum_tree import SumTree, branches
+from trainer.strategies.leafwise.sum_tree import SumTree, find_branches
 
 COUNTS = (1, 2, 3, 5, 8, 12, 31)
 
@@ -56,12 +56,12 @@ def test_a_plain_sum_has_other_bits() -> None:
 @pytest.mark.parametrize("processes", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("in_turn", [False, True])
 def test_branches_of_several_processes_make_the_same_sum(count: int, processes: int, in_turn: bool) -> None:
-    values, whole = terms(count), SumTree(count)
+    values, whole, deal = terms(count), SumTree(count), Deal(1, processes if in_turn else 1)
     for process in range(processes):
-        own, leaves = SumTree(count), Deal(1, in_turn).leaves_of(count, process, processes)
+        own, leaves = SumTree(count), deal.leaves_of(count, process, processes)
         for leaf in leaves:
             own.add((leaf, leaf + 1), [value.clone() for value in values[leaf]])  # type: ignore[union-attr]
-        assert sorted(own.sums) == branches(leaves, count)
+        assert sorted(own.sums) == find_branches(leaves, count)
         if not in_turn:
             assert len(own.sums) <= 2 * math.ceil(math.log2(count)) + 1
         for node, sums in own.sums.items():
@@ -89,9 +89,9 @@ def test_what_is_missing_adds_nothing() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 7, 24, 50])
-@pytest.mark.parametrize("deal", [Deal(), Deal(4), Deal(4, in_turn=True), Deal(3)])
+@pytest.mark.parametrize("deal", [Deal(), Deal(4), Deal(4, 2), Deal(3)])
 def test_every_row_is_dealt_once(rows: int, deal: Deal) -> None:
-    for replicas in (1, 2, 3, 5):
+    for replicas in (2, 4, 6) if deal.neighbors == 2 else (1, 2, 3, 5):
         dealt = [row for replica in range(replicas) for row in deal.rows(rows, replica, replicas).tolist()]
         assert sorted(dealt) == list(range(rows))
 
@@ -100,9 +100,26 @@ def test_leaves_have_the_same_rows_on_any_number_of_replicas() -> None:
     deal = Deal(4)
     alone = [deal.leaf_rows(24, leaf).tolist() for leaf in deal.leaves_of(6, 0, 1)]
     assert alone[1] == [1, 7, 13, 19]
-    for in_turn in (False, True):
-        on_three = [Deal(4, in_turn).leaves_of(6, replica, 3) for replica in range(3)]
-        assert on_three == ([[0, 3], [1, 4], [2, 5]] if in_turn else [[0, 1], [2, 3], [4, 5]])
+    for neighbors, expected in ((1, [(0, 1), (2, 3), (4, 5)]), (3, [(0, 3), (1, 4), (2, 5)])):
+        assert [Deal(4, neighbors).leaves_of(6, replica, 3) for replica in range(3)] == expected
+    assert [Deal(4, 2).leaves_of(8, replica, 4) for replica in range(4)] == [(0, 2), (1, 3), (4, 6), (5, 7)]
+
+
+@pytest.mark.parametrize("rows", [1, 7, 23, 24])
+@pytest.mark.parametrize("deal", [Deal(), Deal(4), Deal(4, 2)])
+def test_an_evaluation_has_every_row_once_and_as_many_batches_on_all_replicas(rows: int, deal: Deal) -> None:
+    for replicas in (2, 4):
+        batches = [deal.batches(rows, 4, replica, replicas) for replica in range(replicas)]
+        assert len({len(of_replica) for of_replica in batches}) == 1
+        assert sorted(row for of_replica in batches for batch in of_replica for row in batch) == list(range(rows))
+
+
+def test_a_leaf_comes_once_and_belongs_to_the_tree() -> None:
+    tree = SumTree(4)
+    tree.add((1, 2), [None])
+    for node in ((1, 2), (1, 3), (4, 5)):
+        with pytest.raises(ValueError, match=r"is there already|not a node"):
+            tree.add(node, [None])
 
 
 @pytest.mark.parametrize("kind", ["normal", "wide", "zero", "tiny", "bf16"])

@@ -25,10 +25,10 @@ class Optimizer(Plugin):
         "and exported by `onecurve export --ema`. null: none. It may be switched on or off between attempts."
     )
 
-    def not_elementwise(self) -> str:
-        """Returns why its step on an element depends on how parameters are sharded, and the way out; empty if it does
-        not: what `train.deterministic=topology` needs."""
-        return ""
+    def elementwise(self) -> Optimizer | None:
+        """Returns the section with which its step on an element does not depend on how parameters are sharded, to the
+        last bit: what `train.deterministic=topology` needs. None if there is none, or nobody knows."""
+        return None
 
 
 class AdamW(Optimizer):
@@ -49,17 +49,19 @@ class AdamW(Optimizer):
                 f"{strategy.name}; nearest: optimizer.implementation=fused"
             )
 
-    def not_elementwise(self) -> str:
-        if self.implementation in ("auto", "foreach"):
-            return ""
-        what = f"optimizer.implementation={self.implementation} computes the ends of shards otherwise"
-        return f"{what}; nearest: optimizer.implementation=foreach"
+    def elementwise(self) -> Optimizer | None:
+        if self.implementation in ("auto", "foreach"):  # fused kernels round the last elements of a shard differently
+            return self.model_copy(update={"implementation": "foreach"})
+        return None
 
 
 class Lion(Optimizer):
     betas: tuple[Share, Share] = Field(
         description="Decay rates: of the momentum whose sign is the step, and of the momentum that is kept."
     )
+
+    def elementwise(self) -> Optimizer | None:
+        return self
 
 
 class Muon(Optimizer):
@@ -75,9 +77,6 @@ class Muon(Optimizer):
     )
     betas: tuple[Share, Share] = Field(description="AdamW's decay rates of the two moments.")
     eps: Float = Field(gt=0, description="Added to AdamW's denominator.")
-
-    def not_elementwise(self) -> str:
-        return "optimizer=muon steps on whole matrices, with products of its own; nearest: optimizer=adamw"
 
     def problems(self, sections: Mapping[str, Any], world_size: int) -> Iterator[str]:
         if flat := strategy_of(sections).flat_update():

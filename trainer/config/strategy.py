@@ -44,19 +44,22 @@ class Strategy(Plugin):
 
     leafwise: ClassVar[str] = ""
     """The class that takes its place under `train.deterministic=topology`; empty if there is none."""
-    leaves_in_turn: ClassVar[bool] = False
-    """Whether replicas then compute neighboring leaves at the same time, as where gradients are summed after each."""
 
     def layout(self, world_size: int) -> Layout:
         """Returns how `world_size` processes are used."""
         return ONE_STAGE
 
-    def not_leafwise(self) -> str:
+    def why_not_leafwise(self) -> str:
         """Returns why its sums depend on the number of processes under `train.deterministic=topology`, and the way
         out; empty if they do not."""
-        if self.leafwise:
+        if "leafwise" in vars(type(self)):  # a user's strategy does not inherit it
             return ""
         return f"strategy={self.name} adds up gradients in an order of its own; nearest: strategy=fsdp"
+
+    def leafwise_neighbors(self, replicas: int, local_size: int) -> int:
+        """Returns how many neighboring replicas sum up gradients together after each micro-batch; 1 if each has those
+        of a whole step first."""
+        return 1
 
     def splits_sequences(self) -> bool:
         """Returns whether a process may hold only a part of a sequence between two matrices."""
@@ -130,11 +133,11 @@ class TensorParallel(Strategy):
     def layout(self, world_size: int) -> Layout:
         return Layout(tensor=self.tensor_parallel)
 
-    def not_leafwise(self) -> str:
+    def why_not_leafwise(self) -> str:
         if self.tensor_parallel > 1:
             key = f"strategy.tensor_parallel={self.tensor_parallel}"
             return f"{key} cuts sums within matrix products; nearest: strategy.tensor_parallel=1"
-        return super().not_leafwise()
+        return super().why_not_leafwise()
 
     def splits_sequences(self) -> bool:
         return self.sequence_parallel and self.tensor_parallel > 1
@@ -176,10 +179,10 @@ class Sharded(UnusedParameters):
         "by layer; the optimizer steps on the CPU."
     )
 
-    def not_leafwise(self) -> str:
+    def why_not_leafwise(self) -> str:
         if self.gather == "compute":
             return "strategy.gather=compute rounds norms and embeddings, too; nearest: strategy.gather=param"
-        return super().not_leafwise()
+        return super().why_not_leafwise()
 
     def problems(self, sections: Mapping[str, Any], world_size: int) -> Iterator[str]:
         yield from super().problems(sections, world_size)
@@ -199,7 +202,10 @@ class Sharded(UnusedParameters):
 
 
 class FSDP(Sharded, TensorParallel):
-    leafwise, leaves_in_turn = "trainer.strategies.leafwise.sharded:LeafwiseFSDP", True
+    leafwise = "trainer.strategies.leafwise.sharded:LeafwiseFSDP"
+
+    def leafwise_neighbors(self, replicas: int, local_size: int) -> int:
+        return replicas
 
     def problems(self, sections: Mapping[str, Any], world_size: int) -> Iterator[str]:
         yield from super().problems(sections, world_size)
@@ -210,16 +216,19 @@ class FSDP(Sharded, TensorParallel):
 
 class HSDP(Sharded):
     accountant = "launch.planning.sharded:Hybrid"
-    leafwise, leaves_in_turn = "trainer.strategies.leafwise.sharded:LeafwiseHSDP", True
+    leafwise = "trainer.strategies.leafwise.sharded:LeafwiseHSDP"
 
     shard_size: Count | None = Field(
         description="Processes that share one sharded copy of the model. null: those of a node."
     )
 
-    def not_leafwise(self) -> str:
+    def leafwise_neighbors(self, replicas: int, local_size: int) -> int:
+        return self.shard_size or local_size
+
+    def why_not_leafwise(self) -> str:
         if self.shard_size == 1:
             return "strategy.shard_size=1 shards nothing; nearest: strategy=ddp"
-        return super().not_leafwise()
+        return super().why_not_leafwise()
 
     def problems(self, sections: Mapping[str, Any], world_size: int) -> Iterator[str]:
         if self.shard_size and world_size % self.shard_size:

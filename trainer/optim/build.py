@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -12,9 +14,9 @@ from trainer.registry import plugin
 
 
 def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
-    section = config.optimizer
-    if config.train.deterministic == "topology" and getattr(section, "implementation", "") == "auto":
-        section = section.model_copy(update={"implementation": "foreach"})  # fused rounds the ends of shards otherwise
+    section: Any = config.optimizer
+    if config.train.deterministic == "topology":
+        section = section.elementwise()
     optimizer = plugin(config, "optimizer")(section, model)
     decay = getattr(config.optimizer, "ema", None)  # the Config of a user's optimizer may lack it
     return track_average(optimizer, decay) if decay else optimizer

@@ -45,6 +45,8 @@ class StepOptions:
     micro_batch: int = 1  # sequences of a forward pass, if none are missing
     deal: Deal = ROW_BY_ROW
     """Which rows of a step each replica computes."""
+    batch_sizes: frozenset[int] = frozenset()
+    """Of the run's steps, where an update with a part of one is refused."""
     unequal_micro_batches: bool = False
     """Whether ranks may have micro-batches of different sizes: examples that cannot be read are left out of them."""
 
@@ -251,18 +253,16 @@ class StepArithmetic:
 
     def gather_rows(self, rows: Tensor) -> Tensor:
         if self.topology.dp_size == 1:
-            return rows
+            return rows[self.row_order([len(rows)]).to(rows.device)]
         row_counts = self._rows_per_replica(len(rows))
         padded = rows.new_zeros((max(row_counts), *rows.shape[1:]))
         padded[: len(rows)] = rows
         gathered = [torch.empty_like(padded) for _ in row_counts]
         dist.all_gather(gathered, padded, group=self.replicas)
-        present = [part[:count] for part, count in zip(gathered, row_counts, strict=True)]
-        return torch.cat(present)[self.row_order(row_counts).to(rows.device)]
+        by_replica = torch.cat([part[:count] for part, count in zip(gathered, row_counts, strict=True)])
+        return by_replica[self.row_order(row_counts).to(rows.device)]
 
     def local_rows(self, rows: Tensor, count: int) -> Tensor:
-        if self.topology.dp_size == 1:
-            return rows
         row_counts, replica = self._rows_per_replica(count), self.topology.dp_rank
         positions = self.row_order(row_counts).argsort().split(row_counts)[replica]
         return rows[positions.to(rows.device)]
@@ -270,11 +270,14 @@ class StepArithmetic:
     def row_order(self, row_counts: Sequence[int]) -> Tensor:
         """Returns the order of the run for rows that lie replica by replica, int64 [sum of `row_counts`]: row k of a
         step belongs to replica k mod n."""
-        keys = [(row, replica) for replica, count in enumerate(row_counts) for row in range(count)]
-        return torch.tensor(sorted(range(len(keys)), key=keys.__getitem__), dtype=torch.int64)
+        counts = torch.tensor(row_counts)
+        rows = torch.cat([torch.arange(count) for count in row_counts])
+        return (rows * len(counts) + torch.arange(len(counts)).repeat_interleave(counts)).argsort()
 
     def _rows_per_replica(self, count: int) -> list[int]:
         """Returns how many rows each replica has: they differ where samples are left out or held-out data end."""
+        if self.topology.dp_size == 1:
+            return [count]
         counts = [torch.zeros((), dtype=torch.int64, device=self.topology.device) for _ in range(self.topology.dp_size)]
         dist.all_gather(counts, torch.tensor(count, device=self.topology.device), group=self.replicas)
         return [int(count) for count in counts]
@@ -300,12 +303,13 @@ class StepArithmetic:
         self.add(sums, self.objective.evaluate(outputs, batch))
         return sums
 
-    def total(self, batch_sums: Sequence[Sums]) -> dict[str, float]:
-        sums = Sums()
-        for of_batch in batch_sums:
-            for name, value in of_batch.items():
-                sums[name] = sums[name] + value if name in sums else value
-        return {name: values[0] for name, values in self.reduce({k: v.reshape(1) for k, v in sums.items()}).items()}
+    def accumulate(self, batch_sums: list[Sums], sums: Sums) -> list[Sums]:
+        total = batch_sums[0] if batch_sums else Sums()
+        return [{name: total[name] + value if name in total else value for name, value in sums.items()}]
+
+    def reduce_batches(self, batch_sums: Sequence[Sums]) -> dict[str, float]:
+        sums = {name: value.reshape(1) for of_batches in batch_sums for name, value in of_batches.items()}
+        return {name: values[0] for name, values in self.reduce(sums).items()}
 
     def reduce(self, sums: Mapping[str, Tensor]) -> dict[str, list[float]]:
         names = sorted(sums)

@@ -55,8 +55,12 @@ class Strategy(Model, Protocol):
         """Runs only the forward pass. Returns this rank's sums and rows of the strategy's own objective."""
         ...
 
-    def total(self, batch_sums: Sequence[Sums]) -> dict[str, float]:
-        """Adds up this rank's sums of the batches of an evaluation, and those of all data-parallel ranks."""
+    def accumulate(self, batch_sums: list[Sums], sums: Sums) -> list[Sums]:
+        """Returns this rank's sums of the batches of an evaluation, with those of one more batch."""
+        ...
+
+    def reduce_batches(self, batch_sums: Sequence[Sums]) -> dict[str, float]:
+        """Adds up what `accumulate` returned, over all data-parallel ranks."""
         ...
 
     def reduce(self, sums: Mapping[str, Tensor]) -> dict[str, list[float]]:

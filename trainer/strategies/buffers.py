@@ -36,20 +36,6 @@ class Buffers:
         for buffer, saved in zip(self._tensors(), self.saved_values, strict=True):
             buffer.copy_(saved)
 
-    def changed_names(self) -> list[str]:
-        """Returns the names of buffers that forward passes have changed since the last `snapshot`, without integers of
-        the model's `statistics`, whose sums are exact."""
-        counted = {
-            name
-            for name in getattr(self.model, "statistics", ())
-            if not self.model.get_buffer(name).is_floating_point()
-        }
-        names = {id(buffer): name for name, buffer in persistent_buffers(self.model).items()}
-        buffers = [module._buffers[name] for module, name in self.slots]
-        present = [names[id(buffer)] for buffer in buffers if buffer is not None]
-        changed = [not torch.equal(a, b) for a, b in zip(self._tensors(), self.saved_values, strict=True)]
-        return [name for name, differs in zip(present, changed, strict=True) if differs and name not in counted]
-
     @torch.no_grad()
     def end_update(self, skipped: Tensor) -> None:
         """Ends an update. The model gets the sums of its `statistics` over all replicas. Each replica has changed its

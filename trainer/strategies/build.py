@@ -15,7 +15,7 @@ from trainer.precision import Precision
 from trainer.registry import OPTIONS, load, plugin
 from trainer.run_data import RunData
 from trainer.strategies.arithmetic import StepArithmetic, StepOptions
-from trainer.strategies.leafwise import compute_deterministically
+from trainer.strategies.leafwise import set_deterministic
 from trainer.strategies.single import Single
 from trainer.topology import Topology
 from trainer.transforms.fp8 import FP8
@@ -40,10 +40,11 @@ def strategy_for(config: Config, topology: Topology, run_data: RunData, frozen: 
     if frozen and (replacement := getattr(kind, "strategy_for_frozen", None)):
         kind, section = replacement()
     keeps_casts = getattr(kind, "keeps_casts", True)
-    if train.deterministic == "topology":
+    is_leafwise = train.deterministic == "topology"
+    set_deterministic(is_leafwise, topology.device)
+    if is_leafwise:
         kind = load((SingleSection if topology.world_size == 1 else type(section)).leafwise)
         keeps_casts = False
-        compute_deterministically(topology.device)
     elif topology.world_size == 1 and not getattr(kind, "runs_alone", True):
         if config.strategy.name not in OPTIONS["strategy"]:  # a user's strategy is not replaced silently
             raise ConfigError(
@@ -61,6 +62,7 @@ def strategy_for(config: Config, topology: Topology, run_data: RunData, frozen: 
             train.compile,
             train.micro_batch or train.global_batch // topology.dp_size,
             deal=run_data.stream.share.deal,
+            batch_sizes=frozenset({train.global_batch, *train.batch_ramp.values()}),
             unequal_micro_batches=run_data.stream.share.tolerant,
         ),
     )

@@ -39,6 +39,11 @@ class FSDP(TensorParallel):
     used: UsedParameters | None = None
     keeps_casts = False  # a layer's weights are released after it, and so are autocast's copies of them
 
+    @property
+    def finds_unused(self) -> bool:
+        """Returns whether gradients of zeros are summed for parameters that a rank does not use."""
+        return self.config.find_unused_parameters
+
     def build(self, model_factory: ModelFactory) -> nn.Module:
         mesh = self.topology.mesh()
         with without_values():
@@ -53,7 +58,7 @@ class FSDP(TensorParallel):
             reshard_after_forward=self.config.reshard_after_forward,
             gather=self.config.gather,
             cpu_offload=self.config.cpu_offload,
-            find_unused=self.config.find_unused_parameters,
+            find_unused=self.finds_unused,
         )
         device = self.topology.device
         materialize(model, torch.device("cpu") if self.config.cpu_offload else device, device)
@@ -62,7 +67,7 @@ class FSDP(TensorParallel):
         return model
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        if self.config.find_unused_parameters:
+        if self.finds_unused:
             self.used = UsedParameters(names(model), model, self.topology.device)
             self.used.watch_groups(model)
         return super().wrap(model)

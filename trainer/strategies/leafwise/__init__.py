@@ -14,13 +14,26 @@ import os
 import torch
 
 
-def compute_deterministically(device: torch.device) -> None:
-    """Lets torch choose only kernels whose result depends on their inputs alone. On CPUs with one thread: how a matrix
-    product or a sum is split depends on their number."""
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # it only finds bugs
+def set_deterministic(enabled: bool, device: torch.device) -> None:
+    """Lets torch choose only kernels whose result depends on their inputs alone, or any again. On CPUs with one thread:
+    how a matrix product or a sum is split depends on their number."""
+    if enabled == (_before is not None):
+        return
+    num_threads, fills, benchmark = _before or (1, False, False)
+    _keep(enabled)
+    torch.use_deterministic_algorithms(enabled)
+    torch.utils.deterministic.fill_uninitialized_memory = fills  # type: ignore[attr-defined]  # it only finds bugs
+    torch.backends.cudnn.benchmark = benchmark
     if device.type == "cpu":
-        torch.set_num_threads(1)
-    else:
+        torch.set_num_threads(num_threads)
+    elif enabled:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.backends.cudnn.benchmark = False
+
+
+_before: tuple[int, bool, bool] | None = None  # the settings of the process, where this one has changed them
+
+
+def _keep(enabled: bool) -> None:
+    global _before
+    fills = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    _before = (torch.get_num_threads(), fills, torch.backends.cudnn.benchmark) if enabled else None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,9 +17,21 @@ from trainer.models import ModelFactory
 from trainer.objectives import NUM_TARGETS, Batch, Normalizers, Objective, Sums
 from trainer.strategies.arithmetic import StepArithmetic
 from trainer.strategies.base import OptimizerFactory
+from trainer.strategies.buffers import buffer_slots
 from trainer.strategies.leafwise.exact_sums import sums_of_squares
 from trainer.strategies.leafwise.leaves import Leaves
 from trainer.strategies.tensor_parallel import local_tensor
+
+
+class GradientShards(NamedTuple):
+    """What a rank has of a model's gradients, parameter by parameter."""
+
+    tensors: list[Tensor]
+    """numel 0 where it has nothing, or where another rank of the group counts the same elements."""
+    sizes: list[int]
+    """Elements of the whole gradients."""
+    group: dist.ProcessGroup | None
+    """The ranks that have all of it together; None if this one has."""
 
 
 class LeafwiseArithmetic(StepArithmetic):
@@ -39,10 +53,11 @@ class LeafwiseArithmetic(StepArithmetic):
     ) -> Sums:
         objective = objective or self.objective
         self.leaves.begin(len(micro_batches))
+        self._raise_if_part_of_a_step(objective)
         normalizers, leaf_sums = self.reduce_leaf_counts(micro_batches, objective, abandoned)
         self.buffers.snapshot()
-        self.run_leaves(micro_batches, objective, normalizers, leaf_sums)
-        self._check_buffers()
+        with nullcontext() if self.has_checked_buffers else self._checked_buffers():
+            self.run_leaves(micro_batches, objective, normalizers, leaf_sums)
         names = list(leaf_sums[0])
         totals = self._sum_over_leaves([[sums[name] for name in names] for sums in leaf_sums])
         # All ranks have the totals, and the loop adds up what ranks report: only one does.
@@ -83,23 +98,27 @@ class LeafwiseArithmetic(StepArithmetic):
 
     def _sum_over_leaves(self, local: Sequence[Tensor | Sequence[Tensor]]) -> Tensor:
         """Returns the sums over all leaves of vectors, fp64 [names], of which this rank has those of its leaves: each
-        goes to the place of its leaf, to which all others add zeros, so that every rank adds up the same matrix."""
+        goes to the row of its leaf, to which all others add zeros, so that every rank adds up the same matrix."""
         rows = torch.stack([row if isinstance(row, Tensor) else torch.stack(list(row)) for row in local])
-        places = rows.new_zeros((self.leaves.count, rows.shape[1]))
-        places[self.leaves.local] = rows
-        return self.all_reduce(places).sum(0)
+        by_leaf = rows.new_zeros((self.leaves.count, rows.shape[1]))
+        by_leaf[list(self.leaves.local)] = rows
+        return self.all_reduce(by_leaf).sum(0)
 
-    def total(self, batch_sums: Sequence[Sums]) -> dict[str, float]:
+    def accumulate(self, batch_sums: list[Sums], sums: Sums) -> list[Sums]:
+        return [*batch_sums, sums]
+
+    def reduce_batches(self, batch_sums: Sequence[Sums]) -> dict[str, float]:
         """Adds up exactly: the batches of an evaluation are the same wherever they are computed, their order is not."""
-        device, replicas = self.topology.device, self.topology.dp_size
-        places = {
-            name: torch.zeros((len(batch_sums), replicas), dtype=torch.float64, device=device)
+        by_leaf = {
+            name: torch.zeros(
+                (len(batch_sums), self.topology.dp_size), dtype=torch.float64, device=self.topology.device
+            )
             for name in dict.fromkeys(name for sums in batch_sums for name in sums)
         }
         for number, sums in enumerate(batch_sums):
             for name, value in sums.items():
-                places[name][number, self.topology.dp_rank] = value
-        totals = self.reduce({name: values.reshape(-1) for name, values in places.items()})
+                by_leaf[name][number, self.topology.dp_rank] = value
+        totals = self.reduce({name: values.reshape(-1) for name, values in by_leaf.items()})
         return {name: _exact_sum(values) for name, values in totals.items()}
 
     def num_padded(self, rows: int) -> int:
@@ -107,44 +126,62 @@ class LeafwiseArithmetic(StepArithmetic):
         return max(rows, self.options.micro_batch)
 
     def row_order(self, row_counts: Sequence[int]) -> Tensor:
-        deal, size, replicas = self.options.deal, sum(row_counts), len(row_counts)
-        numbers = [deal.rows(size, replica, replicas) for replica in range(replicas)]
-        if [len(rows) for rows in numbers] != list(row_counts):  # some are quarantined, nobody knows which
-            numbers = [deal.rows(replicas * max(row_counts), replica, replicas) for replica in range(replicas)]
-        return torch.cat([torch.from_numpy(rows[:n]) for rows, n in zip(numbers, row_counts, strict=True)]).argsort()
+        deal, replicas = self.options.deal, len(row_counts)
+        rows = [deal.rows(sum(row_counts), replica, replicas) for replica in range(replicas)]
+        if [len(of_replica) for of_replica in rows] != list(row_counts):  # some are left out, nobody knows which
+            size = self.options.micro_batch * replicas * -(-max(row_counts) // self.options.micro_batch)
+            rows = [deal.rows(size, replica, replicas)[:count] for replica, count in enumerate(row_counts)]
+        return torch.cat([torch.from_numpy(of_replica) for of_replica in rows]).argsort()
 
     def norm(self, gradients: Sequence[Tensor]) -> Tensor:
-        local, sizes, group = self.norm_parts()
-        squares = sums_of_squares(
-            local, sizes, self.topology.device, _reduce(group, dist.ReduceOp.MAX), _reduce(group, dist.ReduceOp.SUM)
-        )
+        """Returns the norm of all gradients, whichever of them are here: those of `gradient_shards`."""
+        shards = self.gradient_shards()
+        reduce_max, reduce = (_reduce(shards.group, op) for op in (dist.ReduceOp.MAX, dist.ReduceOp.SUM))
+        squares = sums_of_squares(shards.tensors, shards.sizes, self.topology.device, reduce_max, reduce)
         return squares.sum().sqrt().float()
 
-    def norm_parts(self) -> tuple[list[Tensor], list[int], dist.ProcessGroup | None]:
-        """Returns what this rank has of the gradient of each trained parameter of the model (numel 0 if nothing), which
-        no other rank of the group counts, their whole sizes, and the group of ranks that have the others."""
-        return [self.local_gradient(parameter) for parameter in self.parameters], self.sizes(), None
-
-    def sizes(self) -> list[int]:
-        """Returns the elements of each whole parameter."""
-        return [parameter.numel() for parameter in self.parameters]
+    def gradient_shards(self) -> GradientShards:
+        """Returns what this rank has of the gradients of the whole model."""
+        tensors = [self.local_gradient(parameter) for parameter in self.parameters]
+        return GradientShards(tensors, [parameter.numel() for parameter in self.parameters], None)
 
     def local_gradient(self, parameter: nn.Parameter | None) -> Tensor:
         if parameter is None or parameter.grad is None:
             return torch.empty(0, device=self.topology.device)
         return local_tensor(parameter.grad)
 
-    def _check_buffers(self) -> None:
-        """Raises ConfigError for a model whose forward passes change its buffers, as batch norm does: each replica
-        changes them by its own rows."""
-        if self.has_checked_buffers:
-            return
-        self.has_checked_buffers = True
-        if names := self.buffers.changed_names():
+    def _raise_if_part_of_a_step(self, objective: Objective) -> None:
+        """Raises ConfigError for an update with a part of a step's micro-batches: they are of other leaves on each
+        number of processes."""
+        sizes = self.options.batch_sizes
+        if sizes and self.leaves.count * self.options.micro_batch not in sizes:
             raise ConfigError(
-                f"train.deterministic=topology: the model's buffer {names[0]} is changed by forward passes, one after "
-                "the other, so it depends on which process computes which rows; nearest: train.deterministic=run"
+                f"train.deterministic=topology: {type(objective).__name__} updates the model with "
+                f"{self.leaves.local_count} of a step's micro-batches, which are other sequences on another number of "
+                "processes; nearest: train.deterministic=run"
             )
+
+    @contextmanager
+    def _checked_buffers(self) -> Iterator[None]:
+        """Raises ConfigError if the passes within change the model's buffers, as batch norm does: each replica changes
+        them by its own rows. Whole numbers of the model's `statistics` may change, as their sums are exact."""
+        paths = {id(module): path for path, module in self.model.named_modules()}
+        before = {(module, name): _local_clone(module._buffers[name]) for module, name in buffer_slots(self.model)}
+        yield
+        self.has_checked_buffers = True
+        for (module, name), value in before.items():
+            path, now = f"{paths[id(module)]}.{name}".lstrip("."), _local_clone(module._buffers[name])
+            is_count = path in getattr(self.model, "statistics", ()) and torch.equal(now, now.round())
+            if not is_count and not torch.equal(now, value):
+                raise ConfigError(
+                    f"train.deterministic=topology: the model's buffer {path} is changed by forward passes, one after "
+                    "the other, so it depends on which process computes which rows; nearest: train.deterministic=run"
+                )
+
+
+def _local_clone(buffer: Tensor | None) -> Tensor:
+    assert buffer is not None
+    return local_tensor(buffer).detach().clone()
 
 
 def _reduce(group: dist.ProcessGroup | None, operation: dist.ReduceOp.RedOpType) -> Callable[[Tensor], Tensor]:

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from trainer.data.deal import Deal
 from trainer.strategies.buckets import split_into_buckets
-from trainer.strategies.leafwise.sum_tree import Node, SumTree, branches
+from trainer.strategies.leafwise.sum_tree import Node, SumTree, find_branches
 from trainer.strategies.used_parameters import all_reduce_any
 
 
@@ -33,7 +33,7 @@ class Leaves:
         self.local = self.of(self.replica)
         self.number = 0  # of the micro-batch that is being computed, on this replica
 
-    def of(self, replica: int) -> list[int]:
+    def of(self, replica: int) -> tuple[int, ...]:
         """Returns the numbers of a replica's leaves, in the order in which it computes them."""
         return self.deal.leaves_of(self.count, replica, self.replicas)
 
@@ -76,26 +76,26 @@ class LeafGradients:
 
     @torch.no_grad()
     def _exchange(self, parameters: Sequence[nn.Parameter], group: dist.ProcessGroup) -> list[Tensor | None]:
-        nodes = sorted(self.tree.sums)
-        sums = [self.tree.sums.pop(node) for node in nodes]
+        sums = [list(self.tree.sums.pop(node)) for node in sorted(self.tree.sums)]
         is_used = [any(value is not None for value in values) for values in zip(*sums, strict=True)]
         is_used_anywhere = all_reduce_any(is_used, self.device, group)
         if not all(is_used):  # the host waits only where something is missing
             is_used = [bool(flag) for flag in is_used_anywhere.tolist()]
-        held = [branches(self.leaves.of(replica), self.leaves.count) for replica in range(self.leaves.replicas)]
+        leaves = self.leaves
+        branches = [find_branches(leaves.of(replica), leaves.count) for replica in range(leaves.replicas)]
         totals: list[Tensor | None] = [None] * len(parameters)
-        used = [number for number, flag in enumerate(is_used) if flag]
-        shapes = [parameters[number] for number in used]
-        done = 0
-        for bucket in split_into_buckets(shapes):
-            numbers = used[done : done + len(bucket)]
-            done += len(bucket)
+        numbers = iter([number for number, flag in enumerate(is_used) if flag])
+        for bucket in split_into_buckets([parameters[number] for number, flag in enumerate(is_used) if flag]):
+            of_bucket = [next(numbers) for _ in bucket]
             chunks = [
-                torch.cat([_in_chunks(values[number], parameters[number], len(held)) for number in numbers], dim=1)
+                torch.cat([_in_chunks(values[number], parameters[number], leaves.replicas) for number in of_bucket], 1)
                 for values in sums
             ]
-            total = exchange(chunks, held, self.leaves.count, group)
-            for number, value in zip(numbers, _from_chunks(total, bucket, group), strict=True):
+            for values in sums:  # they are in the chunks now
+                for number in of_bucket:
+                    values[number] = None
+            total = exchange(chunks, branches, leaves.count, group)
+            for number, value in zip(of_bucket, _from_chunks(total, bucket, group), strict=True):
                 totals[number] = value
         return totals
 
@@ -109,19 +109,22 @@ def take_gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
 
 
 @torch.no_grad()
-def exchange(sums: Sequence[Tensor], held: Sequence[Sequence[Node]], leaves: int, group: dist.ProcessGroup) -> Tensor:
+def exchange(
+    sums: Sequence[Tensor], branches: Sequence[Sequence[Node]], leaves: int, group: dist.ProcessGroup
+) -> Tensor:
     """Returns this rank's chunk of the sum over all leaves.
 
-    `held`: the branches that each rank of the group has summed up; `sums`: those of this rank, each [ranks, chunk].
+    `branches`: those that each rank of the group has summed up; `sums`: those of this rank, each [ranks, chunk].
     """
     ranks, chunk = sums[0].shape
     sent = torch.stack(list(sums), dim=1).reshape(-1)  # [ranks, branches, chunk]
-    received = sent.new_empty(sum(map(len, held)) * chunk)
+    counts = [len(nodes) for nodes in branches]
+    received = sent.new_empty(sum(counts) * chunk)
     dist.all_to_all_single(
-        received, sent, [len(nodes) * chunk for nodes in held], [len(sums) * chunk] * ranks, group=group
+        received, sent, [count * chunk for count in counts], [len(sums) * chunk] * ranks, group=group
     )
     tree = SumTree(leaves)
-    for node, values in zip(chain(*held), received.view(-1, chunk).unbind(), strict=True):
+    for node, values in zip(chain(*branches), received.view(-1, chunk).unbind(), strict=True):
         tree.add(node, [values])
     (total,) = tree.take_total()
     assert total is not None

@@ -15,7 +15,7 @@ from trainer.errors import ConfigError
 from trainer.models import ModelFactory
 from trainer.objectives import Batch, Normalizers, Objective, Sums
 from trainer.strategies.arithmetic import to_device
-from trainer.strategies.leafwise.arithmetic import LeafwiseArithmetic
+from trainer.strategies.leafwise.arithmetic import GradientShards, LeafwiseArithmetic
 from trainer.strategies.leafwise.leaves import LeafGradients, take_gradients
 from trainer.strategies.padding import num_rows, take_rows
 from trainer.strategies.pipeline import NumberedStage, Pipeline
@@ -64,7 +64,7 @@ class TiedGradients:
         for leaf in sorted(self.uses):
             (values,) = self.uses.pop(leaf)
             present = [
-                torch.zeros_like(parameter) if value is None else value
+                parameter.new_zeros(parameter.shape) if value is None else value
                 for value, parameter in zip(values, self.gradients.parameters(), strict=True)
             ]
             for value in present:
@@ -79,17 +79,20 @@ class LeafwisePipeline(LeafwiseArithmetic, Pipeline):
     def build(self, model_factory: ModelFactory) -> nn.Module:
         model = super().build(model_factory)
         group = self.replica_mesh.get_group() if self.topology.dp_size > 1 else None
-        tied = {id(model.get_parameter(name)) for name in self.all_tied if name in self.local_parameters}
-        self.own_names: dict[int, list[str]] = {}
+        tied = {
+            id(self.local_parameters[name]): i for i, name in enumerate(self.all_tied) if name in self.local_parameters
+        }
+        self.untied_names: dict[int, list[str]] = {}
         self.tied_names: dict[int, list[str]] = {}
         for index, stage in self.stages.items():
             trained = [(name, value) for name, value in stage.named_parameters() if value.requires_grad]
-            self.own_names[index] = [name for name, value in trained if id(value) not in tied]
-            self.tied_names[index] = [name for name, value in trained if id(value) in tied]
+            self.untied_names[index] = [name for name, value in trained if id(value) not in tied]
+            tied_names = {tied[id(value)]: name for name, value in trained if id(value) in tied}
+            self.tied_names[index] = [tied_names[i] for i in sorted(tied_names)]  # in one order for both ends
             stage.end_backward = partial(self._end_backward, index)  # type: ignore[assignment]
         device = self.topology.device
         self.gradients = {
-            index: LeafGradients(partial(_parameters, stage, self.own_names[index]), self.leaves, group, device)
+            index: LeafGradients(partial(_parameters, stage, self.untied_names[index]), self.leaves, group, device)
             for index, stage in self.stages.items()
         }
         users = [index for index, names in self.tied_names.items() if names]
@@ -107,9 +110,12 @@ class LeafwisePipeline(LeafwiseArithmetic, Pipeline):
         for gradients in summed:
             gradients.begin()
         count = pipeline_micro_batches(self.config, self.topology.layout.stages, len(micro_batches))
+        size = max(self.options.micro_batch, *self._max_rows(micro_batches))
         for first in range(0, len(micro_batches), count):
             self.leaves.number = first
-            self._run_together(micro_batches[first : first + count], count, objective, normalizers, leaf_sums[first:])
+            self._run_together(
+                micro_batches[first : first + count], count, size, objective, normalizers, leaf_sums[first:]
+            )
             if self.tied_gradients:
                 self.tied_gradients.exchange()
         for sums in leaf_sums:
@@ -118,13 +124,19 @@ class LeafwisePipeline(LeafwiseArithmetic, Pipeline):
             gradients.finish()
 
     def _run_together(
-        self, batches: Sequence[Batch], count: int, objective: Objective, normalizers: Normalizers, sums: list[Sums]
+        self,
+        batches: Sequence[Batch],
+        count: int,
+        size: int,
+        objective: Objective,
+        normalizers: Normalizers,
+        sums: list[Sums],
     ) -> None:
-        """Runs leaves that are under way together, `count` with those that are only there because the schedule needs
-        as many."""
-        size, row_counts = self.options.micro_batch, [num_rows(batch) for batch in batches]
-        filled = [*batches, *[{name: value[:0] for name, value in batches[0].items()}] * (count - len(batches))]
-        row_counts += [0] * (count - len(batches))
+        """Runs leaves of `size` rows that are under way together, and empty ones up to the `count` that the schedule
+        needs."""
+        empty = {name: value[:0] for name, value in batches[0].items()}
+        filled = [*batches, *[empty] * (count - len(batches))]
+        row_counts = [num_rows(batch) for batch in filled]
         spare = self.padding_row() if min(row_counts) < size else None
         chunks = [to_device(take_rows(batch, 0, size, spare), self.topology.device) for batch in filled]
 
@@ -154,14 +166,15 @@ class LeafwisePipeline(LeafwiseArithmetic, Pipeline):
         if tied and self.tied_gradients:
             self.tied_gradients.take(leaf, tied)
 
-    def norm_parts(self) -> tuple[list[Tensor], list[int], dist.ProcessGroup | None]:
+    def gradient_shards(self) -> GradientShards:
         counted_elsewhere = set(self.tied) if 0 not in self.stages else set()
         sizes = {name: shape.numel() for name, shape, _ in self.names}
-        local = [
+        tensors = [
             self.local_gradient(None if name in counted_elsewhere else self.local_parameters.get(name))
             for name in self.trained
         ]
-        return local, [sizes[name] for name in self.trained], dist.group.WORLD if self.is_sharded else self.group
+        group = dist.group.WORLD if self.is_sharded else self.group
+        return GradientShards(tensors, [sizes[name] for name in self.trained], group)
 
     def _generator_state(self) -> Tensor:
         if self.topology.device.type == "cuda":

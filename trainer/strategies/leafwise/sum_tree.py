@@ -7,7 +7,7 @@ A process adds up what it has of a branch, and what is missing comes from others
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -32,37 +32,47 @@ class SumTree:
 
     def add(self, node: Node, values: Values) -> None:
         """Adds the sum of a branch, or the values of a leaf, `(leaf, leaf + 1)`. They belong to the tree from now on:
-        later sums are written into them."""
+        later sums are written into them. Raises ValueError for a node that it has not, or has already."""
         while node != (0, self.leaves):
-            sibling, parent = relatives(node, self.leaves)
+            sibling, parent = find_sibling(node, self.leaves)
             if sibling not in self.sums:
                 break
             values, node = _add(values, self.sums.pop(sibling)), parent
+        if node in self.sums:
+            raise ValueError(f"{node}: is there already")
         self.sums[node] = values
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all leaves are there."""
+        return (0, self.leaves) in self.sums
 
     def take_total(self) -> Values:
         """Returns the sum of all leaves, and forgets it. Raises KeyError where some are missing."""
         return self.sums.pop((0, self.leaves))
 
 
-def branches(held: Iterable[int], leaves: int) -> list[Node]:
+@lru_cache(maxsize=4096)
+def find_branches(local: tuple[int, ...], leaves: int) -> list[Node]:
     """Returns the largest branches of a tree that are made of these leaves alone, in order."""
     tree = SumTree(leaves)
-    for leaf in held:
+    for leaf in local:
         tree.add((leaf, leaf + 1), ())
     return sorted(tree.sums)
 
 
 @lru_cache(maxsize=65536)
-def relatives(node: Node, leaves: int) -> tuple[Node, Node]:
-    """Returns the other half of the branch that `node` is a half of, and that branch."""
+def find_sibling(node: Node, leaves: int) -> tuple[Node, Node]:
+    """Returns the other half of the branch that `node` is a half of, and that branch. Raises ValueError if the tree has
+    no such node."""
     first, end = 0, leaves
-    while True:
+    while end - first > 1:
         middle = (first + end) // 2
         halves = (first, middle), (middle, end)
         if node in halves:
             return halves[node == halves[0]], (first, end)
         first, end = halves[node[0] >= middle]
+    raise ValueError(f"{node}: not a node of a tree over {leaves} leaves")
 
 
 @torch.no_grad()
