@@ -121,6 +121,25 @@ def test_shares_of_fsdp_and_parts_of_the_sum() -> None:
     assert peaks["fsdp"].optimizer == pytest.approx(peaks["ddp"].optimizer / 4, rel=0.02)
 
 
+@pytest.mark.parametrize(
+    ("processes", "strategy", "sums"),
+    [
+        (1, ("strategy=single",), 6),  # of 24 leaves: 0 to 11, 12 to 17, 18 to 20, 21, 22, and the gradient of 23
+        (2, ("strategy=ddp",), 5),
+        (2, ("strategy=fsdp",), 5),
+        (3, ("strategy=ddp",), 5),
+    ],
+)
+def test_sums_over_leaves_are_counted(processes: int, strategy: tuple[str, ...], sums: int) -> None:
+    mode = ("train.global_batch=24", "train.micro_batch=1", *strategy)
+    peaks = []
+    for way in ("run", "topology"):
+        config = load([*TINY, *mode, f"train.deterministic={way}"], processes)
+        peaks.append(accountant(planned_model(config, bf16=False), config, processes).peak())
+    share = peaks[1].gradients if "fsdp" in strategy[0] else peaks[0].gradients
+    assert peaks[1].buffers - peaks[0].buffers == pytest.approx((sums - 1) * share, rel=0.1)
+
+
 @pytest.mark.slow
 def test_proposals_are_taken_by_the_check() -> None:
     own = [text for text in TINY if not text.startswith("strategy")]

@@ -24,7 +24,7 @@ MODE = ("train.deterministic=topology", "train.micro_batch=2", "train.global_bat
 @pytest.mark.parametrize(
     ("processes", "overrides", "problem"),
     [
-        (2, "train.micro_batch=null", "needs train.micro_batch: .*; nearest: train.micro_batch=12"),
+        (2, "train.micro_batch=null", "needs train.micro_batch: .*; nearest: train.micro_batch=4"),
         (1, "train.compile=true", "train.compile=true: .* nearest: train.compile=false"),
         (2, "strategy=zero", "strategy=zero adds up .* nearest: strategy=fsdp"),
         (2, "strategy=fsdp strategy.tensor_parallel=2", "strategy.tensor_parallel=2 .* nearest: .*tensor_parallel=1"),
@@ -33,8 +33,8 @@ MODE = ("train.deterministic=topology", "train.micro_batch=2", "train.global_bat
         (2, "strategy=hsdp strategy.shard_size=1", "strategy.shard_size=1 .* nearest: strategy=ddp"),
         (2, "precision.reduce=bf16", "precision.reduce=bf16: .* nearest: precision.reduce=fp32"),
         (1, "precision.compute=fp8", "precision.compute=fp8: not with train.deterministic=topology"),
-        (2, "optimizer=muon", "optimizer=muon .* nearest: optimizer=adamw"),
-        (2, "optimizer.implementation=fused", "implementation=fused .* nearest: optimizer.implementation=foreach"),
+        (2, "optimizer=muon", "optimizer=muon: .* nearest: optimizer=adamw"),
+        (2, "optimizer.implementation=fused", "implementation=fused: .* nearest: optimizer.implementation=foreach"),
         (5, "strategy=ddp", "train.global_batch=24: is not a multiple of 5 processes x train.micro_batch=2 = 10"),
     ],
 )
