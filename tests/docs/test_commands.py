@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed.run
+import transformers
 import yaml
 from hydra._internal.utils import get_args_parser
 
@@ -298,6 +299,10 @@ STARTED = [
 def test_what_a_command_starts_ends_well(page: str, command: str, folder: Path) -> None:
     """On this machine, for two steps, of a small model where none is named."""
     package(page, folder)
+    if "model.weights=weights/gpt2" in command:
+        shape = {"vocab_size": 257, "n_positions": 64, "n_embd": 128, "n_layer": 4, "n_head": 2}  # that of `SMALL`
+        small = transformers.GPT2Config(**shape, bos_token_id=0, eos_token_id=0)
+        transformers.GPT2LMHeadModel(small).save_pretrained(folder / "weights" / "gpt2")
     first, *given = words(command, folder)
     if "doctor" not in command and "plan" not in command:
         taught = [text.replace("'", "") for text in scene.TRAIN] if "models.frozen" in command else []  # as its teacher

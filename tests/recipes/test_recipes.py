@@ -106,7 +106,9 @@ def train(zoo: Zoo, name: str, procs: int, *overrides: str, expect: int = 0) -> 
 
 
 def overrides_of(recipe: str, zoo: Zoo) -> tuple[str, ...]:
-    overrides: tuple[str, ...] = (f"model={recipe}", f"objective={recipe}")
+    # AdamW multiplies the rounding of a small gradient by up to lr / eps: with 1e-8 that alone, which differs from
+    # processor to processor, can be more than 1e-4 of a weight.
+    overrides: tuple[str, ...] = (f"model={recipe}", f"objective={recipe}", "optimizer.eps=1e-5")
     if name := RECIPES[recipe].frozen:
         overrides += (f"models.frozen.{name}={zoo.folder}/frozen",)
     if recipe == "gan":

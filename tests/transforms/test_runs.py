@@ -97,9 +97,10 @@ def test_other_transforms_are_another_run(zoo: Zoo) -> None:
     train(zoo, "other", 1, *lora, "model.transforms.lora.rank=4", expect=2, says="model.transforms.lora.rank: the run")
     freeze = "model.transforms.freeze.modules=[norm]"
     train(zoo, "other", 1, *lora, freeze, expect=2, says="model.transforms.freeze.modules")
-    freeze = "model.transforms.freeze={modules: ['*'], but: [norm]}"
-    train(zoo, "order", 1, *lora, freeze)
-    train(zoo, "order", 1, *MODEL, freeze, *lora[-2:], "strategy=single", expect=2, says="model.transforms_order")
+    one, other = "freeze: {modules: [token_embedding]}", "scales: {name: 'tests.transforms.users:Scales', start: 2}"
+    alone = ("strategy=single", *MODEL, "train.steps=3")
+    train(zoo, "order", 1, *alone, f"model.transforms={{{one}, {other}}}")
+    train(zoo, "order", 1, *alone, f"model.transforms={{{other}, {one}}}", expect=2, says="model.transforms_order")
 
 
 def test_patterns_are_refused_before_there_is_a_folder(zoo: Zoo) -> None:
