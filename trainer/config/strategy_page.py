@@ -73,10 +73,10 @@ REFUSED = [
     (2, f"{TOPOLOGY} strategy=fsdp strategy.tensor_parallel=2"),
     (2, f"{TOPOLOGY} strategy=fsdp strategy.gather=compute"),
     (2, f"{TOPOLOGY} strategy=hsdp strategy.shard_size=1"),
-    (2, f"{TOPOLOGY} precision.reduce=bf16"),
-    (1, f"{TOPOLOGY} precision.compute=fp8"),
-    (2, f"{TOPOLOGY} optimizer=muon"),
-    (2, f"{TOPOLOGY} optimizer.implementation=fused"),
+    (2, f"precision.reduce=bf16 {TOPOLOGY}"),
+    (1, f"precision.compute=fp8 {TOPOLOGY}"),
+    (2, f"optimizer=muon {TOPOLOGY}"),
+    (2, f"optimizer.implementation=fused {TOPOLOGY}"),
 ]
 
 
