@@ -302,7 +302,11 @@ def test_a_config_without_a_moving_average_needs_none() -> None:
 
     from trainer.optim.build import build_optimizer
 
-    config = SimpleNamespace(optimizer=SimpleNamespace(name="adamw"), run=SimpleNamespace(plugins=[]))
+    config = SimpleNamespace(
+        optimizer=SimpleNamespace(name="adamw"),
+        train=SimpleNamespace(deterministic="run"),
+        run=SimpleNamespace(plugins=[]),
+    )
     made = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 0.1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("trainer.optim.build.plugin", lambda config, group: lambda *_: made)
