@@ -125,9 +125,8 @@ def test_shares_of_fsdp_and_parts_of_the_sum() -> None:
     ("processes", "strategy", "sums"),
     [
         (1, ("strategy=single",), 6),  # of 24 leaves: 0 to 11, 12 to 17, 18 to 20, 21, 22, and the gradient of 23
-        (2, ("strategy=ddp",), 5),
         (2, ("strategy=fsdp",), 5),
-        (3, ("strategy=ddp",), 5),
+        pytest.param(3, ("strategy=ddp",), 5, marks=pytest.mark.slow),
     ],
 )
 def test_sums_over_leaves_are_counted(processes: int, strategy: tuple[str, ...], sums: int) -> None:

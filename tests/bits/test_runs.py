@@ -17,6 +17,7 @@ def single(folder: Path, steps: int) -> Run:
     return run
 
 
+@pytest.mark.slow
 def test_moved_from_one_process_to_two(tmp_path: Path) -> None:
     expected = single(tmp_path, 20)
     run = Run(tmp_path / "run", 2, (*MODE, "train.steps=20", "strategy=ddp"))
@@ -45,6 +46,7 @@ def test_killed_and_moved_three_times(tmp_path: Path) -> None:
     assert_same_bits(run, expected)
 
 
+@pytest.mark.slow
 def test_the_micro_batch_is_part_of_what_the_run_is(tmp_path: Path) -> None:
     run = single(tmp_path, 4)
     run.overrides = (*MODE, "train.steps=4", "train.micro_batch=4")
