@@ -26,8 +26,9 @@ $(VENV)/.dev: $(VENV)/.runtime
 train: $(VENV)/.runtime
 	$(BIN)/onecurve train -n $(PROCS) experiment=shakespeare
 
+# Three workers for two cores: a fifth of the time tests wait for the runs that they have started.
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadscope
+	$(BIN)/python -m pytest -n 3 --dist loadscope
 
 test-all: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow or not slow"

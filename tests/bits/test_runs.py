@@ -47,6 +47,23 @@ def test_killed_and_moved_three_times(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_default_recipe_to_its_end(tmp_path: Path) -> None:
+    """All 1,200 steps, with its evaluations, at a rate at which other orders of sums have other curves from step 60 on
+    (benchmarks/LOG.md)."""
+    options = ("experiment=shakespeare", "sample.count=0", "track.report=false", "data.ledger=true")
+    runs = {}
+    for procs, strategy in ((1, "single"), (2, "ddp"), (3, "fsdp")):
+        overrides = (*MODE[:2], f"strategy={strategy}")
+        runs[procs] = Run(tmp_path / strategy, procs, overrides, base=options)
+        process = runs[procs].start()  # without the time limit of other tests
+        output, _ = process.communicate()
+        assert process.returncode == 0, output
+    assert runs[1].last_step() == 1200
+    assert_same_bits(runs[2], runs[1])
+    assert_same_bits(runs[3], runs[1])
+
+
+@pytest.mark.slow
 def test_the_micro_batch_is_part_of_what_the_run_is(tmp_path: Path) -> None:
     run = single(tmp_path, 4)
     run.overrides = (*MODE, "train.steps=4", "train.micro_batch=4")

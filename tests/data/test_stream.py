@@ -89,7 +89,7 @@ CASES = given(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @CASES
 def test_any_cut_into_lives_and_ranks_is_the_same_run(**case: Any) -> None:
     check_run(**case)

@@ -266,6 +266,7 @@ def test_kept_tokens_are_compared_once(tmp_path: Path, monkeypatch: pytest.Monke
     assert [hashed.count(size) for size in sizes] == [1, 1, 1]
 
 
+@pytest.mark.slow
 def test_more_shards_than_files_may_be_open(tmp_path: Path) -> None:
     """The limit is shared by all that keeps shards open: shards of each source, their tokens, how they are packed."""
     paths = write_shards(tmp_path / "in", [1] * 120, lengths=(5, 9))

@@ -49,6 +49,7 @@ def sampled(folder: Path, seconds: float, *more: str, procs: int = 1) -> Run:
     return Run(folder / "run", procs, (*ours, *SHORT, *more), plain=procs == 1)
 
 
+@pytest.mark.slow
 def test_a_run_is_finished_before_it_is_sampled_and_a_signal_ends_only_that(tmp_path: Path) -> None:
     run = sampled(tmp_path, 0.5)
     process = run.start()

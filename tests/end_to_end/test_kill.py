@@ -41,7 +41,7 @@ def test_killed_many_times(procs: int, tmp_path: Path) -> None:
     assert_same_bits(*killed_and_undisturbed(tmp_path, procs, kills=10))
 
 
-@pytest.mark.parametrize("how", ["SIGTERM", "STOP"])
+@pytest.mark.parametrize("how", ["SIGTERM", pytest.param("STOP", marks=pytest.mark.slow)])
 def test_stops_when_asked(how: str, tmp_path) -> None:
     """Finishes the step, saves, says so with code 75, continues."""
     whole = Run(tmp_path / "whole", 1, OVERRIDES)

@@ -82,6 +82,7 @@ def test_exported_weights_are_the_checkpoints(trained: Path) -> None:
     assert all(torch.equal(tensor, saved[f"model/{name}"]) for name, tensor in exported.items())
 
 
+@pytest.mark.slow
 def test_the_same_command_of_a_finished_run_does_nothing(trained: Path) -> None:
     before = (trained / "runs/smoke/metrics.jsonl").read_bytes()
     run(onecurve("train", "-n", "1", *SMOKE), trained)

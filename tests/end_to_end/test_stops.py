@@ -46,7 +46,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run
 
 
-@pytest.mark.parametrize("how", ["SIGTERM", pytest.param("STOP", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["SIGTERM", "STOP"])
 def test_in_an_evaluation(how: str, tmp_path: Path, undisturbed: Run) -> None:
     """It is broken off, and made up for in the next attempt; the step was saved before it."""
     run = Run(tmp_path / "run", 2, OVERRIDES)

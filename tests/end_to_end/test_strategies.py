@@ -21,6 +21,7 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run
 
 
+@pytest.mark.slow
 def test_fsdp_is_single_and_resumes_to_the_bit(single: Run, tmp_path: Path) -> None:
     whole = Run(tmp_path / "whole", 2, (*OPTIONS, *FSDP))
     whole.train()

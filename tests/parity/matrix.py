@@ -31,10 +31,12 @@ Errors = Mapping[str, Any]  # cell -> precision -> variant -> {"loss", "norm", "
 
 
 def run(processes: int, which: str, named: str = "") -> dict[str, Any]:
-    """The cells of that many processes, under torchrun."""
+    """Returns what the cells of that many processes are off, under torchrun where there are several."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.json"
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        launcher = [sys.executable]
+        if processes > 1:
+            launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         command = [*launcher, "-m", "tests.parity.rank", str(out), which, named]
         done = subprocess.run(
             command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}

@@ -40,6 +40,7 @@ def of_kind(records: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
     return [record[kind] for record in records if record["type"] == kind]
 
 
+@pytest.mark.slow
 def test_two_lives_of_a_run_are_one_wandb_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folder, said = tmp_path / "my run", list[str]()
     for first, state in ((1, "interrupted"), (4, "finished")):

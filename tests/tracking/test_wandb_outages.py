@@ -60,13 +60,14 @@ def track(
     return json.loads(done.stdout), done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("server", "step_s"),
     [
         (wandb_server.silent, 0.0),
-        pytest.param(wandb_server.silent, 0.05, marks=pytest.mark.slow),
-        pytest.param(wandb_server.failing, 0.0, marks=pytest.mark.slow),
-        pytest.param(wandb_server.unknown, 0.0, marks=pytest.mark.slow),
+        (wandb_server.silent, 0.05),
+        (wandb_server.failing, 0.0),
+        (wandb_server.unknown, 0.0),
     ],
 )
 def test_a_server_that_does_not_work_costs_the_run_nothing(

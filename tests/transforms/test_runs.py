@@ -30,7 +30,7 @@ STRATEGIES = {
     "tensor 2": (2, ("strategy=fsdp", "strategy.tensor_parallel=2")),
     "pipeline 2": (2, ("strategy=pipeline",)),
 }
-QUICK = {("lora", "fsdp 2"), ("freeze", "pipeline 2")}
+QUICK = {("lora", "fsdp 2")}
 ADAPTED = {
     f"blocks.{layer}.{name}.{leaf}"
     for layer in range(2)
@@ -144,6 +144,7 @@ def test_a_checkpoint_is_as_large_as_what_is_trained(tuned: Run) -> None:
     assert 3 * 4 * numbers <= size < 3 * 4 * numbers + header  # the weights, and AdamW's two moments of each
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_in_frozen_weights_is_found_and_read_again(tuned: Run, zoo: Zoo) -> None:
     """No checkpoint holds them, so going back alone would keep it."""
     weights = f"model.weights={zoo.folder / 'weights'}"
@@ -215,6 +216,7 @@ def test_it_can_be_a_teacher(tuned: Run, zoo: Zoo) -> None:
     assert_same_curve(train(zoo, "student-fsdp", 2, *overrides, "strategy=fsdp"), one, 3)
 
 
+@pytest.mark.slow
 def test_base_weights_that_are_gone_or_others_are_named(
     tuned: Run, zoo: Zoo, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,7 +7,7 @@ import pytest
 from tests.runs import assert_same_bits, assert_same_curve
 from tests.zoo.cells import BESIDES, MODELS, OF_A_MICRO_BATCH, REFUSED, STEPS, STRATEGIES, Zoo
 
-QUICK = {("BatchNorm", "ddp 2"), ("FrozenTied", "pipeline 2"), ("Reshaped", "fsdp 2")}
+QUICK = {("BatchNorm", "ddp 2"), ("FrozenTied", "pipeline 2")}
 
 
 @pytest.fixture(scope="module")
