@@ -36,7 +36,7 @@ from trainer.registry import plugin
 from trainer.strategies.arithmetic import StepArithmetic, StepOptions
 
 ROOT = Path(__file__).parents[1]
-ROUNDS, STEPS = 12, 5
+ROUNDS, STEPS = 12, 8
 LEAF, LENGTH, VOCABULARY = 4, 128, 1024
 PROCESSES = 2
 CELLS = [
@@ -144,7 +144,9 @@ def launch(*words: str) -> Any:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}"]
         command = [*launcher, __file__, "--rank", str(out), *words]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        subprocess.run(command, check=True, env=environment, stderr=subprocess.DEVNULL)
+        done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise SystemExit(f"{' '.join(command)}: exit code {done.returncode}\n{done.stderr[-8000:]}")
         return json.loads(out.read_text())
 
 
@@ -164,3 +166,5 @@ if __name__ == "__main__":
         rank_of_one(Path(sys.argv[2]), *sys.argv[4:6])
     else:
         rank(Path(sys.argv[2]), sys.argv[3])
+    if sys.argv[1:2] == ["--rank"]:
+        os._exit(0)  # groups that strategies hold may end behind their threads, with the interpreter: an abort
