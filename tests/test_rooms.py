@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -90,3 +91,11 @@ def test_the_composition_root_leaves_the_making_to_the_rooms() -> None:
 def test_files_are_short() -> None:
     long = {str(path.relative_to(ROOT)) for path in modules().values() if len(path.read_text().splitlines()) >= LINES}
     assert long == set()
+
+
+def test_the_wheel_has_all_packages() -> None:
+    """An editable installation works without, so that only users would notice."""
+    text = (Path(ROOT) / "pyproject.toml").read_text()
+    listed = re.findall(r'"([\w.]+)"', re.findall(r"^packages = \[\n(.*?)^\]", text, re.DOTALL | re.MULTILINE)[0])
+    folders = {".".join(path.parent.relative_to(ROOT).parts) for path in modules().values()}
+    assert folders | {"trainer.conf", "launch.slurm"} == set(listed)
