@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-CHUNK = 2**20  # elements whose squares are in memory at once
+CHUNKS = {"cpu": 2**15}  # elements that are worked on together: on CPUs what a core's cache holds
+CHUNK = 2**20
 Reduce = Callable[[Tensor], Tensor]
 
 
@@ -32,7 +33,7 @@ def sums_of_squares(
     bits = [53 - max(size, 2).bit_length() for size in sizes]  # of a part: size of them are below 2**53
     sums = torch.zeros((2, len(sizes)), dtype=torch.float64, device=device)
     for number, tensor in enumerate(tensors):
-        for chunk in tensor.detach().reshape(-1).split(CHUNK):
+        for chunk in tensor.detach().reshape(-1).split(CHUNKS.get(device.type, CHUNK)):
             squares = chunk.to(device).double().square_().mul_(torch.exp2(bits[number] - exponents[number]))
             coarse = squares.round()
             sums[0, number] += coarse.sum()

@@ -70,9 +70,12 @@ class LeafGradients:
         """Gives each parameter the sum of its gradients, or its shard of the sum if it is sharded over the group. A
         parameter without a gradient in any leaf has none."""
         parameters = self.parameters()
-        totals = self.tree.take_total() if self.group is None else self._exchange(parameters, self.group)
+        totals = self._without_negative_zeros() if self.group is None else self._exchange(parameters, self.group)
         for parameter, total in zip(parameters, totals, strict=True):
-            parameter.grad = None if total is None else total.add_(0.0)  # -0.0, of which some sums have none, is 0.0
+            parameter.grad = total
+
+    def _without_negative_zeros(self) -> list[Tensor | None]:
+        return [None if total is None else total.add_(0.0) for total in self.tree.take_total()]
 
     @torch.no_grad()
     def _exchange(self, parameters: Sequence[nn.Parameter], group: dist.ProcessGroup) -> list[Tensor | None]:
@@ -87,10 +90,7 @@ class LeafGradients:
         numbers = iter([number for number, flag in enumerate(is_used) if flag])
         for bucket in split_into_buckets([parameters[number] for number, flag in enumerate(is_used) if flag]):
             of_bucket = [next(numbers) for _ in bucket]
-            chunks = [
-                torch.cat([_in_chunks(values[number], parameters[number], leaves.replicas) for number in of_bucket], 1)
-                for values in sums
-            ]
+            chunks = [_in_chunks([values[number] for number in of_bucket], bucket, leaves.replicas) for values in sums]
             for values in sums:  # they are in the chunks now
                 for number in of_bucket:
                     values[number] = None
@@ -117,7 +117,7 @@ def exchange(
     `branches`: those that each rank of the group has summed up; `sums`: those of this rank, each [ranks, chunk].
     """
     ranks, chunk = sums[0].shape
-    sent = torch.stack(list(sums), dim=1).reshape(-1)  # [ranks, branches, chunk]
+    sent = (sums[0] if len(sums) == 1 else torch.stack(list(sums), dim=1)).view(-1)  # [ranks, branches, chunk]
     counts = [len(nodes) for nodes in branches]
     received = sent.new_empty(sum(counts) * chunk)
     dist.all_to_all_single(
@@ -128,33 +128,37 @@ def exchange(
         tree.add(node, [values])
     (total,) = tree.take_total()
     assert total is not None
-    return total
+    return total.add_(0.0)  # -0.0, of which some sums have none, is 0.0
 
 
-def _in_chunks(gradient: Tensor | None, parameter: nn.Parameter, ranks: int) -> Tensor:
-    """Returns a gradient (zeros for None) in equal chunks of its first dimension, padded, [ranks, chunk]: those of
-    torch's `Shard(0)`."""
-    shape = parameter.shape or (1,)
-    if gradient is None:
-        gradient = torch.zeros(shape, dtype=parameter.dtype, device=parameter.device)
-    rows = gradient.reshape(shape[0], -1)
-    missing = -len(rows) % ranks
-    return torch.nn.functional.pad(rows, (0, 0, 0, missing)).view(ranks, -1)
+def _in_chunks(gradients: Sequence[Tensor | None], parameters: Sequence[nn.Parameter], ranks: int) -> Tensor:
+    """Returns gradients (zeros for None) in equal chunks, padded, [ranks, chunk]: of sharded parameters the chunks of
+    torch's `Shard(0)`, one parameter after the other in each."""
+    present = [
+        parameter.new_zeros(parameter.shape) if gradient is None else gradient
+        for gradient, parameter in zip(gradients, parameters, strict=True)
+    ]
+    if not isinstance(parameters[0], DTensor):
+        flat = [gradient.reshape(-1) for gradient in present]
+        missing = -sum(map(len, flat)) % ranks
+        return torch.cat([*flat, flat[0].new_zeros(missing)]).view(ranks, -1)
+    rows = [gradient.reshape((gradient.shape or (1,))[0], -1) for gradient in present]
+    pad = torch.nn.functional.pad
+    return torch.cat([pad(value, (0, 0, 0, -len(value) % ranks)).view(ranks, -1) for value in rows], 1)
 
 
 def _from_chunks(total: Tensor, parameters: Sequence[nn.Parameter], group: dist.ProcessGroup) -> list[Tensor]:
     """Returns the sum for each parameter, of which this rank has a chunk: whole, or for a sharded one as it is."""
     ranks = dist.get_world_size(group)
-    sizes = [-(-(parameter.shape or (1,))[0] // ranks) * (parameter.numel() // (parameter.shape or (1,))[0])
-             for parameter in parameters]  # fmt: skip
     if isinstance(parameters[0], DTensor):
+        sizes = [-(-(parameter.shape or (1,))[0] // ranks) * (parameter.numel() // (parameter.shape or (1,))[0])
+                 for parameter in parameters]  # fmt: skip
         return [_sharded(chunk, parameter) for chunk, parameter in zip(total.split(sizes), parameters, strict=True)]  # type: ignore[arg-type]
-    whole = total.new_empty((ranks, len(total)))
-    dist.all_gather_into_tensor(whole.view(-1), total, group=group)
-    return [
-        chunks.reshape(-1)[: parameter.numel()].view(parameter.shape)
-        for chunks, parameter in zip(whole.split(sizes, dim=1), parameters, strict=True)
-    ]
+    whole = total.new_empty(ranks * len(total))
+    dist.all_gather_into_tensor(whole, total, group=group)
+    sizes = [parameter.numel() for parameter in parameters]
+    values = whole[: sum(sizes)].split(sizes)
+    return [value.view(parameter.shape) for value, parameter in zip(values, parameters, strict=True)]
 
 
 def _sharded(chunk: Tensor, parameter: DTensor) -> Tensor:

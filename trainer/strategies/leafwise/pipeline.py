@@ -61,14 +61,17 @@ class TiedGradients:
         """Adds up the two ends of the leaves since the last exchange, if they are on two ranks."""
         if self.ends is None:
             return
+        sums, waits = {}, []
         for leaf in sorted(self.uses):
             (values,) = self.uses.pop(leaf)
-            present = [
+            sums[leaf] = [
                 parameter.new_zeros(parameter.shape) if value is None else value
                 for value, parameter in zip(values, self.gradients.parameters(), strict=True)
             ]
-            for value in present:
-                dist.all_reduce(value, group=self.ends)
+            waits += [dist.all_reduce(value, group=self.ends, async_op=True) for value in sums[leaf]]
+        for wait in waits:
+            wait.wait()
+        for leaf, present in sums.items():
             self.gradients.tree.add((leaf, leaf + 1), present)
 
 
