@@ -34,7 +34,8 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize(("workers", "kills"), [(1, (2,)), pytest.param(2, (1, 3), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("workers", "kills"), [(1, (2,)), (2, (1, 3))])
 def test_killed_at_any_time_it_goes_on(tmp_path: Path, workers: int, kills: tuple[int, ...]) -> None:
     random = Random(5)
     path, script, out = tmp_path / "in.txt", tmp_path / "pack.py", tmp_path / "out"

@@ -34,6 +34,7 @@ def test_same_curve(single: Run, tmp_path, procs: int, overrides: tuple[str, ...
     assert_same_curve(run, single, STEPS)
 
 
+@pytest.mark.slow
 def test_same_curve_with_dropout(tmp_path) -> None:
     """Dropout is drawn from the sequence's number, so it too is the same anywhere."""
     overrides = (f"train.steps={STEPS}", "model.dropout=0.1")

@@ -175,6 +175,7 @@ def test_runs_of_every_shape(tmp_path: Path, shape: Any) -> None:
             assert all(0 <= number <= 1000 for number in numbers)
 
 
+@pytest.mark.slow
 def test_a_long_run_stays_a_small_page(tmp_path: Path) -> None:
     rows = [row(step) for step in range(100)]
     with (tmp_path / "metrics.jsonl").open("w") as file:
