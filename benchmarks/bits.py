@@ -162,9 +162,9 @@ def main() -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] != ["--rank"]:
         main()
-    elif sys.argv[3] == "memory":
+        sys.exit()
+    if sys.argv[3] == "memory":
         rank_of_one(Path(sys.argv[2]), *sys.argv[4:6])
     else:
         rank(Path(sys.argv[2]), sys.argv[3])
-    if sys.argv[1:2] == ["--rank"]:
-        os._exit(0)  # groups that strategies hold may end behind their threads, with the interpreter: an abort
+    os._exit(0)  # groups that strategies hold may end behind their threads, with the interpreter: an abort

@@ -131,13 +131,18 @@ def exchange(
     return total.add_(0.0)  # -0.0, of which some sums have none, is 0.0
 
 
+def fill_missing(gradients: Sequence[Tensor | None], parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    """Returns gradients with zeros for None: whole tensors, also for sharded parameters, whose gradients are whole."""
+    return [
+        torch.zeros(parameter.shape, dtype=parameter.dtype, device=parameter.device) if gradient is None else gradient
+        for gradient, parameter in zip(gradients, parameters, strict=True)
+    ]
+
+
 def _in_chunks(gradients: Sequence[Tensor | None], parameters: Sequence[nn.Parameter], ranks: int) -> Tensor:
     """Returns gradients (zeros for None) in equal chunks, padded, [ranks, chunk]: of sharded parameters the chunks of
     torch's `Shard(0)`, one parameter after the other in each."""
-    present = [
-        parameter.new_zeros(parameter.shape) if gradient is None else gradient
-        for gradient, parameter in zip(gradients, parameters, strict=True)
-    ]
+    present = fill_missing(gradients, parameters)
     if not isinstance(parameters[0], DTensor):
         flat = [gradient.reshape(-1) for gradient in present]
         missing = -sum(map(len, flat)) % ranks

@@ -16,7 +16,7 @@ from trainer.models import ModelFactory
 from trainer.objectives import Batch, Normalizers, Objective, Sums
 from trainer.strategies.arithmetic import to_device
 from trainer.strategies.leafwise.arithmetic import GradientShards, LeafwiseArithmetic
-from trainer.strategies.leafwise.leaves import LeafGradients, take_gradients
+from trainer.strategies.leafwise.leaves import LeafGradients, fill_missing, take_gradients
 from trainer.strategies.padding import num_rows, take_rows
 from trainer.strategies.pipeline import NumberedStage, Pipeline
 from trainer.strategies.stages import Stage
@@ -64,10 +64,7 @@ class TiedGradients:
         sums, waits = {}, []
         for leaf in sorted(self.uses):
             (values,) = self.uses.pop(leaf)
-            sums[leaf] = [
-                parameter.new_zeros(parameter.shape) if value is None else value
-                for value, parameter in zip(values, self.gradients.parameters(), strict=True)
-            ]
+            sums[leaf] = fill_missing(values, self.gradients.parameters())
             waits += [dist.all_reduce(value, group=self.ends, async_op=True) for value in sums[leaf]]
         for wait in waits:
             wait.wait()
